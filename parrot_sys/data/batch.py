@@ -1,0 +1,75 @@
+"""PackedBatch: what crosses from the data loader to the model. See docs/architecture.md for the table of fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One packed micro-batch. T rows, S samples, n images, V visual rows an image, G guidance rows, L label rows.
+
+    Shapes and dtypes: docs/architecture.md. At most one of `pixel_values` and `image_features` is set, none when n = 0.
+    """
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, already shifted
+    label_rows: Tensor  # [L] int64
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+    visual_rows: Tensor  # [R] int64
+    visual_source: Tensor  # [R] int64
+    guidance_rows: Tensor  # [G] int64
+    guidance_start: Tensor  # [n] int32
+    guidance_end: Tensor  # [n] int32
+    image_sample: Tensor  # [n] int64
+    pixel_values: Tensor | None = None  # [n, 3, h, w]
+    image_features: Tensor | None = None  # [n, V, C]
+    languages: tuple[str, ...] = ()
+    record_ids: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_images(self) -> int:
+        return self.image_sample.numel()
+
+    @property
+    def num_rows(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    @staticmethod
+    def empty() -> PackedBatch:
+        """A micro-batch without samples: a rank with nothing to do still runs the same collectives."""
+        rows = torch.empty(0, dtype=torch.int64)
+        span = torch.empty(0, dtype=torch.int32)
+        return PackedBatch(
+            input_ids=rows,
+            labels=rows,
+            label_rows=rows,
+            position_ids=rows,
+            cu_seqlens=torch.zeros(1, dtype=torch.int32),
+            max_seqlen=0,
+            visual_rows=rows,
+            visual_source=rows,
+            guidance_rows=rows,
+            guidance_start=span,
+            guidance_end=span,
+            image_sample=rows,
+        )

@@ -1,0 +1,12 @@
+"""Ids and names that data and models share."""
+
+from __future__ import annotations
+
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = -200
+"""Placeholder id of an image in `input_ids` (released Parrot code, parrot/utils/constants.py)."""
+IGNORE_ID = -100
+"""Label of rows that bear no loss."""
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+LANGUAGES = ("en", "zh", "pt", "ar", "tr", "ru")
+"""The six languages of MMMB. Files of the benchmark call Chinese `cn`."""
