@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +36,22 @@ class PackedBatch:
 
     @property
     def num_samples(self) -> int:
+        """S."""
         return self.cu_seqlens.numel() - 1
 
     @property
     def num_images(self) -> int:
+        """n."""
         return self.image_sample.numel()
 
     @property
     def num_rows(self) -> int:
+        """T."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

@@ -8,5 +8,9 @@ IMAGE_TOKEN_ID = -200
 IGNORE_ID = -100
 """Label of rows that bear no loss."""
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+"""Ends a turn (ChatML); the end-of-sequence token of generation."""
+PAD_TOKEN = "<|endoftext|>"
 LANGUAGES = ("en", "zh", "pt", "ar", "tr", "ru")
 """The six languages of MMMB. Files of the benchmark call Chinese `cn`."""

@@ -1,1 +1,7 @@
+"""Evaluation on MMMB and multilingual MMBench: reading tables, prompts, generation, option extraction, scores, report."""
 
+from __future__ import annotations
+
+from parrot_sys.evaluation.extraction import extract_option
+
+__all__ = ["extract_option"]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from parrot_sys.errors import ConfigError
+from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.modules.losses import load_balancing_loss, router_z_loss
+from parrot_sys.ops import expert_mlp, text_guided_routing, topk_routing
+
+# n images, V visual rows an image (row 0 is the CLS row), H hidden_size, E num_experts, I ffn_hidden_size, K topk,
+# G guidance rows of text
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -53,3 +62,203 @@ class RoutingOutput:
     topk_indices: Tensor | None = None  # [n, K] int64 under routing=topk
     aux_loss: Tensor | None = None  # 0-d, already times its coefficient
     z_loss: Tensor | None = None  # 0-d, already times its coefficient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingOverride:
+    """Replaces what the router decides, for ablations in evaluation."""
+
+    mode: Literal["off", "uniform"] | None = None
+    """`off` returns the features unchanged, as a model without MoE; `uniform` weighs every expert 1/E."""
+    probs: Tensor | None = None
+    """[n, E] weights to use in place of the router's; needs `mode` None."""
+
+    def __post_init__(self) -> None:
+        if (self.mode is None) == (self.probs is None):
+            raise ConfigError("RoutingOverride takes exactly one of mode ('off' or 'uniform') and probs")
+
+
+class TextGuidedMoE(nn.Module):
+    """Experts between projector and decoder; each image's route is guided by the text of its prompt.
+
+    The CLS row of an image attends over the embeddings of its guiding text, a linear router scores the attended text, and
+    all V rows of the image go through the experts with that one route (Parrot, arXiv 2406.02539, eq. 2 to 5; the released
+    code's rules where they differ, by `config`).
+
+    Parameters are stored fused, in the layout of `parrot_sys.ops.expert_mlp`; `experts_to_released` and
+    `experts_from_released` convert:
+        router_weight  [E, H]
+        w_gate_up      [E, 2, I, H], `[:, 0]` gate_proj.weight, `[:, 1]` up_proj.weight
+        w_down         [E, I, H], down_proj.weight transposed
+    """
+
+    def __init__(
+        self,
+        config: TextGuidedMoEConfig,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        statistics_group: ProcessGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            config: `num_experts` must be at least 1.
+            hidden_size: H.
+            device: where the parameters are made (`meta` allocates nothing).
+            dtype: of the parameters.
+            statistics_group: ranks whose images count together in the auxiliary losses.
+        """
+        super().__init__()
+        if config.num_experts < 1:
+            raise ConfigError(f"moe.num_experts must be >= 1 to build TextGuidedMoE, got {config.num_experts}")
+        self.config = config
+        self.hidden_size = hidden_size
+        self.statistics_group = statistics_group
+        num_experts, ffn_size = config.num_experts, config.ffn_hidden_size
+        self.router_weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        self.w_gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size, device=device, dtype=dtype))
+        self.w_down = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each matrix as `torch.nn.Linear` does by default (uniform in +-1/sqrt(fan_in)), as the released code."""
+        for weight, fan_in in (
+            (self.router_weight, self.hidden_size),
+            (self.w_gate_up, self.hidden_size),
+            (self.w_down, self.config.ffn_hidden_size),
+        ):
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Sizes and rules, for `print(model)`."""
+        config = self.config
+        experts = f"{config.num_experts} experts of {config.ffn_hidden_size}"
+        routing = config.routing if config.routing == "dense" else f"top-{config.topk}"
+        return f"hidden_size={self.hidden_size}, {experts}, routing={routing}, residual={config.residual}"
+
+    def forward(
+        self,
+        features: Tensor,
+        text: Tensor,
+        guidance_start: Tensor,
+        guidance_end: Tensor,
+        *,
+        override: RoutingOverride | None = None,
+    ) -> tuple[Tensor, RoutingOutput]:
+        """Language-specific visual rows.
+
+        With n = 0 every parameter still takes part, with a zero gradient, so that a rank without images runs the same
+        gradient hooks as the others.
+
+        Args:
+            features: [n, V, H], V >= 1, projected rows of each image; row 0 is its CLS row.
+            text: [G, H], word embeddings of the guiding tokens of all samples.
+            guidance_start: [n] int, first row in `text` of each image's guidance; images may share rows.
+            guidance_end: [n] int, one past the last; an empty span routes uniformly.
+            override: replaces the route (evaluation only).
+
+        Returns:
+            [n, V, H] features and what the router decided.
+        """
+        if override is not None and override.mode == "off":
+            unrouted = features.new_zeros((features.shape[0], self.config.num_experts), dtype=torch.float32)
+            return features, RoutingOutput(logits=unrouted, probs=unrouted)
+        config = self.config
+        sparse = config.routing == "topk"
+        logits, _ = text_guided_routing(
+            features[:, 0], text, guidance_start, guidance_end, self.router_weight, scale=1 / math.sqrt(self.hidden_size)
+        )
+        topk = config.topk if sparse else config.num_experts
+        routing = topk_routing(logits, topk, renormalize=sparse and config.renormalize)
+        probs, plan = routing.probs, routing if sparse else None
+        if override is not None:
+            # Overridden weights may be anything, so all experts run.
+            plan = None
+            probs = torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
+        residual_scale, output_scale = _residual_scales(config)
+        output = expert_mlp(
+            features,
+            self.w_gate_up,
+            self.w_down,
+            probs,
+            plan=plan,
+            residual_scale=residual_scale,
+            output_scale=output_scale,
+            recompute=config.recompute,
+        )
+        aux_loss = z_loss = None
+        if config.aux_loss_coeff:
+            balance = load_balancing_loss(routing.scores, routing.tokens_per_expert, group=self.statistics_group)
+            aux_loss = config.aux_loss_coeff * balance
+        if config.z_loss_coeff:
+            z_loss = config.z_loss_coeff * router_z_loss(routing.lse, group=self.statistics_group)
+        indices = routing.topk_indices if plan is not None else None
+        return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)
+
+
+def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:
+    """Factors of the features and of the experts' output in the result."""
+    if config.residual == "code":
+        return config.residual_weight, 1.0
+    if config.residual == "paper":
+        return 1.0, config.residual_weight
+    return 0.0, 1.0
+
+
+def released_keys(num_experts: int) -> dict[str, tuple[str, ...]]:
+    """For each parameter of TextGuidedMoE the released tensors it is made of, in the order `pack_released` wants.
+
+    Released names are relative to `model.moe_model.`: `gate.weight` [E, H], `experts.N.gate_proj.weight` and `up_proj`
+    [I, H], `experts.N.down_proj.weight` [H, I].
+    """
+    experts = [f"experts.{e}" for e in range(num_experts)]
+    return {
+        "router_weight": ("gate.weight",),
+        "w_gate_up": tuple(f"{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")),
+        "w_down": tuple(f"{e}.down_proj.weight" for e in experts),
+    }
+
+
+def pack_released(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """One parameter of TextGuidedMoE from its released tensors (order of `released_keys`); values are only moved."""
+    if name == "router_weight":
+        return tensors[0]
+    if name == "w_gate_up":
+        return torch.stack(list(tensors)).unflatten(0, (-1, 2))
+    return torch.stack([tensor.T for tensor in tensors])
+
+
+def unpack_released(name: str, tensor: Tensor) -> list[Tensor]:
+    """The reverse of `pack_released`; contiguous tensors in the order of `released_keys`."""
+    if name == "router_weight":
+        return [tensor]
+    if name == "w_gate_up":
+        return list(tensor.flatten(0, 1).unbind())
+    return [expert.T.contiguous() for expert in tensor]
+
+
+def experts_from_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of TextGuidedMoE from the released tensors (names relative to `model.moe_model.`), bit-equal.
+
+    Raises:
+        CheckpointError: lists the missing and the unexpected names.
+    """
+    num_experts = sum(key.endswith(".down_proj.weight") for key in tensors)
+    keys = released_keys(num_experts)
+    wanted = {key for names in keys.values() for key in names}
+    if wanted != tensors.keys():
+        missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        raise CheckpointError(f"released MoE tensors do not fit: missing {missing}, unexpected {unexpected}")
+    return {name: pack_released(name, [tensors[key] for key in names]) for name, names in keys.items()}
+
+
+def experts_to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `experts_from_released`."""
+    keys = released_keys(state["router_weight"].shape[0])
+    return {
+        key: part
+        for name, names in keys.items()
+        for key, part in zip(names, unpack_released(name, state[name]), strict=True)
+    }

@@ -1,1 +1,19 @@
+"""Differentiable ops: custom_op + fake + autograd over the launchers of parrot_kernels, with choice of back end."""
 
+from __future__ import annotations
+
+from parrot_sys.ops.expert_mlp import expert_mlp
+from parrot_sys.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_parts
+from parrot_sys.ops.registry import force_backend
+from parrot_sys.ops.text_guided_routing import text_guided_routing
+from parrot_sys.ops.topk_routing import TopKRouting, topk_routing
+
+__all__ = [
+    "TopKRouting",
+    "expert_mlp",
+    "force_backend",
+    "linear_cross_entropy",
+    "linear_cross_entropy_parts",
+    "text_guided_routing",
+    "topk_routing",
+]

@@ -1,0 +1,6 @@
+"""parrot_kernels: raw forward and backward launchers, one folder per op. Imports neither triton nor the C++ extension."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = ["__version__"]

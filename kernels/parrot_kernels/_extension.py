@@ -1,0 +1,32 @@
+"""Loads the C++ extension `parrot_kernels._C` once, and says why it is missing when it is."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+_REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None when `torch.ops.parrot_ext` is loaded and usable, else the reason. The first call loads it."""
+    binaries = sorted(Path(__file__).parent.glob("_C.*"))
+    if not binaries:
+        return f"parrot_kernels was installed without its C++ extension (PARROT_SKIP_EXTENSION=1); {_REBUILD}"
+    try:
+        torch.ops.load_library(str(binaries[0]))
+    except OSError as error:
+        return f"{binaries[0].name} does not load with torch {torch.__version__}: {error}; {_REBUILD}"
+    return None
+
+
+def why_not_cuda() -> str | None:
+    """None when the extension also holds compiled CUDA kernels, else the reason. Does not touch a device."""
+    if reason := why_not():
+        return reason
+    if torch.ops.parrot_ext.has_cuda_kernels():
+        return None
+    return f"the C++ extension was built without CUDA kernels; with an nvcc >= 12.3, {_REBUILD}"

@@ -1,0 +1,66 @@
+"""Plain PyTorch `text_guided_routing` with a [S, T] mask; any device, no host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# S images, T text rows, H hidden_size, E experts
+
+
+def why_not(*args: object) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+def _attention(query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention weights [S, T] (zero outside the span) and lse [S]."""
+    rows = torch.arange(text.shape[0], device=text.device)
+    outside = (rows < text_start[:, None]) | (rows >= text_end[:, None])
+    scores = (query @ text.T * scale).masked_fill(outside, float("-inf"))
+    lse = scores.logsumexp(dim=1)
+    # An empty span has lse = -inf; subtracting 0 instead keeps exp(-inf) = 0 and avoids -inf - -inf.
+    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[:, None]).exp(), lse
+
+
+def text_guided_routing_fwd(
+    query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, router_weight: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    acc = torch.promote_types(query.dtype, torch.float32)
+    query, text, router_weight = query.to(acc), text.to(acc), router_weight.to(acc)
+    attention, lse = _attention(query, text, text_start, text_end, scale)
+    return attention @ (text @ router_weight.T), lse
+
+
+def text_guided_routing_bwd(
+    grad_logits: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    text: Tensor,
+    text_start: Tensor,
+    text_end: Tensor,
+    router_weight: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    dtype, acc = query.dtype, logits.dtype
+    query, text, router_weight = query.to(acc), text.to(acc), router_weight.to(acc)
+    attention, _ = _attention(query, text, text_start, text_end, scale)
+    needs_query, needs_text, needs_router_weight = needs
+    none = text.new_empty(0, dtype=dtype)
+
+    grad_projected = attention.T @ grad_logits  # [T, E]
+    # sum over t of a * da is logits . grad_logits, because da[s, t] = projected[t] . grad_logits[s].
+    delta = (logits * grad_logits).sum(dim=1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[:, None]
+    grad_scores = attention * (grad_logits @ (text @ router_weight.T).T - delta) * scale
+    return (
+        (grad_scores @ text).to(dtype) if needs_query else none,
+        (grad_projected @ router_weight + grad_scores.T @ query).to(dtype) if needs_text else none,
+        (grad_projected.T @ text).to(dtype) if needs_router_weight else none,
+    )

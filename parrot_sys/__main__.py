@@ -1,0 +1,100 @@
+"""The console command `parrot`. A subcommand's module is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parrot_sys import __version__
+from parrot_sys.cli import nearest, run_main
+
+
+@dataclass(frozen=True)
+class _Command:
+    module: str
+    summary: str
+    examples: tuple[str, str]
+
+
+COMMANDS = {
+    "data": _Command(
+        "parrot_sys.data.main",
+        "Build the default data set (pictures x names in six languages), or check one of your own.",
+        ("parrot data build --help", "parrot data build"),
+    ),
+    "train": _Command(
+        "parrot_sys.training.main",
+        "Train a model in its stages. Several processes: torchrun --nproc-per-node N -m parrot_sys train ...",
+        ("parrot train --config parrot_tiny_cpu", "torchrun --nproc-per-node 2 -m parrot_sys train --help"),
+    ),
+    "eval": _Command(
+        "parrot_sys.evaluation.main",
+        "Answer MMMB / MMBench questions with a checkpoint and report accuracy per language and category.",
+        ("parrot eval --help", "parrot eval --checkpoint runs/demo/final"),
+    ),
+    "chat": _Command(
+        "parrot_sys.inference.chat",
+        "Talk to a checkpoint about pictures, in any language, and see which experts answered.",
+        ("parrot chat --checkpoint DIR", "parrot chat --checkpoint DIR --image photo.png --show-routing"),
+    ),
+    "convert": _Command(
+        "parrot_sys.inference.convert",
+        "Turn checkpoints from and to the released Hugging Face layout.",
+        ("parrot convert --help", "parrot convert --checkpoint DIR --output HF_DIR"),
+    ),
+    "info": _Command(
+        "parrot_sys.info",
+        "Show versions, devices, and for each op which back end runs here and why another does not.",
+        ("parrot info", "parrot info --json"),
+    ),
+}
+
+
+def help_text() -> str:
+    """What `parrot --help` prints."""
+    lines = [
+        f"parrot {__version__}: trains, evaluates and talks to text-guided, expert-routed multimodal language models.",
+        "",
+        "usage: parrot COMMAND [options]        parrot COMMAND --help explains each option",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:8} {command.summary}", *(f"             $ {example}" for example in command.examples), ""]
+    lines += [
+        "Settings come from presets and YAML files (--config NAME_OR_PATH, repeatable) and from flags; flags win.",
+        "--traceback (or PARROT_TRACEBACK=1) shows where an error came from.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Returns:
+        The exit code: 0, or 2 for a wrong command line or an error that the user can mend.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        guess = nearest(name, list(COMMANDS))
+        hint = f"did you mean `parrot {guess}`?" if guess else "`parrot --help` lists them."
+        print(f"parrot: error: unknown command {name!r}, want one of {', '.join(COMMANDS)}; {hint}", file=sys.stderr)
+        return 2
+
+    def command(rest: Sequence[str]) -> int | None:
+        result: int | None = importlib.import_module(COMMANDS[name].module).main(rest)
+        return result
+
+    return run_main(command, arguments[1:], prog=f"parrot {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

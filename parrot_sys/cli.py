@@ -1,0 +1,131 @@
+"""From YAML files and command-line flags to a frozen dataclass, and back to YAML.
+
+A program has one configuration class. Its values come from, later wins: the defaults of the class, each `--config` in the
+order given (the name of a preset, or a YAML file), and the flags (`--model.moe.topk 3`). Checks that need several values
+(`__post_init__`) run once, on the final values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from parrot_kernels import env
+from parrot_sys.config_values import (
+    build,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    merge,
+    nearest,
+    read_yaml,
+    save_config,
+)
+from parrot_sys.errors import ConfigError, ParrotError
+
+__all__ = [
+    "config_from_dict",
+    "config_to_dict",
+    "exit_with",
+    "list_presets",
+    "load_config",
+    "nearest",
+    "parse_config",
+    "run_main",
+    "save_config",
+]
+
+C = TypeVar("C")
+PRESET_DIR = Path(__file__).parent / "presets"
+
+
+def parse_config(
+    cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> C:
+    """Builds `cls` from `--config NAME_OR_PATH ...` and flags.
+
+    Args:
+        cls: a dataclass with type hints; the string under a field is its help.
+        argv: arguments without the program's name; those of this process when not given.
+        prog: name of the program in messages.
+        description: first paragraph of `--help`; the docstring of `cls` when not given.
+
+    Returns:
+        The configuration. A wrong setting prints its name, what was wanted and what came, and exits with code 2.
+    """
+    try:
+        files, flags = _split_config_flags(sys.argv[1:] if argv is None else argv)
+        values: dict[str, Any] = {}
+        for path in map(_find_config, files):
+            merge(cls, values, read_yaml(path), where=f" in {path}")
+        base = build(cls, values, checked=False, missing=tyro.MISSING)
+    except ConfigError as error:
+        exit_with(error, prog)
+    return tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description))
+
+
+def list_presets() -> dict[str, Path]:
+    """Name -> file of every preset that `--config` takes by name."""
+    return {path.stem: path for path in sorted(PRESET_DIR.rglob("*.yaml"))}
+
+
+def exit_with(error: ParrotError, prog: str | None = None) -> NoReturn:
+    """Prints the error as one block and exits with code 2.
+
+    Raises:
+        SystemExit: always.
+    """
+    print(f"{prog or Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *, prog: str | None = None) -> int:
+    """Calls `main(argv)` as a program: errors that a user can mend are one block of text and exit code 2.
+
+    `--traceback` anywhere in `argv`, or PARROT_TRACEBACK=1, lets them through with their traceback.
+    """
+    rest = [argument for argument in argv if argument != "--traceback"]
+    if len(rest) < len(argv) or env.show_traceback():
+        return main(rest) or 0
+    try:
+        return main(rest) or 0
+    except ParrotError as error:
+        exit_with(error, prog)
+
+
+def _help_text(cls: type, description: str | None) -> str:
+    presets = ", ".join(list_presets()) or "none"
+    text = description or (cls.__doc__ or "").strip()
+    about = f"--config NAME_OR_PATH (repeatable; flags win) reads settings from a YAML file or a preset: {presets}."
+    return f"{text}\n\n{about}"
+
+
+def _split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of `--config X` and `--config=X`, and everything else in its order."""
+    files, flags = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            value = next(arguments, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"--config needs the name of a preset or a YAML file, got {value or 'nothing'}")
+            files.append(value)
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            flags.append(argument)
+    return files, flags
+
+
+def _find_config(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    presets = list_presets()
+    if name in presets:
+        return presets[name]
+    hint = f"; did you mean {guess}?" if (guess := nearest(name, list(presets))) else ""
+    raise ConfigError(f"--config must be a file or a preset ({', '.join(presets) or 'none'}), got {name!r}{hint}")

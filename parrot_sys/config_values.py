@@ -1,0 +1,252 @@
+"""Plain nested values (YAML, JSON) <-> frozen configuration dataclasses, strictly: every wrong name or type is an error.
+
+Understood types: bool, int, float, str, Path, Literal, unions, list, tuple, dict and nested dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from parrot_sys.errors import ConfigError
+
+C = TypeVar("C")
+
+
+def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+    """Builds `cls` from nested plain values, as `config_to_dict` makes them.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest), a missing one, or a value of the wrong type or out of range.
+    """
+    merged: dict[str, Any] = {}
+    merge(cls, merged, values, where="")
+    return cast(C, build(cls, merged, checked=True))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts, lists and scalars that YAML and JSON can hold."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Writes every setting of `config` as YAML."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_config(cls: type[C], path: str | Path) -> C:
+    """Reads what `save_config` wrote, or any YAML file with settings of `cls`.
+
+    Raises:
+        ConfigError: as `config_from_dict`; also when the file is missing or is not a mapping.
+    """
+    return config_from_dict(cls, read_yaml(Path(path)))
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return matches[0] if matches else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _setting_names(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings below `cls`."""
+    names = []
+    for name, hint in _field_types(cls).items():
+        names.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            names += _setting_names(cast(type, hint), f"{prefix}{name}.")
+    return names
+
+
+def _check_names(root: type, cls: type, values: Mapping[Any, Any], prefix: str, where: str) -> None:
+    known = _field_types(cls)
+    for key in values:
+        if key in known:
+            continue
+        every = _setting_names(root)
+        same_name = [name for name in every if name.rsplit(".", 1)[-1] == key]
+        guess = nearest(str(key), list(known))
+        hint = prefix + guess if guess else (same_name or [nearest(f"{prefix}{key}", every)])[0]
+        raise ConfigError(f"unknown setting {prefix}{key}{where}" + (f"; the nearest is {hint}" if hint else ""))
+
+
+def merge(
+    cls: type, into: dict[str, Any], values: Mapping[str, Any], *, where: str, prefix: str = "", root: Any = None
+) -> None:
+    """Lays `values` over `into`: nested classes key by key, everything else as a whole."""
+    _check_names(root or cls, cls, values, prefix, where)
+    for name, hint in _field_types(cls).items():
+        if name not in values:
+            continue
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name}{where} must be a mapping of settings, got {value!r}")
+            below = into.setdefault(name, {})
+            merge(cast(type, hint), below, value, where=where, prefix=f"{prefix}{name}.", root=root or cls)
+        else:
+            into[name] = _convert(hint, value, f"{prefix}{name}", where)
+
+
+def _convert(hint: Any, value: Any, name: str, where: str) -> Any:
+    """`value` as the type `hint` wants it; a ConfigError when it does not fit."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, name, where)
+    if origin is Literal:
+        fits = any(value == choice and type(value) is type(choice) for choice in arguments)
+        result = value
+    elif origin in (list, tuple) and isinstance(value, list | tuple):
+        result = origin(_convert_items(hint, value, name, where))
+        fits = True
+    elif origin is dict and isinstance(value, Mapping):
+        key_hint, value_hint = arguments
+        result = {
+            _convert(key_hint, key, name, where): _convert(value_hint, item, f"{name}.{key}", where)
+            for key, item in value.items()
+        }
+        fits = True
+    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        values: dict[str, Any] = {}
+        merge(cast(type, hint), values, value, where=where, prefix=f"{name}.")
+        return _build(cast(type, hint), values, None, f"{name}.", True, dataclasses.MISSING)
+    else:
+        fits, result = _convert_scalar(hint, value)
+    if not fits:
+        raise ConfigError(f"{name}{where} must be {_type_name(hint)}, got {value!r}")
+    return result
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, name: str, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    choices = [choice for choice in arguments if choice is not type(None)]
+    for choice in choices:
+        try:
+            return _convert(choice, value, name, where)
+        except ConfigError:
+            if len(choices) == 1:
+                raise
+    raise ConfigError(f"{name}{where} must be {' or '.join(map(_type_name, arguments))}, got {value!r}")
+
+
+def _convert_items(hint: Any, value: Sequence[Any], name: str, where: str) -> list[Any]:
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple and arguments[-1] is not ...:
+        if len(value) != len(arguments):
+            raise ConfigError(f"{name}{where} must have {len(arguments)} values, got {len(value)}: {value!r}")
+        hints: Sequence[Any] = arguments
+    else:
+        hints = [arguments[0]] * len(value)
+    pairs = zip(hints, value, strict=True)
+    return [_convert(each, item, f"{name}[{i}]", where) for i, (each, item) in enumerate(pairs)]
+
+
+def _convert_scalar(hint: Any, value: Any) -> tuple[bool, Any]:
+    """(fits, converted value) for bool, int, float, str and Path."""
+    if hint is float:
+        # YAML 1.1 reads 1e-4 (no dot) as a string.
+        try:
+            return not isinstance(value, bool), float(value)
+        except (TypeError, ValueError):
+            return False, value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is Path:
+        return isinstance(value, str | Path), Path(value) if isinstance(value, str) else value
+    if hint is Any:
+        return True, value
+    return isinstance(hint, type) and isinstance(value, hint), value
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def build(cls: type, values: Mapping[str, Any], *, checked: bool, missing: Any = dataclasses.MISSING) -> Any:
+    """`cls` from merged values.
+
+    Args:
+        cls: the dataclass.
+        values: what `merge` left: converted values, a mapping for each nested class.
+        checked: whether `__post_init__` runs.
+        missing: stands for a value that has no default; by default that is an error.
+
+    Raises:
+        ConfigError: a setting without default is missing; `missing` is not given.
+    """
+    return _build(cls, values, None, "", checked, missing)
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str, checked: bool, missing: Any) -> Any:
+    """`base` is the default instance that the enclosing class gives for this field, if it gives one."""
+    hints = _field_types(cls)
+    arguments = {}
+    for field in (field for field in dataclasses.fields(cls) if field.init):
+        default = _default(field) if base is None else getattr(base, field.name)
+        value = values.get(field.name, dataclasses.MISSING)
+        if dataclasses.is_dataclass(hints[field.name]) and (value is not dataclasses.MISSING or not checked):
+            nested_base = None if default is dataclasses.MISSING else default
+            nested_values = {} if value is dataclasses.MISSING else value
+            nested_prefix = f"{prefix}{field.name}."
+            value = _build(cast(type, hints[field.name]), nested_values, nested_base, nested_prefix, checked, missing)
+        elif value is dataclasses.MISSING:
+            value = missing if default is dataclasses.MISSING else default
+        if value is dataclasses.MISSING:
+            raise ConfigError(f"missing setting {prefix}{field.name} ({_type_name(hints[field.name])})")
+        arguments[field.name] = value
+    if checked:
+        return cls(**arguments)
+    instance = object.__new__(cls)
+    for name, value in arguments.items():
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return config_to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

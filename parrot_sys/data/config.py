@@ -1,0 +1,98 @@
+"""DataConfig: which data sets, in which mix, packed and checked how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from parrot_sys.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """One data set of the mix, with every default filled in."""
+
+    path: Path
+    image_root: Path
+    name: str
+    language: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Lists hold one value for each of `paths`, or none for the default; all but `names` may hold one value for all."""
+
+    paths: tuple[str, ...] = ()
+    """Data sets in LLaVA/Parrot format: a JSON list (.json) or one record a line (.jsonl)."""
+    image_roots: tuple[str, ...] = ()
+    """Directories that the records' image names are relative to (default: the directory of each file)."""
+    names: tuple[str, ...] = ()
+    """Names of the data sets in logs and record ids (default: file name without its ending)."""
+    languages: tuple[str, ...] = ()
+    """Languages of the records that state none in `lang` (default: unknown)."""
+    weights: tuple[float, ...] = ()
+    """How often an epoch takes each record of a data set; 0.25 takes another random quarter each epoch (default: 1)."""
+    language_weights: dict[str, float] = field(default_factory=dict)
+    """The same for the records of a language, multiplied with `weights` (default of a language: 1)."""
+    max_tokens_per_micro_batch: int | None = None
+    """Most rows (text and image) in one packed micro-batch; the longest sample allowed when not set."""
+    seed: int = 42
+    """Seed of the order of samples; the order depends on it, the epoch and the mix only."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A wrong record, a missing or a broken image: stop, or leave the record out, count it and name it in the log."""
+    on_long_sample: Literal["truncate", "error", "skip"] = "truncate"
+    """A sample longer than the model's max_seq_len rows: cut it as the released code does, stop, or leave it out."""
+    cache_dir: str | None = None
+    """Directory that keeps the lengths of tokenised samples, so that the next start is quick (default: none kept)."""
+    num_workers: int = 2
+    """Threads that decode images."""
+    prefetch_steps: int = 2
+    """Steps prepared ahead while the model works."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_roots", "names", "languages", "weights"):
+            if (count := len(getattr(self, name))) not in (
+                (0, len(self.paths)) if name == "names" else (0, 1, len(self.paths))
+            ):
+                raise ConfigError(
+                    f"data.{name} must hold one value for each of the {len(self.paths)} data.paths, got {count}"
+                )
+        weights = [*((f"data.weights[{i}]", w) for i, w in enumerate(self.weights))]
+        weights += [(f"data.language_weights.{language}", w) for language, w in self.language_weights.items()]
+        for name, weight in weights:
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise ConfigError(f"{name} must be a finite number >= 0, got {weight}")
+        for name, least in (("num_workers", 1), ("prefetch_steps", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"data.{name} must be >= {least}, got {value}")
+        if self.max_tokens_per_micro_batch is not None and self.max_tokens_per_micro_batch < 1:
+            raise ConfigError(f"data.max_tokens_per_micro_batch must be >= 1, got {self.max_tokens_per_micro_batch}")
+        names = [source.name for source in self.sources()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(
+                f"data.names must differ, got {twice[0]!r} more than once; name the data sets in data.names"
+            )
+
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sets with their settings."""
+        paths = [Path(path) for path in self.paths]
+        roots = _spread(tuple(Path(root) for root in self.image_roots), [path.parent for path in paths])
+        names = self.names or tuple(path.stem for path in paths)
+        languages = _spread(self.languages, [""] * len(paths))
+        weights = _spread(self.weights, [1.0] * len(paths))
+        return tuple(
+            DataSource(path=path, image_root=root, name=name, language=language, weight=weight)
+            for path, root, name, language, weight in zip(paths, roots, names, languages, weights, strict=True)
+        )
+
+
+def _spread(values: tuple[T, ...], default: list[T]) -> list[T]:
+    """One value for each data set: as given, the one value for all, or the default."""
+    if not values:
+        return default
+    return list(values) if len(values) == len(default) else [values[0]] * len(default)

@@ -1,0 +1,180 @@
+"""Data sets on disk: checked records, and how many rows each sample takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from parrot_sys.data.config import DataConfig, DataSource
+from parrot_sys.data.packing import expanded_lengths
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.records import Record, describe_record, parse_record, read_raw_records
+from parrot_sys.data.templates import TEMPLATE_NAME, render_conversation
+from parrot_sys.data.tokenization import tokenizer_fingerprint
+from parrot_sys.errors import DataError
+
+logger = logging.getLogger(__name__)
+_BLOCK = 2048  # conversations tokenised in one call
+_LISTED = 20  # records named in one message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordDataset:
+    """The usable records of one file. n records."""
+
+    source: DataSource
+    records: tuple[Record, ...]
+    rows: npt.NDArray[np.int32]
+    """[n] rows of each sample, cut to max_seq_len."""
+    is_long: npt.NDArray[np.bool_]
+    """[n] True where rows are cut."""
+    digest: str
+    """Hash of the file."""
+    skipped: tuple[str, ...]
+    """One message for each record that was left out."""
+
+    def image_paths(self, index: int) -> list[str]:
+        """Files of the images of record `index`, in order."""
+        return [os.path.join(self.source.image_root, name) for name in self.records[index].images]
+
+    def describe(self, index: int) -> str:
+        """Where record `index` is, for messages."""
+        record = self.records[index]
+        return describe_record(self.source.path, record.index, record.record_id)
+
+    def usable_digest(self) -> str:
+        """Hash of which records of the file are in use."""
+        return hashlib.sha256(np.array([record.index for record in self.records], dtype=np.int64).data).hexdigest()
+
+
+def load_dataset(
+    source: DataSource, config: DataConfig, processor: ParrotProcessor, *, num_visual_rows: int, max_seq_len: int
+) -> RecordDataset:
+    """Reads, checks and measures one data set.
+
+    Raises:
+        DataError: the file is unreadable or nothing in it is usable; under `on_bad_sample=error` a record is wrong or
+            an image missing; under `on_long_sample=error` a sample is too long. Names file, record and reason.
+    """
+    records, problems = _parse_records(source)
+    digest = _file_digest(source.path)
+    rows, full_rows = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
+    missing = _missing_images(records, source.image_root)
+    problems += [
+        f"{describe_record(source.path, r.index, r.record_id)}: {reason}"
+        for r, reason in ((records[i], reason) for i, reason in missing.items())
+    ]
+    _report(source, problems, len(records) + len(problems) - len(missing), "bad", config.on_bad_sample)
+    is_long = full_rows > max_seq_len
+    usable = np.array([i not in missing for i in range(len(records))], dtype=bool)
+    long = [
+        f"{describe_record(source.path, records[i].index, records[i].record_id)}: takes {full_rows[i]} rows, "
+        f"more than max_seq_len={max_seq_len}"
+        for i in np.flatnonzero(is_long & usable)
+    ]
+    if config.on_long_sample == "truncate":
+        if long:
+            logger.warning(
+                "data set %s: %d of %d samples are cut to %d rows", source.name, len(long), len(records), max_seq_len
+            )
+    else:
+        _report(source, long, int(usable.sum()), "long", config.on_long_sample)
+        usable &= ~is_long
+        problems += long
+    if not usable.any():
+        raise DataError(
+            f"data set {source.path} has no usable record" + (f"; the first: {problems[0]}" if problems else "")
+        )
+    kept = np.flatnonzero(usable)
+    return RecordDataset(
+        source=source,
+        records=tuple(records[i] for i in kept),
+        rows=rows[kept],
+        is_long=is_long[kept],
+        digest=digest,
+        skipped=tuple(problems),
+    )
+
+
+def _parse_records(source: DataSource) -> tuple[list[Record], list[str]]:
+    records, problems = [], []
+    for index, raw in enumerate(read_raw_records(source.path)):
+        try:
+            records.append(parse_record(raw, index, source.path, language=source.language))
+        except DataError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, policy: str) -> None:
+    """Stops at problems, or names them in the log, as `policy` wants."""
+    if not problems:
+        return
+    listed = "\n  ".join(problems[:_LISTED])
+    rest = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    if policy == "error":
+        others = f" (1 of {len(problems)} such records)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{others}; mend it, or leave such records out with data.on_{kind}_sample=skip")
+    logger.warning("data set %s: %d of %d records left out:\n  %s%s", source.name, len(problems), total, listed, rest)
+
+
+def _missing_images(records: Sequence[Record], root: Path) -> dict[int, str]:
+    """Place in `records` -> reason, where an image does not exist. Lists each directory once and opens no file."""
+    listings: dict[str, set[str]] = {}
+    missing = {}
+    for i, record in enumerate(records):
+        for name in record.images:
+            directory, file = os.path.split(os.path.join(root, name))
+            if directory not in listings:
+                listings[directory] = set(os.listdir(directory)) if os.path.isdir(directory) else set()
+            if file not in listings[directory] and not os.path.exists(os.path.join(directory, file)):
+                missing[i] = f"image {os.path.join(directory, file)} is missing"
+    return missing
+
+
+def _measure(
+    records: Sequence[Record],
+    processor: ParrotProcessor,
+    num_visual_rows: int,
+    max_seq_len: int,
+    digest: str,
+    cache_dir: str | None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """int32 [n] rows of each sample with and without truncation, from the cache when it has them."""
+    cached = None
+    if cache_dir is not None:
+        key = json.dumps(
+            [TEMPLATE_NAME, digest, tokenizer_fingerprint(processor.tokenizer), num_visual_rows, max_seq_len]
+        )
+        cached = Path(cache_dir) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+        if cached.is_file():
+            lengths = np.load(cached, allow_pickle=False)
+            if lengths.shape == (2, len(records)):
+                return lengths[0], lengths[1]
+            logger.warning("%s does not fit the data set; it is made anew", cached)
+    lengths = np.empty((2, len(records)), dtype=np.int32)
+    for start in range(0, len(records), _BLOCK):
+        block = [render_conversation(record.turns) for record in records[start : start + _BLOCK]]
+        for i, (input_ids, _) in enumerate(processor.encode(block), start):
+            lengths[:, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_name(f"{cached.stem}-{uuid.uuid4().hex}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, lengths)
+        temporary.replace(cached)  # several processes may do this at once; each writes the same
+    return lengths[0], lengths[1]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

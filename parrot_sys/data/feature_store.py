@@ -1,0 +1,161 @@
+"""FeatureStore: outputs of a frozen vision tower on disk, computed once for each image and tower.
+
+Keys are hashes of the image files' contents, so that moved or copied images are found again. Every write is one new
+file that appears under its final name only when complete: several processes can write at once, and a killed one loses
+nothing but the write it was in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parrot_sys.errors import DataError
+
+_SHARDS = "*.npy"
+
+
+def tower_fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
+    """Hash of everything that decides the tower's output.
+
+    Args:
+        weights: state dict of the tower.
+        settings: configuration of the tower and the `ImageProcessor`; anything whose `repr` tells its value.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def image_key(path: str | Path) -> str:
+    """Key of an image file: the hash of its contents.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+
+
+class FeatureStore:
+    """Memory-mapped features of one tower, shared by processes. V visual rows, C features."""
+
+    def __init__(self, directory: str | Path, tower: str) -> None:
+        """Opens or creates the store.
+
+        Args:
+            directory: shared by all towers.
+            tower: `tower_fingerprint` of the tower whose features these are.
+        """
+        self.directory = Path(directory) / tower[:32]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._shards: dict[Path, np.memmap] = {}
+        self._keys: dict[str, str] = {}
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Images whose features this process knows to be stored."""
+        return len(self._places)
+
+    def keys(self, paths: Iterable[str | Path]) -> list[str]:
+        """Key of each image file. A file is read once; files must not change while the store is open.
+
+        Raises:
+            DataError: a file is missing or cannot be read.
+        """
+        names = [str(path) for path in paths]
+        for name in names:
+            if name not in self._keys:
+                self._keys[name] = image_key(name)
+        return [self._keys[name] for name in names]
+
+    def missing(self, paths: Iterable[str | Path]) -> list[str]:
+        """Files whose features are not stored yet, one for each distinct content, in the order given.
+
+        Ranks that share the work take `missing(paths)[rank::world_size]` before any of them writes.
+        """
+        self.refresh()
+        names = [str(path) for path in paths]
+        wanted: dict[str, str] = {}
+        for key, name in zip(self.keys(names), names, strict=True):
+            if key not in self._places:
+                wanted.setdefault(key, name)
+        return list(wanted.values())
+
+    def write(self, keys: Sequence[str], features: Tensor) -> None:
+        """Stores features [n, V, C] under n keys, all of them or (when interrupted) none.
+
+        Raises:
+            DataError: the numbers differ, or the shape is not that of the features stored before.
+        """
+        values = features.detach().to("cpu", torch.float32).numpy()
+        if values.ndim != 3 or len(values) != len(keys):
+            raise DataError(f"features must be [{len(keys)}, V, C] for {len(keys)} keys, got {list(values.shape)}")
+        self._check_shape(values.shape[1:])
+        if not keys:
+            return
+        shard = np.empty(len(keys), dtype=[("key", "S64"), ("features", np.float32, values.shape[1:])])
+        shard["key"] = [key.encode() for key in keys]
+        shard["features"] = values
+        name = uuid.uuid4().hex
+        temporary = self.directory / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            np.save(file, shard)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.directory / f"{name}.npy")
+        self.refresh()
+
+    def get(self, keys: Sequence[str]) -> Tensor:
+        """Features of n images, float32 [n, V, C]; n >= 1.
+
+        Raises:
+            DataError: features of a key are not stored.
+        """
+        if any(key not in self._places for key in keys):
+            self.refresh()
+        if absent := [key for key in keys if key not in self._places]:
+            raise DataError(
+                f"feature store {self.directory} holds no features of {len(absent)} of {len(keys)} images "
+                f"(first key {absent[0]}); fill it with write() first"
+            )
+        places = [self._places[key] for key in keys]
+        return torch.from_numpy(np.stack([self._shards[path]["features"][row] for path, row in places]))
+
+    def refresh(self) -> None:
+        """Takes in what other processes have written."""
+        for path in sorted(self.directory.glob(_SHARDS)):
+            if path in self._shards:
+                continue
+            try:
+                shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                names = [key.decode() for key in shard["key"]]
+            except (OSError, ValueError, IndexError) as error:
+                raise DataError(
+                    f"feature store: {path} is damaged ({error}); delete it, its images are computed again"
+                ) from error
+            self._check_shape(shard["features"].shape[1:])
+            self._shards[path] = shard
+            self._places.update((name, (path, row)) for row, name in enumerate(names))
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        for path, shard in self._shards.items():
+            if (known := shard["features"].shape[1:]) != shape:
+                raise DataError(
+                    f"features must be [n, {known[0]}, {known[1]}] as in {path}, got [n, {shape[0]}, {shape[1]}]"
+                )
+            return

@@ -1,0 +1,304 @@
+"""ParrotDataLoader: from data sets on disk to the packed micro-batches of one data-parallel rank."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.config import DataConfig
+from parrot_sys.data.datasets import RecordDataset, load_dataset
+from parrot_sys.data.feature_store import FeatureStore
+from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
+from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.templates import render_conversation
+from parrot_sys.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LoaderStatistics:
+    """Counts since the start of training; a resumed loader goes on counting."""
+
+    samples: int = 0
+    """Samples of all ranks that were due."""
+    truncated: int = 0
+    """Those of them that were longer than max_seq_len rows and were cut."""
+    skipped: list[str] = field(default_factory=list)
+    """This rank's samples that were left out since an image could not be read: where and why, once for each record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One prepared step of this rank."""
+
+    batches: list[PackedBatch]
+    size: int
+    truncated: int
+    skipped: list[str]
+
+
+class ParrotDataLoader:
+    """Iterating gives, for each step to the end of the epoch, this rank's list of micro-batches.
+
+    The list is equally long on every rank; micro-batches may be empty. An epoch takes each record as often as the
+    weight of its data set times the weight of its language says, in an order that depends on seed, epoch and mix only;
+    its last step may have fewer samples. The samples of a step do not depend on the number of ranks. Iterating again
+    goes on behind the last step taken, so the next epoch follows by itself.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: ParrotProcessor,
+        *,
+        num_visual_rows: int,
+        max_seq_len: int,
+        guidance: Guidance = "prompt",
+        global_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        feature_store: FeatureStore | None = None,
+    ) -> None:
+        """Reads and checks all data sets.
+
+        Args:
+            config: data sets, mix and policies.
+            processor: of the model to be trained.
+            num_visual_rows: V of the vision tower.
+            max_seq_len: most rows of a sample.
+            guidance: `moe.guidance` of the model.
+            global_batch_size: samples in a step, over all ranks.
+            dp_rank: this process's place among the data-parallel ranks.
+            dp_size: number of data-parallel ranks.
+            feature_store: gives `image_features` instead of `pixel_values`; must hold the features of `image_paths()`.
+
+        Raises:
+            ConfigError: settings contradict each other.
+            DataError: a data set, record or image is wrong; names file, record and reason.
+        """
+        if global_batch_size < 1 or not 0 <= dp_rank < dp_size:
+            raise ConfigError(
+                "global_batch_size must be >= 1 and dp_rank in [0, dp_size), "
+                f"got {global_batch_size} and rank {dp_rank} of {dp_size}"
+            )
+        if not config.paths:
+            raise ConfigError("data.paths must name at least one data set, got none")
+        capacity = max_seq_len if config.max_tokens_per_micro_batch is None else config.max_tokens_per_micro_batch
+        self.config = config
+        self.statistics = LoaderStatistics()
+        # Threads of the loader tokenise while the caller may use the same tokenizer, which is not safe to share.
+        self._processor = ParrotProcessor(copy.deepcopy(processor.tokenizer), processor.image_processor)
+        self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
+        self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
+        self._feature_store = feature_store
+        self.datasets = [
+            load_dataset(source, config, self._processor, num_visual_rows=num_visual_rows, max_seq_len=max_seq_len)
+            for source in config.sources()
+        ]
+        self._starts = np.cumsum([0, *(len(dataset.records) for dataset in self.datasets)])
+        self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
+        self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
+        self._capacity = _check_capacity(capacity, int(self._rows.max()))
+        self._groups = _groups(self.datasets, config.language_weights)
+        self._epoch_length = epoch_length(self._groups)
+        if not self._epoch_length:
+            raise ConfigError("data.weights and data.language_weights leave no sample in an epoch")
+        self._epoch, self._samples = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch, the last of which may be smaller."""
+        return -(-self._epoch_length // self._global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of a whole epoch, over all ranks."""
+        return self._epoch_length
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next step, from 0."""
+        return self._epoch
+
+    def image_paths(self) -> list[str]:
+        """Files of all images of all data sets, each once, sorted: what a feature store has to hold."""
+        return sorted(
+            {p for dataset in self.datasets for i in range(len(dataset.records)) for p in dataset.image_paths(i)}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on behind the last step taken: plain values.
+
+        Equal on all ranks but for the list of samples that a rank left out.
+        """
+        return {
+            "epoch": self._epoch,
+            "samples": self._samples,
+            "identity": self._identity(),
+            "statistics": asdict(self.statistics),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the loader was that gave `state`. The number of ranks and the batch size may differ.
+
+        Raises:
+            DataError: seed, data or mix are not those of `state`; names both.
+        """
+        then, now = state["identity"], self._identity()
+        differences = [
+            f"{name} was {then.get(name, 'absent')}, is {now.get(name, 'absent')}"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            raise DataError(
+                "the data are not those of the checkpoint, so the order of samples cannot go on: "
+                + "; ".join(differences)
+                + "; use the same data and settings, or start without the loader's state"
+            )
+        self._epoch, self._samples = state["epoch"], state["samples"]
+        self.statistics = LoaderStatistics(**copy.deepcopy(state["statistics"]))
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        order = epoch_order(self._groups, self.config.seed, self._epoch)[self._samples :]
+        size = self._global_batch_size
+        waiting = iter([order[i : i + size] for i in range(0, len(order), size)])
+        pending: deque[Future[_Step]] = deque()
+        with (
+            ThreadPoolExecutor(self.config.num_workers, "parrot-images") as images,
+            ThreadPoolExecutor(1, "parrot-loader") as background,
+        ):
+            try:
+                while True:
+                    while len(pending) < self.config.prefetch_steps and (samples := next(waiting, None)) is not None:
+                        pending.append(background.submit(self._prepare, samples, images))
+                    if not pending:
+                        return
+                    step = pending.popleft().result()
+                    self._count(step)
+                    yield step.batches
+            finally:
+                background.shutdown(cancel_futures=True)
+
+    def _count(self, step: _Step) -> None:
+        """Moves the state behind a step, before the caller sees it: a checkpoint made after training on it is right."""
+        self._samples += step.size
+        if self._samples == self._epoch_length:
+            self._epoch, self._samples = self._epoch + 1, 0
+        self.statistics.samples += step.size
+        self.statistics.truncated += step.truncated
+        for reason in step.skipped:
+            if reason not in self.statistics.skipped:
+                self.statistics.skipped.append(reason)
+                logger.warning("sample left out (%d so far): %s", len(self.statistics.skipped), reason)
+
+    def _prepare(self, samples: IntArray, images: ThreadPoolExecutor) -> _Step:
+        """Packs this rank's part of a global batch."""
+        plan = plan_micro_batches(self._rows[samples], self._capacity, self._dp_size)[self._dp_rank]
+        numbers = [int(samples[i]) for each in plan for i in each]
+        loaded = dict(
+            zip([i for each in plan for i in each], images.map(self._load_images, self._tokenize(numbers)), strict=True)
+        )
+        batches = [
+            pack_samples(
+                [sample for i in each if isinstance(sample := loaded[i], Sample)],
+                num_visual_rows=self._num_visual_rows,
+                guidance=self._guidance,
+                max_seq_len=self._max_seq_len,
+            )
+            for each in plan
+        ]
+        skipped = [str(sample) for sample in loaded.values() if isinstance(sample, DataError)]
+        return _Step(batches, len(samples), int(self._is_long[samples].sum()), skipped)
+
+    def _locate(self, number: int) -> tuple[RecordDataset, int]:
+        """Data set and place in it of a sample number."""
+        at = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.datasets[at], number - int(self._starts[at])
+
+    def _tokenize(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
+        """The samples without their images."""
+        places = [self._locate(number) for number in numbers]
+        records = [dataset.records[i] for dataset, i in places]
+        encoded = self._processor.encode([render_conversation(record.turns) for record in records])
+        return [
+            (
+                number,
+                Sample(
+                    input_ids=input_ids,
+                    labels=labels,
+                    language=record.language,
+                    record_id=f"{dataset.source.name}:{record.record_id}",
+                ),
+            )
+            for number, (dataset, _), record, (input_ids, labels) in zip(numbers, places, records, encoded, strict=True)
+        ]
+
+    def _load_images(self, numbered: tuple[int, Sample]) -> Sample | DataError:
+        """The sample with its images; the reason why it has to be left out when they cannot be read.
+
+        Raises:
+            DataError: that reason, under `on_bad_sample=error`.
+        """
+        number, sample = numbered
+        dataset, index = self._locate(number)
+        if not (paths := dataset.image_paths(index)):
+            return sample
+        try:
+            if self._feature_store is not None:
+                return replace(sample, image_features=self._feature_store.get(self._feature_store.keys(paths)))
+            return replace(sample, pixel_values=self._processor.images(paths))
+        except DataError as error:
+            located = DataError(f"{dataset.describe(index)}: {error}")
+            if self.config.on_bad_sample == "skip":
+                return located
+            raise located from error
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides the order of samples."""
+        identity: dict[str, Any] = {"data.seed": self.config.seed}
+        for dataset in self.datasets:
+            name = dataset.source.name
+            identity[f"{name}.file"] = dataset.digest[:16]
+            identity[f"{name}.records"] = f"{len(dataset.records)} ({dataset.usable_digest()[:16]})"
+            identity[f"{name}.weight"] = dataset.source.weight
+            identity[f"{name}.language"] = dataset.source.language
+        identity["data.language_weights"] = dict(sorted(self.config.language_weights.items()))
+        identity["data.names"] = [dataset.source.name for dataset in self.datasets]
+        return identity
+
+
+def _check_capacity(capacity: int, longest: int) -> int:
+    if capacity < longest:
+        raise ConfigError(
+            f"data.max_tokens_per_micro_batch must hold the longest sample of {longest} rows, got {capacity}; "
+            "raise it, or lower max_seq_len"
+        )
+    return capacity
+
+
+def _groups(datasets: Sequence[RecordDataset], language_weights: dict[str, float]) -> list[Group]:
+    """Samples by data set and language, numbered through all data sets."""
+    groups = []
+    known: set[str] = set()
+    start = 0
+    for dataset in datasets:
+        languages = np.array([record.language for record in dataset.records])
+        for language in sorted(set(languages.tolist())):
+            weight = dataset.source.weight * language_weights.get(language, 1.0)
+            groups.append(Group(start + np.flatnonzero(languages == language), weight))
+            known.add(language)
+        start += len(languages)
+    if unknown := sorted(set(language_weights) - known):
+        raise ConfigError(f"data.language_weights names {unknown[0]!r}; the data have the languages {sorted(known)}")
+    return groups

@@ -1,0 +1,128 @@
+"""ParrotProcessor: tokenizer, conversation format and image preprocessing of one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from parrot_sys.data.images import ImageProcessor, ImageSource
+from parrot_sys.data.templates import Segment, render_conversation
+from parrot_sys.data.tokenization import encode_conversations, load_tokenizer
+from parrot_sys.errors import CheckpointError
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
+_KNOWN_TOWERS = {  # hub ids that checkpoints name; sizes: the public preprocessor_config.json of each
+    "clip-vit-large-patch14-336": ("clip", 336),
+    "clip-vit-large-patch14": ("clip", 224),
+    "siglip-so400m-patch14-384": ("siglip", 384),
+}
+
+
+class ParrotProcessor:
+    """Turns conversations into ids and labels, and images into pixel values, exactly as the released code does."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> ParrotProcessor:
+        """Reads a checkpoint in the released Parrot layout, or what `save_pretrained` wrote.
+
+        The tokenizer lies in `path`; preprocessor_config.json in `path`, in the directory that `mm_vision_tower` of
+        config.json names relative to `path`, or in `path`/vision_tower. The published models' towers need no file.
+
+        Raises:
+            CheckpointError: one of them is missing or unreadable.
+            ConfigError: the preprocessing is of a kind that is not supported.
+        """
+        directory = Path(path)
+        return cls(load_tokenizer(directory), _load_image_processor(directory))
+
+    @classmethod
+    def for_tower(cls, tokenizer_path: str | Path, tower: str, image_size: int) -> ParrotProcessor:
+        """For a model that is no checkpoint yet: `tower` and `image_size` are `vision.type` and `vision.image_size`."""
+        return cls(load_tokenizer(tokenizer_path), ImageProcessor.for_tower(tower, image_size))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(path)
+        text = json.dumps(self.image_processor.to_dict(), indent=2) + "\n"
+        (Path(path) / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
+
+    def format_conversation(
+        self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    ) -> dict[str, Any]:
+        """Text, ids and labels of one conversation in ChatML.
+
+        Args:
+            turns: `{"from": "system" | "human" | "gpt", "value": text}`, one `<image>` in a text for each image.
+            add_generation_prompt: end with an opened answer, for generation.
+
+        Returns:
+            `prompt` (str), `input_ids` and `labels` (lists of int of the same length, not shifted): -200 stands for an
+            image in the ids; labels are -100 except in answers.
+
+        Raises:
+            DataError: no turns, or an unknown `from`.
+        """
+        segments = render_conversation(turns, add_generation_prompt=add_generation_prompt)
+        (input_ids, labels) = self.encode([segments])[0]
+        prompt = "".join(segment.text for segment in segments)
+        return {"prompt": prompt, "input_ids": input_ids.tolist(), "labels": labels.tolist()}
+
+    def encode(
+        self, conversations: Sequence[Sequence[Segment]]
+    ) -> list[tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]]:
+        """(input_ids, labels), int64 [n] each, of rendered conversations; one call for many is faster."""
+        return encode_conversations(self.tokenizer, conversations)
+
+    def images(self, images: Iterable[ImageSource]) -> Tensor:
+        """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
+
+        Args:
+            images: Pillow images, file names, or bytes of image files.
+
+        Raises:
+            DataError: an image is missing or cannot be read.
+        """
+        arrays = [self.image_processor(image) for image in images]
+        shape = (len(arrays), 3, self.image_processor.height, self.image_processor.width)
+        return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(shape)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _load_image_processor(directory: Path) -> ImageProcessor:
+    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    aspect_ratio = config.get("image_aspect_ratio")
+    tower = config.get("mm_vision_tower") or _TOWER_FOLDER
+    candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
+    for candidate in candidates:
+        if (candidate / PREPROCESSOR_FILE).is_file():
+            values = _read_json(candidate / PREPROCESSOR_FILE)
+            return ImageProcessor.from_dict(values, image_aspect_ratio=values.get("image_aspect_ratio", aspect_ratio))
+    if (known := _KNOWN_TOWERS.get(Path(tower).name)) is not None:
+        values = ImageProcessor.for_tower(*known).to_dict()
+        return ImageProcessor.from_dict(values, image_aspect_ratio=aspect_ratio)
+    places = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+    raise CheckpointError(
+        f"{PREPROCESSOR_FILE} of the vision tower {tower!r} is in none of {places}; copy it into one of them"
+    )

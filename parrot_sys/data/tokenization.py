@@ -1,0 +1,82 @@
+"""Token ids and labels of conversations, piece by piece as the released Parrot code tokenises them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from parrot_sys.data.constants import IGNORE_ID, IM_END, IM_START, IMAGE_TOKEN, IMAGE_TOKEN_ID, PAD_TOKEN
+from parrot_sys.data.templates import ANSWER_HEADER, Segment
+from parrot_sys.errors import CheckpointError
+
+IntArray = npt.NDArray[np.int64]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The Hugging Face tokenizer in a directory, with ChatML's special tokens checked. Uses no network.
+
+    Raises:
+        CheckpointError: no tokenizer there, or it lacks one of the special tokens.
+    """
+    if not Path(path).is_dir():
+        raise CheckpointError(f"tokenizer: {path} must be a directory with tokenizer.json or vocab.json and merges.txt")
+    try:
+        # An empty config keeps transformers from warning that it does not know model_type parrot_qwen2.
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, config=PreTrainedConfig())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"tokenizer: {path} holds none that can be read: {error}") from error
+    for token in (IM_START, IM_END, PAD_TOKEN):
+        if (got := encode_texts(tokenizer, [token])[0]) != [tokenizer.convert_tokens_to_ids(token)]:
+            raise CheckpointError(f"tokenizer: {path} must have the special token {token}, got {len(got)} ids for it")
+    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.eos_token = IM_END
+    return tokenizer
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text; special tokens that stand in the text are recognised, none are added."""
+    if not texts:
+        return []
+    encoded: Any = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Segment]]
+) -> list[tuple[IntArray, IntArray]]:
+    """(input_ids, labels) of each conversation, int64 [n] both and not shifted.
+
+    Each segment is tokenised on its own, and each stretch between image markers on its own. An image is IMAGE_TOKEN_ID.
+    The label of a row is its id in an answer, behind as many ids as the answer header has, and IGNORE_ID elsewhere.
+    """
+    chunks = [segment.text.split(IMAGE_TOKEN) for conversation in conversations for segment in conversation]
+    encoded = iter(encode_texts(tokenizer, [ANSWER_HEADER, *(text for texts in chunks for text in texts)]))
+    header_length = len(next(encoded))
+    pieces = iter(chunks)
+    result = []
+    for conversation in conversations:
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in conversation:
+            own = [*next(encoded)]
+            for _ in range(len(next(pieces)) - 1):
+                own += [IMAGE_TOKEN_ID, *next(encoded)]
+            ids += own
+            header = min(header_length, len(own)) if segment.bears_loss else len(own)
+            labels += [IGNORE_ID] * header
+            labels += [IGNORE_ID if i == IMAGE_TOKEN_ID else i for i in own[header:]]
+        result.append((np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)))
+    return result
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    backend: Any = tokenizer
+    return hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()

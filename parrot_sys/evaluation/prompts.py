@@ -1,0 +1,59 @@
+"""Prompts and answer clean-up of the Parrot wrapper in the public evaluation kit (VLMEvalKit, vlmeval/vlm/parrot.py)."""
+
+from __future__ import annotations
+
+import re
+import string
+
+from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER, build_mcq_prompt
+from parrot_sys.evaluation.tsv import Question
+
+_CJK = re.compile("[\u4e00-\u9fff]")
+_AROUND = string.punctuation + string.whitespace
+
+
+def question_prompt(question: Question, language: str) -> str:
+    """User turn of one question: image marker, newline, then hint, question, options and the instruction in `language`.
+
+    A Chinese character anywhere makes the instruction Chinese whatever the language, as in the wrapper.
+    """
+    shown = [question.hint or "", question.question, *question.options.values()]
+    if _CJK.search("".join(shown)):
+        language = "zh"
+    return f"{IMAGE_TOKEN}\n{build_mcq_prompt(question.question, question.options, language, question.hint)}"
+
+
+def clean_answer(response: str, prompt: str) -> str:
+    """What the wrapper hands to the kit: for English prompts a letter at either end of the answer stands for the whole answer.
+
+    Only the English instruction triggers this in the wrapper, so other languages are scored on their full answers.
+    """
+    answer = response.strip()
+    if not prompt.endswith(ANSWER_WITH_LETTER["en"]):
+        return answer
+    while True:
+        answer = answer.strip(_AROUND)
+        if len(answer) < 2:
+            return answer
+        if answer[0] in string.ascii_uppercase and answer[1] in _AROUND:
+            return answer[0]
+        if answer[-1] in string.ascii_uppercase and answer[-2] in _AROUND:
+            return answer[-1]
+        if not re.search("answer is|answer:", answer.lower()):
+            return answer
+        answer = _after_first(answer, ("answer is", "answer:"))
+        answer = _after_first(answer, ("option",))
+
+
+def _after_first(answer: str, prefixes: tuple[str, ...]) -> str:
+    for prefix in prefixes:
+        position = answer.lower().find(prefix)
+        if position >= 0:
+            return answer[position + len(prefix) :]
+    return answer
+
+
+def other_language(language: str) -> str:
+    """The language whose prompt guides the routing in the `other-language` run: the next of the six."""
+    return LANGUAGES[(LANGUAGES.index(language) + 1) % len(LANGUAGES)]

@@ -1,0 +1,221 @@
+"""Runs a model over tables: batches, resuming, option extraction, scores and files.
+
+Everything about the model stands behind `Predictor`, so that this module needs neither torch nor Megatron.
+Layout below the output folder: SUITE/ROUTING/MODEL_DATASET.{jsonl,xlsx,tsv} and SUITE/ROUTING/MODEL_DATASET.scores.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
+
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.extraction import Rules, extract_option
+from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
+from parrot_sys.evaluation.scoring import score_table
+from parrot_sys.evaluation.store import PredictionStore, write_kit_tables
+from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_table
+
+logger = logging.getLogger(__name__)
+
+Routing = Literal["model", "off", "other-language"]
+Mode = Literal["generate", "likelihood"]
+SCORES_SUFFIX = ".scores.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One question for the model."""
+
+    table: QuestionSet
+    question: Question
+    prompt: str
+    """User turn, with its image marker."""
+    guidance_prompt: str | None = None
+    """The same question in another language: its text decides the route (`other-language` only)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """The model's answer to one question."""
+
+    response: str
+    experts: list[float] = field(default_factory=list)
+    """Routing weight of each expert; empty for a model without experts."""
+    option_scores: dict[str, float] = field(default_factory=dict)
+    """Letter -> log-likelihood (`likelihood` only)."""
+
+
+class Predictor(Protocol):
+    """A model that answers questions. `settings` holds plain values that decide the answers."""
+
+    settings: Mapping[str, Any]
+    has_experts: bool
+
+    def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
+        """One prediction per item."""
+        ...
+
+    def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
+        """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
+        ...
+
+
+def load_tables(paths: Sequence[str | Path], languages: Sequence[str], limit: int | None) -> list[QuestionSet]:
+    """Tables of the wanted languages (all when none is named), each cut to `limit` questions.
+
+    Raises:
+        DataError: no table has a wanted language, or two tables are the same benchmark in the same language.
+    """
+    tables = [read_table(path) for path in find_tables(paths)]
+    if missing := sorted(set(languages) - {table.language for table in tables}):
+        held = ", ".join(sorted({table.language for table in tables}))
+        raise DataError(f"no table for language {missing[0]!r}; the given data has {held}")
+    tables = [table for table in tables if not languages or table.language in languages]
+    seen: dict[tuple[str, str], Path] = {}
+    for table in tables:
+        key = (table.suite, table.language)
+        if key in seen:
+            raise DataError(f"{table.path} and {seen[key]} are both {table.suite} in {table.language}; evaluate them apart")
+        seen[key] = table.path
+    return [table.limited(limit) if limit else table for table in tables]
+
+
+def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, QuestionSet]) -> list[Item]:
+    """Items of a table, with the guiding prompts that `routing` needs.
+
+    Args:
+        table: the questions.
+        routing: only `other-language` needs more than the table itself.
+        translations: language -> the same benchmark in that language.
+
+    Raises:
+        DataError: the other language's table or one of its rows is missing.
+    """
+    guidance: dict[int, str] = {}
+    if routing == "other-language":
+        language, other = _translation(table, translations)
+        guidance = {question.index: question_prompt(question, language) for question in other.questions}
+        absent = [question.index for question in table.questions if question.index not in guidance]
+        if absent:
+            raise DataError(f"{other.path} lacks index {absent[0]} of {table.path}; --routing other-language needs the same rows")
+    return [
+        Item(
+            table=table,
+            question=question,
+            prompt=question_prompt(question, table.language),
+            guidance_prompt=guidance.get(question.index),
+        )
+        for question in table.questions
+    ]
+
+
+def _translation(table: QuestionSet, translations: Mapping[str, QuestionSet]) -> tuple[str, QuestionSet]:
+    """The first language after the table's own that has a table."""
+    language = other_language(table.language)
+    while language != table.language:
+        if language in translations:
+            return language, translations[language]
+        language = other_language(language)
+    raise DataError(f"--routing other-language needs {table.suite} in a second language beside {table.path}")
+
+
+def evaluate_table(
+    table: QuestionSet,
+    items: Sequence[Item],
+    predictor: Predictor,
+    *,
+    model_name: str,
+    routing: Routing,
+    rules: Rules,
+    batch_size: int,
+    output: Path,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Answers what is not answered yet, scores the table and writes its files.
+
+    Returns:
+        What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`, `scores`,
+        `experts` (mean routing weight of each expert) and `seconds` of this call.
+    """
+    begin = time.perf_counter()
+    stem = output / table.suite / routing / f"{model_name}_{table.name}"
+    settings = {**predictor.settings, "routing": routing, "table": table.digest}
+    with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
+        todo = [item for item in items if item.question.index not in store.records]
+        if len(todo) < len(items):
+            logger.info("%s, routing %s: %d of %d answers are there", table.name, routing, len(items) - len(todo), len(items))
+        title = f"{table.suite} {table.language} {routing}"
+        with tqdm(total=len(items), initial=len(items) - len(todo), desc=title, unit="question") as bar:
+            for batch in _batches(todo, batch_size):
+                for item, prediction in zip(batch, predictor.predict(batch, routing), strict=True):
+                    store.add(_record(item, prediction))
+                bar.update(len(batch))
+        records = {item.question.index: store.records[item.question.index] for item in items}
+    write_kit_tables(table.path, {index: record["prediction"] for index, record in records.items()}, stem)
+    letters = {
+        question.index: extract_option(records[question.index]["prediction"], question.options, rules)
+        for question in table.questions
+    }
+    result = {
+        "suite": table.suite,
+        "language": table.language,
+        "dataset": table.name,
+        "routing": routing,
+        "rules": rules,
+        "settings": settings,
+        "scores": score_table(table.questions, letters),
+        "experts": mean_experts(list(records.values())),
+        "seconds": time.perf_counter() - begin,
+    }
+    path = stem.parent / f"{stem.name}{SCORES_SUFFIX}"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing) -> float:
+    """Makes sure that the route matters: replacing it must move the logits.
+
+    Returns:
+        The largest change of a logit over `items`.
+
+    Raises:
+        ConfigError: nothing changed, so the experts are bypassed.
+    """
+    change = predictor.logit_change(items, routing)
+    if change == 0:
+        table = items[0].table
+        raise ConfigError(
+            f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are bypassed. "
+            "Wanted: experts whose output depends on the route; got max |change| = 0. Check that the checkpoint was trained "
+            "with use_moe and that its experts are not all zero"
+        )
+    return change
+
+
+def mean_experts(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean routing weight of each expert over `records`; empty without experts."""
+    rows = [record["experts"] for record in records if record["experts"]]
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else []
+
+
+def _record(item: Item, prediction: Prediction) -> dict[str, Any]:
+    return {
+        "index": item.question.index,
+        "response": prediction.response,
+        "prediction": clean_answer(prediction.response, item.prompt),
+        "experts": [round(weight, 6) for weight in prediction.experts],
+        **({"option_scores": prediction.option_scores} if prediction.option_scores else {}),
+    }
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,123 @@
+"""Predictions on disk: an append-only JSONL that a killed run continues, and tables that the public kit can score."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.tsv import read_frame
+
+
+class PredictionStore:
+    """Answers of one run over one table, by row index. The first line holds what the run depends on.
+
+    Every answer is written and flushed at once; a line that a kill cut short is dropped on the next start.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """
+        Args:
+            path: the JSONL file; made with its folders.
+            settings: plain values that decide the answers (checkpoint, table, mode, ...).
+            overwrite: start anew when the file holds answers made under other settings.
+
+        Raises:
+            ConfigError: the file was made under other settings and `overwrite` is False.
+            DataError: the file is damaged.
+        """
+        self.path = path
+        self.records: dict[int, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._complete_lines()
+        if lines:
+            held = self._parse(lines[0], 1).get("settings", {})
+            changed = sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key))
+            if changed and not overwrite:
+                differences = ", ".join(f"{key}: {held.get(key)!r} -> {settings.get(key)!r}" for key in changed)
+                raise ConfigError(
+                    f"{path} holds answers made under other settings ({differences}); "
+                    "choose another --output, or pass --overwrite to start anew"
+                )
+            if changed:
+                lines = []
+        if not lines:
+            lines = [json.dumps({"settings": dict(settings)}, ensure_ascii=False)]
+        for number, line in enumerate(lines[1:], 2):
+            record = self._parse(line, number)
+            self.records[int(record["index"])] = record
+        self._rewrite(lines)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Keeps one answer; `record["index"]` names its row."""
+        self.records[int(record["index"])] = dict(record)
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; answers stay readable in `records`."""
+        self._file.close()
+
+    def __enter__(self) -> PredictionStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _complete_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        # not splitlines(): an answer may hold other line separators
+        return text[: text.rfind("\n")].split("\n") if "\n" in text else []
+
+    def _rewrite(self, lines: Sequence[str]) -> None:
+        """The file with only `lines`, so that appending never continues a broken line."""
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def _parse(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file to start anew") from error
+        return dict(record)
+
+
+def write_kit_tables(table_path: Path, predictions: Mapping[int, str], stem: Path) -> list[Path]:
+    """Writes `stem`.xlsx and `stem`.tsv: the columns of the table without its pictures, plus `prediction`.
+
+    The public kit scores a file named `{model}_{dataset}.xlsx` (VLMEvalKit, vlmeval/inference.py). Rows without a prediction
+    (a run limited to some questions) are left out.
+    """
+    frame = read_frame(table_path).drop(columns="image")
+    frame["index"] = [int(float(index)) for index in frame["index"]]
+    frame = frame[frame["index"].isin(predictions)].copy()
+    if "g_index" in frame:
+        frame["g_index"] = pd.to_numeric(frame["g_index"]).astype("Int64")
+    frame["prediction"] = [predictions[index] for index in frame["index"]]
+    frame = frame.replace("", pd.NA)
+    paths = [stem.parent / f"{stem.name}.xlsx", stem.parent / f"{stem.name}.tsv"]
+    _write_spreadsheet(frame, paths[0])
+    frame.to_csv(paths[1], sep="\t", index=False)
+    return paths
+
+
+def _write_spreadsheet(frame: pd.DataFrame, path: Path) -> None:
+    """xlsx with every text as text: an answer may start with "=" or hold control characters, which the format forbids."""
+    clean = frame.map(lambda cell: ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell)
+    with pd.ExcelWriter(path, engine="openpyxl") as writer:
+        clean.to_excel(writer, index=False)
+        for row in writer.book.active.iter_rows():
+            for cell in row:
+                if cell.data_type == "f":
+                    cell.data_type = "s"

@@ -1,0 +1,81 @@
+"""Padded ids with image markers, as the released code takes them, to packed batches and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.packing import Sample
+from parrot_sys.errors import DataError
+
+Images = Tensor | Sequence[Tensor] | None
+
+
+def split_batch(
+    input_ids: Tensor, attention_mask: Tensor | None = None, images: Images = None, labels: Tensor | None = None
+) -> list[Sample]:
+    """The samples of a padded batch.
+
+    Args:
+        input_ids: int64 [B, N], -200 once for each image.
+        attention_mask: [B, N], 0 where a row is padding (left or right); None: nothing is padding.
+        images: float [n, 3, h, w], or a list of [3, h, w] and [k, 3, h, w]. As many as there are markers: taken in their
+            order. Else one for each sample, of which those of samples without a marker are left out (the released code
+            gives a text-only sample a dummy image).
+        labels: int64 [B, N], -100 where a row bears no loss.
+
+    Raises:
+        DataError: shapes, mask or images do not fit the ids.
+    """
+    if input_ids.dim() != 2:
+        raise DataError(f"input_ids must be [B, N], got {list(input_ids.shape)}")
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise DataError(f"{name} must be {list(input_ids.shape)} like input_ids, got {list(tensor.shape)}")
+    ids = input_ids.detach().cpu()
+    kept = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    targets = None if labels is None else labels.detach().cpu()
+    samples = [row[mask] for row, mask in zip(ids, kept, strict=True)]
+    if empty := [index for index, sample in enumerate(samples) if not sample.numel()]:
+        raise DataError(f"attention_mask must leave at least one row in each sample, got none in samples {empty}")
+    markers = [int((sample == IMAGE_TOKEN_ID).sum()) for sample in samples]
+    pixels = _assign_images(markers, images)
+    return [
+        Sample(
+            input_ids=sample,
+            labels=None if targets is None else targets[index][kept[index]],
+            pixel_values=pixels[index],
+        )
+        for index, sample in enumerate(samples)
+    ]
+
+
+def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:
+    """The images of each sample, [k, 3, h, w] or None."""
+    if images is None:
+        pixels = torch.empty(0, 3, 0, 0)
+    elif isinstance(images, Tensor):
+        pixels = images if images.dim() == 4 else images.unsqueeze(0)
+    else:
+        pixels = torch.cat([image if image.dim() == 4 else image.unsqueeze(0) for image in images]) if images else torch.empty(0, 3, 0, 0)
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise DataError(f"images must be [n, 3, h, w], got {list(pixels.shape)}")
+    count = pixels.shape[0]
+    if count == sum(markers):
+        parts = pixels.split(markers)
+    elif count == len(markers) and max(markers) <= 1:
+        parts = tuple(pixels[index : index + number] for index, number in enumerate(markers))
+    else:
+        raise DataError(
+            f"images must be as many as the {sum(markers)} image markers (-200) in input_ids, or one for each of the {len(markers)} "
+            f"samples with at most one marker; got {count} for samples with {markers} markers"
+        )
+    return [part if part.shape[0] else None for part in parts]
+
+
+def pad_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed rows [T, ...] of samples with these lengths -> [B, longest, ...], right-padded with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows.split(list(lengths))), batch_first=True)

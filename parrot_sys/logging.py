@@ -1,0 +1,47 @@
+"""Log set-up that knows ranks: one line per message instead of one per process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, TextIO
+
+from tqdm import tqdm
+
+from parrot_sys import platform
+
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: TextIO | None = None) -> None:
+    """Sets up the logger `parrot_sys` (and with it every `logging.getLogger(__name__)` of the package).
+
+    Rank 0 logs from `level` on; other ranks only warnings and errors, marked with their rank. Calling it again replaces
+    the earlier set-up.
+
+    Args:
+        level: the lowest level that is shown.
+        all_ranks: every rank logs from `level` on.
+        stream: where to write; stderr when not given.
+    """
+    launch = platform.launch()
+    quiet = launch.rank > 0 and not all_ranks
+    handler = _ProgressHandler(stream or sys.stderr)
+    rank = f"[rank {launch.rank}] " if launch.world_size > 1 and (launch.rank > 0 or all_ranks) else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setLevel(max(logging.WARNING, logging.getLevelName(level)) if quiet else level)
+    logger = logging.getLogger("parrot_sys")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class _ProgressHandler(logging.StreamHandler[TextIO]):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:  # the contract of logging.Handler: a broken stream must not end the program
+            self.handleError(record)

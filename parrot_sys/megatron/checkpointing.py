@@ -1,0 +1,162 @@
+"""Model, optimizer and random state in Megatron's distributed checkpoint format (`torch_dist`), saved and loaded on any layout."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.parrot_model import ParrotModel
+
+_MODEL = "model"
+_OPTIMIZER = "optimizer"
+_RANDOM = "random"
+_COMMON = "common"
+
+
+def save_distributed(
+    folder: str | Path, model: ParrotModel, optimizer: MegatronOptimizer | None, common: dict[str, Any]
+) -> None:
+    """Writes one checkpoint into the existing, empty `folder`; every rank calls it with the same `common`.
+
+    Args:
+        folder: seen by every rank.
+        model: without its data-parallel wrapper.
+        optimizer: saved with its state when given.
+        common: numbers, strings, lists and dicts that are the same on all ranks.
+    """
+    state = _sharded_model(model)
+    if optimizer is not None:
+        state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
+        state[_RANDOM] = _sharded_random()
+    state[_COMMON] = common
+    dist_checkpointing.save(state, str(folder))
+
+
+def load_model_weights(folder: str | Path, model: ParrotModel) -> dict[str, Any]:
+    """Loads the weights of a checkpoint into `model` and returns its `common`.
+
+    Raises:
+        CheckpointError: names the keys that are missing or have another shape.
+    """
+    state = _sharded_model(model)
+    _check_tensors(folder, state[_MODEL])
+    loaded = dist_checkpointing.load(state, str(folder))
+    model.load_state_dict(loaded[_MODEL])
+    return loaded[_COMMON]
+
+
+def load_training_state(folder: str | Path, model: ParrotModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Loads weights, optimizer and, on as many ranks as saved them, the random state; returns `common`.
+
+    Raises:
+        CheckpointError: the checkpoint was made with other shapes or other trainable parts.
+    """
+    state = _sharded_model(model)
+    _check_tensors(folder, state[_MODEL])
+    state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], is_loading=True, metadata=_metadata())
+    _check_tensors(folder, state[_OPTIMIZER], hint="; resume with the trainable parts it was saved with")
+    if same_ranks := read_common(folder)["world_size"] == dist.get_world_size():
+        state[_RANDOM] = _sharded_random()
+    loaded = dist_checkpointing.load(state, str(folder))
+    model.load_state_dict(loaded[_MODEL])
+    # The state is copied into leaves that require gradients.
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded[_OPTIMIZER])
+    if same_ranks:
+        _set_random_state(loaded[_RANDOM])
+    return loaded[_COMMON]
+
+
+def read_common(folder: str | Path) -> dict[str, Any]:
+    """The `common` part of a checkpoint, without its tensors."""
+    return dist_checkpointing.load_common_state_dict(str(folder))[_COMMON]
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether `folder` holds a checkpoint that was written to its end (Megatron writes `metadata.json` last)."""
+    return all((Path(folder) / name).is_file() for name in ("metadata.json", "common.pt", ".metadata"))
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_model(model: ParrotModel) -> dict[str, Any]:
+    return {_MODEL: model.sharded_state_dict(metadata=_metadata())}
+
+
+def _sharded_random() -> ShardedObject:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return ShardedObject("random_state", _random_state(), (world_size,), (rank,), replica_id=0)
+
+
+def _random_state() -> dict[str, Any]:
+    """Every generator's state in tensors and plain values, which load without unpickling code."""
+    version, values, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": (version, torch.tensor(values), gauss),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "megatron": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values.tolist()), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
+    """Compares names and shapes before Megatron does, whose messages do not list them."""
+    if not is_complete(folder):
+        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json, common.pt or .metadata is missing")
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    missing, other_shape = set(), set()
+    for tensor in _sharded_tensors(wanted):
+        if tensor.key not in saved:
+            missing.add(tensor.key)
+        elif tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
+            shapes = f"{tuple(saved[tensor.key].global_shape)}, the model wants {tuple(tensor.global_shape)}"
+            other_shape.add(f"{tensor.key} has {shapes}")
+    if missing or other_shape:
+        lists = "; ".join(
+            f"{title}: {', '.join(sorted(keys))}"
+            for title, keys in (("missing", missing), ("other shape", other_shape))
+            if keys
+        )
+        raise CheckpointError(f"{folder} does not fit the model: {lists}{hint}")
+
+
+def _sharded_tensors(state: Any) -> list[ShardedTensor]:
+    if isinstance(state, ShardedTensorFactory):
+        return _sharded_tensors(state.build())
+    if isinstance(state, ShardedTensor):
+        return [state]
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in _sharded_tensors(value)]
+    if isinstance(state, list | tuple):
+        return [tensor for value in state for tensor in _sharded_tensors(value)]
+    return []

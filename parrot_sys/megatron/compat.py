@@ -1,0 +1,69 @@
+"""The one place that knows how Megatron-Core 0.16.1 to 0.19.x differ and which of their lines need help on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def _identity(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _adapt_jit(module: ModuleType) -> None:
+    # torch.compile would start a C++ compiler in the middle of the first training step.
+    module.jit_fuser = _identity
+
+
+def _adapt_random(module: ModuleType) -> None:
+    # The module binds private functions of torch.cuda by name, which the stand-ins cannot reach.
+    module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _adapt_moe_utils(module: ModuleType) -> None:
+    # 0.16.1 uses the name without Transformer Engine, where it does not exist.
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
+
+
+def _adapt_token_dispatcher(module: ModuleType) -> None:
+    # The original turns only CUDA tensors into NumPy arrays; the split sizes of gloo must be integers as well.
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _adapt_inference_communication(module: ModuleType) -> None:
+    module._is_cuda = lambda tensor: None
+
+
+_CPU_ADAPTERS: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.jit": _adapt_jit,
+    "megatron.core.tensor_parallel.random": _adapt_random,
+    "megatron.core.transformer.moe.moe_utils": _adapt_moe_utils,
+    "megatron.core.transformer.moe.token_dispatcher": _adapt_token_dispatcher,
+    "megatron.core.inference.communication_utils": _adapt_inference_communication,
+}
+
+
+def adapt_for_cpu(module: ModuleType) -> None:
+    """What single modules of Megatron-Core need beyond redirected CUDA calls; called by `cpu_layer` after their import."""
+    if adapter := _CPU_ADAPTERS.get(module.__name__):
+        adapter(module)
+
+
+def mlp_submodule(submodules: Any) -> Any:
+    """The dense MLP as a submodule of `TransformerLayer`: a ModuleSpec up to 0.16, a builder since then."""
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if hasattr(MLP, "as_mlp_submodule"):
+        import functools
+
+        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)

@@ -1,0 +1,124 @@
+"""The one translation from our configurations to Megatron-Core's `TransformerConfig`: every field that we set stands here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.llm import LLMConfig
+
+Recompute = Literal["none", "full"]
+
+
+def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_weights: bool) -> dict[str, Any]:
+    """The fields that hold for any transformer of ours: layout, precision, initialisation and what is switched off.
+
+    Weights are initialised on the host, so that they do not depend on the layout; kernels that need apex or Transformer
+    Engine are off (we bring norm and attention by ModuleSpec).
+    """
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Packed micro-batches differ in their number of rows.
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Batched point-to-point calls give wrong gradients in the interleaved schedule on gloo.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu_initialization": True,
+        "perform_initialization": initialize_weights,
+        "attention_backend": AttnBackend.auto,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+    }
+
+
+def recompute_fields(recompute: Recompute, num_layers: int = 1) -> dict[str, Any]:
+    """`full`: keep only the input of every `num_layers` layers and compute the rest again in the backward pass."""
+    if recompute == "none":
+        return {}
+    if recompute != "full":
+        raise ConfigError(f"recompute must be 'none' or 'full', got {recompute!r}")
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": num_layers}
+
+
+def to_transformer_config(
+    llm: LLMConfig,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recompute: Recompute = "none",
+    initialize_weights: bool = True,
+) -> TransformerConfig:
+    """Configuration of the decoder (the Qwen2 block).
+
+    Args:
+        llm: sizes and constants of the decoder.
+        parallel: layout.
+        dtype: of parameters and activations.
+        recompute: see `recompute_fields`.
+        initialize_weights: False leaves the weights uninitialised (they are loaded afterwards, or the device is meta).
+
+    Raises:
+        ConfigError: if the decoder cannot be cut as `parallel` asks.
+    """
+    _check_divisible(llm, parallel)
+    return TransformerConfig(
+        **common_fields(parallel, dtype, initialize_weights=initialize_weights),
+        **recompute_fields(recompute),
+        num_layers=llm.num_layers,
+        hidden_size=llm.hidden_size,
+        num_attention_heads=llm.num_attention_heads,
+        num_query_groups=llm.num_query_groups,
+        kv_channels=llm.kv_channels,
+        ffn_hidden_size=llm.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=llm.norm_eps,
+        add_qkv_bias=llm.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        init_method_std=0.02,
+    )
+
+
+def _check_divisible(llm: LLMConfig, parallel: ParallelConfig) -> None:
+    tensor = parallel.tensor_model_parallel_size
+    sizes = {"num_attention_heads": llm.num_attention_heads, "ffn_hidden_size": llm.ffn_hidden_size, "vocab_size": llm.vocab_size}
+    for name, size in sizes.items():
+        if size % tensor:
+            raise ConfigError(
+                f"llm.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: {_nearest(size, tensor)}"
+            )
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if llm.num_layers % stages:
+        raise ConfigError(
+            f"llm.num_layers must be a multiple of the {stages} pipeline stages (pipeline x virtual), got {llm.num_layers}: "
+            f"{_nearest(llm.num_layers, stages)}"
+        )
+
+
+def _nearest(size: int, parts: int) -> str:
+    """The number of parts closest to `parts` that divides `size`."""
+    fits = min((p for p in range(1, size + 1) if size % p == 0), key=lambda p: (abs(p - parts), p))
+    return f"the nearest size that fits is {fits}"

@@ -1,0 +1,183 @@
+"""Core attention by ModuleSpec: packed samples, grouped-query heads, rotary positions and a KV cache, on CPU and GPU.
+
+Megatron's own needs Transformer Engine for packed samples, and its rotary embedding for them loops over samples in Python.
+Ours takes the rotation of each row from the context, computed once for all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.packed_attention import (
+    SegmentPlan,
+    dense_attention,
+    plan_segments,
+    planned_attention,
+    supports_varlen,
+    varlen_attention,
+)
+
+
+@dataclass(kw_only=True)
+class AttentionContext(PackedSeqParams):
+    """What every attention layer needs to know about a packed micro-batch; Megatron passes it down as `packed_seq_params`.
+
+    `qkv_format` stays unset: Megatron then keeps the pack as [T, 1, n, d] and leaves the rotation to us.
+    """
+
+    cu_seqlens: Tensor  # [S + 1] int32
+    max_seqlen: int
+    plan: SegmentPlan | None  # None where the variable-length kernel runs
+    cos: Tensor | None = None  # [T, 1, d / 2]; None without rotary positions
+    sin: Tensor | None = None
+    cache: KVCache | None = None
+    cache_samples: Tensor | None = None  # [T] int64, request of each row
+    cache_positions: Tensor | None = None  # [T] int64, place of each row in its request
+
+
+def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each row's rotation (RoPE, arXiv 2104.09864), computed in float32.
+
+    Args:
+        position_ids: int64 [T].
+        width: d, width of a head.
+        base: wave lengths are 2 pi base^(2 i / d).
+        dtype: of the result.
+
+    Returns:
+        Two tensors [T, 1, d / 2].
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
+    angles = position_ids.to(torch.float32)[:, None, None] * (1.0 / base**exponents)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of each head: rows [T, heads, d]; cos, sin [T, 1, d / 2]."""
+    first, second = rows.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def make_context(
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    dtype: torch.dtype,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    cache: KVCache | None = None,
+) -> AttentionContext:
+    """Everything about a micro-batch that its attention layers share, computed once.
+
+    Args:
+        cu_seqlens: int32 [S + 1].
+        max_seqlen: longest sample.
+        dtype: of queries, keys and values.
+        rotary: from `rotary_cos_sin`.
+        cache: keys and values of earlier rows.
+    """
+    varlen = supports_varlen(torch.empty(0, dtype=dtype, device=cu_seqlens.device))
+    decoding = cache is not None and cache.max_length > 0
+    context = AttentionContext(
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        plan=None if varlen or decoding else plan_segments(cu_seqlens),
+        cache=cache,
+    )
+    if rotary is not None:
+        context.cos, context.sin = rotary
+    if cache is not None:
+        starts = cu_seqlens[:-1].long()
+        lengths = cu_seqlens.diff().long()
+        samples = torch.arange(lengths.numel(), device=cu_seqlens.device)
+        num_rows = context.cos.shape[0] if context.cos is not None else None
+        context.cache_samples = samples.repeat_interleave(lengths, output_size=num_rows)
+        offsets = torch.arange(context.cache_samples.numel(), device=cu_seqlens.device) - starts[context.cache_samples]
+        context.cache_positions = cache.lengths[context.cache_samples] + offsets
+    return context
+
+
+class CoreAttention(nn.Module):
+    """softmax(scale Q K^T + mask) V for packed samples (`AttentionContext`) or for a dense batch (no context)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ConfigError(
+                f"parallel.context_parallel_size must be 1 with this core attention, got {config.context_parallel_size}"
+            )
+        if (config.attention_dropout if attention_dropout is None else attention_dropout) > 0:
+            raise ConfigError("attention dropout is not supported: set it to 0")
+        self.layer_number = layer_number
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: AttentionContext | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            query: [s, b, n, d]; key, value: [s, b, g, d]. With a context b = 1 and s = T.
+            attention_mask, attention_bias: must be None; the mask follows from `attn_mask_type` of the constructor.
+            packed_seq_params: context of a packed micro-batch.
+
+        Returns:
+            [s, b, n * d].
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ConfigError("CoreAttention takes no attention_mask and no attention_bias")
+        context = packed_seq_params
+        if context is None:
+            batch_first = (rows.transpose(0, 1) for rows in (query, key, value))
+            output = dense_attention(*batch_first, scale=self.scale, causal=self.causal).transpose(0, 1)
+            return output.flatten(2)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if context.cos is not None:
+            query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        return self._packed(query, key, value, context).flatten(1).unsqueeze(1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        cache = context.cache
+        if cache is not None:
+            keys, values = cache.append(self.layer_number, key, value, context.cache_samples, context.cache_positions)
+            if cache.max_length > 0:
+                longest = cache.max_length + 1
+                seen = torch.arange(longest, device=query.device) <= context.cache_positions[:, None]
+                return dense_attention(
+                    query.unsqueeze(1),
+                    keys[:, :longest],
+                    values[:, :longest],
+                    scale=self.scale,
+                    causal=False,
+                    mask=seen[:, None, None, :],
+                ).squeeze(1)
+        if context.plan is None:
+            return varlen_attention(
+                query, key, value, context.cu_seqlens, context.max_seqlen, scale=self.scale, causal=self.causal
+            )
+        return planned_attention(query, key, value, context.plan, scale=self.scale, causal=self.causal)

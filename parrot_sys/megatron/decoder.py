@@ -1,0 +1,212 @@
+"""The Qwen2 decoder on Megatron-Core's `GPTModel`: packed rows in, per-label losses or logits of chosen rows out."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from parrot_sys.megatron.compat import mlp_submodule
+from parrot_sys.megatron.core_attention import CoreAttention, make_context, rotary_cos_sin
+from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.norms import Norm
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
+
+
+def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
+    """A pre-norm transformer layer with our norm and core attention; sizes, biases and activation come from the config."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp_submodule(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class OutputHead(ColumnParallelLinear):
+    """The LM head: losses of label rows without their logits, or logits of chosen rows.
+
+    `GPTModel` builds its output layer itself; `Qwen2Decoder` turns it into this class. It stays a module that is *called*,
+    because overlapped parameter gathering hangs on the forward hooks of the module that owns the weight.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            hidden: [L, H], all rows on each tensor-parallel rank.
+            targets: int64 [L] for losses, None for logits.
+            weight: [vocabulary of this rank, H] when it is shared with the embedding.
+
+        Returns:
+            Losses, float32 [L], or logits [L, vocabulary].
+        """
+        weight = self.weight if weight is None else weight
+        if targets is None:
+            return gather_from_tensor_model_parallel_region(F.linear(hidden, weight), group=self.tp_group)
+        if self.tp_group.size() == 1:
+            return linear_cross_entropy(hidden, weight, targets)
+        start = self.tp_group.rank() * weight.shape[0]
+        return self._combine(*linear_cross_entropy_parts(hidden, weight, targets, vocab_start=start))
+
+    def _combine(self, lse: Tensor, target_logits: Tensor) -> Tensor:
+        """Losses from what each tensor-parallel rank knows about its part of the vocabulary."""
+        largest = lse.detach().clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.tp_group)
+        # The reduction works in place, which must not reach what the backward pass of exp has kept.
+        parts = torch.stack(((lse - largest).exp(), target_logits))
+        total, target_logit = reduce_from_tensor_model_parallel_region(parts, group=self.tp_group)
+        return total.log() + largest - target_logit
+
+
+class Qwen2Decoder(GPTModel):
+    """QKV bias, RMSNorm, SwiGLU, RoPE, grouped-query attention (Qwen2, arXiv 2407.10671) over packed samples.
+
+    `embed` looks word embeddings up; `forward` takes them with the visual rows already in place.
+    """
+
+    def __init__(
+        self,
+        llm: LLMConfig,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec() for _ in range(layers)], layer_norm=Norm
+            ),
+            vocab_size=llm.vocab_size,
+            max_sequence_length=llm.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=llm.tie_word_embeddings,
+            # Our core attention rotates; the embedding is cut along the rows only after images are in place.
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        self.rope_base = llm.rope_base
+        if post_process:
+            self.output_layer.__class__ = OutputHead
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings: int64 [T] -> [T, H]. Rows with a negative id (images) get those of id 0, to be replaced."""
+        ids = input_ids.clamp(min=0).unsqueeze(0)
+        return self.embedding(input_ids=ids, position_ids=None).squeeze(1)
+
+    def forward(
+        self,
+        embeddings: Tensor | None,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        label_rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        logits_rows: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Losses of the label rows, or logits when there are no targets.
+
+        Args:
+            embeddings: [T, H] on the first pipeline stage, None on the others.
+            position_ids: int64 [T].
+            cu_seqlens: int32 [S + 1].
+            max_seqlen: longest sample.
+            label_rows: int64 [L], rows whose losses are wanted.
+            targets: int64 [L].
+            logits_rows: int64 rows whose logits are wanted; all rows when None.
+            cache: keys and values of earlier rows; written to and moved on.
+
+        Returns:
+            float32 [L], or logits [rows, vocabulary], or the hidden states [T, 1, H] before the last pipeline stage.
+        """
+        num_rows = position_ids.numel()
+        if padding := self._padding(num_rows):
+            position_ids = F.pad(position_ids, (0, padding))
+            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + padding))
+            max_seqlen = max(max_seqlen, padding)
+        dtype = self.config.params_dtype
+        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
+        context = make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache)
+        hidden = None if embeddings is None else self._to_layers(embeddings, padding)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        if cache is not None:
+            cache.advance(cu_seqlens.diff().long(), max_seqlen)
+        if not self.post_process:
+            return hidden
+        hidden = self._from_layers(hidden)[:num_rows]
+        rows = label_rows if targets is not None else logits_rows
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, targets, weight)
+
+    def _padding(self, num_rows: int) -> int:
+        """Rows to add at the end, as a sample of their own.
+
+        Sequence parallelism needs as many rows on each rank, and Megatron's layers at least one: an empty micro-batch still
+        runs them, so that every parameter gets its (zero) gradient.
+        """
+        unit = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return -num_rows % unit if num_rows else unit
+
+    def _to_layers(self, embeddings: Tensor, padding: int) -> Tensor:
+        hidden = F.pad(embeddings, (0, 0, 0, padding)) if padding else embeddings
+        hidden = hidden.unsqueeze(1)
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        return hidden
+
+    def _from_layers(self, hidden: Tensor) -> Tensor:
+        # Each rank multiplies with its part of the vocabulary, so the gradients of the rows are partial sums: reduced
+        # by the backward pass of either call.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+        return hidden.squeeze(1)

@@ -1,0 +1,128 @@
+"""Write a model as a checkpoint in the released layout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.state_dict import released_tensors
+from parrot_sys.models.hf_checkpoint import TOWER_PREFIX, is_carried
+from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
+from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleasedSource:
+    """The released-layout checkpoint that a model came from: what it holds besides the model's own tensors goes out again."""
+
+    directory: Path
+    hf: dict[str, Any]
+    """Its config.json."""
+    keep_dtypes: bool
+    """Write each tensor in the dtype it had in the checkpoint (no dtype was asked for on loading)."""
+
+
+def export_tensors(model: ParrotModel, source: ReleasedSource | None) -> Iterator[tuple[str, Tensor]]:
+    """(released name, tensor) of everything that an export holds; every tensor-parallel rank must iterate.
+
+    With a source, the set of names is the source's: the tower is inside if it was, and tensors that the model does not use
+    are read from the source again. Without one the tower is inside whenever the model has it.
+    """
+    if source is None:
+        yield from released_tensors(model)
+        return
+    with TensorFiles(source.directory) as files:
+        keys = files.keys()
+        dtypes = {key: files.dtype(key) for key in keys}
+        inside = any(key.startswith(TOWER_PREFIX) for key in keys)
+        for key, tensor in released_tensors(model, with_vision_tower=inside):
+            yield key, tensor.to(dtypes[key]) if source.keep_dtypes and key in dtypes else tensor
+        for key in keys:
+            if is_carried(key, model.parrot):
+                yield key, files.tensor(key)
+
+
+def export_released(
+    model: ParrotModel,
+    directory: str | Path,
+    *,
+    source: ReleasedSource | None = None,
+    save_processor: Callable[[Path], None] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the model as a complete checkpoint: config.json, safetensors, tokenizer and image preprocessing.
+
+    The directory appears only when everything is in it. Every tensor-parallel rank of one replica calls this; the first
+    one writes.
+
+    Args:
+        model: without pipeline parallelism.
+        directory: to be created.
+        source: checkpoint it came from; its other files are copied and its unknown settings kept.
+        save_processor: writes tokenizer and preprocessor_config.json into a directory; not needed with a source.
+        dtype: of the floating-point tensors, as they are when not given.
+        overwrite: replace an existing directory.
+
+    Raises:
+        CheckpointError: the directory exists already.
+    """
+    tensors = export_tensors(model, source)
+    if dtype is not None:
+        tensors = ((key, tensor.to(dtype) if tensor.is_floating_point() else tensor) for key, tensor in tensors)
+    if model.tp_group.rank() > 0:
+        for _ in tensors:  # takes part in gathering the tensors
+            pass
+        return
+    with new_directory(Path(directory), overwrite=overwrite) as target:
+        if source is not None:
+            _copy_files(source.directory, target)
+        if save_processor is not None:
+            save_processor(target)
+        tower = find_tower_directory(source.hf, source.directory) if source else _path(model.parrot.vision.path)
+        inside = model.vision_tower is not None and (source is None or _tower_inside(source))
+        if tower is not None:
+            _copy_files(tower, target / EXPORTED_TOWER, weights=not inside)
+        hf = config_to_hf(model.parrot, source.hf if source else None, target)
+        hf["torch_dtype"] = _dtype_name(model, source, dtype)
+        if tower is not None:
+            hf.setdefault("mm_vision_tower", EXPORTED_TOWER)
+        (target / "config.json").write_text(json.dumps(hf, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_tensors(tensors, target)
+    logger.info("wrote %s", directory)
+
+
+def _path(path: str | None) -> Path | None:
+    return Path(path) if path else None
+
+
+def _tower_inside(source: ReleasedSource) -> bool:
+    with TensorFiles(source.directory) as files:
+        return any(key.startswith(TOWER_PREFIX) for key in files.keys())
+
+
+def _dtype_name(model: ParrotModel, source: ReleasedSource | None, dtype: torch.dtype | None) -> str:
+    if dtype is None and source is not None and source.keep_dtypes and "torch_dtype" in source.hf:
+        return str(source.hf["torch_dtype"])
+    return str(dtype or model.config.params_dtype).removeprefix("torch.")
+
+
+def _copy_files(source: Path, target: Path, *, weights: bool = False) -> None:
+    """Copy the files of a checkpoint directory, without its weights unless asked for."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (weights or not file.name.endswith(_WEIGHT_SUFFIXES)):
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,153 @@
+"""Process groups: from a `ParallelConfig` to an initialised `torch.distributed` and Megatron-Core, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parrot_sys import platform
+from parrot_sys.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is cut over the ranks; the ranks that remain hold copies of it (data parallel)."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each matrix."""
+    sequence_parallel: bool = False
+    """Also cut norms and residuals along the rows (needs tensor parallelism)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers a pipeline rank holds (interleaved schedule)."""
+    context_parallel_size: int = 1
+    """Ranks that share the rows of a sample."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert; `tensor_model_parallel_size` when not set."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the decoder together."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+            if (size := getattr(self, f"{name}_parallel_size")) < 1:
+                raise ConfigError(f"parallel.{name}_parallel_size must be >= 1, got {size}")
+        if self.expert_tensor_parallel_size is not None and self.expert_tensor_parallel_size < 1:
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size must be >= 1, got {self.expert_tensor_parallel_size}"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size >= 2, got 1: raise it or set sequence_parallel to false"
+            )
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
+            raise ConfigError(
+                f"parallel.virtual_pipeline_model_parallel_size must be >= 2 and needs pipeline_model_parallel_size >= 2, got {chunks} "
+                f"with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: leave it unset"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model among `world_size` ranks.
+
+        Raises:
+            ConfigError: if the ranks cannot be dealt out; names the nearest numbers of ranks that can.
+        """
+        expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        experts = expert_tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        for unit, product in (
+            (self.model_parallel_size, "tensor x pipeline x context"),
+            (experts, "expert tensor x expert x pipeline"),
+        ):
+            if world_size % unit:
+                below, above = world_size // unit * unit, (world_size // unit + 1) * unit
+                near = f"{below} or {above}" if below else f"{above}"
+                raise ConfigError(
+                    f"the number of processes must be a multiple of {unit} ({product} parallel sizes), got {world_size}: start {near}"
+                )
+        return world_size // self.model_parallel_size
+
+
+def initialize(
+    parallel: ParallelConfig | None = None, *, seed: int = 1234, timeout: float = 600.0
+) -> ParallelConfig:
+    """Join the other processes and build the groups of Megatron-Core; a second call with the same layout does nothing.
+
+    Works under `torchrun` and in a process started by hand, which becomes a world of one. An existing default process
+    group is used as it is.
+
+    Args:
+        parallel: layout; one copy of the model per rank when not given.
+        seed: seed of the random numbers of torch and of Megatron's generators.
+        timeout: seconds after which a collective that is waiting for another rank gives up.
+
+    Returns:
+        The layout in use.
+
+    Raises:
+        ConfigError: if the layout does not fit the number of processes or another one is in use.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel = parallel or ParallelConfig()
+    if parallel_state.model_parallel_is_initialized():
+        _check_same_layout(parallel)
+        return parallel
+    launched = platform.launch()
+    parallel.data_parallel_size(dist.get_world_size() if dist.is_initialized() else launched.world_size)
+    if platform.cuda_available():
+        torch.cuda.set_device(platform.device())
+    if not dist.is_initialized():
+        where = {} if launched.from_launcher else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(platform.backend(), timeout=timedelta(seconds=timeout), **where)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(timeout / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return parallel
+
+
+def _check_same_layout(parallel: ParallelConfig) -> None:
+    from megatron.core import parallel_state
+
+    in_use = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+    }
+    for name, size in in_use.items():
+        if getattr(parallel, name) != size:
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)} was asked for, but this process already runs with {size}: call shutdown() first"
+            )
+
+
+def shutdown() -> None:
+    """Leave all groups; `initialize` may be called again afterwards."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    # Megatron forgets some groups. A process forked from this one would drop them later and wait for their threads, which
+    # exist only here.
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    if dist.is_initialized():
+        dist.destroy_process_group()

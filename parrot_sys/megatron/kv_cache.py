@@ -1,0 +1,78 @@
+"""Keys and values of the rows that were already decoded: S requests of different lengths, one buffer a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parrot_sys.errors import ConfigError
+
+
+class KVCache:
+    """Cache of S requests for decoding: a packed prefill, then one row a request and step.
+
+    The model writes to it and moves it on; the caller only creates it, reads `lengths` (the position of the next row of
+    each request) and calls `keep` to drop finished requests.
+    """
+
+    def __init__(self, num_samples: int, capacity: int, *, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            num_samples: S.
+            capacity: longest request in rows, prompt and answer together.
+            device: where keys and values will be.
+        """
+        self.capacity = capacity
+        self.lengths = torch.zeros(num_samples, dtype=torch.int64, device=device)
+        """int64 [S], rows held for each request."""
+        self.max_length = 0
+        """Longest of `lengths`, known without asking the device."""
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_samples(self) -> int:
+        return self.lengths.numel()
+
+    def check(self, num_samples: int, num_rows: int, max_seqlen: int) -> None:
+        """Raise ConfigError unless the next micro-batch is a prefill of an empty cache or one row for each request."""
+        if num_samples != self.num_samples:
+            raise ConfigError(f"the micro-batch must hold the {self.num_samples} requests of the KV cache, got {num_samples} samples")
+        if self.max_length and num_rows != num_samples:
+            raise ConfigError(f"after the prefill each request gets one row a step ({num_samples}), got {num_rows} rows")
+        if self.max_length + max_seqlen > self.capacity:
+            raise ConfigError(
+                f"capacity of the KV cache must be >= {self.max_length + max_seqlen} rows a request, got {self.capacity}"
+            )
+
+    def append(self, layer: int, key: Tensor, value: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Write T rows of one layer.
+
+        Args:
+            layer: number of the layer.
+            key, value: [T, g, d].
+            samples, positions: int64 [T], where each row belongs.
+
+        Returns:
+            The buffers of the layer, [S, capacity, g, d] each.
+        """
+        if layer not in self._layers:
+            shape = (self.num_samples, self.capacity, *key.shape[1:])
+            # Zeros, not uninitialised: rows beyond a request's length are masked, but 0 * NaN would be NaN.
+            self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = self._layers[layer]
+        keys[samples, positions] = key
+        values[samples, positions] = value
+        return keys, values
+
+    def advance(self, lengths: Tensor, max_seqlen: int) -> None:
+        """Count the rows that all layers have written: int64 [S] and their largest."""
+        self.lengths = self.lengths + lengths
+        self.max_length += max_seqlen
+
+    def keep(self, samples: Tensor) -> None:
+        """Keep only these requests, in this order: int64 [S']."""
+        self.lengths = self.lengths.index_select(0, samples)
+        self._layers = {
+            layer: (keys.index_select(0, samples), values.index_select(0, samples))
+            for layer, (keys, values) in self._layers.items()
+        }

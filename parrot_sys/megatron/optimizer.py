@@ -1,0 +1,123 @@
+"""Data-parallel wrapping and the optimizer: Megatron's gradient buffers and Adam, with a learning rate per component."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+
+from parrot_sys.megatron import adam
+from parrot_sys.megatron.parrot_model import COMPONENTS, ParrotModel
+
+
+def wrap_data_parallel(model: ParrotModel, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
+    """The model with gradient buffers for its trainable parameters; frozen ones get none.
+
+    Gradients are SUMMED over the data-parallel ranks: the loss has to be divided by a count over all of them
+    (`calculate_per_token_loss` is Megatron's name for that). Call it after `set_trainable`. On GPUs the reduction of a bucket
+    overlaps with the rest of the backward pass; on the CPU both would fight for the same cores.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    model.config.calculate_per_token_loss = True
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=on_gpu,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    model.config.finalize_model_grads_func = _finalize
+    model.config.no_sync_func = wrapped.no_sync if on_gpu else None
+    return wrapped
+
+
+def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    # The loss is already divided by the labels of the whole step: without this, Megatron would scale the buffers once more.
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(
+    model: DistributedDataParallel,
+    *,
+    lr: float,
+    min_lr: float = 0.0,
+    component_lrs: Mapping[str, float] | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    clip_grad: float = 1.0,
+) -> MegatronOptimizer:
+    """AdamW over the trainable parameters; every group carries `max_lr` and `min_lr` for the schedule.
+
+    Args:
+        model: from `wrap_data_parallel`.
+        lr: peak learning rate.
+        min_lr: final learning rate.
+        component_lrs: component (`vision`, `projector`, `moe`, `llm`) -> its own peak.
+        weight_decay: decoupled; biases and one-dimensional parameters never decay.
+        betas: decay rates of the averages.
+        eps: Adam's epsilon.
+        clip_grad: largest norm of all gradients together; 0 does not clip.
+    """
+    adam.install()
+    dtype = model.config.params_dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=min_lr,
+        weight_decay=weight_decay,
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
+        adam_eps=eps,
+        clip_grad=clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+    )
+    overrides: dict[Any, Any] = {_no_decay_key(): {"wd_mult": 0.0}}
+    for component, peak in (component_lrs or {}).items():
+        # `lr_mult` has no effect on our schedule; Megatron tells groups apart by it when it loads a checkpoint.
+        overrides[_component_key(component)] = {"max_lr": peak, "min_lr": min_lr, "lr_mult": peak / lr}
+    optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def _no_decay_key() -> ParamKey:
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name="no_decay", fn=lambda parameter, name: parameter.dim() == 1 or name.endswith(".bias")
+        )
+    )
+
+
+def _component_key(component: str) -> ParamKey:
+    prefix = f"module.{COMPONENTS[component]}."
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(name=component, fn=lambda _, name: name.startswith(prefix))
+    )
+
+
+def data_parallel_group() -> torch.distributed.ProcessGroup:
+    """Ranks that hold copies of this rank's part of the model and see other samples."""
+    return parallel_state.get_data_parallel_group()
+
+
+def data_parallel_rank() -> int:
+    """Number of this rank among them."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_world_size() -> int:
+    """How many they are."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def tensor_parallel_rank() -> int:
+    """Number of this rank among those that share its samples."""
+    return parallel_state.get_tensor_model_parallel_rank()

@@ -1,0 +1,233 @@
+"""ParrotModel: vision tower -> projector -> text-guided MoE -> decoder (Parrot, arXiv 2406.02539, section 3) on Megatron-Core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.megatron.config import Recompute, to_transformer_config
+from parrot_sys.megatron.decoder import Qwen2Decoder
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.projector import Projector
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
+
+COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
+"""Names of the parts in configurations -> attributes of `ParrotModel`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParrotOutput:
+    """What a forward pass gives; on the last pipeline stage one of `losses` and `logits`."""
+
+    losses: Tensor | None = None  # [L] float32, one per label row
+    logits: Tensor | None = None  # [rows, vocabulary]
+    hidden: Tensor | None = None  # [T, 1, H], for the next pipeline stage
+    routing: RoutingOutput | None = None  # None without images in inference, without MoE, and behind the first stage
+
+
+class ParrotModel(MegatronModule):
+    """The whole model for packed micro-batches.
+
+    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Auxiliary losses are returned
+    in `ParrotOutput.routing`, already times their coefficients; whoever forms the loss adds them.
+    """
+
+    def __init__(
+        self,
+        parrot: ParrotConfig,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        vision_tower: nn.Module | None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.parrot = parrot
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        self.vp_stage = vp_stage
+        virtual = config.virtual_pipeline_model_parallel_size
+        self.pre_process = is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(pg_collection.pp)
+        self.post_process = is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(pg_collection.pp)
+        self.use_moe = parrot.moe.num_experts > 0
+        self.vision_tower = vision_tower
+        self.projector: Projector | None = None
+        self.moe: TextGuidedMoE | None = None
+        hidden_size, dtype = parrot.llm.hidden_size, config.params_dtype
+        if self.pre_process:
+            self.projector = Projector(parrot.projector, parrot.vision.hidden_size, hidden_size, dtype=dtype)
+            if parrot.moe.num_experts:
+                self.moe = TextGuidedMoE(parrot.moe, hidden_size, dtype=dtype, statistics_group=pg_collection.dp_cp)
+        self.decoder = Qwen2Decoder(
+            parrot.llm,
+            config,
+            pg_collection=pg_collection,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            vp_stage=vp_stage,
+        )
+        self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
+        self.decoder.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Weight that the first and the last pipeline stage share when embeddings are tied."""
+        return self.decoder.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        mode: Literal["loss", "logits"] = "loss",
+        logits_rows: Tensor | None = None,
+        routing_override: RoutingOverride | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> ParrotOutput:
+        """
+        Args:
+            batch: packed micro-batch on the device of the model; may be empty or without images.
+            mode: `loss` gives one loss per label row, `logits` the logits of `logits_rows`.
+            logits_rows: int64 rows of the pack; all rows when None.
+            routing_override: replaces the routes of the images (evaluation only).
+            kv_cache: cache of the samples of this batch; its first use is the prefill, then one row a sample.
+
+        Raises:
+            ConfigError, DataError: if batch and model or cache do not fit together.
+        """
+        if kv_cache is not None:
+            kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
+        embeddings, routing = self._embed(batch, routing_override) if self.pre_process else (None, None)
+        output = self.decoder(
+            embeddings,
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            label_rows=batch.label_rows,
+            targets=batch.labels.index_select(0, batch.label_rows) if mode == "loss" else None,
+            logits_rows=logits_rows,
+            cache=kv_cache,
+        )
+        if not self.post_process:
+            return ParrotOutput(hidden=output, routing=routing)
+        if mode == "loss":
+            return ParrotOutput(losses=output, routing=routing)
+        return ParrotOutput(logits=output, routing=routing)
+
+    def _embed(self, batch: PackedBatch, override: RoutingOverride | None) -> tuple[Tensor, RoutingOutput | None]:
+        """Embeddings [T, H] with the visual rows in place, and the routes of the images."""
+        embeddings = self.decoder.embed(batch.input_ids)
+        if batch.num_images == 0 and not torch.is_grad_enabled():
+            return embeddings, None
+        # In training the same modules run with zero rows when there is no image: every parameter hook fires on every rank.
+        assert self.projector is not None, "the first stage holds the projector"
+        features = self.projector(self._image_features(batch))  # [n, V, H]
+        routing = None
+        if self.moe is not None and self.use_moe:
+            text = embeddings.index_select(0, batch.guidance_rows)
+            features, routing = self.moe(
+                features, text, batch.guidance_start, batch.guidance_end, override=override
+            )
+        visual = features.flatten(0, 1).index_select(0, batch.visual_source)
+        return embeddings.index_copy(0, batch.visual_rows, visual), routing
+
+    def _image_features(self, batch: PackedBatch) -> Tensor:
+        """[n, V, C] from the tower, or as cached."""
+        vision, dtype = self.parrot.vision, self.config.params_dtype
+        trainable = self.vision_tower is not None and any(p.requires_grad for p in self.vision_tower.parameters())
+        if batch.image_features is not None:
+            if trainable:
+                raise DataError("the batch holds cached image features, which cannot train the vision tower: give pixel values")
+            return batch.image_features.to(dtype)
+        if batch.num_images == 0 and not trainable:
+            return batch.input_ids.new_empty((0, vision.num_visual_rows, vision.hidden_size), dtype=dtype)
+        if self.vision_tower is None:
+            raise DataError("the batch holds pixel values, but the model was built without its vision tower")
+        pixels = batch.pixel_values
+        if pixels is None:
+            pixels = batch.input_ids.new_empty((0, 3, vision.image_size, vision.image_size), dtype=dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+            return self.vision_tower(pixels.to(dtype)).to(dtype)
+
+
+def build_parrot_model(
+    parrot: ParrotConfig,
+    parallel: ParallelConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    recompute: Recompute = "none",
+    with_vision_tower: bool = True,
+    initialize_weights: bool = True,
+    pg_collection: ProcessGroupCollection | None = None,
+    vp_stage: int | None = None,
+) -> ParrotModel:
+    """Build the part of the model that this rank holds; `initialize` must have been called.
+
+    Args:
+        parrot: sizes and options.
+        parallel: layout, as given to `initialize`.
+        dtype: of parameters and activations.
+        device: where the parameters are; `meta` gives shapes only, in no time and no memory.
+        recompute: `full` computes the activations of each decoder layer again in the backward pass.
+        with_vision_tower: False when all batches bring cached features.
+        initialize_weights: False leaves the decoder's weights uninitialised, for checkpoints.
+        pg_collection: process groups; those of `initialize` when not given.
+        vp_stage: chunk number under the interleaved pipeline schedule.
+    """
+    parallel = parallel or ParallelConfig()
+    device = torch.device(device)
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    config = to_transformer_config(
+        parrot.llm,
+        parallel,
+        dtype=dtype,
+        recompute=recompute,
+        initialize_weights=initialize_weights and device.type != "meta",
+    )
+    first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        tower = None
+        if with_vision_tower and first:
+            from parrot_sys.megatron.vision import build_vision_tower
+
+            tower = build_vision_tower(
+                parrot.vision, parallel, dtype=dtype, initialize_weights=config.perform_initialization
+            )
+        model = ParrotModel(parrot, config, pg_collection=groups, vision_tower=tower, vp_stage=vp_stage)
+    return model if device.type == "meta" else model.to(device)
+
+
+def component_parameters(model: ParrotModel) -> dict[str, list[nn.Parameter]]:
+    """Parameters of each part that this rank holds: `vision`, `projector`, `moe`, `llm`."""
+    parts: Iterable[tuple[str, Any]] = ((name, getattr(model, attribute)) for name, attribute in COMPONENTS.items())
+    return {name: list(part.parameters()) if part is not None else [] for name, part in parts}
+
+
+def set_trainable(model: ParrotModel, trainable: Mapping[str, bool]) -> None:
+    """Freeze and unfreeze parts by name; parts that are not named stay as they are.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if unknown := set(trainable) - set(COMPONENTS):
+        raise ConfigError(f"parts of the model are {', '.join(COMPONENTS)}, got {', '.join(sorted(unknown))}")
+    parameters = component_parameters(model)
+    for name, value in trainable.items():
+        for parameter in parameters[name]:
+            parameter.requires_grad_(value)

@@ -1,0 +1,166 @@
+"""From released tensors to the (possibly sharded) parameters of a ParrotModel and back."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.hf_checkpoint import (
+    TOWER_PREFIX,
+    VISION_MODEL,
+    TensorMap,
+    check_tensors,
+    is_carried,
+    llm_maps,
+    parrot_maps,
+    tower_maps,
+)
+from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.models.vision import VisionConfig
+
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"^decoder\.decoder\.layers\.(\d+)\.")
+
+
+def model_tensors(model: ParrotModel) -> dict[str, Tensor]:
+    """Parameters and buffers that this rank holds, with decoder layers numbered over the whole model."""
+    offset = model.decoder.decoder.layers[0].layer_number - 1 if len(model.decoder.decoder.layers) else 0
+    tensors = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensors[_LAYER.sub(lambda found: f"decoder.decoder.layers.{int(found[1]) + offset}.", name)] = tensor
+    shared = tensors.pop("decoder.output_layer.weight", None) if model.share_embeddings_and_output_weights else None
+    if shared is not None:  # a last pipeline stage holds its own copy of the tied embedding
+        tensors.setdefault("decoder.embedding.word_embeddings.weight", shared)
+    return tensors
+
+
+def local_part(entry: TensorMap, whole: Tensor, parameter: Tensor, *, rank: int, size: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of a whole tensor of the model."""
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]  # set by Megatron
+    halves = whole.chunk(2) if entry.gated else (whole,)
+    return torch.cat([half.chunk(size, dim)[rank] for half in halves])
+
+
+def fill(
+    targets: dict[str, Tensor], maps: Iterable[TensorMap], read: Callable[[str], Tensor], *, rank: int = 0, size: int = 1
+) -> None:
+    """Copy released tensors into those of `targets` that `maps` names, one at a time, casting to the target's dtype."""
+    with torch.no_grad():
+        for entry in maps:
+            if (target := targets.get(entry.name)) is not None:
+                whole = entry.pack([read(key) for key in entry.keys])
+                target.copy_(local_part(entry, whole, target, rank=rank, size=size))
+
+
+def load_released(model: ParrotModel, directory: str | Path) -> None:
+    """Fill this rank's part of the model from a checkpoint in the released layout, or start it from a bare Qwen2.
+
+    A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes from
+    inside the checkpoint, from the directory beside it that config.json names, or as `load_tower` finds it.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name.
+    """
+    directory = Path(directory)
+    hf = read_json(directory / "config.json")
+    config = model.parrot
+    tensors = model_tensors(model)
+    rank, size = model.tp_group.rank(), model.tp_group.size()
+    with TensorFiles(directory) as files:
+        keys = files.keys()
+        inside = any(key.startswith(TOWER_PREFIX) for key in keys)
+        if hf.get("model_type") == MODEL_TYPE:
+            maps = parrot_maps(config, with_vision_tower=inside)
+        else:
+            maps = llm_maps(config.llm, "decoder.")
+            logger.info("%s is a bare language model: projector and experts keep their initial values", directory)
+        check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
+        fill(tensors, maps, files.tensor, rank=rank, size=size)
+    if model.vision_tower is not None and not inside:
+        load_tower(model.vision_tower, config.vision, find_tower_directory(hf, directory), rank=rank, size=size)
+
+
+def load_tower(
+    tower: nn.Module, config: VisionConfig, directory: Path | None = None, *, rank: int = 0, size: int = 1
+) -> None:
+    """Fill a vision tower from `directory`, else from `config.path`, else (EfficientNet) from its Python package.
+
+    Raises:
+        CheckpointError: the weights are nowhere, or do not fit.
+    """
+    source = directory or (Path(config.path) if config.path else None)
+    if source is None:
+        if not isinstance(tower, EfficientNetLite0):
+            raise CheckpointError(
+                f"no weights for the vision tower ({config.type}): set model.vision.path to the directory of its Hugging Face checkpoint"
+            )
+        tower.load_state_dict(EfficientNetLite0.from_package().state_dict())
+        return
+    with TensorFiles(source) as files:
+        # The vision half of a whole CLIP has the same names behind the same prefix; newer files have none.
+        prefix = VISION_MODEL if any(key.startswith(VISION_MODEL) for key in files.keys()) else ""
+        maps = tower_maps(config, key_prefix=prefix)
+        found = {
+            key: files.shape(key)
+            for key in files.keys()
+            if key.startswith(prefix) and not re.search(r"embeddings\.position_ids$|^(vision_model\.)?head\.", key)
+        }
+        check_tensors(maps, found, str(source))
+        fill(dict([*tower.named_parameters(), *tower.named_buffers()]), maps, files.tensor, rank=rank, size=size)
+
+
+def whole_tensor(entry: TensorMap, part: Tensor, parameter: Tensor, group: ProcessGroup) -> Tensor:
+    """The reverse of `local_part`, on every rank of the tensor-parallel group.
+
+    Args:
+        entry: what the parameter is made of.
+        part: the parameter of this rank, or its gradient.
+        parameter: carries the marks of how it is cut.
+        group: tensor-parallel group; all of its ranks call this.
+    """
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    if not entry.gated:
+        return torch.cat(parts, dim)
+    return torch.cat([torch.cat(halves, dim) for halves in zip(*(each.chunk(2) for each in parts), strict=True)])
+
+
+def released_tensors(
+    model: ParrotModel, *, with_vision_tower: bool = True, value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """(released name, whole tensor) one after the other; every tensor-parallel rank must iterate.
+
+    Args:
+        model: all its layers must be on this rank (no pipeline parallelism).
+        with_vision_tower: also the tower's, by their names inside the checkpoint.
+        value: what to take for each parameter or buffer, such as its gradient; None leaves it out.
+
+    Raises:
+        CheckpointError: this rank holds only some of the layers.
+    """
+    if not (model.pre_process and model.post_process):
+        raise CheckpointError("a model cut into pipeline stages cannot be exported; load its checkpoint without pipelining")
+    tensors = model_tensors(model)
+    for entry in parrot_maps(model.parrot, with_vision_tower=with_vision_tower and model.vision_tower is not None):
+        parameter = tensors[entry.name]
+        if (part := value(parameter)) is not None:
+            whole = whole_tensor(entry, part.detach(), parameter, model.tp_group)
+            yield from zip(entry.keys, entry.unpack(whole), strict=True)

@@ -1,0 +1,198 @@
+"""Vision towers on Megatron layers: CLIP ViT and SigLIP; EfficientNet-lite0 comes from `models`.
+
+n images, V visual rows an image, P patches an image, C width of the tower.
+
+Only the blocks that `select_layer` needs are built and run. The checkpoint's other tensors (last block, final norm) are kept
+as buffers: they see no optimizer and no gradient hook, and export writes them back unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron import compat
+from parrot_sys.megatron.config import common_fields
+from parrot_sys.megatron.core_attention import CoreAttention
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.norms import Norm
+from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.hf_checkpoint import num_layers_run, tower_maps
+from parrot_sys.models.vision import VisionConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def build_vision_tower(
+    config: VisionConfig,
+    parallel: ParallelConfig | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    initialize_weights: bool = True,
+) -> nn.Module:
+    """The tower that `config.type` names: pixel_values [n, 3, h, w] -> features [n, V, C], row 0 the CLS (or mean) row.
+
+    Args:
+        config: architecture; all weights are random (EfficientNet: whatever torch draws) until they are loaded.
+        parallel: layout; heads and inner widths of CLIP and SigLIP are cut over the tensor-parallel ranks, EfficientNet
+            is held whole by each.
+        dtype: of parameters and features.
+        initialize_weights: False leaves the weights of the blocks as they are (they are loaded afterwards).
+
+    Raises:
+        ConfigError: the tower cannot be cut as `parallel` asks.
+    """
+    if config.type == "efficientnet_lite0":
+        return EfficientNetLite0().to(dtype)
+    return VisionTransformer(config, parallel or ParallelConfig(), dtype=dtype, initialize_weights=initialize_weights)
+
+
+class VisionTransformer(MegatronModule):
+    """CLIP ViT (arXiv 2103.00020) or SigLIP (arXiv 2303.15343), hidden state `select_layer` of its encoder.
+
+    CLIP keeps its CLS as row 0 (`cls_patch` of the released code). SigLIP has none: the mean of its rows is put in front.
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        parallel: ParallelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        initialize_weights: bool = True,
+    ) -> None:
+        num_layers = num_layers_run(config)
+        transformer = _transformer_config(config, parallel, num_layers, dtype, initialize_weights)
+        super().__init__(config=transformer)
+        self.vision = config
+        has_cls = config.type == "clip"
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, patch, stride=patch, bias=not has_cls, dtype=dtype)
+        rows = config.num_patches + has_cls
+        self.position_embedding = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=dtype).normal_(std=0.02))
+        self.class_embedding = (
+            nn.Parameter(torch.empty(config.hidden_size, dtype=dtype).normal_(std=0.02)) if has_cls else None
+        )
+        self.pre_layernorm = Norm(transformer, config.hidden_size, config.layer_norm_eps) if has_cls else None
+        self.encoder = None
+        if num_layers:
+            groups = ProcessGroupCollection(tp=parallel_state.get_tensor_model_parallel_group())
+            groups.pp = groups.cp = None  # every pipeline and context-parallel rank runs the whole tower by itself
+            self.encoder = TransformerBlock(
+                transformer, _layer_spec(), pre_process=True, post_process=False, pg_collection=groups
+            )
+        self.unused = nn.Module()
+        for entry in tower_maps(config):
+            module, _, name = entry.name.partition(".")
+            if module == "unused":
+                self.unused.register_buffer(name, torch.zeros(entry.shapes[0], dtype=dtype))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[n, 3, h, w] -> [n, V, C] in the tower's dtype; n may be 0.
+
+        Raises:
+            ConfigError: the images have another size than the tower was built for.
+        """
+        side = self.vision.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ConfigError(f"the vision tower takes images [n, 3, {side}, {side}], got {list(pixel_values.shape)}")
+        if pixel_values.shape[0] == 0:
+            return self._no_features()
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.position_embedding
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
+        if self.encoder is not None:
+            rows_first = x.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # [V, n, C], no view
+            x = self.encoder(rows_first, attention_mask=None).transpose(0, 1)
+        if self.class_embedding is None:
+            x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        return x
+
+    def _no_features(self) -> Tensor:
+        """[0, V, C] that hangs on every trainable parameter: a rank without images still runs their gradient hooks."""
+        x = self.position_embedding.new_empty(0, self.vision.num_visual_rows, self.vision.hidden_size)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                x = x + parameter.flatten()[:0].sum()
+        return x
+
+
+def _transformer_config(
+    config: VisionConfig, parallel: ParallelConfig, num_layers: int, dtype: torch.dtype, initialize_weights: bool
+) -> TransformerConfig:
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(config, name) % tensor:
+            raise ConfigError(
+                f"vision.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {getattr(config, name)}"
+            )
+    # Rows of an image are few and odd in number (577): the tower is cut by heads only.
+    cut = ParallelConfig(tensor_model_parallel_size=tensor)
+    return TransformerConfig(
+        **common_fields(cut, dtype, initialize_weights=initialize_weights),
+        num_layers=max(num_layers, 1),
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        normalization="LayerNorm",
+        layernorm_epsilon=config.layer_norm_eps,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        activation_func=_ACTIVATIONS[config.activation],
+        init_method_std=0.02,
+    )
+
+
+def _layer_spec() -> ModuleSpec:
+    """A pre-norm block that sees all rows (Megatron's own ViT spec without Transformer Engine is causal by mistake)."""
+    attention: dict[str, Any] = {
+        "linear_qkv": ColumnParallelLinear,
+        "core_attention": CoreAttention,
+        "linear_proj": RowParallelLinear,
+    }
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(**attention),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=compat.mlp_submodule(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

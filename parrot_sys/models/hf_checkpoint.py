@@ -1,0 +1,267 @@
+"""Key maps: which released tensors make up which tensor of ParrotModel, in plain torch.
+
+The released layout is that of the public Parrot code: a Qwen2 decoder (`model.layers.*`, `model.embed_tokens`, `model.norm`,
+`lm_head`), `model.mm_projector.*`, `model.moe_model.{gate,experts.N.{gate,up,down}_proj}` and, inside or beside it, the
+tower `model.vision_tower.vision_tower.vision_model.*`. Megatron keeps q, k, v of a layer in one tensor (query group by
+query group) and gate and up of a SwiGLU in another; packing only moves rows, so import and export are bit-equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from parrot_sys.errors import CheckpointError
+from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
+
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+VISION_MODEL = "vision_model."
+
+Shape = tuple[int, ...]
+
+
+def _only(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+def _alone(tensor: Tensor) -> list[Tensor]:
+    return [tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMap:
+    """One tensor of the model, whole (before any sharding), and the released tensors it is made of."""
+
+    name: str
+    """Name in the model; layers are numbered over the whole model."""
+    keys: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    """Shape of each released tensor."""
+    pack: Callable[[Sequence[Tensor]], Tensor] = _only
+    """Released tensors, in the order of `keys`, to the model's."""
+    unpack: Callable[[Tensor], Sequence[Tensor]] = _alone
+    """The reverse."""
+    gated: bool = False
+    """The two halves of dimension 0 are sharded each by itself (SwiGLU's gate and up)."""
+
+
+def pack_qkv(tensors: Sequence[Tensor], *, groups: int) -> Tensor:
+    """[q rows, ...], [k rows, ...], [v rows, ...] -> one tensor, for each query group its q rows, then k, then v."""
+    return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
+
+
+def unpack_qkv(tensor: Tensor, *, groups: int, rows: Sequence[int]) -> list[Tensor]:
+    """The reverse of `pack_qkv`; `rows` counts the rows of q, k and v."""
+    grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
+    return [part.flatten(0, 1) for part in grouped.split([count // groups for count in rows], dim=1)]
+
+
+def pack_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of equal shape, one after the other along dimension 0."""
+    return torch.cat(list(tensors))
+
+
+def unpack_rows(tensor: Tensor, *, count: int) -> list[Tensor]:
+    """The reverse of `pack_rows`."""
+    return list(tensor.chunk(count))
+
+
+def _copy(name: str, key: str, *shape: int) -> TensorMap:
+    return TensorMap(name=name, keys=(key,), shapes=(shape,))
+
+
+def _qkv(name: str, prefix: str, kind: str, rows: Sequence[int], groups: int, *rest: int) -> TensorMap:
+    return TensorMap(
+        name=f"{name}.{kind}",
+        keys=tuple(f"{prefix}.{part}_proj.{kind}" for part in "qkv"),
+        shapes=tuple((count, *rest) for count in rows),
+        pack=partial(pack_qkv, groups=groups),
+        unpack=partial(unpack_qkv, groups=groups, rows=tuple(rows)),
+    )
+
+
+def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
+    """Decoder (Megatron's GPTModel, its names after `prefix`) <-> Qwen2ForCausalLM."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    width = config.kv_channels * config.num_attention_heads
+    kv_width = config.kv_channels * config.num_query_groups
+    rows = (width, kv_width, kv_width)
+    maps = [_copy(f"{prefix}embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden)]
+    for layer in range(config.num_layers):
+        ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
+        qkv = f"{ours}.self_attention.linear_qkv"
+        maps += [
+            _copy(f"{ours}.input_layernorm.weight", f"{key}.input_layernorm.weight", hidden),
+            _qkv(qkv, f"{key}.self_attn", "weight", rows, config.num_query_groups, hidden),
+            _copy(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
+            _copy(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
+            TensorMap(
+                name=f"{ours}.mlp.linear_fc1.weight",
+                keys=(f"{key}.mlp.gate_proj.weight", f"{key}.mlp.up_proj.weight"),
+                shapes=((ffn, hidden), (ffn, hidden)),
+                pack=pack_rows,
+                unpack=partial(unpack_rows, count=2),
+                gated=True,
+            ),
+            _copy(f"{ours}.mlp.linear_fc2.weight", f"{key}.mlp.down_proj.weight", hidden, ffn),
+        ]
+        if config.qkv_bias:
+            maps.append(_qkv(qkv, f"{key}.self_attn", "bias", rows, config.num_query_groups))
+    maps.append(_copy(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
+    if not config.tie_word_embeddings:
+        maps.append(_copy(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
+    return maps
+
+
+def num_layers_run(config: VisionConfig) -> int:
+    """Blocks that the selected hidden state needs; the rest of the checkpoint is kept but never run."""
+    return config.select_layer if config.select_layer >= 0 else config.num_layers + 1 + config.select_layer
+
+
+def unused_name(key: str) -> str:
+    """Name of the buffer that keeps a tower tensor which is not run (a buffer's name may not hold dots)."""
+    return f"unused.{key.replace('.', '__')}"
+
+
+def tower_maps(config: VisionConfig, prefix: str = "", key_prefix: str = VISION_MODEL) -> list[TensorMap]:
+    """CLIP or SigLIP tower (`parrot_sys.megatron.vision`, its names after `prefix`) <-> Hugging Face vision model."""
+    if config.type == "efficientnet_lite0":
+        return _efficientnet_maps(prefix, key_prefix)
+    size, patch = config.hidden_size, config.patch_size
+    embeddings = f"{key_prefix}embeddings"
+    maps = [
+        _copy(f"{prefix}patch_embedding.weight", f"{embeddings}.patch_embedding.weight", size, 3, patch, patch),
+        _copy(
+            f"{prefix}position_embedding",
+            f"{embeddings}.position_embedding.weight",
+            config.num_patches + (config.type == "clip"),
+            size,
+        ),
+    ]
+    if config.type == "clip":
+        maps.append(_copy(f"{prefix}class_embedding", f"{embeddings}.class_embedding", size))
+        maps += _norm(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)  # the released name, letter for letter
+    else:
+        maps.append(_copy(f"{prefix}patch_embedding.bias", f"{embeddings}.patch_embedding.bias", size))
+    run = num_layers_run(config)
+    for layer in range(run):
+        maps += _tower_block(config, f"{prefix}encoder.layers.{layer}", f"{key_prefix}encoder.layers.{layer}")
+    skipped = _norm("", f"{key_prefix}post_layernorm", size)
+    for layer in range(run, config.num_layers):
+        skipped += _tower_block(config, "", f"{key_prefix}encoder.layers.{layer}")
+    for entry in skipped:
+        for key, shape in zip(entry.keys, entry.shapes, strict=True):
+            maps.append(_copy(prefix + unused_name(key.removeprefix(key_prefix)), key, *shape))
+    return maps
+
+
+def _efficientnet_maps(prefix: str, key_prefix: str) -> list[TensorMap]:
+    with torch.device("meta"):
+        state = EfficientNetLite0().state_dict()
+    return [_copy(prefix + name, key_prefix + name, *tensor.shape) for name, tensor in state.items()]
+
+
+def _norm(name: str, key: str, size: int) -> list[TensorMap]:
+    return [_copy(f"{name}.{kind}", f"{key}.{kind}", size) for kind in ("weight", "bias")]
+
+
+def _tower_block(config: VisionConfig, ours: str, key: str) -> list[TensorMap]:
+    size, ffn, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
+    maps = [
+        *_norm(f"{ours}.input_layernorm", f"{key}.layer_norm1", size),
+        *_norm(f"{ours}.pre_mlp_layernorm", f"{key}.layer_norm2", size),
+        _qkv(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "weight", (size,) * 3, heads, size),
+        _qkv(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "bias", (size,) * 3, heads),
+    ]
+    for name, part, rows, columns in (
+        ("self_attention.linear_proj", "self_attn.out_proj", size, size),
+        ("mlp.linear_fc1", "mlp.fc1", ffn, size),
+        ("mlp.linear_fc2", "mlp.fc2", size, ffn),
+    ):
+        maps.append(_copy(f"{ours}.{name}.weight", f"{key}.{part}.weight", rows, columns))
+        maps.append(_copy(f"{ours}.{name}.bias", f"{key}.{part}.bias", rows))
+    return maps
+
+
+def projector_maps(config: ParrotConfig, prefix: str = "projector.") -> list[TensorMap]:
+    """Projector <-> `model.mm_projector.*` (`linear`: one layer without a number, as LLaVA saves it)."""
+    hidden = config.llm.hidden_size
+    maps = []
+    for index in range(config.projector.depth):
+        columns = config.vision.hidden_size if index == 0 else hidden
+        released = "" if config.projector.type == "linear" else f"{2 * index}."
+        maps.append(_copy(f"{prefix}{2 * index}.weight", f"model.mm_projector.{released}weight", hidden, columns))
+        maps.append(_copy(f"{prefix}{2 * index}.bias", f"model.mm_projector.{released}bias", hidden))
+    return maps
+
+
+def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
+    """TextGuidedMoE's fused parameters <-> `model.moe_model.*`."""
+    hidden, inner = config.llm.hidden_size, config.moe.ffn_hidden_size
+    shapes = {"gate.weight": (config.moe.num_experts, hidden), "down_proj.weight": (hidden, inner)}
+
+    def shape(key: str) -> Shape:
+        return shapes.get(key.removeprefix(f"experts.{key.split('.')[1]}."), (inner, hidden))
+
+    return [
+        TensorMap(
+            name=prefix + name,
+            keys=tuple(f"model.moe_model.{key}" for key in keys),
+            shapes=tuple(shape(key) for key in keys),
+            pack=partial(pack_released, name),
+            unpack=partial(unpack_released, name),
+        )
+        for name, keys in released_keys(config.moe.num_experts).items()
+    ]
+
+
+def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
+    """ParrotModel <-> the released layout with the tower inside, or without any tower."""
+    maps = llm_maps(config.llm, "decoder.") + projector_maps(config)
+    if config.moe.num_experts:
+        maps += moe_maps(config)
+    if with_vision_tower:
+        maps += tower_maps(config.vision, "vision_tower.", TOWER_PREFIX + VISION_MODEL)
+    return maps
+
+
+def is_carried(key: str, config: ParrotConfig) -> bool:
+    """Whether a released tensor that the model does not use may stand in a checkpoint; export writes it back.
+
+    Buffers that older transformers versions saved, a pooling head, the head copy of tied embeddings, and the MoE of a
+    checkpoint that bypasses it (`use_moe: false`).
+    """
+    return bool(
+        re.search(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|(^|\.)vision_model\.head\.", key)
+        or (config.llm.tie_word_embeddings and key == "lm_head.weight")
+        or (config.moe.num_experts == 0 and key.startswith("model.moe_model."))
+    )
+
+
+def check_tensors(maps: Iterable[TensorMap], found: Mapping[str, Shape], where: str) -> None:
+    """Compare what the model needs with what a checkpoint holds.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name.
+    """
+    wanted = {key: shape for entry in maps for key, shape in zip(entry.keys, entry.shapes, strict=True)}
+    missing = [f"  {key} {list(wanted[key])}" for key in sorted(wanted.keys() - found.keys())]
+    unexpected = [f"  {key} {list(found[key])}" for key in sorted(found.keys() - wanted.keys())]
+    misshaped = [
+        f"  {key}: wanted {list(wanted[key])}, got {list(found[key])}"
+        for key in sorted(wanted.keys() & found.keys())
+        if tuple(wanted[key]) != tuple(found[key])
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("with another shape", misshaped))
+    if any(names for _, names in lists):
+        report = "\n".join(f"{len(names)} {what}:\n" + "\n".join(names) for what, names in lists if names)
+        raise CheckpointError(f"{where} does not fit the model that its config.json describes.\n{report}")

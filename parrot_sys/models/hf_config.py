@@ -1,0 +1,287 @@
+"""config.json of the released Parrot layout (`model_type: parrot_qwen2`) <-> ParrotConfig.
+
+Field names follow the public code (AIDC-AI/Parrot, parrot/model). Settings that the released layout cannot express
+(routing `topk`, residual `paper`, ...) are kept leaf by leaf under the key `parrot_sys`, so that import after export
+gives the same configuration and a released file stays as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.projector import ProjectorConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+
+MODEL_TYPE = "parrot_qwen2"
+OWN_KEY = "parrot_sys"
+EXPORTED_TOWER = "vision_tower"
+"""Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
+
+KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": VisionConfig(),
+    "clip-vit-large-patch14": VisionConfig(image_size=224),
+    "siglip-so400m-patch14-384": VisionConfig(
+        type="siglip",
+        image_size=384,
+        hidden_size=1152,
+        num_layers=27,
+        ffn_hidden_size=4304,
+        activation="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
+}
+"""Towers that checkpoints name by their hub id, by the id's last part (sizes: the public config.json of each)."""
+
+_LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is no JSON or holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a released-layout checkpoint has one") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
+    """Decoder configuration from the config.json of a Qwen2 or Parrot checkpoint.
+
+    Raises:
+        ConfigError: a field is missing, or asks for something that the Qwen2 block here does not do.
+    """
+    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), ("rope_scaling", None)):
+        if hf.get(name, wanted) != wanted:
+            raise ConfigError(f"config.json: {name} must be {wanted!r} for this decoder, got {hf[name]!r}")
+    rope = hf.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json: rope_parameters.rope_type must be 'default', got {rope['rope_type']!r}")
+    heads = _required(hf, "num_attention_heads")
+    hidden_size = _required(hf, "hidden_size")
+    head_dim = hf.get("head_dim")
+    return LLMConfig(
+        hidden_size=hidden_size,
+        num_layers=_required(hf, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_query_groups=hf.get("num_key_value_heads", heads),
+        head_dim=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
+        ffn_hidden_size=_required(hf, "intermediate_size"),
+        vocab_size=_required(hf, "vocab_size"),
+        rope_base=float(hf["rope_theta"] if "rope_theta" in hf else rope.get("rope_theta", 10_000.0)),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=hf.get("max_position_embeddings", LLMConfig.max_position_embeddings),
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+    )
+
+
+def vision_config_from_hf(hf: Mapping[str, Any], *, path: str | None = None) -> VisionConfig:
+    """Tower configuration from the config.json of a CLIP or SigLIP (whole model or vision part).
+
+    Raises:
+        ConfigError: the file describes another kind of model.
+    """
+    hf = hf.get("vision_config", hf)
+    model_type = hf.get("model_type", "")
+    kinds: dict[str, tuple[Any, str, float]] = {
+        "clip_vision_model": ("clip", "quick_gelu", 1e-5),
+        "siglip_vision_model": ("siglip", "gelu_pytorch_tanh", 1e-6),
+    }
+    if model_type not in kinds:
+        raise ConfigError(f"vision tower: model_type must be one of {sorted(kinds)}, got {model_type!r}")
+    kind, activation, eps = kinds[model_type]
+    default = VisionConfig()
+    return VisionConfig(
+        type=kind,
+        path=path,
+        image_size=hf.get("image_size", 224),
+        patch_size=hf.get("patch_size", 32 if kind == "clip" else 16),
+        hidden_size=hf.get("hidden_size", 768),
+        num_layers=hf.get("num_hidden_layers", 12),
+        num_attention_heads=hf.get("num_attention_heads", 12),
+        ffn_hidden_size=hf.get("intermediate_size", 3072),
+        activation=hf.get("hidden_act", activation),
+        layer_norm_eps=hf.get("layer_norm_eps", eps),
+        select_layer=default.select_layer,
+    )
+
+
+def find_tower_directory(hf: Mapping[str, Any], directory: Path) -> Path | None:
+    """Directory of the vision tower that `mm_vision_tower` names, relative to the checkpoint; None when there is none."""
+    name = hf.get("mm_vision_tower") or ""
+    for candidate in ((directory / name) if name else directory / EXPORTED_TOWER, directory / EXPORTED_TOWER):
+        if (candidate / "config.json").is_file():
+            return candidate.resolve()
+    return None
+
+
+def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
+    """ParrotConfig of a released checkpoint whose config.json (in `directory`) holds `hf`.
+
+    Routing is dense whatever `moe_top_k` says: the released code stores that number and never uses it.
+
+    Raises:
+        ConfigError: a field is missing, or asks for something that Parrot does not do.
+        CheckpointError: the vision tower's shape is nowhere to be found.
+    """
+    for name, wanted in (
+        ("model_type", MODEL_TYPE),
+        ("mm_vision_select_feature", "cls_patch"),
+        ("mm_patch_merge_type", "flat"),
+    ):
+        if hf.get(name, wanted) != wanted:
+            raise ConfigError(f"config.json: {name} must be {wanted!r} for a Parrot checkpoint, got {hf[name]!r}")
+    own = hf.get(OWN_KEY, {})
+    llm = llm_config_from_hf(hf)
+    config = ParrotConfig(
+        vision=_vision(hf, directory, own.get("vision", {})),
+        projector=ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
+        moe=_moe_from_hf(hf, llm.hidden_size),
+        llm=llm,
+        max_seq_len=hf.get("tokenizer_model_max_length") or ParrotConfig().max_seq_len,
+    )
+    return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)
+
+
+def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
+    """config.json for `config`, to be written into `directory` (whose tower folder, if any, is already there).
+
+    `original`, the config.json the model came from, keeps its order and every field that ParrotConfig does not know.
+    """
+    hf = dict(original or {})
+    hf.pop(OWN_KEY, None)
+    for name, value in _hf_fields(config).items():
+        if name not in hf or hf[name] != value:
+            hf[name] = value
+    own: dict[str, Any] = {}
+    try:
+        plain = config_from_hf(hf, directory)
+    except CheckpointError:  # the tower's shape is known from nowhere else: write it out in full
+        own["vision"] = _leaves(config.vision)
+        plain = config_from_hf({**hf, OWN_KEY: own}, directory)
+    for name, difference in _difference(plain, config).items():
+        own[name] = {**own[name], **difference} if isinstance(own.get(name), dict) else difference
+    return {**hf, OWN_KEY: own} if own else hf
+
+
+def _required(hf: Mapping[str, Any], name: str) -> Any:
+    if name not in hf:
+        raise ConfigError(f"config.json: {name} is missing; a Qwen2 decoder needs it")
+    return hf[name]
+
+
+def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig:
+    if not hf.get("use_moe", False):
+        return TextGuidedMoEConfig(num_experts=0)
+    if hf.get("moe_hidden_size", hidden_size) != hidden_size:
+        raise ConfigError(f"config.json: moe_hidden_size must be {hidden_size} (hidden_size), got {hf['moe_hidden_size']}")
+    return TextGuidedMoEConfig(
+        num_experts=_required(hf, "num_experts"),
+        ffn_hidden_size=_required(hf, "moe_intermediate_size"),
+        routing="dense",
+        residual="code" if hf.get("use_moe_residual", False) else "none",
+        residual_weight=hf.get("moe_weight", 0.1),
+    )
+
+
+def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
+    llm, moe = config.llm, config.moe
+    fields: dict[str, Any] = {
+        "architectures": ["ParrotQwen2ForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "hidden_act": "silu",
+        "hidden_size": llm.hidden_size,
+        "num_hidden_layers": llm.num_layers,
+        "num_attention_heads": llm.num_attention_heads,
+        "num_key_value_heads": llm.num_query_groups,
+        "intermediate_size": llm.ffn_hidden_size,
+        "vocab_size": llm.vocab_size,
+        "rope_theta": llm.rope_base,
+        "rms_norm_eps": llm.norm_eps,
+        "max_position_embeddings": llm.max_position_embeddings,
+        "tie_word_embeddings": llm.tie_word_embeddings,
+        "tokenizer_model_max_length": config.max_seq_len,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": config.projector.type,
+        "mm_vision_select_feature": "cls_patch",
+        "mm_vision_select_layer": config.vision.select_layer,
+        "use_mm_proj": True,
+        "use_moe": moe.num_experts > 0,
+    }
+    if llm.head_dim is not None:
+        fields["head_dim"] = llm.head_dim
+    if moe.num_experts:
+        fields |= {
+            "num_experts": moe.num_experts,
+            "moe_hidden_size": llm.hidden_size,
+            "moe_intermediate_size": moe.ffn_hidden_size,
+            "use_moe_residual": moe.residual == "code",
+            "moe_weight": moe.residual_weight,
+        }
+    return fields
+
+
+def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> VisionConfig:
+    select_layer = hf.get("mm_vision_select_layer", VisionConfig().select_layer)
+    name = hf.get("mm_vision_tower") or ""
+    tower = find_tower_directory(hf, directory)
+    if tower is not None:
+        base = vision_config_from_hf(read_json(tower / "config.json"), path=str(tower))
+    elif (known := KNOWN_TOWERS.get(Path(name).name)) is not None:
+        base = known
+    elif own:
+        base = VisionConfig()
+    else:
+        raise CheckpointError(
+            f"the vision tower {name!r} (mm_vision_tower) is neither a directory with a config.json relative to {directory} "
+            f"nor one of {sorted(KNOWN_TOWERS)}; put the tower's config.json and preprocessor_config.json into "
+            f"{directory / EXPORTED_TOWER}"
+        )
+    base = _apply(base, own, f"{OWN_KEY}.vision")
+    return dataclasses.replace(base, select_layer=own.get("select_layer", select_layer))
+
+
+def _leaves(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _LOCAL_FIELDS}
+
+
+def _difference(base: Any, config: Any) -> dict[str, Any]:
+    """Leaves of `config` that differ from `base`, nested as the dataclasses are."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(base, field.name)
+        if field.name in _LOCAL_FIELDS or ours == theirs:
+            continue
+        if dataclasses.is_dataclass(ours):
+            if nested := _difference(theirs, ours):
+                result[field.name] = nested
+        else:
+            result[field.name] = ours
+    return result
+
+
+def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """`config` with the (nested) leaves of `changes` replaced."""
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := sorted(set(changes) - known):
+        raise ConfigError(f"config.json: {where} has unknown settings {unknown}; known are {sorted(known)}")
+    values = {
+        name: _apply(getattr(config, name), value, f"{where}.{name}") if isinstance(value, Mapping) else value
+        for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **values)

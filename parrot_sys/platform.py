@@ -1,0 +1,72 @@
+"""Device, back end and launcher of this process: the one module of `parrot_sys` that asks torch and the environment about them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from parrot_sys.errors import ConfigError
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """What `torchrun` told this process; one process of one when it was started by hand."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    from_launcher: bool = False
+    """Whether a launcher set up a rendezvous (`MASTER_ADDR`, `MASTER_PORT`)."""
+
+
+@functools.cache
+def cuda_available() -> bool:
+    """Whether CUDA runs here.
+
+    Counts the devices through NVML where that is possible, which (unlike `torch.cuda.is_available`) leaves the CUDA
+    driver of this process untouched, so that worker processes can still be forked afterwards.
+    """
+    return torch.version.cuda is not None and torch.cuda.device_count() > 0
+
+
+def launch() -> Launch:
+    """Rank, world size and local rank from the environment that `torchrun` sets."""
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return Launch()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return Launch(
+        rank=rank, world_size=world_size, local_rank=int(os.environ.get("LOCAL_RANK", rank)), from_launcher=True
+    )
+
+
+def device() -> torch.device:
+    """Device of this process: the GPU of its local rank, else the CPU."""
+    return torch.device("cuda", launch().local_rank) if cuda_available() else torch.device("cpu")
+
+
+def backend() -> Literal["nccl", "gloo"]:
+    """Back end of the process groups on `device()`."""
+    return "nccl" if cuda_available() else "gloo"
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` -> torch dtype.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch dtype -> its name in configurations (`bfloat16`)."""
+    return str(dtype).removeprefix("torch.")

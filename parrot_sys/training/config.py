@@ -1,0 +1,225 @@
+"""TrainConfig: everything that decides a training run, checked before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parrot_sys.data.config import DataConfig
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.parrot import ParrotConfig
+
+COMPONENTS = ("vision", "projector", "moe", "llm")
+"""Parts of the model that can be frozen and have learning rates of their own."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; the defaults are those of Parrot's second stage."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_fraction: float = 0.03
+    """Part of all steps that warm up, when `warmup_steps` is not set."""
+    warmup_steps: int | None = None
+    """Steps of warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms never decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's averages."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest norm of all gradients together; 0 does not clip."""
+    vision_lr: float | None = None
+    """Peak learning rate of the vision tower, when it differs from `lr`."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector, when it differs from `lr`."""
+    moe_lr: float | None = None
+    """Peak learning rate of router and experts, when it differs from `lr`."""
+    llm_lr: float | None = None
+    """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
+    distributed: bool = False
+    """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
+
+    def component_lrs(self) -> dict[str, float]:
+        """Component -> its own peak learning rate, for those that have one."""
+        lrs = {name: getattr(self, f"{name}_lr") for name in COMPONENTS}
+        return {name: lr for name, lr in lrs.items() if lr is not None and lr != self.lr}
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "vision_lr", "projector_lr", "moe_lr", "llm_lr"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"optimizer.{name} must be > 0, got {value}; freeze a part with trainable.<part> false")
+            if value is not None and self.min_lr > value:
+                raise ConfigError(f"optimizer.min_lr must be <= optimizer.{name}={value}, got {self.min_lr}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ConfigError(f"optimizer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
+        for name in ("min_lr", "weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if self.eps <= 0:
+            raise ConfigError(f"optimizer.eps must be > 0, got {self.eps}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TrainableConfig:
+    """Which parts learn; frozen ones cost neither gradients nor optimizer state."""
+
+    vision: bool = False
+    """The vision tower (frozen in both of Parrot's stages)."""
+    projector: bool = True
+    """The projector."""
+    moe: bool = True
+    """Router and experts."""
+    llm: bool = True
+    """The decoder with embeddings, norms and LM head."""
+
+    def as_dict(self) -> dict[str, bool]:
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    def __post_init__(self) -> None:
+        if not any(self.as_dict().values()):
+            raise ConfigError("trainable: at least one of vision, projector, moe and llm must be true, got none")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ValidationConfig:
+    """Loss on held-out records during training; off without paths."""
+
+    paths: tuple[str, ...] = ()
+    """Record files, in the format of `data.paths`."""
+    interval: int = 500
+    """Steps between validations; one more follows the last step."""
+    batches: int = 20
+    """Global batches a validation reads at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"validation.{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CheckpointConfig:
+    """Training checkpoints below OUTPUT/checkpoints; the released layout is written to OUTPUT/hf at the end."""
+
+    interval: int = 1000
+    """Steps between checkpoints; one more follows the last step."""
+    keep_last: int = 2
+    """Checkpoints that are kept; older ones are removed."""
+    load_from: str | None = None
+    """Weights to start from: a model in the released layout, or a training checkpoint or run (optimizer state not used)."""
+    resume: bool = True
+    """Go on from the newest valid checkpoint of the output directory."""
+    export: bool = True
+    """Write the model in the released layout at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"checkpoint.{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LoggingConfig:
+    """What a run writes down: OUTPUT/metrics.jsonl always, TensorBoard events on request."""
+
+    interval: int = 10
+    """Steps between records."""
+    tensorboard: bool = True
+    """Also write TensorBoard events to OUTPUT/tensorboard."""
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ConfigError(f"logging.interval must be >= 1, got {self.interval}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TrainConfig:
+    """Trains Parrot: vision tower, projector, text-guided experts and decoder, together or in part."""
+
+    output: str
+    """Directory of the run: config.yaml, metrics, checkpoints and the exported model."""
+    model: ParrotConfig = field(default_factory=ParrotConfig)
+    """Sizes and options of the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Records, images and packing."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over the processes."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and learning rates."""
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    """Which parts learn."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Loss on held-out records."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving, resuming and initial weights."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Metrics and progress."""
+    use_moe: bool = True
+    """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
+    global_batch_size: int = 128
+    """Samples of a step over all ranks and micro-batches."""
+    epochs: float = 1.0
+    """Passes over the data, when `max_steps` is not set."""
+    max_steps: int | None = None
+    """Steps of the run."""
+    loss_reduction: Literal["global", "micro_batch"] = "global"
+    """`global`: mean over the labels of the whole step; `micro_batch`: mean of the means of the micro-batches (released code)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of parameters and activations; bf16 keeps fp32 main parameters and gradients in the optimizer."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` computes the activations of each decoder layer again in the backward pass."""
+    cache_image_features: bool = False
+    """Run the frozen vision tower once over every image before training and keep its outputs on disk."""
+    seed: int = 42
+    """Seed of weights, order of the data and everything random."""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ConfigError("output must name the directory of the run, got nothing: pass --output RUN_DIR")
+        if self.global_batch_size < 1:
+            raise ConfigError(f"global_batch_size must be >= 1, got {self.global_batch_size}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be >= 1, got {self.max_steps}")
+        if self.epochs <= 0:
+            raise ConfigError(f"epochs must be > 0, got {self.epochs}")
+        self._check_moe()
+        self._check_layout()
+        if self.cache_image_features and self.trainable.vision:
+            raise ConfigError(
+                "cache_image_features needs a frozen vision tower, got trainable.vision=true: "
+                "set cache_image_features or trainable.vision to false"
+            )
+
+    def _check_moe(self) -> None:
+        experts = self.model.moe.num_experts
+        active = self.use_moe and experts > 0
+        if self.optimizer.moe_lr is not None and not active:
+            raise ConfigError("optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts")
+        if active or not self.trainable.moe:
+            return
+        only_moe = not (self.trainable.vision or self.trainable.projector or self.trainable.llm)
+        if only_moe:
+            raise ConfigError(
+                f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and model.moe.num_experts={experts}: "
+                "switch the experts on or train another part"
+            )
+
+    def _check_layout(self) -> None:
+        for name in ("pipeline_model", "context", "expert_model"):
+            if (size := getattr(self.parallel, f"{name}_parallel_size")) != 1:
+                raise ConfigError(
+                    f"parallel.{name}_parallel_size must be 1 in training, got {size}: "
+                    "training runs on tensor- and data-parallel ranks"
+                )

@@ -1,0 +1,88 @@
+"""Runs the frozen vision tower once over every image of the data sets, before training, and keeps what it gives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.errors import DataError
+from parrot_sys.models.vision import VisionConfig
+
+logger = logging.getLogger(__name__)
+_IMAGES_PER_WRITE = 64
+
+
+def open_store(
+    directory: str | Path, tower: nn.Module, vision: VisionConfig, processor: ParrotProcessor
+) -> FeatureStore:
+    """The store of this tower with these weights, image preprocessing and selected layer."""
+    settings = {**asdict(replace(vision, path=None)), **processor.image_processor.to_dict()}
+    return FeatureStore(directory, tower_fingerprint(tower.state_dict(), sorted(settings.items())))
+
+
+def fill_store(
+    store: FeatureStore,
+    paths: Iterable[str],
+    tower: nn.Module,
+    processor: ParrotProcessor,
+    *,
+    device: torch.device,
+    on_bad_image: str = "error",
+    progress: bool = True,
+) -> int:
+    """Computes and stores the features of images that have none yet; each rank takes its share, an interrupted run goes on.
+
+    Args:
+        store: from `open_store`.
+        paths: image files, the same on every rank.
+        tower: [n, 3, h, w] -> [n, V, C].
+        processor: reads and preprocesses images.
+        device: where the tower is.
+        on_bad_image: `error`, or `skip` to leave unreadable images without features (their samples are left out later).
+        progress: show a bar on rank 0.
+
+    Returns:
+        Images this rank computed.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    missing = store.missing(paths)
+    dist.barrier()  # no rank may write before every rank has seen the same list
+    mine = missing[rank::world_size]
+    dtype = next(tower.parameters()).dtype
+    if missing and rank == 0:
+        logger.info("computing the features of %d images on %d processes", len(missing), world_size)
+    tower.eval()
+    with tqdm(total=len(mine), desc="image features", unit="image", disable=not (progress and rank == 0)) as bar:
+        for start in range(0, len(mine), _IMAGES_PER_WRITE):
+            names = mine[start : start + _IMAGES_PER_WRITE]
+            if on_bad_image == "skip":
+                names = [name for name in names if _is_readable(name, processor)]
+            if names:
+                with torch.no_grad():
+                    pixels = processor.images(names).to(device, dtype)
+                    store.write(store.keys(names), tower(pixels))
+            bar.update(min(_IMAGES_PER_WRITE, len(mine) - start))
+    dist.barrier()
+    store.refresh()
+    return len(mine)
+
+
+def _is_readable(name: str, processor: ParrotProcessor) -> bool:
+    try:
+        processor.images([name])
+    except DataError as error:
+        logger.warning("no features: %s", error)
+        return False
+    return True

@@ -1,0 +1,195 @@
+"""What a step reports: sums that every rank adds up and one reduction turns into means; and the work a step takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.text_guided_moe import RoutingOutput
+
+# A languages (with "other"), E experts
+
+LANGUAGE_NAMES = (*LANGUAGES, "other")
+_LANGUAGE_INDEX = {name: index for index, name in enumerate(LANGUAGE_NAMES)}
+_SCALARS = ("loss", "aux_loss", "labels", "rows", "samples", "images", "flops", "stop")
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
+"""Dense bf16 peak by a part of the device's name (NVIDIA data sheets)."""
+
+
+class StepMetrics:
+    """Sums over micro-batches; `reduce` adds those of the other ranks. One vector, so one message a step.
+
+    All sums live in one float64 vector: scalars, then per language loss, labels and images, then per language and expert
+    probabilities and rows. Numbers that the host knows wait there until `reduce`, so that a GPU gets one copy of them.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+        self.num_experts = num_experts
+        languages = len(LANGUAGE_NAMES)
+        self.sums = torch.zeros(len(_SCALARS) + languages * (3 + 2 * num_experts), dtype=torch.float64, device=device)
+        parts = self.sums.split([len(_SCALARS), languages * 3, languages * num_experts, languages * num_experts])
+        self._host = dict.fromkeys(_SCALARS, 0.0)
+        self._scalars = parts[0]
+        self._languages = parts[1].view(languages, 3)  # loss, labels, images
+        self._probabilities = parts[2].view(languages, num_experts)  # sum over images
+        self._rows = parts[3].view(languages, num_experts)  # visual rows that each expert worked on
+
+    def count(self, **values: float) -> None:
+        """Adds numbers to scalars: labels, rows, samples, images, flops, stop."""
+        for name, value in values.items():
+            self._host[name] += value
+
+    def scalar(self, name: str) -> float:
+        """A sum, after `reduce`."""
+        return self._scalars[_SCALARS.index(name)].item()
+
+    @torch.no_grad()
+    def add(self, batch: PackedBatch, losses: Tensor, routing: RoutingOutput | None, num_visual_rows: int) -> None:
+        """Adds one micro-batch: float32 [L] losses of its label rows and the routes of its images."""
+        samples = torch.tensor(_language_indices(batch.languages, batch.num_samples), device=losses.device)
+        losses = losses.detach().double()
+        self._scalars[0] += losses.sum()
+        self.count(
+            labels=batch.label_rows.numel(),
+            rows=batch.num_rows,
+            samples=batch.num_samples,
+            images=batch.num_images,
+        )
+        if losses.numel():
+            owner = torch.searchsorted(batch.cu_seqlens, batch.label_rows, right=True) - 1
+            pairs = torch.stack((losses, torch.ones_like(losses)), dim=1)
+            self._languages[:, :2].index_add_(0, samples[owner], pairs)
+        if batch.num_images:
+            images = samples[batch.image_sample]
+            self._languages[:, 2].index_add_(0, images, torch.ones_like(images, dtype=torch.float64))
+            if routing is not None and self.num_experts:
+                self._add_routes(images, routing, num_visual_rows)
+
+    @torch.no_grad()
+    def add_aux_loss(self, value: Tensor) -> None:
+        """Adds a share of the auxiliary losses, 0-d."""
+        self._scalars[1] += value
+
+    def _add_routes(self, images: Tensor, routing: RoutingOutput, num_visual_rows: int) -> None:
+        probs = routing.probs.detach().double()
+        self._probabilities.index_add_(0, images, probs)
+        chosen = torch.ones_like(probs)
+        if routing.topk_indices is not None:
+            chosen = torch.zeros_like(probs).scatter_(1, routing.topk_indices, 1.0)
+        self._rows.index_add_(0, images, chosen * num_visual_rows)
+
+    def reduce(self, *, contribute: bool = True) -> None:
+        """Adds the sums of all ranks.
+
+        Args:
+            contribute: False on ranks whose samples another rank reports (tensor parallel); only their wish to stop counts.
+        """
+        if not contribute:
+            self.sums.zero_()
+            self._host = dict.fromkeys(_SCALARS, 0.0) | {"stop": self._host["stop"]}
+        self._scalars += torch.tensor(list(self._host.values()), dtype=torch.float64).to(self.sums.device)
+        self._host = dict.fromkeys(_SCALARS, 0.0)
+        dist.all_reduce(self.sums)
+
+    def merge(self, other: StepMetrics) -> None:
+        """Adds the sums of other steps."""
+        self.sums += other.sums
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of all labels, without auxiliary losses; 0 when there is none."""
+        return self.scalar("loss") / max(self.scalar("labels"), 1.0)
+
+    def record(self, steps: int = 1) -> dict[str, Any]:
+        """Means and counts of `steps` steps with plain names, for JSON.
+
+        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, a number for each expert), `experts/zh/rows`, counts.
+        """
+        result: dict[str, Any] = {"loss": self.loss}
+        if aux_loss := self.scalar("aux_loss"):
+            result["aux_loss"] = aux_loss / steps
+        result |= {name: int(self.scalar(name)) for name in ("labels", "rows", "samples", "images")}
+        sums, probabilities, rows = (part.tolist() for part in (self._languages, self._probabilities, self._rows))
+        for index, name in enumerate(LANGUAGE_NAMES):
+            loss, labels, images = sums[index]
+            if labels:
+                result[f"loss/{name}"] = loss / labels
+            if images and any(rows[index]):
+                result[f"experts/{name}/probability"] = [p / images for p in probabilities[index]]
+                result[f"experts/{name}/rows"] = [int(r) for r in rows[index]]
+        return result
+
+    def is_finite(self) -> bool:
+        """Whether every sum is a number: one NaN loss anywhere makes a sum NaN."""
+        return math.isfinite(self.sums.sum().item())
+
+
+def _language_indices(languages: Sequence[str], num_samples: int) -> list[int]:
+    other = _LANGUAGE_INDEX["other"]
+    return [_LANGUAGE_INDEX.get(name, other) for name in languages] if languages else [other] * num_samples
+
+
+class FlopCounter:
+    """Multiply-adds of a step, times two, as models are usually rated: no recomputation, attention over the causal half.
+
+    A trainable part counts three times its forward pass (forward, gradient of inputs, gradient of weights), a frozen part
+    with a trainable one before it twice, a frozen part at the start once.
+    """
+
+    def __init__(self, model: ParrotConfig, trainable: dict[str, bool], *, use_moe: bool) -> None:
+        llm, vision, moe = model.llm, model.vision, model.moe
+        heads, groups, width = llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
+        self._llm_row = 2 * llm.num_layers * llm.hidden_size * (
+            (2 * heads + 2 * groups) * width + 3 * llm.ffn_hidden_size
+        )
+        self._llm_pair = 2 * llm.num_layers * heads * width  # causal: half of all pairs, for scores and for values
+        self._label = 2 * llm.hidden_size * llm.vocab_size
+        self._visual_rows = vision.num_visual_rows
+        self._projector_row = 2 * llm.hidden_size * (vision.hidden_size + (model.projector.depth - 1) * llm.hidden_size)
+        experts = moe.topk if moe.routing == "topk" else moe.num_experts
+        self._moe_row = 6 * llm.hidden_size * moe.ffn_hidden_size * experts if use_moe else 0
+        self._image = _tower_flops(model)
+        gradient = False
+        self._passes = {}
+        for name in ("vision", "projector", "moe", "llm"):
+            self._passes[name] = 3 if trainable[name] else 2 if gradient else 1
+            gradient = gradient or trainable[name]
+
+    def count(self, batch: PackedBatch) -> float:
+        """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU."""
+        lengths = batch.cu_seqlens.diff().double()
+        rows = batch.num_images * self._visual_rows
+        llm = batch.num_rows * self._llm_row + lengths.square().sum().item() * self._llm_pair
+        flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
+        flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
+        if batch.pixel_values is not None:
+            flops += self._passes["vision"] * batch.num_images * self._image
+        return flops
+
+
+def _tower_flops(model: ParrotConfig) -> float:
+    """Forward pass of the tower over one image."""
+    vision = model.vision
+    if vision.type == "efficientnet_lite0":
+        return 2 * 0.407e9 * (vision.image_size / 224) ** 2  # 407 M multiply-adds at 224 px (its model card)
+    rows, size = vision.num_visual_rows, vision.hidden_size
+    layers = vision.select_layer if vision.select_layer >= 0 else vision.num_layers + 1 + vision.select_layer
+    block = rows * (8 * size * size + 4 * size * vision.ffn_hidden_size) + 4 * rows * rows * size
+    return layers * block + 2 * rows * 3 * vision.patch_size**2 * size
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU in FLOP/s; None where it is unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)

@@ -1,0 +1,138 @@
+"""One training step: the loss over the global batch, its gradients, the update, and what the step reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.errors import ParrotError
+from parrot_sys.megatron.optimizer import data_parallel_group, data_parallel_world_size, tensor_parallel_rank
+from parrot_sys.megatron.parrot_model import ParrotOutput
+from parrot_sys.megatron.schedules import forward_backward, optimizer_step
+from parrot_sys.training.metrics import FlopCounter, StepMetrics
+
+
+class TrainingError(ParrotError, ArithmeticError):
+    """Training cannot go on: a loss or gradient is no number."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    metrics: StepMetrics  # summed over all ranks
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRunner:
+    """Runs steps of one model; `optimizer` and `flops` are not needed for validation."""
+
+    model: Any
+    """From `wrap_data_parallel`."""
+    device: torch.device
+    num_experts: int
+    num_visual_rows: int
+    reduction: Literal["global", "micro_batch"] = "global"
+    optimizer: Any = None
+    flops: FlopCounter | None = None
+
+    def train(self, batches: Sequence[PackedBatch], step: int, *, stop: bool = False) -> StepResult:
+        """Forward, backward, clip, update.
+
+        Args:
+            batches: micro-batches of this rank; as many on every rank, some may be empty.
+            step: number of the step, for messages.
+            stop: this rank wants to end; any rank's wish shows in `metrics.scalar("stop")` on all of them.
+
+        Raises:
+            TrainingError: the loss or the gradient is no number, on every rank; the message names step and records. A bad
+                loss is found before the update, so that the parameters are still good.
+        """
+        metrics = self._run(batches, backward=True, stop=stop)
+        if not metrics.is_finite():
+            raise TrainingError(self._blame(batches, step))
+        grad_norm = optimizer_step(self.optimizer)
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            records = _gather([record for batch in batches for record in batch.record_ids])
+            raise TrainingError(
+                f"step {step}: the gradient norm is {grad_norm} although the loss is {metrics.loss:.4g}; the last checkpoint is "
+                f"not affected. Lower optimizer.lr or look at the records of this step: {_listed(records)}"
+            )
+        return StepResult(metrics, grad_norm)
+
+    @torch.no_grad()
+    def validate(self, batches: Sequence[PackedBatch]) -> StepMetrics:
+        """Sums of one step's forward passes, over all ranks."""
+        return self._run(batches, backward=False)
+
+    def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
+        metrics = StepMetrics(self.num_experts, self.device)
+        if self.flops is not None and backward:
+            metrics.count(flops=sum(self.flops.count(batch) for batch in batches))
+        metrics.count(stop=stop)
+        weights = self._weights(batches)
+
+        def loss_function(batch: PackedBatch, output: ParrotOutput) -> tuple[Tensor, None]:
+            assert output.losses is not None, "training runs without pipeline stages"
+            metrics.add(batch, output.losses, output.routing, self.num_visual_rows)
+            loss = output.losses.sum() * next(weight)
+            if output.routing is not None:
+                for extra in (output.routing.aux_loss, output.routing.z_loss):
+                    if extra is not None:
+                        # The value is that of all ranks together, its gradient the share of this one.
+                        loss = loss + extra / len(batches)
+                        metrics.add_aux_loss(extra.detach() / (len(batches) * data_parallel_world_size()))
+            return loss, None
+
+        weight = iter(weights)
+        on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
+        forward_backward(self.model, on_device, loss_function, backward=backward)
+        metrics.reduce(contribute=tensor_parallel_rank() == 0)
+        return metrics
+
+    def _weights(self, batches: Sequence[PackedBatch]) -> list[float]:
+        """Factor of each micro-batch's summed loss; needs the number of labels, or of micro-batches, on all ranks."""
+        labels = [batch.label_rows.numel() for batch in batches]
+        total = torch.tensor([sum(labels), sum(count > 0 for count in labels)], dtype=torch.int64, device=self.device)
+        dist.all_reduce(total, group=data_parallel_group())
+        all_labels, all_batches = (max(count, 1) for count in total.tolist())
+        if self.reduction == "global":
+            return [1.0 / all_labels] * len(labels)
+        return [1.0 / (max(count, 1) * all_batches) for count in labels]
+
+    @torch.no_grad()
+    def _blame(self, batches: Sequence[PackedBatch], step: int) -> str:
+        """Message that names the records whose losses are no numbers; runs each micro-batch once more."""
+        bad: list[str] = []
+
+        def find(batch: PackedBatch, output: ParrotOutput) -> tuple[Tensor, None]:
+            assert output.losses is not None, "training runs without pipeline stages"
+            rows = batch.label_rows[~output.losses.isfinite()]
+            owners = (torch.searchsorted(batch.cu_seqlens, rows, right=True) - 1).unique().tolist()
+            bad.extend(batch.record_ids[i] if batch.record_ids else f"sample {i}" for i in owners)
+            return output.losses.sum(), None
+
+        forward_backward(self.model, [batch.to(self.device) for batch in batches], find, backward=False)
+        records = _gather(bad)
+        return (
+            f"step {step}: the loss is not finite for {len(records)} records: {_listed(records)}. "
+            "The parameters were not updated; look at these records, lower optimizer.lr or use precision fp32"
+        )
+
+
+def _gather(values: list[str]) -> list[str]:
+    """The values of all data-parallel ranks."""
+    group = data_parallel_group()
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, values, group=group)
+    return sorted({value for each in everyone for value in each})
+
+
+def _listed(records: list[str], limit: int = 20) -> str:
+    rest = f" and {len(records) - limit} more" if len(records) > limit else ""
+    return (", ".join(records[:limit]) or "(without ids)") + rest

@@ -1,0 +1,111 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the progress bar; only rank 0 has one that does anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from parrot_sys.training.config import LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes records of plain values; on ranks other than 0 every method does nothing.
+
+    A resumed run takes back what the interrupted one wrote behind its last checkpoint, so that each step stands there once.
+    """
+
+    def __init__(self, output: str | Path, config: LoggingConfig, *, total_steps: int, start_step: int = 0) -> None:
+        self._active = dist.get_rank() == 0
+        if not self._active:
+            return
+        folder = Path(output)
+        self._path = folder / METRICS_FILE
+        _cut(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = None
+        if config.tensorboard:
+            # Imported late: it takes a second, and not every rank or run needs it.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=total_steps, initial=start_step, desc="train", unit="step", disable=not config.progress, smoothing=0.1
+        )
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Appends one record; its numbers, and lists of numbers one by one, also go to TensorBoard.
+
+        Args:
+            kind: `train`, `validation` or `summary`.
+            step: steps done.
+            record: plain values.
+        """
+        if not self._active:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        for name, value in record.items():
+            for index, number in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(number, int | float):
+                    tag = f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}"
+                    self._board.add_scalar(tag, number, step)
+
+    def advance(self, **shown: str) -> None:
+        """Moves the bar by a step; `shown` stands behind it."""
+        if self._active:
+            if shown:
+                self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._active:
+            self._bar.write(line)
+
+
+def read_metrics(output: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run in their order, of one kind or all."""
+    path = Path(output) / METRICS_FILE
+    if not path.is_file():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Drops records behind `last_step`, and a line that a killed process left half-written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= last_step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,124 @@
+"""Vision towers against the models of transformers: features and all gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.initialize import initialize
+from parrot_sys.megatron.vision import VisionTransformer, build_vision_tower
+from parrot_sys.models.hf_checkpoint import tower_maps
+from parrot_sys.models.hf_config import vision_config_from_hf
+from parrot_sys.models.vision import VisionConfig
+
+SIZES = {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
+
+
+def _reference(kind: str, **changes: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    values = {**SIZES, "image_size": 28, "attn_implementation": "eager", **changes}
+    model = CLIPVisionModel(CLIPVisionConfig(**values)) if kind == "clip" else SiglipVisionModel(SiglipVisionConfig(**values))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases start at zero and norms at one: make every tensor matter
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def _load(tower: VisionTransformer, state: dict[str, torch.Tensor]) -> None:
+    ours = dict(tower.named_parameters()) | dict(tower.named_buffers())
+    with torch.no_grad():
+        for entry in tower_maps(tower.vision, key_prefix=""):
+            ours.pop(entry.name).copy_(entry.pack([state[key] for key in entry.keys]))
+    assert not ours
+
+
+def _tower(reference: torch.nn.Module, **changes: object) -> VisionTransformer:
+    initialize()
+    config = dataclasses.replace(vision_config_from_hf(reference.config.to_dict()), **changes)
+    tower = build_vision_tower(config)
+    assert isinstance(tower, VisionTransformer)
+    _load(tower, reference.state_dict())
+    return tower
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("select_layer", [-1, -2, 0, 1])
+@pytest.mark.parametrize("kind, activation", [("clip", "quick_gelu"), ("clip", "gelu"), ("siglip", "gelu_pytorch_tanh")])
+def test_features_and_gradients(kind: str, activation: str, select_layer: int) -> None:
+    reference = _reference(kind, hidden_act=activation)
+    tower = _tower(reference, select_layer=select_layer)
+    pixels = torch.randn(3, 3, 28, 28)
+    expected = reference(pixels, output_hidden_states=True).hidden_states[select_layer]
+    if kind == "siglip":
+        expected = torch.cat([expected.mean(1, keepdim=True), expected], 1)
+    output = tower(pixels)
+    _close(output, expected, 1e-5)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (output * weight).sum().backward()
+    gradients = dict(reference.named_parameters())
+    ours = dict(tower.named_parameters())
+    compared = set()
+    for entry in tower_maps(tower.vision, key_prefix=""):
+        for key, gradient in zip(entry.keys, entry.unpack(ours[entry.name].grad) if entry.name in ours else ()):
+            compared.add(key)
+            if key.endswith("k_proj.bias"):  # softmax ignores it: zero up to rounding
+                assert gradient.abs().max() < 1e-4
+            else:
+                _close(gradient, gradients[key].grad, 1e-5)
+    assert {key for key, parameter in gradients.items() if parameter.grad is not None} == compared
+
+
+def test_unused_weights_are_buffers_and_survive() -> None:
+    """The last block and the final norm are kept for export but have no parameter that an optimizer could touch."""
+    reference = _reference("clip")
+    tower = _tower(reference)
+    state = reference.state_dict()
+    names = dict(tower.named_parameters()) | dict(tower.named_buffers())
+    exported = {
+        key: tensor
+        for entry in tower_maps(tower.vision, key_prefix="")
+        for key, tensor in zip(entry.keys, entry.unpack(names[entry.name]), strict=True)
+    }
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[key], state[key]) for key in state)
+    assert len(tower.encoder.layers) == 2
+    assert not any("layers.2" in name for name, _ in tower.named_parameters())
+
+
+def test_rows_see_later_rows() -> None:
+    """The tower's attention is not causal: the last patch changes row 0."""
+    tower = _tower(_reference("clip"))
+    pixels = torch.randn(1, 3, 28, 28)
+    changed = pixels.clone()
+    changed[:, :, -7:, -7:] += 1.0
+    assert (tower(pixels)[:, 0] - tower(changed)[:, 0]).abs().max() > 1e-3
+
+
+def test_no_images_and_frozen() -> None:
+    tower = _tower(_reference("siglip"))
+    features = tower(torch.empty(0, 3, 28, 28))
+    assert features.shape == (0, 17, 32)
+    features.sum().backward()  # gradient hooks of every parameter must fire on a rank without images
+    assert all(p.grad is not None and not p.grad.any() for p in tower.parameters())
+    tower.requires_grad_(False)
+    assert not tower(torch.randn(1, 3, 28, 28)).requires_grad
+
+
+def test_wrong_image_size() -> None:
+    tower = _tower(_reference("clip"))
+    with pytest.raises(ConfigError, match=r"\[n, 3, 28, 28\].*\[1, 3, 14, 28\]"):
+        tower(torch.randn(1, 3, 14, 28))
+
+
+def test_efficientnet_is_dispatched() -> None:
+    tower = build_vision_tower(VisionConfig(type="efficientnet_lite0", image_size=64, hidden_size=1280, activation="relu6"))
+    assert tower(torch.randn(2, 3, 64, 64)).shape == (2, 5, 1280)
