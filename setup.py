@@ -32,7 +32,9 @@ CSRC = ROOT / "csrc"
 # The oldest torch whose stable ABI the sources use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 MIN_NVCC = (12, 3)  # first nvcc that knows sm_90a well enough for wgmma
-CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp-simd", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# -fno-trapping-math: without it a comparison that selects a value keeps its branch, and its loop is not vectorised.
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp-simd", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 NINJA_RULES = """\
@@ -73,7 +75,7 @@ def find_nvcc() -> Nvcc | None:
     if wish == "0":
         return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    candidates = (os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
+    candidates = (os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc"))
     for path in filter(None, candidates):
         if not os.path.exists(path):
             continue
@@ -149,6 +151,8 @@ class NinjaBuild(build_ext):
     def run(self) -> None:
         """Builds, copies the libraries to their place and writes `_build_info.py` beside them."""
         super().run()
+        if not self.extensions:
+            return
         target = Path(self.get_ext_fullpath("parrot_kernels._C")).parent / "_build_info.py"
         lines = [f"{name} = {value!r}" for name, value in self.facts.items()]
         target.write_text('"""Written by setup.py: what this build was made with."""\n\n' + "\n".join(lines) + "\n")
@@ -183,7 +187,8 @@ class NinjaBuild(build_ext):
 
     def add_torch_library(self, ninja: NinjaFile, torch_dir: Path, nvcc: Nvcc | None, cuda_sources: list[Path]) -> None:
         """`_C`: operators for torch, with the CUDA half when `nvcc` is given."""
-        flags = [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{CSRC}", f"-isystem{torch_dir}/include"]
+        flags = [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        flags += [f"-I{CSRC}", f"-isystem{torch_dir}/include"]
         sources = [CSRC / "registration.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
         link = [f"-L{torch_dir}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
         cuda = []

@@ -15,7 +15,9 @@ bool has_cuda_kernels() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(parrot_ext, m) { m.def("has_cuda_kernels() -> bool"); }
+STABLE_TORCH_LIBRARY(parrot_ext, m) {
+  m.def("has_cuda_kernels() -> bool");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(parrot_ext, CompositeImplicitAutograd, m) {
   m.impl("has_cuda_kernels", TORCH_BOX(&has_cuda_kernels));

@@ -1,8 +1,8 @@
 """From YAML files and command-line flags to a frozen dataclass, and back to YAML.
 
-A program has one configuration class. Its values come from, later wins: the defaults of the class, each `--config` in the
-order given (the name of a preset, or a YAML file), and the flags (`--model.moe.topk 3`). Checks that need several values
-(`__post_init__`) run once, on the final values.
+A program has one configuration class. Its values come from, later wins: the defaults of the class, each `--config` in
+the order given (the name of a preset, or a YAML file), and the flags (`--model.moe.topk 3`). Checks that need several
+values (`__post_init__`) run once, on the final values.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def parse_config(
         base = build(cls, values, checked=False, missing=tyro.MISSING)
     except ConfigError as error:
         exit_with(error, prog)
-    return tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description))
+    config: C = tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description))
+    return config
 
 
 def list_presets() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Plain nested values (YAML, JSON) <-> frozen configuration dataclasses, strictly: every wrong name or type is an error.
+"""Plain nested values (YAML, JSON) <-> frozen configuration dataclasses; every wrong name or type is an error.
 
 Understood types: bool, int, float, str, Path, Literal, unions, list, tuple, dict and nested dataclasses.
 """

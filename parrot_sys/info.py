@@ -33,7 +33,7 @@ def collect() -> dict[str, Any]:
         },
         "build": _build_facts(),
         "hardware": _hardware(),
-        "environment": {"PARROT_BACKEND": env.backend(), "TRITON_INTERPRET": env.triton_interpret()},
+        "environment": {"PARROT_BACKEND": _forced_backend(), "TRITON_INTERPRET": env.triton_interpret()},
         "ops": registry.available(),
         "optional": {
             "transformer_engine": _transformer_engine(),
@@ -87,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _forced_backend() -> str:
+    try:
+        return env.backend()
+    except ValueError as error:
+        return f"invalid: {error}"
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -101,7 +108,9 @@ def _build_facts() -> dict[str, Any]:
     # Written by setup.py only when it builds the extension.
     if importlib.util.find_spec("parrot_kernels._build_info"):
         module = importlib.import_module("parrot_kernels._build_info")
-        facts |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                facts[name] = " ".join(value) if isinstance(value, list) else value
     return facts
 
 

@@ -70,3 +70,10 @@ def parse_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """torch dtype -> its name in configurations (`bfloat16`)."""
     return str(dtype).removeprefix("torch.")
+
+
+def set_cpu_threads() -> None:
+    """Gives each process of a launcher its share of this machine's cores (torchrun itself sets one thread each)."""
+    if launch().from_launcher:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

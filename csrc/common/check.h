@@ -49,12 +49,12 @@ inline std::string shape_string(const std::vector<int64_t>& wanted) {
 }  // namespace parrot
 
 // PARROT_CHECK_SHAPE(x, rows, 16): x must be [rows, 16]; a negative size accepts every size.
-#define PARROT_CHECK_SHAPE(x, ...)                                                                               \
-  STD_TORCH_CHECK(::parrot::shape_is(x, {__VA_ARGS__}), #x " must have shape ",                                  \
+#define PARROT_CHECK_SHAPE(x, ...)                                              \
+  STD_TORCH_CHECK(::parrot::shape_is(x, {__VA_ARGS__}), #x " must have shape ", \
                   ::parrot::shape_string(std::vector<int64_t>{__VA_ARGS__}), ", got ", ::parrot::shape_string(x))
 
 // PARROT_CHECK_DTYPE(x, Float): the name of a torch::headeronly::ScalarType.
-#define PARROT_CHECK_DTYPE(x, dtype)                                                                              \
+#define PARROT_CHECK_DTYPE(x, dtype)                                                                                 \
   STD_TORCH_CHECK((x).scalar_type() == torch::headeronly::ScalarType::dtype, #x " must have dtype " #dtype ", got ", \
                   torch::headeronly::toString((x).scalar_type()))
 

@@ -1,4 +1,4 @@
-"""parrot_kernels: raw forward and backward launchers, one folder per op. Imports neither triton nor the C++ extension."""
+"""parrot_kernels: raw forward and backward launchers, one folder per op. Imports no triton and no C++ extension."""
 
 from __future__ import annotations
 

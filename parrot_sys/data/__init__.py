@@ -1,1 +1,1 @@
-
+"""From records and pictures to packed batches: reading, formatting, mixing, packing."""

@@ -36,17 +36,17 @@ class PackedBatch:
 
     @property
     def num_samples(self) -> int:
-        """S."""
+        """S, samples in the batch."""
         return self.cu_seqlens.numel() - 1
 
     @property
     def num_images(self) -> int:
-        """n."""
+        """n, images of all samples."""
         return self.image_sample.numel()
 
     @property
     def num_rows(self) -> int:
-        """T."""
+        """T, text and visual rows."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from parrot_sys.errors import ConfigError
 
@@ -90,7 +89,7 @@ def choose_concepts(
         raise ConfigError(
             f"concepts (>= 4) and held_out (>= 0) must sum to at most {len(concepts)}, the vendored concepts; got {count} and {held_out}"
         )
-    generator = np.random.default_rng([seed, 1])
+    generator = random.Random(f"{seed}:concepts")
     by_category: dict[str, list[Concept]] = {}
     for concept in concepts:
         by_category.setdefault(concept.category, []).append(concept)

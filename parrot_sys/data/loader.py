@@ -136,6 +136,10 @@ class ParrotDataLoader:
             {p for dataset in self.datasets for i in range(len(dataset.records)) for p in dataset.image_paths(i)}
         )
 
+    def use_features(self, store: FeatureStore) -> None:
+        """From the next iteration on, gives the features that `store` holds of `image_paths()` instead of pixel values."""
+        self._feature_store = store
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on behind the last step taken: plain values.
 

@@ -1,4 +1,4 @@
-"""Evaluation on MMMB and multilingual MMBench: reading tables, prompts, generation, option extraction, scores, report."""
+"""Evaluation on MMMB and multilingual MMBench: tables, prompts, answers, option extraction, scores, report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which option a free-text answer names, by the rules of the public evaluation kit (VLMEvalKit, vlmeval/utils/matching_util.py).
+"""Which option a free-text answer names, by the rules of the public evaluation kit.
 
-Two published versions exist and give different numbers for the same predictions: `2024`, the kit that Parrot's authors used, and
-`current`, which wants the letter near the end, also reads "the answer is X", and gives up on long answers.
+VLMEvalKit, vlmeval/utils/matching_util.py. Two published versions exist and give different numbers for the same
+predictions: `2024`, the kit that Parrot's authors used, and `current`, which wants the letter near the end, also reads
+"the answer is X", and gives up on long answers.
 """
 
 from __future__ import annotations

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parrot_sys import platform
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.errors import ConfigError
+from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
-from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
+from parrot_sys.inference.generation import generate_tokens, prefill
+from parrot_sys.inference.model import ParrotForConditionalGeneration
+from parrot_sys.inference.pretrained import find_training_checkpoint
 from parrot_sys.inference.sampling import SamplingConfig
-from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json")
 
 
 class ModelPredictor:
-    """Answers with a model in this process. Every picture is decoded and encoded once, and its features are kept."""
+    """Answers with a model in this process. Every picture is decoded and encoded once; its features stay in memory."""
 
     def __init__(
         self,
-        model: ParrotModel,
+        model: ParrotForConditionalGeneration,
         processor: ParrotProcessor,
         *,
         checkpoint: Path,
@@ -37,52 +36,132 @@ class ModelPredictor:
     ) -> None:
         """
         Args:
-            model: on its device, in evaluation mode.
+            model: from `load_pretrained`.
             processor: of the same checkpoint.
             checkpoint: its folder; the digest of its files ties predictions to it.
             mode: `generate` answers greedily, `likelihood` takes the most likely option letter.
-            max_new_tokens: longest answer in tokens (`generate`).
+            max_new_tokens: longest answer in tokens (`generate` only).
         """
-        self.model = model
+        self.model = model.model
+        self.eos_token_ids = frozenset(model.eos_token_ids)
         self.processor = processor
         self.mode = mode
         self.max_new_tokens = max_new_tokens
-        self.has_experts = model.moe is not None and model.use_moe
+        self.has_experts = self.model.moe is not None and self.model.use_moe
         self.settings: Mapping[str, Any] = {
             "checkpoint": checkpoint_digest(checkpoint),
             "mode": mode,
-            "dtype": str(model.config.params_dtype).removeprefix("torch."),
+            "dtype": platform.dtype_name(model.dtype),
             **({"max_new_tokens": max_new_tokens} if mode == "generate" else {}),
         }
-        self._features: dict[tuple[str, str], Tensor] = {}
+        self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [1, V, C]
 
     @torch.inference_mode()
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
         """One prediction per item."""
-        samples = self._samples(items)
         override = self._override(items, routing)
         if self.mode == "likelihood":
-            return self._by_likelihood(items, samples, override)
+            return self._by_likelihood(items, override)
         tokenizer = self.processor.tokenizer
         tokens, routes = generate_tokens(
             self.model,
-            samples,
+            self._samples(items),
             SamplingConfig(),
             max_new_tokens=self.max_new_tokens,
-            eos_token_ids=frozenset({tokenizer.eos_token_id}),
-            pad_token_id=tokenizer.pad_token_id,
-        )  if override is None else generate_tokens(
-            self.model,
-            samples,
-            SamplingConfig(),
-            max_new_tokens=self.max_new_tokens,
-            eos_token_ids=frozenset({tokenizer.eos_token_id}),
+            eos_token_ids=self.eos_token_ids,
             pad_token_id=tokenizer.pad_token_id,
             override=override,
         )
         responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        experts = self._experts(routes, len(items))
         return [
-            Prediction(response=response.strip(), experts=weights)
-            for response, weights in zip(responses, experts, strict=True)
+            Prediction(response=response.strip(), experts=experts)
+            for response, experts in zip(responses, self._experts(routes, len(items)), strict=True)
         ]
+
+    @torch.inference_mode()
+    def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
+        """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
+        samples = self._samples(items)
+        own, _, _ = prefill(self.model, samples, 0)
+        changed, _, _ = prefill(self.model, samples, 0, self._override(items, routing))
+        return (own - changed).abs().max().item()
+
+    def _by_likelihood(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
+        logits, _, routes = prefill(self.model, self._samples(items), 0, override)
+        log_probs = logits.log_softmax(-1).cpu()
+        predictions = []
+        for item, row, experts in zip(items, log_probs, self._experts(routes, len(items)), strict=True):
+            scores = {letter: row[self._letter_id(letter)].item() for letter in item.question.options}
+            best = max(scores, key=lambda letter: scores[letter])
+            predictions.append(Prediction(response=best, experts=experts, option_scores=scores))
+        return predictions
+
+    def _letter_id(self, letter: str) -> int:
+        ids: list[int] = self.processor.tokenizer.encode(letter, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"--mode likelihood needs option letters of one token, got {len(ids)} for {letter!r}; use generate"
+            )
+        return ids[0]
+
+    def _override(self, items: Sequence[Item], routing: Routing) -> RoutingOverride | None:
+        if routing == "model":
+            return None
+        if not self.has_experts:
+            raise ConfigError(f"--routing {routing} needs experts, but the checkpoint has none (or does not use them)")
+        if routing == "off":
+            return RoutingOverride(mode="off")
+        _, _, routes = prefill(self.model, self._samples(items, guidance=True), 0)
+        assert routes is not None, "every item has an image"
+        return RoutingOverride(probs=routes.probs)
+
+    def _samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
+        features = self._image_features(items)
+        samples = []
+        for item, feature in zip(items, features, strict=True):
+            prompt = item.guidance_prompt if guidance else item.prompt
+            assert prompt is not None, "runner.make_items gives guiding prompts for other-language"
+            turns = [{"from": "human", "value": prompt}]
+            ids = self.processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+            samples.append(Sample(input_ids=torch.tensor(ids), image_features=feature, language=item.table.language))
+        return samples
+
+    def _image_features(self, items: Sequence[Item]) -> list[Tensor]:
+        """[1, V, C] of each item's picture; the key is its content, as the languages of a benchmark share pictures."""
+        keys = [hashlib.sha256(item.table.images[item.question.image_key].encode()).hexdigest() for item in items]
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._features}
+        if new:
+            tower = self.model.vision_tower
+            if tower is None:
+                raise CheckpointError(
+                    "the checkpoint was loaded without its vision tower, so it cannot see the questions' images"
+                )
+            device, dtype = next(self.model.parameters()).device, self.model.config.params_dtype
+            pixels = self.processor.images(item.table.image(item.question.image_key) for item in new.values())
+            features = tower(pixels.to(device, dtype)).cpu()
+            self._features.update(zip(new, features.split(1), strict=True))
+        return [self._features[key] for key in keys]
+
+    def _experts(self, routes: RoutingOutput | None, count: int) -> list[list[float]]:
+        if routes is None or not self.has_experts:
+            return [[]] * count
+        weights: list[list[float]] = routes.probs.float().cpu().tolist()
+        return weights
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """SHA-256 over names and contents of everything in a checkpoint (the newest one, if the folder is a training run).
+
+    Raises:
+        CheckpointError: the folder holds no file.
+    """
+    checkpoint = find_training_checkpoint(checkpoint) or checkpoint
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    if not files:
+        raise CheckpointError(f"{checkpoint} holds no checkpoint; wanted a folder with config.json and weights")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(checkpoint)).encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Prompts and answer clean-up of the Parrot wrapper in the public evaluation kit (VLMEvalKit, vlmeval/vlm/parrot.py)."""
+"""Prompts and answer clean-up of the Parrot wrapper in the public kit (VLMEvalKit, vlmeval/vlm/parrot.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def question_prompt(question: Question, language: str) -> str:
 
 
 def clean_answer(response: str, prompt: str) -> str:
-    """What the wrapper hands to the kit: for English prompts a letter at either end of the answer stands for the whole answer.
+    """What the wrapper hands to the kit: for English prompts a letter at either end stands for the whole answer.
 
     Only the English instruction triggers this in the wrapper, so other languages are scored on their full answers.
     """

@@ -1,7 +1,7 @@
 """Runs a model over tables: batches, resuming, option extraction, scores and files.
 
 Everything about the model stands behind `Predictor`, so that this module needs neither torch nor Megatron.
-Layout below the output folder: SUITE/ROUTING/MODEL_DATASET.{jsonl,xlsx,tsv} and SUITE/ROUTING/MODEL_DATASET.scores.json.
+Files below the output folder: SUITE/ROUTING/MODEL_DATASET with the endings .jsonl, .xlsx, .tsv and .scores.json.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def load_tables(paths: Sequence[str | Path], languages: Sequence[str], limit: in
     for table in tables:
         key = (table.suite, table.language)
         if key in seen:
-            raise DataError(f"{table.path} and {seen[key]} are both {table.suite} in {table.language}; evaluate them apart")
+            raise DataError(
+                f"{table.path} and {seen[key]} are both {table.suite} in {table.language}; evaluate them apart"
+            )
         seen[key] = table.path
     return [table.limited(limit) if limit else table for table in tables]
 
@@ -105,7 +107,9 @@ def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, 
         guidance = {question.index: question_prompt(question, language) for question in other.questions}
         absent = [question.index for question in table.questions if question.index not in guidance]
         if absent:
-            raise DataError(f"{other.path} lacks index {absent[0]} of {table.path}; --routing other-language needs the same rows")
+            raise DataError(
+                f"{other.path} lacks index {absent[0]} of {table.path}; --routing other-language needs the same rows"
+            )
     return [
         Item(
             table=table,
@@ -138,12 +142,13 @@ def evaluate_table(
     batch_size: int,
     output: Path,
     overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answers what is not answered yet, scores the table and writes its files.
 
     Returns:
-        What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`, `scores`,
-        `experts` (mean routing weight of each expert) and `seconds` of this call.
+        What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
+        `scores`, `experts` (mean routing weight of each expert), `seconds` of this call, and `extra`.
     """
     begin = time.perf_counter()
     stem = output / table.suite / routing / f"{model_name}_{table.name}"
@@ -151,7 +156,9 @@ def evaluate_table(
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         todo = [item for item in items if item.question.index not in store.records]
         if len(todo) < len(items):
-            logger.info("%s, routing %s: %d of %d answers are there", table.name, routing, len(items) - len(todo), len(items))
+            logger.info(
+                "%s, routing %s: %d of %d answers are there", table.name, routing, len(items) - len(todo), len(items)
+            )
         title = f"{table.suite} {table.language} {routing}"
         with tqdm(total=len(items), initial=len(items) - len(todo), desc=title, unit="question") as bar:
             for batch in _batches(todo, batch_size):
@@ -174,6 +181,7 @@ def evaluate_table(
         "scores": score_table(table.questions, letters),
         "experts": mean_experts(list(records.values())),
         "seconds": time.perf_counter() - begin,
+        **(extra or {}),
     }
     path = stem.parent / f"{stem.name}{SCORES_SUFFIX}"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -193,9 +201,9 @@ def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing)
     if change == 0:
         table = items[0].table
         raise ConfigError(
-            f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are bypassed. "
-            "Wanted: experts whose output depends on the route; got max |change| = 0. Check that the checkpoint was trained "
-            "with use_moe and that its experts are not all zero"
+            f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are "
+            "bypassed (wanted max |change| > 0, got 0); check that the checkpoint was trained with use_moe and that its "
+            "experts are not all zero"
         )
     return change
 

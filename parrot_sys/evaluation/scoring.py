@@ -68,7 +68,7 @@ def score_table(questions: Sequence[Question], letters: Mapping[int, str | None]
 
 
 def baselines(questions: Sequence[Question]) -> dict[str, Any]:
-    """`random`: expected accuracies of a guess over each row's options. `majority`: always the most frequent right letter."""
+    """`random`: expected accuracies of guessing among a row's options; `majority`: of always the commonest letter."""
     chance = [1 / len(question.options) for question in questions]
     circular = [math.prod(chance[row] for row in rows) for _, rows in iter_groups(questions)]
     counts = Counter(question.answer for question in questions)

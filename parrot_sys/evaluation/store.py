@@ -69,7 +69,9 @@ class PredictionStore:
     def __enter__(self) -> PredictionStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _complete_lines(self) -> list[str]:
@@ -89,15 +91,17 @@ class PredictionStore:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{self.path}, line {number} is damaged ({error}); delete the file to start anew") from error
+            raise DataError(
+                f"{self.path}, line {number} is damaged ({error}); delete the file to start anew"
+            ) from error
         return dict(record)
 
 
 def write_kit_tables(table_path: Path, predictions: Mapping[int, str], stem: Path) -> list[Path]:
     """Writes `stem`.xlsx and `stem`.tsv: the columns of the table without its pictures, plus `prediction`.
 
-    The public kit scores a file named `{model}_{dataset}.xlsx` (VLMEvalKit, vlmeval/inference.py). Rows without a prediction
-    (a run limited to some questions) are left out.
+    The public kit scores a file named `{model}_{dataset}.xlsx` (VLMEvalKit, vlmeval/inference.py). Rows without a
+    prediction (a run limited to some questions) are left out.
     """
     frame = read_frame(table_path).drop(columns="image")
     frame["index"] = [int(float(index)) for index in frame["index"]]
@@ -113,7 +117,7 @@ def write_kit_tables(table_path: Path, predictions: Mapping[int, str], stem: Pat
 
 
 def _write_spreadsheet(frame: pd.DataFrame, path: Path) -> None:
-    """xlsx with every text as text: an answer may start with "=" or hold control characters, which the format forbids."""
+    """xlsx with every text as text: an answer may start with "=", or hold control characters, which are dropped."""
     clean = frame.map(lambda cell: ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell)
     with pd.ExcelWriter(path, engine="openpyxl") as writer:
         clean.to_excel(writer, index=False)

@@ -1,9 +1,10 @@
 """Multiple-choice tables as the public kit keeps them: one TSV per language, images in base64 inside.
 
-Columns: `index`, `question`, option columns (any single capital letter; an empty cell means that the option does not exist),
-`answer`, `image` (base64, or the `index` of the row that holds it), and where present `hint`, `category`, `l2-category`,
-`split`, `g_index`. Case and `-`/`_` in column names do not matter. Read as VLMEvalKit reads them (vlmeval/dataset/image_base.py),
-except that every cell stays text, so that an option such as `None`, `NA` or `1.50` is kept as it is written.
+Columns: `index`, `question`, option columns (any single capital letter; an empty cell means that the option does not
+exist), `answer`, `image` (base64, or the `index` of the row that holds it), and where present `hint`, `category`,
+`l2-category`, `split`, `g_index`. Case and `-`/`_` in column names do not matter. Read as VLMEvalKit reads them
+(vlmeval/dataset/image_base.py), except that every cell stays text, so that an option such as `None`, `NA` or `1.50` is
+kept as it is written.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from parrot_sys.errors import DataError
 _REFERENCE_LENGTH = 64
 """An image cell of at most this many characters is the index of another row (VLMEvalKit's rule)."""
 _ROTATION = 1_000_000
-"""Rows whose index agrees modulo this number are one question with its options rotated (MMBench's circular evaluation)."""
+"""Rows whose index agrees modulo this are one question with its options rotated (MMBench's circular evaluation)."""
 _LANGUAGE_OF_SUFFIX = {"cn": "zh", **{language: language for language in LANGUAGES}}
 _SUFFIX_OF_LANGUAGE = {"zh": "cn"}
 _KIT_NAMES = {"mmmb": "MMMB", "mmbench_dev": "MMBench_dev", "mmbench": "MMBench_dev"}
@@ -62,8 +63,8 @@ class QuestionSet:
     name: str
     """Name of the data set as the public kit spells it (`MMMB_en`), else the file's stem."""
     suite: str
-    """What the languages of one benchmark have in common: the value of `split` where all rows agree on a telling one (`style`),
-    else the file's name without its language (`mmmb`)."""
+    """What the languages of one benchmark have in common: the value of `split` where all rows agree on a telling one
+    (`style`), else the file's name without its language (`mmmb`)."""
     language: str
     questions: tuple[Question, ...]
     images: Mapping[str, str] = field(repr=False)
@@ -115,7 +116,7 @@ def find_tables(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def language_of(name: str) -> str:
-    """Language that a data set's name ends in (`mmmb_cn` -> `zh`); English where it names none, as the kit's wrapper does."""
+    """Language that a data set's name ends in (`mmmb_cn` -> `zh`); English where it names none, as in the wrapper."""
     return _LANGUAGE_OF_SUFFIX.get(name.lower().rsplit("_", 1)[-1], "en")
 
 
@@ -239,7 +240,7 @@ def _resolve(index: int, cells: Mapping[int, str], path: Path) -> int:
     if len(cell) > _REFERENCE_LENGTH:
         return index
     target = int(float(cell)) if re.fullmatch(r"\d+(\.0)?", cell) else None
-    if target not in cells:
+    if target is None or target not in cells:
         raise DataError(f"{path}, index {index}: the image refers to row {cell!r}, which does not exist")
     if len(cells[target]) <= _REFERENCE_LENGTH:
         raise DataError(f"{path}, index {index}: the image refers to row {target}, which holds no image itself")

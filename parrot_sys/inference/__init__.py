@@ -1,1 +1,1 @@
-
+"""Serving: `load_pretrained`, generation, chat and checkpoint conversion."""

@@ -6,6 +6,12 @@ has to happen first.
 
 from __future__ import annotations
 
+import warnings
+
 from parrot_sys.megatron import cpu_layer
 
+# Neither is needed here, and `python -m parrot_sys.info` says whether they are there.
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning, module="megatron")
+# A default of Megatron's own configuration.
+warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning, module="megatron")
 cpu_layer.install()

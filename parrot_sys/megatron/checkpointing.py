@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.compat import wait_for_writers_locally
 from parrot_sys.megatron.parrot_model import ParrotModel
 
 _MODEL = "model"
@@ -39,6 +40,7 @@ def save_distributed(
         state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
         state[_RANDOM] = _sharded_random()
     state[_COMMON] = common
+    wait_for_writers_locally()
     dist_checkpointing.save(state, str(folder))
 
 

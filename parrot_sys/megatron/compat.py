@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -67,3 +68,14 @@ def mlp_submodule(submodules: Any) -> Any:
 
         return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
+
+
+def wait_for_writers_locally() -> None:
+    """Checkpoints are written to their end before training goes on, so results need not cross processes.
+
+    Megatron otherwise starts a helper process for them, which takes seconds at the first save and hangs without psutil.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", queue) is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -131,6 +131,11 @@ class Qwen2Decoder(GPTModel):
         if post_process:
             self.output_layer.__class__ = OutputHead
 
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """Layers of this rank, where Megatron's schedules look for them in a model whose `decoder` this is."""
+        return self.decoder.layers
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings: int64 [T] -> [T, H]. Rows with a negative id (images) get those of id 0, to be replaced."""
         ids = input_ids.clamp(min=0).unsqueeze(0)

@@ -16,11 +16,12 @@ from torch import Tensor
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.hf_checkpoint import TOWER_PREFIX, is_carried
-from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
+from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory, read_json
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
 
 logger = logging.getLogger(__name__)
 
+_PREPROCESSOR = "preprocessor_config.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
 
 
@@ -97,6 +98,10 @@ def export_released(
         if tower is not None:
             _copy_files(tower, target / EXPORTED_TOWER, weights=not inside)
         hf = config_to_hf(model.parrot, source.hf if source else None, target)
+        if (target / _PREPROCESSOR).is_file():
+            hf.setdefault("image_aspect_ratio", read_json(target / _PREPROCESSOR).get("image_aspect_ratio", "square"))
+        if model.moe is not None:
+            hf["use_moe"] = model.use_moe
         hf["torch_dtype"] = _dtype_name(model, source, dtype)
         if tower is not None:
             hf.setdefault("mm_vision_tower", EXPORTED_TOWER)

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from parrot_sys.megatron import adam
+from parrot_sys.megatron.adam import install_adam
 from parrot_sys.megatron.parrot_model import COMPONENTS, ParrotModel
 
 
@@ -63,7 +63,7 @@ def build_optimizer(
         eps: Adam's epsilon.
         clip_grad: largest norm of all gradients together; 0 does not clip.
     """
-    adam.install()
+    install_adam()
     dtype = model.config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",

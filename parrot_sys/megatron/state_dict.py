@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -93,6 +94,13 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
         fill(tensors, maps, files.tensor, rank=rank, size=size)
     if model.vision_tower is not None and not inside:
         load_tower(model.vision_tower, config.vision, find_tower_directory(hf, directory), rank=rank, size=size)
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """Type of the weights in a training checkpoint."""
+    saved = dist_checkpointing.load_tensors_metadata(str(directory))
+    dtype: torch.dtype = saved["decoder.embedding.word_embeddings.weight"].dtype
+    return dtype
 
 
 def load_tower(

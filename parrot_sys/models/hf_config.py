@@ -40,6 +40,15 @@ KNOWN_TOWERS = {
 }
 """Towers that checkpoints name by their hub id, by the id's last part (sizes: the public config.json of each)."""
 
+_NEW_CHECKPOINT: dict[str, Any] = {
+    "mm_patch_merge_type": "flat",
+    "tokenizer_padding_side": "right",
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+"""What the released code reads besides the settings of ParrotConfig."""
 _LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
 
 
@@ -163,7 +172,7 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
 
     `original`, the config.json the model came from, keeps its order and every field that ParrotConfig does not know.
     """
-    hf = dict(original or {})
+    hf = dict(_NEW_CHECKPOINT if original is None else original)
     hf.pop(OWN_KEY, None)
     for name, value in _hf_fields(config).items():
         if name not in hf or hf[name] != value:
@@ -233,6 +242,8 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
             "use_moe_residual": moe.residual == "code",
             "moe_weight": moe.residual_weight,
         }
+        if moe.routing == "topk":
+            fields["moe_top_k"] = moe.topk
     return fields
 
 

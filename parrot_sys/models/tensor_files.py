@@ -117,6 +117,15 @@ class TensorFiles:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+def check_absent(path: Path, *, overwrite: bool) -> None:
+    """
+    Raises:
+        CheckpointError: `path` exists and may not be overwritten.
+    """
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already; choose another directory, or allow overwriting (--force)")
+
+
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A directory that appears at `path` only when the block has ended well; until then it has another name beside it.
@@ -125,8 +134,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: `path` exists already and `overwrite` is not set.
     """
     path = path.absolute()
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists already; choose another directory or allow overwriting")
+    check_absent(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:

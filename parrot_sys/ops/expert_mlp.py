@@ -42,7 +42,7 @@ def _(
     output_scale: float,
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    z_shape = (*x.shape[:2], *w_gate_up.shape[:3]) if save_z else (0,)
+    z_shape = (w_gate_up.shape[0], *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else (0,)
     return x.new_empty(x.shape), x.new_empty(z_shape)
 
 

@@ -1,1 +1,1 @@
-
+"""Helpers for tests that need several ranks."""

@@ -1,1 +1,1 @@
-
+"""The trainer and what it writes: checkpoints and metrics."""

@@ -96,6 +96,8 @@ class ValidationConfig:
 
     paths: tuple[str, ...] = ()
     """Record files, in the format of `data.paths`."""
+    image_roots: tuple[str, ...] = ()
+    """Directories of their images (default: the directory of each file)."""
     interval: int = 500
     """Steps between validations; one more follows the last step."""
     batches: int = 20

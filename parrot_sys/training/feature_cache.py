@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
@@ -26,7 +29,8 @@ def open_store(
 ) -> FeatureStore:
     """The store of this tower with these weights, image preprocessing and selected layer."""
     settings = {**asdict(replace(vision, path=None)), **processor.image_processor.to_dict()}
-    return FeatureStore(directory, tower_fingerprint(tower.state_dict(), sorted(settings.items())))
+    weights = dict([*tower.named_parameters(), *tower.named_buffers()])
+    return FeatureStore(directory, tower_fingerprint(weights, sorted(settings.items())))
 
 
 def fill_store(
@@ -36,7 +40,8 @@ def fill_store(
     processor: ParrotProcessor,
     *,
     device: torch.device,
-    on_bad_image: str = "error",
+    on_bad_image: Literal["error", "skip"] = "error",
+    num_workers: int = 2,
     progress: bool = True,
 ) -> int:
     """Computes and stores the features of images that have none yet; each rank takes its share, an interrupted run goes on.
@@ -48,6 +53,7 @@ def fill_store(
         processor: reads and preprocesses images.
         device: where the tower is.
         on_bad_image: `error`, or `skip` to leave unreadable images without features (their samples are left out later).
+        num_workers: threads that read images.
         progress: show a bar on rank 0.
 
     Returns:
@@ -63,26 +69,30 @@ def fill_store(
     dtype = next(tower.parameters()).dtype
     if missing and rank == 0:
         logger.info("computing the features of %d images on %d processes", len(missing), world_size)
-    tower.eval()
-    with tqdm(total=len(mine), desc="image features", unit="image", disable=not (progress and rank == 0)) as bar:
+    with (
+        ThreadPoolExecutor(num_workers, "parrot-images") as threads,
+        tqdm(total=len(mine), desc="image features", unit="image", disable=not (progress and rank == 0)) as bar,
+    ):
         for start in range(0, len(mine), _IMAGES_PER_WRITE):
             names = mine[start : start + _IMAGES_PER_WRITE]
-            if on_bad_image == "skip":
-                names = [name for name in names if _is_readable(name, processor)]
-            if names:
+            read = partial(_read, processor=processor, skip=on_bad_image == "skip")
+            images = {name: image for name, image in zip(names, threads.map(read, names), strict=True) if image is not None}
+            if images:
                 with torch.no_grad():
-                    pixels = processor.images(names).to(device, dtype)
-                    store.write(store.keys(names), tower(pixels))
-            bar.update(min(_IMAGES_PER_WRITE, len(mine) - start))
+                    features = tower(torch.cat(list(images.values())).to(device, dtype))
+                store.write(store.keys(images), features)
+            bar.update(len(names))
     dist.barrier()
     store.refresh()
     return len(mine)
 
 
-def _is_readable(name: str, processor: ParrotProcessor) -> bool:
+def _read(name: str, *, processor: ParrotProcessor, skip: bool) -> Tensor | None:
+    """[1, 3, h, w], or None for an unreadable image that may be skipped."""
     try:
-        processor.images([name])
+        return processor.images([name])
     except DataError as error:
+        if not skip:
+            raise
         logger.warning("no features: %s", error)
-        return False
-    return True
+        return None

@@ -13,12 +13,12 @@ Shapes: n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, 
     probs          [n, E], float32 (float64 for float64 x)
     topk_indices   [n, K], expert_offsets [E + 1], plan [n * K]: as `topk_routing` returns them
 
-Two forms. Dense runs every expert as one fat SwiGLU MLP: the up-projection is one [n*V, H] x [H, E*2*I] product, the
+Two forms. Dense runs every expert, all together one fat SwiGLU MLP: up-projection [n*V, H] x [H, E*2*I], the
 weight is multiplied in its SwiGLU epilogue, the down-projection sums over experts by its inner dimension E*I and adds the
 residual. Top-k computes only the chosen (image, expert) segments, sorted by expert.
 
 Saved for the backward pass: x and `z` only, the pre-activations of the up-projection, in the dtype of x:
-    dense  z [n, V, E, 2, I]
+    dense  z [E, n, V, 2, I]
     topk   z [n * K, V, 2, I], segment j belongs to position plan[j]
 With save_z false z is an empty [0] tensor, and a backward pass that gets such a z computes it again from x.
 Nothing E-fold and H-wide is ever formed: with h the UNWEIGHTED silu(g) * u and dh' = output_scale * dy @ down.T taken

@@ -40,8 +40,13 @@ def _swiglu_bwd(z: Tensor, grad: Tensor) -> Tensor:
 
 
 def _up(x: Tensor, w_gate_up: Tensor) -> Tensor:
-    """[n, V, H] -> [n, V, E, 2, I]."""
-    return torch.einsum("nvh,esih->nvesi", x, w_gate_up)
+    """[n, V, H] -> [E, n, V, 2, I]."""
+    return torch.einsum("nvh,esih->envsi", x, w_gate_up)
+
+
+def _spread(probs: Tensor) -> Tensor:
+    """[n, E] -> [E, n, 1, 1]."""
+    return probs.T[:, :, None, None]
 
 
 def expert_mlp_dense_fwd(
@@ -51,7 +56,7 @@ def expert_mlp_dense_fwd(
     dtype, acc = x.dtype, _acc(x)
     x = x.to(acc)
     z = _up(x, w_gate_up.to(acc))
-    out = torch.einsum("nvei,eih->nvh", _swiglu(z) * probs[:, None, :, None], w_down.to(acc))
+    out = torch.einsum("envi,eih->nvh", _swiglu(z) * _spread(probs), w_down.to(acc))
     residual_scale, output_scale = scales
     y = (residual_scale * x + output_scale * out).to(dtype)
     return y, z.to(dtype) if save_z else x.new_empty(0, dtype=dtype)
@@ -76,17 +81,17 @@ def expert_mlp_dense_bwd(
     none = x.new_empty(0, dtype=dtype)
 
     h = _swiglu(z)
-    grad_h = output_scale * torch.einsum("nvh,eih->nvei", grad, w_down)
-    grad_z = _swiglu_bwd(z, grad_h * probs[:, None, :, None])
+    grad_h = output_scale * torch.einsum("nvh,eih->envi", grad, w_down)
+    grad_z = _swiglu_bwd(z, grad_h * _spread(probs))
     grad_x = none
     if needs_x:
-        grad_x = (residual_scale * grad + torch.einsum("nvesi,esih->nvh", grad_z, w_gate_up)).to(dtype)
-    weighted = output_scale * h * probs[:, None, :, None]
+        grad_x = (residual_scale * grad + torch.einsum("envsi,esih->nvh", grad_z, w_gate_up)).to(dtype)
+    weighted = output_scale * h * _spread(probs)
     return (
         grad_x,
-        torch.einsum("nvesi,nvh->esih", grad_z, x).to(dtype) if needs_gate_up else none,
-        torch.einsum("nvei,nvh->eih", weighted, grad).to(dtype) if needs_down else none,
-        (h * grad_h).sum(dim=(1, 3)) if needs_probs else probs.new_empty(0),
+        torch.einsum("envsi,nvh->esih", grad_z, x).to(dtype) if needs_gate_up else none,
+        torch.einsum("envi,nvh->eih", weighted, grad).to(dtype) if needs_down else none,
+        (h * grad_h).sum(dim=(2, 3)).T.contiguous() if needs_probs else probs.new_empty(0),
     )
 
 

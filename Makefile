@@ -1,0 +1,56 @@
+# PYTHON: the Python (3.11 or 3.12) that .venv is made from.   ARGS: further arguments of the program that a target runs.
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+
+.PHONY: help setup test test-all demo experiment lint format bench clean
+
+help:
+	@echo "make demo         set up, build the data set, train, evaluate, report, talk (10 minutes on two cores)"
+	@echo "make experiment   set up and train the variants of the report, three seeds each (hours; resumable)"
+	@echo "make test         set up and run the tests; make test-all adds the slow ones"
+	@echo "make lint         style, types, layers; make format mends the style"
+	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' keeps the result)"
+	@echo "make setup        only create .venv; PYTHON=python3.12 picks the Python"
+	@echo "make clean        remove what was built; .venv, data and runs stay"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/setup_venv.py $(CPP_FILES)
+	$(PYTHON) .ci/setup_venv.py
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+demo: setup
+	$(BIN)/python train/demo.py $(ARGS)
+
+experiment: setup
+	$(BIN)/python train/experiment.py $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -f $(STAMP) kernels/parrot_kernels/*.so kernels/parrot_kernels/_build_info.py
+	find parrot_sys kernels tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,163 @@
+"""Conversations of the default data set: several kinds of questions about pictures and words, in six languages.
+
+A conversation is a LLaVA/Parrot record `{id, image?, lang, conversations: [{from, value}, ...]}`. Everything drawn at random depends on
+the seed, the stage and the record only, so that a data set built again is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from parrot_sys.data.concepts import ASSETS, Concept
+from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.mcq_prompt import build_mcq_prompt
+
+LETTERS = "ABCD"
+PHRASES_FILE = "phrases.yaml"
+_MAX_KEYWORDS_IN_ANSWER = 3
+
+Turn = tuple[str, str]
+"""Question and answer."""
+
+
+@functools.cache
+def load_phrases() -> Mapping[str, Mapping[str, Any]]:
+    """Language -> wordings of questions, names of categories and of languages."""
+    return yaml.safe_load((ASSETS / PHRASES_FILE).read_text(encoding="utf-8"))
+
+
+def draw_distractors(concept: Concept, pool: Sequence[Concept], generator: random.Random, count: int = 3) -> list[Concept]:
+    """`count` other concepts, the first of them of the concept's own category whenever the pool holds one."""
+    others = [other for other in pool if other.emoji != concept.emoji]
+    same = [other for other in others if other.category == concept.category]
+    chosen = [generator.choice(same)] if same else []
+    return chosen + generator.sample([other for other in others if other not in chosen], count - len(chosen))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asker:
+    """Makes turns in one language. `pool` holds the concepts that wrong options are drawn from."""
+
+    language: str
+    pool: Sequence[Concept]
+    languages: Sequence[str]
+    generator: random.Random
+
+    @property
+    def phrases(self) -> Mapping[str, Any]:
+        return load_phrases()[self.language]
+
+    def name(self, concept: Concept) -> Turn:
+        return self.generator.choice(self.phrases["name"]), concept.names[self.language]
+
+    def name_choice(self, concept: Concept) -> Turn:
+        """The question of the benchmark: which of four names does the picture show?"""
+        return self._choice_of_names(self.phrases["name"][0], concept)
+
+    def category(self, concept: Concept) -> Turn:
+        return self.phrases["category"], self.phrases["categories"][concept.category]
+
+    def category_choice(self, concept: Concept) -> Turn:
+        names = self.phrases["categories"]
+        wrong = self.generator.sample(sorted(set(names) - {concept.category}), len(LETTERS) - 1)
+        return self._choice(self.phrases["category"], names[concept.category], [names[other] for other in wrong])
+
+    def yes_no(self, concept: Concept) -> Turn:
+        if self.generator.random() < 0.5:
+            return self.phrases["yes_no"].format(name=concept.names[self.language]), self.phrases["yes"]
+        other = draw_distractors(concept, self.pool, self.generator, 1)[0]
+        return self.phrases["yes_no"].format(name=other.names[self.language]), self.phrases["no"]
+
+    def keywords(self, concept: Concept) -> Turn:
+        """Falls back on the open question where CLDR has no keywords in this language."""
+        words = self._words(concept)
+        return (self.phrases["keywords"], words) if words else self.name(concept)
+
+    def translation(self, concept: Concept) -> Turn:
+        target = self.generator.choice([language for language in self.languages if language != self.language] or ["en"])
+        question = self.phrases["translate"].format(
+            name=concept.names[self.language], language=self.phrases["languages"][target]
+        )
+        return question, concept.names[target]
+
+    def meaning_choice(self, concept: Concept) -> Turn:
+        """A word in any of the languages; its name in this language is to be found among four."""
+        source = self.generator.choice(self.languages)
+        return self._choice_of_names(self.phrases["means"].format(name=concept.names[source]), concept)
+
+    def riddle_choice(self, concept: Concept) -> Turn:
+        words = self._words(concept)
+        if not words:
+            return self.meaning_choice(concept)
+        return self._choice_of_names(self.phrases["riddle"].format(words=words), concept)
+
+    def word_category(self, concept: Concept) -> Turn:
+        question = self.phrases["word_category"].format(name=concept.names[self.language])
+        return question, self.phrases["categories"][concept.category]
+
+    def word_keywords(self, concept: Concept) -> Turn:
+        words = self._words(concept)
+        if not words:
+            return self.word_category(concept)
+        return self.phrases["word_keywords"].format(name=concept.names[self.language]), words
+
+    def _words(self, concept: Concept) -> str:
+        words = concept.keywords[self.language]
+        count = min(len(words), _MAX_KEYWORDS_IN_ANSWER)
+        return self.phrases["separator"].join(self.generator.sample(words, count))
+
+    def _choice_of_names(self, question: str, concept: Concept) -> Turn:
+        wrong = draw_distractors(concept, self.pool, self.generator, len(LETTERS) - 1)
+        return self._choice(question, concept.names[self.language], [other.names[self.language] for other in wrong])
+
+    def _choice(self, question: str, right: str, wrong: Sequence[str]) -> Turn:
+        texts = [right, *wrong]
+        self.generator.shuffle(texts)
+        options = dict(zip(LETTERS, texts, strict=True))
+        return build_mcq_prompt(question, options, self.language), LETTERS[texts.index(right)]
+
+
+PICTURE_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
+    "name_choice": (0.70, Asker.name_choice),
+    "name": (0.12, Asker.name),
+    "yes_no": (0.06, Asker.yes_no),
+    "keywords": (0.04, Asker.keywords),
+    "category": (0.04, Asker.category),
+    "category_choice": (0.04, Asker.category_choice),
+}
+"""Kinds of turns about a picture and how often each is drawn."""
+TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
+    "meaning_choice": (0.50, Asker.meaning_choice),
+    "translation": (0.20, Asker.translation),
+    "riddle_choice": (0.10, Asker.riddle_choice),
+    "word_category": (0.10, Asker.word_category),
+    "word_keywords": (0.10, Asker.word_keywords),
+}
+"""Kinds of turns about a word, without a picture."""
+
+
+def draw_turns(
+    asker: Asker,
+    concepts: Sequence[Concept],
+    kinds: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]],
+) -> list[Turn]:
+    """One turn of a drawn kind for each entry of `concepts`."""
+    weights = [weight for weight, _ in kinds.values()]
+    makers = [make for _, make in kinds.values()]
+    return [make(asker, concept) for make, concept in zip(asker.generator.choices(makers, weights, k=len(concepts)), concepts, strict=True)]
+
+
+def record(identifier: str, language: str, turns: Sequence[Turn], image: str | None = None) -> dict[str, Any]:
+    """A LLaVA/Parrot record; the image marker stands before the first question."""
+    messages: list[dict[str, str]] = []
+    for index, (question, answer) in enumerate(turns):
+        marker = f"{IMAGE_TOKEN}\n" if image is not None and index == 0 else ""
+        messages += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
+    head: dict[str, Any] = {"id": identifier} if image is None else {"id": identifier, "image": image}
+    return {**head, "lang": language, "conversations": messages}

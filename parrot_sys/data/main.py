@@ -1,0 +1,41 @@
+"""`parrot data`: make the default data set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from parrot_sys.cli import parse_config
+from parrot_sys.data.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.vendor import VendorConfig, vendor
+
+_HELP = """usage: parrot data COMMAND [options]
+
+  build    make the default data set: pictures, conversations in six languages, tokenizer, benchmark tables
+             $ parrot data build --output data/default
+             $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
+  vendor   make the vendored names and drawings again from their public sources (for maintainers)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `parrot data ...`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command == "build":
+        return _build(parse_config(DataBuildConfig, rest, prog="parrot data build"))
+    if command == "vendor":
+        config = parse_config(VendorConfig, rest, prog="parrot data vendor")
+        print(f"{vendor(config)} concepts written to {config.output}")
+        return 0
+    print(_HELP, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+    return 0 if command in ("-h", "--help") else 2
+
+
+def _build(config: DataBuildConfig) -> int:
+    made = build(config)
+    manifest = json.loads((config.output / MANIFEST).read_text(encoding="utf-8"))
+    counts = ", ".join(f"{name} {sum(languages.values())}" for name, languages in manifest["records"].items())
+    print(f"{config.output}: {'built' if made else 'up to date'}; records: {counts}; pictures: {manifest['pictures']}")
+    return 0

@@ -1,0 +1,213 @@
+"""The model object of `load_pretrained`: padded ids and images in, loss and logits or answers out, as the released code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parrot_sys.data.packing import pack_samples
+from parrot_sys.errors import ConfigError
+from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
+from parrot_sys.inference.inputs import Images, pad_rows, split_batch
+from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.megatron.export import ReleasedSource, export_tensors
+from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.state_dict import released_tensors
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CausalOutput:
+    """Result of a forward pass over B samples with at most N rows after image expansion."""
+
+    loss: Tensor | None = None  # 0-d float32, mean cross entropy over the rows with a label
+    logits: Tensor  # [B, N, vocabulary] float32, expanded sequence, right-padded with zeros
+    routing: RoutingOutput | None = None  # routes of the images in marker order
+
+
+class ParrotForConditionalGeneration(nn.Module):
+    """Parrot for one process (or the ranks of one tensor-parallel group): forward, generate, score and export.
+
+    B samples, N ids, n images. `input_ids` hold -200 once for each image.
+    """
+
+    def __init__(
+        self,
+        model: ParrotModel,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
+        source: ReleasedSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.pad_token_id = pad_token_id
+        self.source = source
+
+    @property
+    def config(self) -> ParrotConfig:
+        """Sizes and options."""
+        return self.model.parrot
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return self.model.config.params_dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Images = None,
+        labels: Tensor | None = None,
+        routing_override: RoutingOverride | None = None,
+    ) -> CausalOutput:
+        """
+        Args:
+            input_ids: int64 [B, N].
+            attention_mask: [B, N], 0 on padding (either side); None: no padding.
+            images: [n, 3, h, w] or a list; one for each marker, or one for each sample with at most one marker.
+            labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing; without,
+                all text rows do.
+            routing_override: replaces the routes.
+
+        Raises:
+            DataError: ids, mask, labels and images do not fit together.
+        """
+        config = self.config
+        samples = split_batch(input_ids, attention_mask, images, labels)
+        batch = pack_samples(
+            samples,
+            num_visual_rows=config.vision.num_visual_rows,
+            guidance=config.moe.guidance,
+            max_seq_len=config.max_seq_len,
+        )
+        lengths = batch.cu_seqlens.diff().tolist()
+        batch = batch.to(self.device)
+        output = self.model(batch, mode="logits", routing_override=routing_override)
+        logits = output.logits.float()
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.index_select(0, batch.label_rows), batch.labels.index_select(0, batch.label_rows))
+        return CausalOutput(loss=loss, logits=pad_rows(logits, lengths), routing=output.routing)
+
+    @overload
+    def generate(
+        self, input_ids: Tensor, *args: object, return_routing: Literal[True], **kwargs: object
+    ) -> tuple[Tensor, RoutingOutput | None]: ...
+
+    @overload
+    def generate(self, input_ids: Tensor, *args: object, return_routing: Literal[False] = ..., **kwargs: object) -> Tensor: ...
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        images: Images = None,
+        *,
+        max_new_tokens: int = 512,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
+        streamer: Streamer | None = None,
+        routing_override: RoutingOverride | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, RoutingOutput | None]:
+        """Answers, greedy unless `do_sample`; all prompt text guides the routing, which the prefill fixes.
+
+        Args:
+            input_ids: int64 [B, N].
+            attention_mask: [B, N], 0 on padding (either side); None: no padding.
+            images: as in `forward`.
+            max_new_tokens: longest answer.
+            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`.
+            eos_token_id: ids that end an answer; those of the checkpoint when None.
+            pad_token_id: fills rows behind the end; that of the checkpoint when None.
+            seed: of the random numbers; torch's own state when None.
+            streamer: receives tokens as they come.
+            routing_override: replaces the routes.
+            return_routing: also return the routes of the images.
+
+        Returns:
+            int64 [B, N + M] on the device of `input_ids`: the prompt as given, then at most `max_new_tokens` tokens.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+        sampling = SamplingConfig(
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+        )
+        ends = self._eos(eos_token_id)
+        pad = next((p for p in (pad_token_id, self.pad_token_id, min(ends, default=None)) if p is not None), 0)
+        samples = split_batch(input_ids, attention_mask, images)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        answers, routing = generate_tokens(
+            self.model,
+            samples,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=ends,
+            pad_token_id=pad,
+            seed=seed,
+            streamer=streamer,
+            override=routing_override,
+        )
+        if streamer is not None:
+            streamer.end()
+        output = torch.cat([input_ids, answers.to(input_ids.device)], dim=1)
+        return (output, routing) if return_routing else output
+
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Tensor,
+        continuations: Sequence[Sequence[Sequence[int]]],
+        attention_mask: Tensor | None = None,
+        images: Images = None,
+        routing_override: RoutingOverride | None = None,
+    ) -> list[Tensor]:
+        """Summed log-probability of each continuation after its prompt; a prompt runs once for all of its own.
+
+        Args:
+            input_ids: int64 [B, N] prompts.
+            continuations: for each prompt the token ids of its K_b continuations.
+            attention_mask: [B, N], 0 on padding; None: no padding.
+            images: as in `forward`.
+            routing_override: replaces the routes.
+
+        Returns:
+            For each prompt float32 [K_b] on the CPU.
+        """
+        samples = split_batch(input_ids, attention_mask, images)
+        return continuation_log_probs(self.model, samples, continuations, routing_override)
+
+    def hf_state_dict(self) -> dict[str, Tensor]:
+        """Everything that an export holds, by its released name."""
+        return dict(export_tensors(self.model, self.source))
+
+    def hf_gradients(self) -> dict[str, Tensor]:
+        """Gradients by the released names of their parameters; parameters without one are left out."""
+        return dict(released_tensors(self.model, value=lambda tensor: tensor.grad))
+
+    def _eos(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+        if eos_token_id is None:
+            return frozenset(self.eos_token_ids)
+        return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)

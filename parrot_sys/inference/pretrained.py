@@ -1,0 +1,178 @@
+"""`load_pretrained` and `save_pretrained`: released-layout directories and training checkpoints <-> model and processor."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from parrot_sys import platform
+from parrot_sys.config_values import load_config, read_yaml
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.errors import CheckpointError
+from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from parrot_sys.inference.model import ParrotForConditionalGeneration
+    from parrot_sys.megatron.initialize import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+MODEL_CONFIG = "model_config.yaml"
+"""ParrotConfig inside a training checkpoint."""
+TRAIN_CONFIG = "config.yaml"
+"""Settings of the run inside a training checkpoint; a converted checkpoint has none."""
+PROCESSOR = "processor"
+"""Folder inside a training checkpoint with tokenizer and image preprocessing."""
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    device: torch.device | str | None = "cpu",
+    dtype: torch.dtype | str | None = None,
+    parallel: ParallelConfig | None = None,
+) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
+    """Model (in evaluation mode, vision tower frozen) and processor.
+
+    Joins or makes the process groups that Megatron needs: one process of its own when there is none.
+
+    Args:
+        path: directory in the released Parrot layout, a training checkpoint, or a training run (its newest checkpoint).
+        device: where the model goes; None takes the GPU if there is one.
+        dtype: of the parameters (`"bfloat16"` or torch.bfloat16); None keeps that of the checkpoint.
+        parallel: layout, when several processes load one model together.
+
+    Raises:
+        CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
+        ConfigError: the checkpoint describes a model that Parrot cannot be.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; wanted a released-layout checkpoint or a training checkpoint")
+    wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    target = platform.device() if device is None else torch.device(device)
+    if (training := find_training_checkpoint(directory)) is not None:
+        return _load_training(training, target, wanted, parallel)
+    return _load_released(directory, target, wanted, parallel)
+
+
+def save_pretrained(
+    model: ParrotForConditionalGeneration,
+    processor: ParrotProcessor,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the released layout: what a released checkpoint held besides the model goes out again, bit for bit.
+
+    Args:
+        model: from `load_pretrained`.
+        processor: written when the model does not come from a released checkpoint, whose own files are copied.
+        path: directory to create.
+        dtype: of the tensors; None keeps what they are.
+        overwrite: replace an existing directory.
+
+    Raises:
+        CheckpointError: `path` exists.
+    """
+    from parrot_sys.megatron.export import export_released
+
+    export_released(
+        model.model,
+        path,
+        source=model.source,
+        save_processor=processor.save_pretrained if model.source is None else None,
+        dtype=platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype,
+        overwrite=overwrite,
+    )
+
+
+def find_training_checkpoint(directory: Path) -> Path | None:
+    """The training checkpoint that `directory` is or, as a run, last wrote; None for anything else."""
+    if (directory / MODEL_CONFIG).is_file():
+        return directory
+    steps = sorted((directory / "checkpoints").glob(f"step-*/{MODEL_CONFIG}"))
+    return steps[-1].parent if steps else None
+
+
+def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
+    """Configuration and the widest floating-point dtype of a released-layout checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_pretrained`.
+    """
+    hf = read_json(directory / "config.json")
+    config = config_from_hf(hf, directory)
+    with TensorFiles(directory) as files:
+        keys = files.keys()
+        dtypes = {dtype for dtype in map(files.dtype, keys) if dtype.is_floating_point}
+    widest = torch.float32
+    for index, dtype in enumerate(sorted(dtypes, key=str)):
+        widest = dtype if index == 0 else torch.promote_types(widest, dtype)
+    return config, widest
+
+
+def _load_released(
+    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
+    config, stored = released_config(directory)
+    processor = ParrotProcessor.from_pretrained(directory)
+    from parrot_sys.inference.model import ParrotForConditionalGeneration
+    from parrot_sys.megatron.export import ReleasedSource
+    from parrot_sys.megatron.initialize import initialize
+    from parrot_sys.megatron.parrot_model import build_parrot_model
+    from parrot_sys.megatron.state_dict import load_released
+
+    parallel = initialize(parallel)
+    model = build_parrot_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
+    load_released(model, directory)
+    source = ReleasedSource(
+        directory=directory.resolve(), hf=read_json(directory / "config.json"), keep_dtypes=dtype is None
+    )
+    eos, pad = _special_tokens(directory, processor)
+    wrapper = ParrotForConditionalGeneration(model, eos_token_ids=eos, pad_token_id=pad, source=source)
+    return _ready(wrapper), processor
+
+
+def _load_training(
+    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
+    config = load_config(ParrotConfig, directory / MODEL_CONFIG)
+    processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
+    from parrot_sys.inference.model import ParrotForConditionalGeneration
+    from parrot_sys.megatron.checkpointing import load_model_weights
+    from parrot_sys.megatron.initialize import initialize
+    from parrot_sys.megatron.parrot_model import build_parrot_model
+    from parrot_sys.megatron.state_dict import stored_dtype
+
+    parallel = initialize(parallel)
+    model = build_parrot_model(
+        config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
+    )
+    load_model_weights(directory, model)
+    train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
+    model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
+    eos, pad = _special_tokens(directory / PROCESSOR, processor)
+    return _ready(ParrotForConditionalGeneration(model, eos_token_ids=eos, pad_token_id=pad)), processor
+
+
+def _ready(model: ParrotForConditionalGeneration) -> ParrotForConditionalGeneration:
+    if model.model.vision_tower is not None:
+        model.model.vision_tower.requires_grad_(False)
+    return model.eval()
+
+
+def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[int], int | None]:
+    """Ids that end an answer (generation_config.json and the tokenizer's) and the padding id."""
+    path = directory / "generation_config.json"
+    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = [named] if isinstance(named, int) else list(named or [])
+    if (own := processor.tokenizer.eos_token_id) is not None and own not in ends:
+        ends.append(own)
+    return ends, processor.tokenizer.pad_token_id

@@ -1,0 +1,32 @@
+"""`parrot train`: reads the configuration, trains, and says where the results are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from parrot_sys.cli import parse_config
+from parrot_sys.logging import setup_logging
+from parrot_sys.training.config import TrainConfig
+
+DESCRIPTION = """Trains Parrot in one process, or in several under torchrun.
+
+Example: parrot train --config parrot_tiny_cpu --config parrot_instruct --data.paths train.json --output runs/first
+Example: torchrun --nproc-per-node 2 train/train.py --config parrot_tiny_cpu --data.paths train.json --output runs/first
+
+The same command again goes on from the last checkpoint."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `parrot train` with `argv`; 0 when the run ended, also by SIGTERM."""
+    config = parse_config(TrainConfig, argv, prog="parrot train", description=DESCRIPTION)
+    setup_logging()
+    # Megatron takes seconds to import: wrong settings are told before that.
+    from parrot_sys.megatron.initialize import shutdown
+    from parrot_sys.training.trainer import Trainer
+
+    summary = Trainer(config).run()
+    shutdown()
+    if summary["finished"] and config.checkpoint.export:
+        print(f"model: {config.output}/hf", file=sys.stderr)
+    return 0

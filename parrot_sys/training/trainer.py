@@ -1,0 +1,331 @@
+"""Trainer: builds everything a TrainConfig describes and runs it to its end, from wherever it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parrot_sys import platform
+from parrot_sys.cli import save_config
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.config import DataConfig
+from parrot_sys.data.feature_store import FeatureStore
+from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron import optimizer as megatron_optimizer
+from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
+from parrot_sys.megatron.export import export_released
+from parrot_sys.megatron.initialize import initialize
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model, set_trainable
+from parrot_sys.megatron.state_dict import load_released, load_tower
+from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, find_checkpoint
+from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.feature_cache import fill_store, open_store
+from parrot_sys.training.metrics import FlopCounter, StepMetrics, peak_flops
+from parrot_sys.training.schedule import CosineSchedule, warmup_steps
+from parrot_sys.training.step import StepRunner
+from parrot_sys.training.writer import MetricsWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One training run. The constructor reads data and weights; `run` trains."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """
+        Raises:
+            ConfigError, DataError, CheckpointError: something does not fit; nothing has been trained or written then.
+        """
+        self.config = config
+        self.output = Path(config.output)
+        self.source = find_checkpoint(config.checkpoint.load_from) if config.checkpoint.load_from else None
+        platform.set_cpu_threads()
+        initialize(config.parallel, seed=config.seed)
+        self.device = platform.device()
+        self.checkpoints = CheckpointStore(config)
+        resume_from = self._resume_from()
+        self.processor = self._load_processor()
+        self.model = self._build_model(load=resume_from is None)
+        self._store: FeatureStore | None = None
+        self.loader = self._make_loader(config.data)
+        self.validation_loader = self._make_loader(_validation_data(config)) if config.validation.paths else None
+        self.total_steps = config.max_steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
+        settings = config.optimizer
+        warmup = warmup_steps(self.total_steps, settings.warmup_fraction, settings.warmup_steps)
+        self.schedule = CosineSchedule(self.total_steps, warmup)
+        self.wrapped = megatron_optimizer.wrap_data_parallel(self.model, distributed_optimizer=settings.distributed)
+        self.optimizer = megatron_optimizer.build_optimizer(
+            self.wrapped,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            component_lrs=self._component_lrs(),
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
+            clip_grad=settings.clip_grad,
+        )
+        self.step = 0
+        if resume_from is not None:
+            self._resume(resume_from)
+        self.runner = self._make_runner()
+        self._stop = False
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def _resume_from(self) -> Path | None:
+        self.checkpoints.clean()
+        latest = self.checkpoints.latest()
+        if latest is not None and not self.config.checkpoint.resume:
+            raise ConfigError(
+                f"checkpoint.resume is false, but {latest} exists: choose another output or remove the old checkpoints"
+            )
+        return latest
+
+    def _load_processor(self) -> ParrotProcessor:
+        """From `model.tokenizer_path`, else from the checkpoint that training starts from."""
+        model = self.config.model
+        if model.tokenizer_path is not None:
+            return ParrotProcessor.for_tower(model.tokenizer_path, model.vision.type, model.vision.image_size)
+        if self.config.checkpoint.load_from is None:
+            raise ConfigError("model.tokenizer_path must name a tokenizer's directory when checkpoint.load_from gives none")
+        folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from)
+        return ParrotProcessor.from_pretrained(folder)
+
+    def _trainable(self) -> dict[str, bool]:
+        trainable = self.config.trainable.as_dict()
+        return trainable | {"moe": trainable["moe"] and self._uses_moe()}
+
+    def _uses_moe(self) -> bool:
+        return self.config.use_moe and self.config.model.moe.num_experts > 0
+
+    def _component_lrs(self) -> dict[str, float]:
+        trainable = self._trainable()
+        return {name: lr for name, lr in self.config.optimizer.component_lrs().items() if trainable[name]}
+
+    def _build_model(self, *, load: bool) -> ParrotModel:
+        """The model of this rank, frozen where it should be; `load` fills it from `checkpoint.load_from` and the tower."""
+        config = self.config
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        model = build_parrot_model(
+            config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
+        )
+        if load:
+            if self.source is not None:
+                load_model_weights(self.source, model)
+            elif config.checkpoint.load_from is not None:
+                load_released(model, config.checkpoint.load_from)
+            elif model.vision_tower is not None and not config.trainable.vision:
+                load_tower(model.vision_tower, config.model.vision)
+        set_trainable(model, self._trainable())
+        model.use_moe = self._uses_moe()
+        model.train()
+        if model.vision_tower is not None and not config.trainable.vision:
+            model.vision_tower.eval()  # batch statistics of a frozen tower stay as they are
+        return model
+
+    def _make_loader(self, data: DataConfig) -> ParrotDataLoader:
+        model = self.config.model
+        return ParrotDataLoader(
+            data,
+            self.processor,
+            num_visual_rows=model.vision.num_visual_rows,
+            max_seq_len=model.max_seq_len,
+            guidance=model.moe.guidance,
+            global_batch_size=self.config.global_batch_size,
+            dp_rank=megatron_optimizer.data_parallel_rank(),
+            dp_size=megatron_optimizer.data_parallel_world_size(),
+        )
+
+    def _make_runner(self) -> StepRunner:
+        config = self.config
+        return StepRunner(
+            model=self.wrapped,
+            device=self.device,
+            num_experts=config.model.moe.num_experts,
+            num_visual_rows=config.model.vision.num_visual_rows,
+            reduction=config.loss_reduction,
+            optimizer=self.optimizer,
+            flops=FlopCounter(config.model, self._trainable(), use_moe=self._uses_moe()),
+        )
+
+    def _resume(self, folder: Path) -> None:
+        common = load_training_state(folder, self.model, self.optimizer)
+        self.step = common["step"]
+        self.loader.load_state_dict(common["loader"])
+        if common["total_steps"] != self.total_steps:
+            logger.warning("the run had %d steps and now has %d: the learning rate differs from here on",
+                           common["total_steps"], self.total_steps)
+        logger.info("going on behind step %d from %s", self.step, folder)
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last step, validates and saves on the way, exports at the end.
+
+        On SIGTERM the run saves a checkpoint behind the current step and returns.
+
+        Returns:
+            The summary that is also the last record of metrics.jsonl; `finished` is False after SIGTERM.
+
+        Raises:
+            TrainingError: a loss or gradient is no number.
+        """
+        if dist.get_rank() == 0:
+            save_config(self.config, self.output / "config.yaml")
+        if self.config.cache_image_features:
+            self._cache_features()
+        logging_config = self.config.logging
+        writer = MetricsWriter(self.output, logging_config, total_steps=self.total_steps, start_step=self.step)
+        with writer, self._stop_on_sigterm():
+            summary = self._train(writer)
+            writer.write("summary", self.step, summary)
+        if summary["finished"] and self.config.checkpoint.export:
+            self._export()
+        return summary
+
+    def _train(self, writer: MetricsWriter) -> dict[str, Any]:
+        config, started, first = self.config, time.perf_counter(), self.step
+        window, window_start, last = StepMetrics(config.model.moe.num_experts, self.device), started, None
+        rows = 0.0
+        batches = self._batches()
+        while self.step < self.total_steps:
+            self.schedule.apply(self.step, self.optimizer.param_groups)
+            result = self.runner.train(next(batches), self.step + 1, stop=self._stop)
+            window.merge(result.metrics)
+            self.step += 1
+            stopping = result.metrics.scalar("stop") > 0
+            done = self.step == self.total_steps
+            if self.step % config.logging.interval == 0 or done or stopping:
+                now = time.perf_counter()
+                last = self._record(window, result.grad_norm, now - window_start)
+                writer.write("train", self.step, last)
+                rows += window.scalar("rows")
+                window, window_start = StepMetrics(config.model.moe.num_experts, self.device), now
+            writer.advance(**_shown(last, result.metrics.loss))
+            if self.validation_loader is not None and (self.step % config.validation.interval == 0 or done):
+                writer.write("validation", self.step, self.validate())
+            if self.step % config.checkpoint.interval == 0 or done or stopping:
+                self._save()
+            if stopping and not done:
+                logger.warning("stopped by SIGTERM behind step %d; start the same command again to go on", self.step)
+                break
+        seconds = time.perf_counter() - started
+        summary = {
+            "finished": self.step == self.total_steps,
+            "steps": self.step - first,
+            "seconds": seconds,
+            "tokens_per_second": rows / seconds,
+            "loss": last["loss"] if last else None,
+        }
+        writer.say(_summary_line(summary, self.step, self.total_steps))
+        return summary
+
+    def _batches(self) -> Iterator[list[PackedBatch]]:
+        """Steps of this rank, epoch after epoch."""
+        while True:
+            yield from self.loader
+
+    def _record(self, window: StepMetrics, grad_norm: float, seconds: float) -> dict[str, Any]:
+        settings = self.config.optimizer
+        steps = self.step % self.config.logging.interval or self.config.logging.interval
+        record = window.record(steps)
+        lrs = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
+        record |= {name: self.schedule.lr(self.step - 1, lr, settings.min_lr) for name, lr in lrs.items()}
+        record |= {
+            "grad_norm": grad_norm,
+            "epoch": self.loader.epoch,
+            "seconds": seconds,
+            "tokens_per_second": record["rows"] / seconds,
+        }
+        if (peak := peak_flops(self.device)) is not None:
+            record["mfu"] = window.scalar("flops") / (seconds * peak * dist.get_world_size())
+        return record
+
+    def validate(self) -> dict[str, Any]:
+        """Loss on the validation records, in all and per language; always over the same samples."""
+        loader = self.validation_loader
+        assert loader is not None, "called with validation paths only"
+        start = loader.state_dict()
+        total = StepMetrics(self.config.model.moe.num_experts, self.device)
+        with contextlib.closing(iter(loader)) as steps:
+            for _, batches in zip(range(self.config.validation.batches), steps, strict=False):
+                total.merge(self.runner.validate(batches))
+        loader.load_state_dict(start)
+        return total.record()
+
+    def _save(self) -> None:
+        # Ranks differ in the samples they left out: what rank 0 says is saved.
+        loader = [self.loader.state_dict()]
+        dist.broadcast_object_list(loader, src=0)
+        common = {"loader": loader[0], "total_steps": self.total_steps}
+        self.checkpoints.save(self.step, self.model, self.optimizer, common, self.processor)
+
+    def _export(self) -> None:
+        if megatron_optimizer.data_parallel_rank() == 0:
+            export_released(self.model, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True)
+        dist.barrier()
+
+    def _cache_features(self) -> None:
+        config = self.config
+        assert self.model.vision_tower is not None, "every rank holds the tower"
+        directory = Path(config.data.cache_dir or self.output) / "features"
+        store = open_store(directory, self.model.vision_tower, config.model.vision, self.processor)
+        loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
+        fill_store(
+            store,
+            sorted({path for loader in loaders for path in loader.image_paths()}),
+            self.model.vision_tower,
+            self.processor,
+            device=self.device,
+            on_bad_image=config.data.on_bad_sample,
+            num_workers=config.data.num_workers,
+            progress=config.logging.progress,
+        )
+        for loader in loaders:
+            loader.use_features(store)
+
+    @contextlib.contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _validation_data(config: TrainConfig) -> DataConfig:
+    """Held-out records are read as they are: the mix of the training data does not apply to them."""
+    return replace(
+        config.data, paths=config.validation.paths, image_roots=config.validation.image_roots, names=(), languages=(), weights=(), language_weights={}
+    )
+
+
+def _shown(record: dict[str, Any] | None, loss: float) -> dict[str, str]:
+    shown = {"loss": f"{loss:.4f}"}
+    if record is not None:
+        shown |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
+        if "mfu" in record:
+            shown["mfu"] = f"{record['mfu']:.0%}"
+    return shown
+
+
+def _summary_line(summary: dict[str, Any], step: int, total: int) -> str:
+    loss = "no step was left to do" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
+    return (
+        f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
+    )

@@ -1,0 +1,468 @@
+"""The loader: order, mix, ranks, resume, and what happens to bad and long samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from parrot_sys.data.config import DataConfig
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.feature_store import FeatureStore
+from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.mixture import Group, epoch_length, epoch_order
+from parrot_sys.errors import ConfigError, DataError
+
+ROWS = 17  # visual rows of the tiny tower
+LIMIT = 512
+
+
+@pytest.fixture
+def images(parrot_tiny, tmp_path):
+    for i in range(4):
+        shutil.copy(parrot_tiny / f"image_{i}.png", tmp_path)
+    return [f"image_{i}.png" for i in range(4)]
+
+
+@pytest.fixture
+def records(images, turns):
+    """Twenty records of several lengths: text only, one image, two images."""
+    result = []
+    for i in range(20):
+        count = i % 3
+        question = "<image>\n" * count + "What is it? " * (1 + i % 5)
+        names = {0: None, 1: images[i % 4], 2: [images[i % 4], images[(i + 1) % 4]]}[count]
+        result.append(
+            {
+                "id": f"r{i}",
+                "image": names,
+                "lang": ["en", "pt"][i % 4 == 0],
+                "conversations": turns(question, f"Answer {i}."),
+            }
+        )
+    return result
+
+
+@pytest.fixture
+def make_loader(processor):
+    def make(config, *, batch=6, rank=0, ranks=1, limit=LIMIT, rows=ROWS, **options):
+        return ParrotDataLoader(
+            config,
+            processor,
+            num_visual_rows=rows,
+            max_seq_len=limit,
+            global_batch_size=batch,
+            dp_rank=rank,
+            dp_size=ranks,
+            **options,
+        )
+
+    return make
+
+
+def ids_of(step):
+    return [record_id for batch in step for record_id in batch.record_ids]
+
+
+def same_batch(a, b):
+    tensors = ("input_ids", "labels", "cu_seqlens", "visual_source", "guidance_rows", "image_sample")
+    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    assert a.record_ids == b.record_ids
+    assert (a.pixel_values is None) == (b.pixel_values is None)
+    assert a.pixel_values is None or torch.equal(a.pixel_values, b.pixel_values)
+
+
+# ------------------------------------------------------------------------------------------------------------ content
+
+
+def test_an_epoch_has_every_record_once_with_its_own_content(write_records, records, make_loader, processor, tmp_path):
+    loader = make_loader(DataConfig(paths=(write_records(records),)))
+    assert (loader.steps_per_epoch, loader.samples_per_epoch) == (4, 20)
+    steps = list(loader)
+    assert [len(ids_of(step)) for step in steps] == [6, 6, 6, 2]
+    by_id = {f"set:{record['id']}": record for record in records}
+    seen = []
+    for batch in (batch for step in steps for batch in step):
+        assert batch.num_rows <= LIMIT
+        first_image = 0
+        for s, record_id in enumerate(batch.record_ids):
+            record = by_id[record_id]
+            rows = slice(batch.cu_seqlens[s], batch.cu_seqlens[s + 1])
+            ids = batch.input_ids[rows].tolist()
+            wanted = processor.format_conversation(record["conversations"])
+            assert [i for i in ids if i != IMAGE_TOKEN_ID] == [i for i in wanted["input_ids"] if i != IMAGE_TOKEN_ID]
+            learned = [i for i in wanted["labels"] if i >= 0]
+            assert batch.labels[rows][batch.labels[rows] >= 0].tolist() == learned
+            names = [record["image"]] if isinstance(record["image"], str) else record["image"] or []
+            assert ids.count(IMAGE_TOKEN_ID) == ROWS * len(names)
+            pixels = processor.images([tmp_path / name for name in names])
+            if names:
+                assert torch.equal(batch.pixel_values[first_image : first_image + len(names)], pixels)
+            first_image += len(names)
+            assert batch.languages[s] == record["lang"]
+            seen.append(record_id)
+    assert sorted(seen) == sorted(by_id)
+    assert loader.statistics.samples == 20
+
+
+def test_first_turn_guidance_reaches_the_batches(write_records, make_loader, images, turns):
+    records = [{"image": images[0], "conversations": turns("<image>\nWhat?") + turns("And the colour?", "Red.")}]
+    path = write_records(records)
+    prompt, first = (
+        next(iter(make_loader(DataConfig(paths=(path,)), guidance=guidance)))[0]
+        for guidance in ("prompt", "first_turn")
+    )
+    assert first.guidance_rows.tolist() == [r for r in prompt.guidance_rows.tolist() if r < first.label_rows[0] + 1]
+    assert len(first.guidance_rows) < len(prompt.guidance_rows)
+
+
+def test_jsonl_image_roots_names_and_languages(write_records, records, make_loader, images, tmp_path, turns):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / images[0], tmp_path / "elsewhere")
+    path = write_records([{"image": images[0], "conversations": turns("<image>")}], "set.jsonl")
+    config = DataConfig(paths=(path,), image_roots=(str(tmp_path / "elsewhere"),), names=("mine",), languages=("ru",))
+    batch = next(iter(make_loader(config)))[0]
+    assert batch.record_ids == ("mine:0",)
+    assert batch.languages == ("ru",)
+
+
+def test_features_come_from_the_store(write_records, records, make_loader, tmp_path):
+    store = FeatureStore(tmp_path / "features", "tower")
+    config = DataConfig(paths=(write_records(records),))
+    loader = make_loader(config, feature_store=store)
+    paths = loader.image_paths()
+    assert len(paths) == 4
+    with pytest.raises(DataError, match=r"record \d+ \(id 'r\d+'\): feature store .* holds no features"):
+        list(loader)
+    store.write(store.keys(paths), torch.arange(4.0).view(4, 1, 1).expand(4, ROWS, 8))
+    names = {path: i for i, path in enumerate(paths)}
+    for batch in (batch for step in make_loader(config, feature_store=store) for batch in step):
+        assert batch.pixel_values is None
+        wanted = []
+        for record_id in batch.record_ids:
+            image = records[int(record_id.removeprefix("set:r"))]["image"]
+            wanted += [image] if isinstance(image, str) else image or []
+        got = [] if batch.image_features is None else batch.image_features[:, 0, 0].int().tolist()
+        assert got == [names[str(tmp_path / name)] for name in wanted]
+
+
+# -------------------------------------------------------------------------------------------------- order and ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_samples_of_a_step_do_not_depend_on_the_number_of_ranks(ranks, write_records, records, make_loader):
+    config = DataConfig(paths=(write_records(records),), max_tokens_per_micro_batch=150)
+    alone = [Counter(ids_of(step)) for step in make_loader(config)]
+    together = list(zip(*(make_loader(config, rank=rank, ranks=ranks) for rank in range(ranks)), strict=True))
+    assert len(together) == len(alone)
+    for wanted, steps in zip(alone, together, strict=True):
+        assert sum((Counter(ids_of(step)) for step in steps), Counter()) == wanted
+        assert len({len(step) for step in steps}) == 1
+    if ranks == 7:  # more than samples: some get nothing to do
+        assert all(any(not batch.num_samples for step in steps for batch in step) for steps in together)
+
+
+def test_order_depends_on_seed_and_epoch_only(write_records, records, make_loader):
+    path = write_records(records)
+
+    def epochs(seed, **options):
+        loader = make_loader(DataConfig(paths=(path,), seed=seed), **options)
+        return [[i for step in loader for i in sorted(ids_of(step))] for _ in range(2)]
+
+    first = epochs(1)
+    assert first == epochs(1)
+    assert first[0] != first[1]
+    assert sorted(first[0]) == sorted(first[1])
+    assert epochs(2) != first
+
+
+def test_order_is_pinned():
+    """A changed order breaks the resume of every run that is under way."""
+    groups = [Group(np.arange(6), 1.0), Group(np.arange(6, 10), 0.5)]
+    assert epoch_order(groups, seed=42, epoch=0).tolist() == [9, 5, 4, 2, 8, 3, 0, 1]
+    assert epoch_order(groups, seed=42, epoch=1).tolist() == [9, 1, 3, 4, 0, 2, 5, 8]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 4, 6])
+def test_resume_gives_the_very_same_batches(at, write_records, records, make_loader):
+    """Also at the end of an epoch (4) and in the second one (6); with a state that went through JSON."""
+    config = DataConfig(paths=(write_records(records),), weights=(1.1,))
+
+    def take(loader, count):
+        steps = []
+        while len(steps) < count:
+            for step in loader:
+                steps.append(step)
+                if len(steps) == count:
+                    break
+        return steps
+
+    whole = take(make_loader(config), 9)
+    stopped = make_loader(config)
+    take(stopped, at)
+    resumed = make_loader(config)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert resumed.statistics == stopped.statistics
+    for step, wanted in zip(take(resumed, 9 - at), whole[at:], strict=True):
+        for batch, other in zip(step, wanted, strict=True):
+            same_batch(batch, other)
+
+
+def test_resume_on_another_number_of_ranks_and_batch_size(write_records, records, make_loader):
+    config = DataConfig(paths=(write_records(records),))
+    order = [i for step in make_loader(config, batch=1) for i in ids_of(step)]
+    stopped = make_loader(config)
+    next(iter(stopped))
+    resumed = [make_loader(config, batch=7, rank=rank, ranks=2) for rank in range(2)]
+    for loader in resumed:
+        loader.load_state_dict(stopped.state_dict())
+    steps = [next(iter(loader)) for loader in resumed]
+    assert Counter(ids_of(steps[0]) + ids_of(steps[1])) == Counter(order[6:13])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, r"data\.seed was 42, is 7"),
+        ({"weights": (2.0,)}, r"set\.weight was 1\.0, is 2\.0"),
+        ({"language_weights": {"pt": 2.0}}, r"data\.language_weights was \{\}, is \{'pt': 2\.0\}"),
+        ({"names": ("other",)}, r"set\.file was [0-9a-f]{16}, is absent"),
+    ],
+)
+def test_resume_with_other_settings_is_an_error(change, message, write_records, records, make_loader):
+    path = write_records(records)
+    state = make_loader(DataConfig(paths=(path,))).state_dict()
+    with pytest.raises(DataError, match=message):
+        make_loader(DataConfig(paths=(path,), **change)).load_state_dict(state)
+
+
+def test_resume_with_other_data_is_an_error(write_records, records, make_loader, tmp_path, images):
+    path = write_records(records)
+    config = DataConfig(paths=(path,), on_bad_sample="skip")
+    state = make_loader(config).state_dict()
+    (tmp_path / images[0]).unlink()
+    with pytest.raises(DataError, match=r"set\.records was 20 \(\w+\), is \d+ \(\w+\)"):
+        make_loader(config).load_state_dict(state)
+    write_records(records[:-1])
+    with pytest.raises(DataError, match=r"set\.file was \w+, is \w+"):
+        make_loader(config).load_state_dict(state)
+
+
+def test_leaving_an_epoch_early_stops_the_threads(write_records, records, make_loader):
+    loader = make_loader(DataConfig(paths=(write_records(records),)), batch=1)
+    before = threading.active_count()
+    steps = iter(loader)
+    next(steps)
+    assert threading.active_count() > before
+    steps.close()
+    assert threading.active_count() == before
+    assert len(list(loader)) == 19
+
+
+# ---------------------------------------------------------------------------------------------------------------- mix
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0, 2.25, 3.0])
+def test_weights_say_how_often_a_sample_is_seen(weight):
+    group = Group(np.arange(100, 140), weight)
+    whole = Group(np.arange(100), 1.0)
+    assert epoch_length([whole, group]) == 100 + round(40 * weight)
+    seen = Counter()
+    for epoch in range(4):
+        order = epoch_order([whole, group], seed=3, epoch=epoch)
+        counts = Counter(order.tolist())
+        assert len(order) == epoch_length([whole, group])
+        assert all(counts[i] == 1 for i in range(100))
+        assert {counts[i] for i in range(100, 140)} <= {int(weight), -int(-weight // 1)}
+        seen.update(i for i in range(100, 140) if counts[i] > int(weight))
+    if weight % 1:
+        assert len(seen) > round(40 * (weight % 1))  # another part of the group in every epoch
+
+
+def test_mix_of_sets_and_languages(write_records, make_loader, turns):
+    english = [{"lang": "en", "conversations": turns()} for _ in range(40)]
+    mixed = [{"lang": "tr" if i % 2 else "en", "conversations": turns()} for i in range(20)]
+    config = DataConfig(
+        paths=(write_records(english, "one.json"), write_records(mixed, "two.json")),
+        weights=(0.5, 2.0),
+        language_weights={"tr": 3.0},
+    )
+    counts = Counter()
+    loader = make_loader(config)
+    for batch in (batch for step in loader for batch in step):
+        counts.update((i.split(":")[0], lang) for i, lang in zip(batch.record_ids, batch.languages, strict=True))
+    assert counts == {("one", "en"): 20, ("two", "en"): 20, ("two", "tr"): 60}
+    assert loader.samples_per_epoch == 100
+
+
+# ---------------------------------------------------------------------------------------------------- bad samples
+
+
+def test_wrong_records_and_missing_images_stop_the_start(write_records, records, make_loader, tmp_path, images):
+    path = write_records([*records, {"id": "x", "conversations": []}])
+    with pytest.raises(
+        DataError, match=r"set\.json: record 20 \(id 'x'\): `conversations` must be .*data\.on_bad_sample=skip"
+    ):
+        make_loader(DataConfig(paths=(path,)))
+    path = write_records(records)
+    (tmp_path / images[1]).unlink()
+    with pytest.raises(
+        DataError, match=r"set\.json: record 1 \(id 'r1'\): image .*image_1\.png is missing \(1 of \d+ such"
+    ):
+        make_loader(DataConfig(paths=(path,)))
+
+
+def test_wrong_records_can_be_left_out_and_are_named(write_records, records, make_loader, tmp_path, images, caplog):
+    path = write_records([*records, {"id": "x", "conversations": []}])
+    (tmp_path / images[1]).unlink()
+    gone = [r["id"] for r in records if images[1] in (r["image"] or [])]
+    with caplog.at_level(logging.WARNING):
+        loader = make_loader(DataConfig(paths=(path,), on_bad_sample="skip"))
+    assert f"{len(gone) + 1} of 21 records left out" in caplog.text
+    assert all(f"(id '{name}')" in caplog.text for name in [*gone, "x"])
+    assert len(loader.datasets[0].skipped) == len(gone) + 1
+    seen = [i.removeprefix("set:") for step in loader for i in ids_of(step)]
+    assert sorted(seen) == sorted({r["id"] for r in records} - set(gone))
+
+
+def test_a_broken_image_stops_at_use(write_records, records, make_loader, tmp_path, images):
+    loader = make_loader(DataConfig(paths=(write_records(records),)))
+    (tmp_path / images[2]).write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"set\.json: record \d+ \(id 'r\d+'\): image .*image_2\.png cannot be read: Unidentified"
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_broken_image_can_be_left_out_counted_and_listed(
+    ranks, write_records, records, make_loader, tmp_path, images, caplog
+):
+    config = DataConfig(paths=(write_records(records),), on_bad_sample="skip")
+    loaders = [make_loader(config, rank=rank, ranks=ranks) for rank in range(ranks)]
+    (tmp_path / images[2]).write_bytes(b"no image")
+    broken = {
+        r["id"] for r in records if images[2] in ([r["image"]] if isinstance(r["image"], str) else r["image"] or [])
+    }
+    with caplog.at_level(logging.WARNING):
+        steps = [step for loader in loaders for _ in range(2) for step in loader]
+    seen = Counter(i.removeprefix("set:") for step in steps for i in ids_of(step))
+    assert seen == {r["id"]: 2 for r in records if r["id"] not in broken}
+    listed = [reason for loader in loaders for reason in loader.state_dict()["statistics"]["skipped"]]
+    assert len(listed) == len(broken)  # two epochs, named once
+    assert all(any(f"(id '{name}')" in reason for reason in listed) for name in broken)
+    assert caplog.text.count("sample left out") == len(broken)
+    assert all(loader.statistics.samples == 40 for loader in loaders)
+
+
+def test_nothing_usable_is_an_error_even_when_skipping(write_records, make_loader):
+    path = write_records([{"conversations": []}])
+    with pytest.raises(DataError, match="no usable record; the first: .*record 0"):
+        make_loader(DataConfig(paths=(path,), on_bad_sample="skip"))
+
+
+# ---------------------------------------------------------------------------------------------------- long samples
+
+
+@pytest.fixture
+def long_records(turns, images):
+    long = "word " * 100
+    return [
+        {"id": "short", "conversations": turns()},
+        {"id": "text", "conversations": turns(long, "never reached")},
+        {"id": "image", "image": images[0], "conversations": turns("<image>\nWhat?", long)},
+    ]
+
+
+def test_long_samples_are_cut_and_counted(write_records, long_records, make_loader, caplog):
+    with caplog.at_level(logging.WARNING):
+        loader = make_loader(DataConfig(paths=(write_records(long_records),)), limit=60)
+    assert "data set set: 2 of 3 samples are cut to 60 rows" in caplog.text
+    lengths = {}
+    for batch in next(iter(loader)):
+        lengths |= dict(zip(batch.record_ids, batch.cu_seqlens.diff().tolist(), strict=True))
+    assert lengths["set:text"] == lengths["set:image"] == 60
+    assert lengths["set:short"] < 60
+    assert loader.statistics.truncated == 2
+
+
+def test_an_image_that_is_cut_in_two_keeps_its_first_rows(write_records, make_loader, images, turns):
+    path = write_records([{"image": images[:2], "conversations": turns("<image><image>\nWhat?")}])
+    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=21 + ROWS + 6)))[0]
+    # 21 rows of text before the first image, a newline between the two
+    assert batch.visual_source.tolist() == list(range(ROWS + 5))
+    assert (batch.num_images, batch.num_rows) == (2, 21 + ROWS + 6)
+    assert batch.label_rows.numel() == 0
+    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=21 + ROWS + 1)))[0]
+    assert batch.num_images == batch.pixel_values.shape[0] == 1
+
+
+def test_long_samples_can_be_errors_or_left_out(write_records, long_records, make_loader, caplog):
+    path = write_records(long_records)
+    with pytest.raises(
+        DataError, match=r"record 1 \(id 'text'\): takes \d+ rows, more than max_seq_len=60 .*on_long_sample=skip"
+    ):
+        make_loader(DataConfig(paths=(path,), on_long_sample="error"), limit=60)
+    with caplog.at_level(logging.WARNING):
+        loader = make_loader(DataConfig(paths=(path,), on_long_sample="skip"), limit=60)
+    assert "2 of 3 records left out" in caplog.text
+    assert ids_of(next(iter(loader))) == ["set:short"]
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_roots": ("a", "b")}, r"data\.image_roots must hold one value for each of the 3 data\.paths, got 2"),
+        ({"names": ("a",)}, r"data\.names must hold one value for each of the 3 data\.paths, got 1"),
+        ({"names": ("a", "b", "a")}, r"data\.names must differ, got 'a' more than once"),
+        ({"weights": (-1.0,)}, r"data\.weights\[0\] must be a finite number >= 0, got -1\.0"),
+        ({"language_weights": {"en": float("nan")}}, r"data\.language_weights\.en must be a finite number"),
+        ({"num_workers": 0}, r"data\.num_workers must be >= 1, got 0"),
+        ({"max_tokens_per_micro_batch": 0}, r"data\.max_tokens_per_micro_batch must be >= 1, got 0"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(paths=("x/a.json", "x/b.json", "y/c.json"), **settings)
+
+
+def test_settings_that_contradict_the_data(write_records, records, make_loader):
+    path = write_records(records)
+    with pytest.raises(ConfigError, match=r"names 'xx'; the data have the languages \['en', 'pt'\]"):
+        make_loader(DataConfig(paths=(path,), language_weights={"xx": 1.0}))
+    with pytest.raises(ConfigError, match="leave no sample in an epoch"):
+        make_loader(DataConfig(paths=(path,), weights=(0.0,)))
+    with pytest.raises(ConfigError, match=r"must hold the longest sample of \d+ rows, got 40"):
+        make_loader(DataConfig(paths=(path,), max_tokens_per_micro_batch=40))
+    with pytest.raises(ConfigError, match="at least one data set, got none"):
+        make_loader(DataConfig())
+    with pytest.raises(ConfigError, match=r"got 6 and rank 2 of 2"):
+        make_loader(DataConfig(paths=(path,)), rank=2, ranks=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_lengths_are_cached_by_content(write_records, records, make_loader, tmp_path, monkeypatch, processor):
+    config = DataConfig(paths=(write_records(records),), cache_dir=str(tmp_path / "cache"))
+    first = make_loader(config)
+    (cached,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("parrot_sys.data.datasets.render_conversation", lambda *_: pytest.fail("tokenised again"))
+        second = make_loader(config)
+        assert np.array_equal(first.datasets[0].rows, second.datasets[0].rows)
+        with pytest.raises(pytest.fail.Exception, match="tokenised again"):
+            make_loader(config, rows=ROWS + 1)
+    write_records(records[:-1])
+    assert len(make_loader(config).datasets[0].rows) == 19
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert cached.exists()

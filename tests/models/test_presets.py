@@ -1,0 +1,41 @@
+"""The presets of the papers' sizes build on the meta device with the exact parameter counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parrot_sys.cli import list_presets
+from parrot_sys.config_values import config_from_dict, read_yaml
+from parrot_sys.megatron.initialize import initialize
+from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.models.hf_checkpoint import parrot_maps
+from parrot_sys.models.parrot import ParrotConfig
+
+# Projector: 1024 -> H -> H with biases. MoE: 6 experts of 3 H x 4096 and a router of 6 H.
+COUNTS = {
+    "parrot_7b": (20_979_712, 302_014_464, 7_721_324_544),
+    "parrot_14b": (31_467_520, 377_518_080, 14_167_290_880),
+    "parrot_32b": (31_467_520, 377_518_080, 32_512_218_112),
+    "parrot_qwen2_7b": (16_522_240, 264_262_656, 7_615_616_512),
+}
+CLIP_L = 303_507_456
+"""Parameters of CLIP ViT-L/14-336's vision model."""
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sizes(name: str) -> None:
+    initialize()
+    config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
+    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    projector, moe, llm = COUNTS[name]
+    assert (count(model.projector), count(model.moe), count(model.decoder)) == (projector, moe, llm)
+    tower = sum(tensor.numel() for tensor in (*model.vision_tower.parameters(), *model.vision_tower.buffers()))
+    assert tower == CLIP_L
+    released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
+    assert released == projector + moe + llm + tower
+    assert all(parameter.is_meta for parameter in model.parameters())

@@ -1,0 +1,63 @@
+"""What importing the packages may cost: no CUDA, no optional accelerator, nothing heavy for the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BLOCK = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in {"triton", "transformer_engine", "apex", "amp_C", "flash_attn"}:
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+IMPORT_ALL = (
+    BLOCK
+    + """
+import importlib, pkgutil
+import parrot_kernels, parrot_sys
+names = [m.name for package in (parrot_kernels, parrot_sys)
+         for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+names = [n for n in names if not n.endswith((".triton_impl", "._C", ".__main__"))]
+for name in names:
+    importlib.import_module(name)
+import torch
+assert not torch.cuda.is_initialized(), "an import initialised CUDA"
+print(len(names))
+"""
+)
+
+
+def run_python(code: str) -> str:
+    """stdout of `python -c code`, run in the root of the project."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_everything_imports_without_accelerators_and_without_cuda() -> None:
+    assert int(run_python(IMPORT_ALL)) > 50
+
+
+def test_the_command_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys, parrot_sys.__main__; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_ops_import_without_megatron() -> None:
+    heavy = "('megatron', 'transformers', 'transformer_engine', 'apex')"
+    code = f"import sys, parrot_sys.ops, parrot_sys.modules; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_the_folder_kernels_does_not_shadow_the_package_of_that_name() -> None:
+    # transformers imports Hugging Face's `kernels` where it is installed; ours must never answer for it.
+    code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin or 'none')"
+    origin = run_python(code)
+    assert origin == "none" or "site-packages" in origin
