@@ -25,8 +25,12 @@ def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     Raises:
         ConfigError: an unknown key (names the nearest), a missing one, or a value of the wrong type or out of range.
     """
+    return _from_values(cls, values, where="")
+
+
+def _from_values(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     merged: dict[str, Any] = {}
-    merge(cls, merged, values, where="")
+    merge(cls, merged, values, where=where)
     return cast(C, build(cls, merged, checked=True))
 
 
@@ -46,7 +50,7 @@ def load_config(cls: type[C], path: str | Path) -> C:
     Raises:
         ConfigError: as `config_from_dict`; also when the file is missing or is not a mapping.
     """
-    return config_from_dict(cls, read_yaml(Path(path)))
+    return _from_values(cls, read_yaml(Path(path)), where=f" in {path}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Device, back end and launcher of this process: the one module of `parrot_sys` that asks torch and the environment about them."""
+"""Device, back end and launcher of this process: the one module that asks torch and the environment about them."""
 
 from __future__ import annotations
 

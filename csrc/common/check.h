@@ -62,5 +62,3 @@ inline std::string shape_string(const std::vector<int64_t>& wanted) {
   STD_TORCH_CHECK((x).is_contiguous(), #x " must be contiguous, got a strided view; call .contiguous() on it")
 
 #define PARROT_CHECK_CPU(x) STD_TORCH_CHECK((x).is_cpu(), #x " must be a CPU tensor, got a tensor on another device")
-
-#define PARROT_CHECK_CUDA(x) STD_TORCH_CHECK((x).is_cuda(), #x " must be a CUDA tensor, got a tensor on another device")

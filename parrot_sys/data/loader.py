@@ -67,7 +67,6 @@ class ParrotDataLoader:
         global_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
-        feature_store: FeatureStore | None = None,
     ) -> None:
         """Reads and checks all data sets.
 
@@ -80,7 +79,6 @@ class ParrotDataLoader:
             global_batch_size: samples in a step, over all ranks.
             dp_rank: this process's place among the data-parallel ranks.
             dp_size: number of data-parallel ranks.
-            feature_store: gives `image_features` instead of `pixel_values`; must hold the features of `image_paths()`.
 
         Raises:
             ConfigError: settings contradict each other.
@@ -100,7 +98,7 @@ class ParrotDataLoader:
         self._processor = ParrotProcessor(copy.deepcopy(processor.tokenizer), processor.image_processor)
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
-        self._feature_store = feature_store
+        self._feature_store: FeatureStore | None = None
         self.datasets = [
             load_dataset(source, config, self._processor, num_visual_rows=num_visual_rows, max_seq_len=max_seq_len)
             for source in config.sources()
@@ -137,7 +135,11 @@ class ParrotDataLoader:
         )
 
     def use_features(self, store: FeatureStore) -> None:
-        """From the next iteration on, gives the features that `store` holds of `image_paths()` instead of pixel values."""
+        """From the next iteration on, batches hold `image_features` from `store` instead of `pixel_values`.
+
+        Args:
+            store: must hold the features of `image_paths()`; a sample that lacks some is a bad sample.
+        """
         self._feature_store = store
 
     def state_dict(self) -> dict[str, Any]:

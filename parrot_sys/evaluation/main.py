@@ -50,7 +50,7 @@ class EvalConfig:
     routing: tuple[Routing, ...] = ("model",)
     """Routes to evaluate: the model's own, experts `off`, or guided by the question in another language."""
     limit: int | None = None
-    """Questions per table (with all their rotations), spread evenly; all when not given."""
+    """Questions per split of a table (with all their rotations), spread evenly; all when not given."""
     ablation_limit: int | None = None
     """The same for the routings `off` and `other-language`; `limit` when not given."""
     batch_size: int = 32
@@ -83,7 +83,7 @@ class EvalConfig:
         return self.name or self.checkpoint.resolve().name
 
     def limit_of(self, routing: Routing) -> int | None:
-        """Questions per table under `routing`."""
+        """Questions per split under `routing`."""
         return self.limit if routing == "model" or self.ablation_limit is None else self.ablation_limit
 
 
@@ -141,11 +141,13 @@ def evaluate(config: EvalConfig, predictor: Predictor) -> None:
                 extra={"logit_change": changes} if routing == "model" else {},
             )
             logger.info(
-                "%s %s, routing %s: plain %.1f %%, circular %.1f %% (n = %d rows, %d questions)",
-                cut.suite,
-                cut.language,
+                "%s, routing %s, plain / circular accuracy: %s",
+                cut.name,
                 routing,
-                *(result["scores"][key] for key in ("plain", "circular", "n", "n_questions")),
+                ", ".join(
+                    f"{part} {r['scores']['plain']:.1f} / {r['scores']['circular']:.1f} %"
+                    for part, r in result["parts"].items()
+                ),
             )
 
 

@@ -1,6 +1,6 @@
 """Report of an evaluation: `report.json`, `report.md` and PNG plots from the score files of the runner.
 
-`report.json` is `{suite: {language: accuracy in percent, ...}, ..., "details": {...}}`. The accuracy at these keys is
+`report.json` is `{part: {language: accuracy in percent, ...}, ..., "details": {...}}`. The accuracy at these keys is
 the one that the public kit headlines: circular for sets whose name contains `mmbench` (or ccbench, circular, mmcr),
 plain otherwise; both are in `details.cells`.
 """
@@ -26,7 +26,7 @@ _CIRCULAR_NAMES = ("mmbench", "ccbench", "circular", "mmcr")
 _ROUTINGS = ("model", "off", "other-language")
 
 Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
-"""suite -> routing -> language -> what `runner.evaluate_table` returned."""
+"""part -> routing -> language -> what `runner.evaluate_table` returned, with the `scores` and `experts` of the part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +76,12 @@ def build_report(report: ReportInput) -> dict[str, Any]:
 
 
 def load_scores(folder: Path) -> Scores:
-    """Score files below `folder`, languages in the order of MMMB."""
+    """Score files below `folder`, part by part (see `QuestionSet.parts`), languages in the order of MMMB."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob(f"*/*/*{SCORES_SUFFIX}")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["suite"], {}).setdefault(result["routing"], {})[result["language"]] = result
+        for part, scores in result.pop("parts").items():
+            found.setdefault(part, {}).setdefault(result["routing"], {})[result["language"]] = {**result, **scores}
     return {
         suite: {
             routing: {language: routings[routing][language] for language in LANGUAGES if language in routings[routing]}

@@ -69,7 +69,7 @@ class Predictor(Protocol):
 
 
 def load_tables(paths: Sequence[str | Path], languages: Sequence[str], limit: int | None) -> list[QuestionSet]:
-    """Tables of the wanted languages (all when none is named), each cut to `limit` questions.
+    """Tables of the wanted languages (all when none is named), each cut to `limit` questions a part.
 
     Raises:
         DataError: no table has a wanted language, or two tables are the same benchmark in the same language.
@@ -148,7 +148,8 @@ def evaluate_table(
 
     Returns:
         What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
-        `scores`, `experts` (mean routing weight of each expert), `seconds` of this call, and `extra`.
+        `parts` (name -> `scores` and `experts`, the mean routing weight of each expert), `seconds` of this call, and
+        `extra`.
     """
     begin = time.perf_counter()
     stem = output / table.suite / routing / f"{model_name}_{table.name}"
@@ -178,8 +179,13 @@ def evaluate_table(
         "routing": routing,
         "rules": rules,
         "settings": settings,
-        "scores": score_table(table.questions, letters),
-        "experts": mean_experts(list(records.values())),
+        "parts": {
+            name: {
+                "scores": score_table(questions, letters),
+                "experts": mean_experts([records[question.index] for question in questions]),
+            }
+            for name, questions in table.parts().items()
+        },
         "seconds": time.perf_counter() - begin,
         **(extra or {}),
     }
@@ -202,8 +208,8 @@ def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing)
         table = items[0].table
         raise ConfigError(
             f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are "
-            "bypassed (wanted max |change| > 0, got 0); check that the checkpoint was trained with use_moe and that its "
-            "experts are not all zero"
+            "bypassed (wanted max |change| > 0, got 0); check that the checkpoint was trained with use_moe and that "
+            "its experts are not all zero"
         )
     return change
 

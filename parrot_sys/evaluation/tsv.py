@@ -57,14 +57,13 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionSet:
-    """One table: the questions of one benchmark (or held-out split) in one language."""
+    """One table: the questions of one benchmark in one language."""
 
     path: Path
     name: str
     """Name of the data set as the public kit spells it (`MMMB_en`), else the file's stem."""
     suite: str
-    """What the languages of one benchmark have in common: the value of `split` where all rows agree on a telling one
-    (`style`), else the file's name without its language (`mmmb`)."""
+    """What the languages of one benchmark have in common: the file's name without its language (`mmmb`)."""
     language: str
     questions: tuple[Question, ...]
     images: Mapping[str, str] = field(repr=False)
@@ -86,12 +85,22 @@ class QuestionSet:
                 f"{self.path}: the image of row {rows} cannot be decoded ({error}); mend the base64 cell"
             ) from error
 
-    def limited(self, groups: int) -> QuestionSet:
-        """The first `groups` questions with all their rotations, spread evenly over the table."""
-        ids = list(dict.fromkeys(q.group for q in self.questions))
-        if groups >= len(ids):
-            return self
-        kept = {ids[i * len(ids) // groups] for i in range(groups)}
+    def parts(self) -> dict[str, list[Question]]:
+        """Name -> questions of what is reported on its own: each value of `split`, or the whole suite where splits say
+        nothing (`dev`, `test`, ...)."""
+        parts: dict[str, list[Question]] = {}
+        for question in self.questions:
+            name = self.suite if question.split in _GENERIC_SPLITS else question.split
+            parts.setdefault(name, []).append(question)
+        return parts
+
+    def limited(self, questions: int) -> QuestionSet:
+        """So many questions of each part with all their rotations, spread evenly over it."""
+        kept: set[int] = set()
+        for part in self.parts().values():
+            groups = list(dict.fromkeys(question.group for question in part))
+            wanted = min(questions, len(groups))
+            kept.update(groups[i * len(groups) // wanted] for i in range(wanted))
         return replace(self, questions=tuple(q for q in self.questions if q.group in kept))
 
 
@@ -148,16 +157,12 @@ def read_table(path: str | Path) -> QuestionSet:
     return QuestionSet(
         path=path,
         name=f"{_KIT_NAMES[base]}_{_SUFFIX_OF_LANGUAGE.get(language, language)}" if base in _KIT_NAMES else path.stem,
-        suite=_suite(base, {q.split for q in questions}),
+        suite=base,
         language=language,
         questions=tuple(replace(q, image_key=str(keys[q.index])) for q in questions),
         images={str(index): cells[index] for index in set(keys.values())},
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
-
-
-def _suite(base: str, splits: set[str]) -> str:
-    return splits.pop() if len(splits) == 1 and not splits & _GENERIC_SPLITS else base
 
 
 def read_frame(path: Path) -> pd.DataFrame:

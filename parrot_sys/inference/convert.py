@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from parrot_sys.data.processor import ParrotProcessor
     from parrot_sys.inference.model import ParrotForConditionalGeneration
 
+DESCRIPTION = """Turns a checkpoint into the released Hugging Face layout, or into a training checkpoint.
+
+The input may be a directory in the released layout (config.json with model_type parrot_qwen2, safetensors or .bin, sharded or
+not), a training checkpoint, or a training run, whose newest checkpoint is taken. Released to released writes the same tensors
+bit for bit.
+
+  $ parrot convert --checkpoint runs/demo --output parrot-demo-hf
+  $ parrot convert --checkpoint Parrot-7B --output parrot-7b-bf16 --dtype bfloat16
+  $ parrot convert --checkpoint Parrot-7B --output start --format megatron"""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ConvertConfig:
-    """Turn a checkpoint into the released Hugging Face layout, or into a training checkpoint.
-
-    The input may be a directory in the released layout (config.json with model_type parrot_qwen2, safetensors or .bin,
-    sharded or not), a training checkpoint, or a training run, whose newest checkpoint is taken. Released to released
-    writes the same tensors bit for bit.
-
-    Examples:
-      parrot convert --checkpoint runs/demo --output parrot-demo-hf
-      parrot convert --checkpoint Parrot-7B --output parrot-7b-bf16 --dtype bfloat16
-      parrot convert --checkpoint Parrot-7B --output start --format megatron
-    """
+    """What to convert, and into what."""
 
     checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Checkpoint to read."""
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         CheckpointError: the input is unusable, or the output exists and --force is not given.
     """
-    config = tyro.cli(ConvertConfig, args=argv, prog="parrot convert")
+    config = tyro.cli(ConvertConfig, args=argv, prog="parrot convert", description=DESCRIPTION)
     convert(config)
     print(f"wrote {config.output}")
     return 0

@@ -1,8 +1,8 @@
 """Adam in plain torch with the state layout of the fused Adams of Transformer Engine and apex.
 
 Megatron's distributed optimizer cannot load its own checkpoints with `torch.optim.AdamW`, which keeps a step tensor for
-each parameter; it expects one `step` in each group. `install_adam` puts this class where Megatron looks for a fused Adam,
-if neither Transformer Engine nor apex is there.
+each parameter; it expects one `step` in each group. `install_adam` puts this class where Megatron looks for a fused
+Adam, if neither Transformer Engine nor apex is there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Optimizer):
-    """Adam (arXiv 1412.6980), or AdamW (arXiv 1711.05101) with `adam_w_mode`; moments in float32, `step` in the group."""
+    """Adam (arXiv 1412.6980), or AdamW (arXiv 1711.05101) with `adam_w_mode`; float32 moments, `step` in the group."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Adam(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-        gradients = [p.grad for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
         if decay and self.adam_w_mode:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
-            gradients = torch._foreach_add(gradients, params, alpha=decay)
+            gradients = list(torch._foreach_add(gradients, params, alpha=decay))
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)

@@ -14,24 +14,24 @@ def _identity(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _adapt_jit(module: ModuleType) -> None:
+def _adapt_jit(module: Any) -> None:
     # torch.compile would start a C++ compiler in the middle of the first training step.
     module.jit_fuser = _identity
 
 
-def _adapt_random(module: ModuleType) -> None:
+def _adapt_random(module: Any) -> None:
     # The module binds private functions of torch.cuda by name, which the stand-ins cannot reach.
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
-def _adapt_moe_utils(module: ModuleType) -> None:
+def _adapt_moe_utils(module: Any) -> None:
     # 0.16.1 uses the name without Transformer Engine, where it does not exist.
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
 
 
-def _adapt_token_dispatcher(module: ModuleType) -> None:
+def _adapt_token_dispatcher(module: Any) -> None:
     # The original turns only CUDA tensors into NumPy arrays; the split sizes of gloo must be integers as well.
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -39,7 +39,7 @@ def _adapt_token_dispatcher(module: ModuleType) -> None:
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
-def _adapt_inference_communication(module: ModuleType) -> None:
+def _adapt_inference_communication(module: Any) -> None:
     module._is_cuda = lambda tensor: None
 
 
@@ -53,7 +53,7 @@ _CPU_ADAPTERS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def adapt_for_cpu(module: ModuleType) -> None:
-    """What single modules of Megatron-Core need beyond redirected CUDA calls; called by `cpu_layer` after their import."""
+    """What single modules need beyond redirected CUDA calls; `cpu_layer` calls this after the import of each."""
     if adapter := _CPU_ADAPTERS.get(module.__name__):
         adapter(module)
 

@@ -1,4 +1,4 @@
-"""The one translation from our configurations to Megatron-Core's `TransformerConfig`: every field that we set stands here."""
+"""The one translation from our configurations to Megatron-Core's `TransformerConfig`: all fields we set are here."""
 
 from __future__ import annotations
 
@@ -104,17 +104,22 @@ def to_transformer_config(
 
 def _check_divisible(llm: LLMConfig, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor_model_parallel_size
-    sizes = {"num_attention_heads": llm.num_attention_heads, "ffn_hidden_size": llm.ffn_hidden_size, "vocab_size": llm.vocab_size}
+    sizes = {
+        "num_attention_heads": llm.num_attention_heads,
+        "ffn_hidden_size": llm.ffn_hidden_size,
+        "vocab_size": llm.vocab_size,
+    }
     for name, size in sizes.items():
         if size % tensor:
             raise ConfigError(
-                f"llm.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: {_nearest(size, tensor)}"
+                f"llm.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: "
+                f"{_nearest(size, tensor)}"
             )
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if llm.num_layers % stages:
         raise ConfigError(
-            f"llm.num_layers must be a multiple of the {stages} pipeline stages (pipeline x virtual), got {llm.num_layers}: "
-            f"{_nearest(llm.num_layers, stages)}"
+            f"llm.num_layers must be a multiple of the {stages} pipeline stages (pipeline x virtual), "
+            f"got {llm.num_layers}: {_nearest(llm.num_layers, stages)}"
         )
 
 

@@ -1,7 +1,7 @@
 """Core attention by ModuleSpec: packed samples, grouped-query heads, rotary positions and a KV cache, on CPU and GPU.
 
-Megatron's own needs Transformer Engine for packed samples, and its rotary embedding for them loops over samples in Python.
-Ours takes the rotation of each row from the context, computed once for all layers.
+Megatron's own needs Transformer Engine for packed samples, and its rotary embedding for them loops over samples in
+Python. Ours takes the rotation of each row from the context, computed once for all layers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,18 @@ from parrot_sys.megatron.packed_attention import (
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedRows:
+    """A KV cache and where the T rows of this micro-batch stand in it."""
+
+    cache: KVCache
+    samples: Tensor  # [T] int64, request of each row
+    positions: Tensor  # [T] int64, place of each row in its request
+
+
 @dataclass(kw_only=True)
 class AttentionContext(PackedSeqParams):
-    """What every attention layer needs to know about a packed micro-batch; Megatron passes it down as `packed_seq_params`.
+    """What every attention layer needs to know about a packed micro-batch; handed down as `packed_seq_params`.
 
     `qkv_format` stays unset: Megatron then keeps the pack as [T, 1, n, d] and leaves the rotation to us.
     """
@@ -38,11 +47,8 @@ class AttentionContext(PackedSeqParams):
     cu_seqlens: Tensor  # [S + 1] int32
     max_seqlen: int
     plan: SegmentPlan | None  # None where the variable-length kernel runs
-    cos: Tensor | None = None  # [T, 1, d / 2]; None without rotary positions
-    sin: Tensor | None = None
-    cache: KVCache | None = None
-    cache_samples: Tensor | None = None  # [T] int64, request of each row
-    cache_positions: Tensor | None = None  # [T] int64, place of each row in its request
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
+    cached: CachedRows | None = None
 
 
 def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,25 +91,24 @@ def make_context(
         rotary: from `rotary_cos_sin`.
         cache: keys and values of earlier rows.
     """
-    varlen = supports_varlen(torch.empty(0, dtype=dtype, device=cu_seqlens.device))
+    varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
-    context = AttentionContext(
+    return AttentionContext(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
         plan=None if varlen or decoding else plan_segments(cu_seqlens),
-        cache=cache,
+        rotary=rotary,
+        cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
-    if rotary is not None:
-        context.cos, context.sin = rotary
-    if cache is not None:
-        starts = cu_seqlens[:-1].long()
-        lengths = cu_seqlens.diff().long()
-        samples = torch.arange(lengths.numel(), device=cu_seqlens.device)
-        num_rows = context.cos.shape[0] if context.cos is not None else None
-        context.cache_samples = samples.repeat_interleave(lengths, output_size=num_rows)
-        offsets = torch.arange(context.cache_samples.numel(), device=cu_seqlens.device) - starts[context.cache_samples]
-        context.cache_positions = cache.lengths[context.cache_samples] + offsets
-    return context
+
+
+def _cached_rows(cu_seqlens: Tensor, cache: KVCache, rotary: tuple[Tensor, Tensor] | None) -> CachedRows:
+    samples = torch.arange(cache.num_samples, device=cu_seqlens.device)
+    # With the number of rows at hand the device need not tell it.
+    num_rows = None if rotary is None else rotary[0].shape[0]
+    samples = samples.repeat_interleave(cu_seqlens.diff().long(), output_size=num_rows)
+    offsets = torch.arange(samples.numel(), device=cu_seqlens.device) - cu_seqlens[samples]
+    return CachedRows(cache=cache, samples=samples, positions=cache.lengths[samples] + offsets)
 
 
 class CoreAttention(nn.Module):
@@ -157,17 +162,17 @@ class CoreAttention(nn.Module):
             output = dense_attention(*batch_first, scale=self.scale, causal=self.causal).transpose(0, 1)
             return output.flatten(2)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if context.cos is not None:
-            query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        if context.rotary is not None:
+            query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
         return self._packed(query, key, value, context).flatten(1).unsqueeze(1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        cache = context.cache
-        if cache is not None:
-            keys, values = cache.append(self.layer_number, key, value, context.cache_samples, context.cache_positions)
-            if cache.max_length > 0:
-                longest = cache.max_length + 1
-                seen = torch.arange(longest, device=query.device) <= context.cache_positions[:, None]
+        cached = context.cached
+        if cached is not None:
+            keys, values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
+            if cached.cache.max_length > 0:
+                longest = cached.cache.max_length + 1
+                seen = torch.arange(longest, device=query.device) <= cached.positions[:, None]
                 return dense_attention(
                     query.unsqueeze(1),
                     keys[:, :longest],

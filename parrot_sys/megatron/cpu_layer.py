@@ -1,9 +1,9 @@
 """Megatron-Core on machines without CUDA: its modules see a `torch` whose CUDA calls land on the CPU; nobody else does.
 
-Megatron-Core writes `device="cuda"`, `torch.cuda.current_device()`, `.cuda()` and the like in many places. An import hook
-gives each of its modules a stand-in for the names `torch`, `torch.cuda` and `torch.distributed` that redirects exactly
-these calls. Because only module globals are replaced, a training step pays nothing for it (a `TorchFunctionMode` costs
-microseconds in every torch call of the process) and other packages keep the real torch.
+Megatron-Core writes `device="cuda"`, `torch.cuda.current_device()`, `.cuda()` and the like in many places. An import
+hook gives each of its modules a stand-in for the names `torch`, `torch.cuda` and `torch.distributed` that redirects
+exactly these calls. Because only module globals are replaced, a training step pays nothing for it (a
+`TorchFunctionMode` costs microseconds in every torch call of the process) and other packages keep the real torch.
 
 `install()` does nothing where CUDA runs. It must come before the first import of `megatron`, which
 `parrot_sys.megatron.__init__` makes sure of.
@@ -29,8 +29,9 @@ from parrot_sys.megatron import compat
 _CPU = torch.device("cpu")
 _MEGATRON = "megatron.core"
 _FACTORIES = (
-    "arange as_tensor empty empty_like full full_like linspace ones ones_like rand randint randn tensor zeros zeros_like"
-).split()
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "linspace", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
 
 
 class _Stream:
@@ -121,9 +122,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _all_gather(tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
     """`all_gather` that also takes rows of different counts, which gloo does not: padded to the longest."""
-    longest = max(t.shape[0] for t in tensors) if tensor.dim() else 0
-    if async_op or all(t.shape == tensor.shape for t in tensors) and (not tensor.dim() or longest == tensor.shape[0]):
+    if async_op or len({t.shape for t in tensors}) == 1:
         return dist.all_gather(tensors, tensor, group=group, async_op=async_op)
+    longest = max(t.shape[0] for t in tensors)
     padded = tensor.new_zeros((longest, *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     gathered = [torch.empty_like(padded) for _ in tensors]
@@ -210,7 +211,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _for_megatron(real: Callable[..., Any], redirected: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor method that is redirected when a module of Megatron-Core calls it, and the real one for everybody else."""
+    """A tensor method that is redirected when a module of Megatron-Core calls it, and the real one otherwise."""
 
     def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")

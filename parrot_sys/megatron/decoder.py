@@ -35,7 +35,7 @@ from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 
 
 def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
-    """A pre-norm transformer layer with our norm and core attention; sizes, biases and activation come from the config."""
+    """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -62,8 +62,8 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec
 class OutputHead(ColumnParallelLinear):
     """The LM head: losses of label rows without their logits, or logits of chosen rows.
 
-    `GPTModel` builds its output layer itself; `Qwen2Decoder` turns it into this class. It stays a module that is *called*,
-    because overlapped parameter gathering hangs on the forward hooks of the module that owns the weight.
+    `GPTModel` builds its output layer itself; `Qwen2Decoder` turns it into this class. It stays a module that is
+    *called*, because overlapped parameter gathering hangs on the forward hooks of the module that owns the weight.
     """
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -192,8 +192,8 @@ class Qwen2Decoder(GPTModel):
     def _padding(self, num_rows: int) -> int:
         """Rows to add at the end, as a sample of their own.
 
-        Sequence parallelism needs as many rows on each rank, and Megatron's layers at least one: an empty micro-batch still
-        runs them, so that every parameter gets its (zero) gradient.
+        Sequence parallelism needs as many rows on each rank, and Megatron's layers at least one: an empty micro-batch
+        still runs them, so that every parameter gets its (zero) gradient.
         """
         unit = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         return -num_rows % unit if num_rows else unit

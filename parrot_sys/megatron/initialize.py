@@ -46,13 +46,14 @@ class ParallelConfig:
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
-                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size >= 2, got 1: raise it or set sequence_parallel to false"
+                "parallel.sequence_parallel needs parallel.tensor_model_parallel_size >= 2, got 1: "
+                "raise it or set sequence_parallel to false"
             )
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
             raise ConfigError(
-                f"parallel.virtual_pipeline_model_parallel_size must be >= 2 and needs pipeline_model_parallel_size >= 2, got {chunks} "
-                f"with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: leave it unset"
+                "parallel.virtual_pipeline_model_parallel_size must be >= 2 and need pipeline_model_parallel_size >= 2, "
+                f"got {chunks} with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: leave it unset"
             )
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -71,14 +72,13 @@ class ParallelConfig:
                 below, above = world_size // unit * unit, (world_size // unit + 1) * unit
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ConfigError(
-                    f"the number of processes must be a multiple of {unit} ({product} parallel sizes), got {world_size}: start {near}"
+                    f"the number of processes must be a multiple of {unit} ({product} parallel sizes), "
+                    f"got {world_size}: start {near}"
                 )
         return world_size // self.model_parallel_size
 
 
-def initialize(
-    parallel: ParallelConfig | None = None, *, seed: int = 1234, timeout: float = 600.0
-) -> ParallelConfig:
+def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1234, timeout: float = 600.0) -> ParallelConfig:
     """Join the other processes and build the groups of Megatron-Core; a second call with the same layout does nothing.
 
     Works under `torchrun` and in a process started by hand, which becomes a world of one. An existing default process
@@ -107,8 +107,12 @@ def initialize(
     if platform.cuda_available():
         torch.cuda.set_device(platform.device())
     if not dist.is_initialized():
-        where = {} if launched.from_launcher else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(platform.backend(), timeout=timedelta(seconds=timeout), **where)
+        limit = timedelta(seconds=timeout)
+        if launched.from_launcher:
+            dist.init_process_group(platform.backend(), timeout=limit)
+        else:
+            store = torch._C._distributed_c10d.HashStore()
+            dist.init_process_group(platform.backend(), timeout=limit, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -135,7 +139,8 @@ def _check_same_layout(parallel: ParallelConfig) -> None:
     for name, size in in_use.items():
         if getattr(parallel, name) != size:
             raise ConfigError(
-                f"parallel.{name}={getattr(parallel, name)} was asked for, but this process already runs with {size}: call shutdown() first"
+                f"parallel.{name}={getattr(parallel, name)} was asked for, "
+                f"but this process already runs with {size}: call shutdown() first"
             )
 
 
@@ -144,8 +149,8 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    # Megatron forgets some groups. A process forked from this one would drop them later and wait for their threads, which
-    # exist only here.
+    # Megatron forgets some groups. A process forked from this one would drop them later and wait for their threads,
+    # which exist only here.
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)

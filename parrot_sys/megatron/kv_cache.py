@@ -31,20 +31,27 @@ class KVCache:
 
     @property
     def num_samples(self) -> int:
+        """S."""
         return self.lengths.numel()
 
     def check(self, num_samples: int, num_rows: int, max_seqlen: int) -> None:
-        """Raise ConfigError unless the next micro-batch is a prefill of an empty cache or one row for each request."""
+        """Raise ConfigError unless the next micro-batch is the prefill or one row for each request, and fits."""
         if num_samples != self.num_samples:
-            raise ConfigError(f"the micro-batch must hold the {self.num_samples} requests of the KV cache, got {num_samples} samples")
+            raise ConfigError(
+                f"the micro-batch must hold the {self.num_samples} requests of the KV cache, got {num_samples}"
+            )
         if self.max_length and num_rows != num_samples:
-            raise ConfigError(f"after the prefill each request gets one row a step ({num_samples}), got {num_rows} rows")
+            raise ConfigError(
+                f"after the prefill each request gets one row a step ({num_samples}), got {num_rows} rows"
+            )
         if self.max_length + max_seqlen > self.capacity:
             raise ConfigError(
                 f"capacity of the KV cache must be >= {self.max_length + max_seqlen} rows a request, got {self.capacity}"
             )
 
-    def append(self, layer: int, key: Tensor, value: Tensor, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, layer: int, key: Tensor, value: Tensor, samples: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Write T rows of one layer.
 
         Args:

@@ -1,4 +1,4 @@
-"""Norms by ModuleSpec that work without Transformer Engine and with sequence parallelism (Megatron's torch norms refuse it)."""
+"""Norms by ModuleSpec that work without Transformer Engine under sequence parallelism, which Megatron's refuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ class Norm:
     `parameter.sequence_parallel` makes Megatron add them up over the tensor-parallel group.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:
+    def __new__(  # type: ignore[misc] # a class, because Megatron takes functions in specs for finished modules
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> nn.Module:
+        """
+        Args:
+            config: gives kind, dtype and sequence parallelism.
+            hidden_size: width of the rows.
+            eps: added to the mean square or the variance.
+        """
         build = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
         norm = build(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():

@@ -1,4 +1,4 @@
-"""ParrotModel: vision tower -> projector -> text-guided MoE -> decoder (Parrot, arXiv 2406.02539, section 3) on Megatron-Core."""
+"""ParrotModel on Megatron-Core: vision tower -> projector -> text-guided MoE -> decoder (arXiv 2406.02539)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -41,8 +46,8 @@ class ParrotOutput:
 class ParrotModel(MegatronModule):
     """The whole model for packed micro-batches.
 
-    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Auxiliary losses are returned
-    in `ParrotOutput.routing`, already times their coefficients; whoever forms the loss adds them.
+    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Auxiliary losses are
+    returned in `ParrotOutput.routing`, already times their coefficients; whoever forms the loss adds them.
     """
 
     def __init__(
@@ -134,15 +139,13 @@ class ParrotModel(MegatronModule):
         embeddings = self.decoder.embed(batch.input_ids)
         if batch.num_images == 0 and not torch.is_grad_enabled():
             return embeddings, None
-        # In training the same modules run with zero rows when there is no image: every parameter hook fires on every rank.
+        # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
         assert self.projector is not None, "the first stage holds the projector"
         features = self.projector(self._image_features(batch))  # [n, V, H]
         routing = None
         if self.moe is not None and self.use_moe:
             text = embeddings.index_select(0, batch.guidance_rows)
-            features, routing = self.moe(
-                features, text, batch.guidance_start, batch.guidance_end, override=override
-            )
+            features, routing = self.moe(features, text, batch.guidance_start, batch.guidance_end, override=override)
         visual = features.flatten(0, 1).index_select(0, batch.visual_source)
         return embeddings.index_copy(0, batch.visual_rows, visual), routing
 
@@ -152,7 +155,9 @@ class ParrotModel(MegatronModule):
         trainable = self.vision_tower is not None and any(p.requires_grad for p in self.vision_tower.parameters())
         if batch.image_features is not None:
             if trainable:
-                raise DataError("the batch holds cached image features, which cannot train the vision tower: give pixel values")
+                raise DataError(
+                    "the batch holds cached image features, which cannot train the vision tower: give pixel values"
+                )
             return batch.image_features.to(dtype)
         if batch.num_images == 0 and not trainable:
             return batch.input_ids.new_empty((0, vision.num_visual_rows, vision.hidden_size), dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from parrot_sys.models.hf_checkpoint import (
     TensorMap,
     check_tensors,
     is_carried,
+    is_passed_over,
     llm_maps,
     parrot_maps,
     tower_maps,
@@ -48,13 +49,36 @@ def model_tensors(model: ParrotModel) -> dict[str, Tensor]:
     return tensors
 
 
-def local_part(entry: TensorMap, whole: Tensor, parameter: Tensor, *, rank: int, size: int) -> Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of a whole tensor of the model."""
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+def _cut_dim(whole: Sequence[int], part: Sequence[int]) -> int | None:
+    """Dimension along which a tensor is cut over ranks; Megatron's own marks are missing on uninitialised parameters."""
+    return next((dim for dim, (all_rows, rows) in enumerate(zip(whole, part, strict=True)) if all_rows != rows), None)
+
+
+def local_part(entry: TensorMap, whole: Tensor, shape: Sequence[int], *, rank: int, size: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `size` holds, in this shape, of a whole tensor of the model."""
+    dim = _cut_dim(whole.shape, shape)
+    if dim is None:
         return whole
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]  # set by Megatron
     halves = whole.chunk(2) if entry.gated else (whole,)
     return torch.cat([half.chunk(size, dim)[rank] for half in halves])
+
+
+def whole_tensor(entry: TensorMap, part: Tensor, group: ProcessGroup) -> Tensor:
+    """The reverse of `local_part`, on every rank of the tensor-parallel group.
+
+    Args:
+        entry: what the tensor is made of.
+        part: a parameter of this rank, or its gradient.
+        group: tensor-parallel group; all of its ranks call this.
+    """
+    dim = _cut_dim(entry.pack([torch.empty(shape, device="meta") for shape in entry.shapes]).shape, part.shape)
+    if dim is None:
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    if not entry.gated:
+        return torch.cat(parts, dim)
+    return torch.cat([torch.cat(halves, dim) for halves in zip(*(each.chunk(2) for each in parts), strict=True)])
 
 
 def fill(
@@ -65,7 +89,7 @@ def fill(
         for entry in maps:
             if (target := targets.get(entry.name)) is not None:
                 whole = entry.pack([read(key) for key in entry.keys])
-                target.copy_(local_part(entry, whole, target, rank=rank, size=size))
+                target.copy_(local_part(entry, whole, target.shape, rank=rank, size=size))
 
 
 def load_released(model: ParrotModel, directory: str | Path) -> None:
@@ -126,29 +150,10 @@ def load_tower(
         found = {
             key: files.shape(key)
             for key in files.keys()
-            if key.startswith(prefix) and not re.search(r"embeddings\.position_ids$|^(vision_model\.)?head\.", key)
+            if key.startswith(prefix) and not is_passed_over(key.removeprefix(prefix), config)
         }
         check_tensors(maps, found, str(source))
         fill(dict([*tower.named_parameters(), *tower.named_buffers()]), maps, files.tensor, rank=rank, size=size)
-
-
-def whole_tensor(entry: TensorMap, part: Tensor, parameter: Tensor, group: ProcessGroup) -> Tensor:
-    """The reverse of `local_part`, on every rank of the tensor-parallel group.
-
-    Args:
-        entry: what the parameter is made of.
-        part: the parameter of this rank, or its gradient.
-        parameter: carries the marks of how it is cut.
-        group: tensor-parallel group; all of its ranks call this.
-    """
-    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return part
-    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    if not entry.gated:
-        return torch.cat(parts, dim)
-    return torch.cat([torch.cat(halves, dim) for halves in zip(*(each.chunk(2) for each in parts), strict=True)])
 
 
 def released_tensors(
@@ -168,7 +173,6 @@ def released_tensors(
         raise CheckpointError("a model cut into pipeline stages cannot be exported; load its checkpoint without pipelining")
     tensors = model_tensors(model)
     for entry in parrot_maps(model.parrot, with_vision_tower=with_vision_tower and model.vision_tower is not None):
-        parameter = tensors[entry.name]
-        if (part := value(parameter)) is not None:
-            whole = whole_tensor(entry, part.detach(), parameter, model.tp_group)
+        if (part := value(tensors[entry.name])) is not None:
+            whole = whole_tensor(entry, part.detach(), model.tp_group)
             yield from zip(entry.keys, entry.unpack(whole), strict=True)

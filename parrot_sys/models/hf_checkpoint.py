@@ -8,7 +8,6 @@ query group) and gate and up of a SwiGLU in another; packing only moves rows, so
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -234,14 +233,21 @@ def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list
     return maps
 
 
+def is_passed_over(key: str, config: VisionConfig) -> bool:
+    """Whether a tower's checkpoint may hold a tensor (its name behind `vision_model.`) that no tower here has."""
+    return key == "embeddings.position_ids" or (config.type == "siglip" and key.startswith("head."))
+
+
 def is_carried(key: str, config: ParrotConfig) -> bool:
     """Whether a released tensor that the model does not use may stand in a checkpoint; export writes it back.
 
-    Buffers that older transformers versions saved, a pooling head, the head copy of tied embeddings, and the MoE of a
-    checkpoint that bypasses it (`use_moe: false`).
+    Buffers that older transformers versions saved, SigLIP's pooling head, the head copy of tied embeddings, and the MoE of
+    a checkpoint that bypasses it (`use_moe: false`).
     """
-    return bool(
-        re.search(r"\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$|(^|\.)vision_model\.head\.", key)
+    tower = TOWER_PREFIX + VISION_MODEL
+    return (
+        key.endswith(".rotary_emb.inv_freq")
+        or (key.startswith(tower) and is_passed_over(key.removeprefix(tower), config.vision))
         or (config.llm.tie_word_embeddings and key == "lm_head.weight")
         or (config.moe.num_experts == 0 and key.startswith("model.moe_model."))
     )

@@ -123,7 +123,7 @@ def test_no_images_give_an_empty_tensor(processor):
 
 
 def test_missing_and_broken_files_are_errors_that_name_them(tmp_path):
-    with pytest.raises(DataError, match="nowhere.png is missing"):
+    with pytest.raises(DataError, match=r"nowhere\.png is missing"):
         load_image(tmp_path / "nowhere.png")
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match=r"text\.png cannot be read: UnidentifiedImageError"):

@@ -135,14 +135,15 @@ def test_jsonl_image_roots_names_and_languages(write_records, records, make_load
 def test_features_come_from_the_store(write_records, records, make_loader, tmp_path):
     store = FeatureStore(tmp_path / "features", "tower")
     config = DataConfig(paths=(write_records(records),))
-    loader = make_loader(config, feature_store=store)
+    loader = make_loader(config)
+    loader.use_features(store)
     paths = loader.image_paths()
     assert len(paths) == 4
     with pytest.raises(DataError, match=r"record \d+ \(id 'r\d+'\): feature store .* holds no features"):
         list(loader)
     store.write(store.keys(paths), torch.arange(4.0).view(4, 1, 1).expand(4, ROWS, 8))
     names = {path: i for i, path in enumerate(paths)}
-    for batch in (batch for step in make_loader(config, feature_store=store) for batch in step):
+    for batch in (batch for step in loader for batch in step):
         assert batch.pixel_values is None
         wanted = []
         for record_id in batch.record_ids:
@@ -363,7 +364,7 @@ def test_a_broken_image_can_be_left_out_counted_and_listed(
 
 def test_nothing_usable_is_an_error_even_when_skipping(write_records, make_loader):
     path = write_records([{"conversations": []}])
-    with pytest.raises(DataError, match="no usable record; the first: .*record 0"):
+    with pytest.raises(DataError, match=r"no usable record; the first: .*record 0"):
         make_loader(DataConfig(paths=(path,), on_bad_sample="skip"))
 
 

@@ -1,4 +1,4 @@
-"""Text, ids and labels against the released formatter, on its own outputs and on an independent rewrite of its rules."""
+"""Text, ids and labels against the released formatter: its own outputs, and an independent rewrite of its rules."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def released_format(tokenizer, turns):
         text = f"<|im_start|>{role}\n{text}<|im_end|>" + ("\n" if i < len(turns) - 1 else "")
         own = []
         for chunk in text.split("<image>"):
-            own += tokenizer(chunk, add_special_tokens=False).input_ids + [IMAGE_TOKEN_ID]
+            own += [*tokenizer(chunk, add_special_tokens=False).input_ids, IMAGE_TOKEN_ID]
         own.pop()
         ids += own
         labels += [IGNORE_ID] * header + own[header:] if role == "assistant" else [IGNORE_ID] * len(own)

@@ -26,7 +26,7 @@ def test_all_columns(tmp_path: Path) -> None:
     }
     table = read_table(write_table(tmp_path / "mmmb_cn.tsv", [row]))
     (question,) = table.questions
-    assert (table.name, table.suite, table.language) == ("MMMB_cn", "style", "zh")
+    assert (table.name, table.suite, table.language) == ("MMMB_cn", "mmmb", "zh")
     # an option that reads "None" is an option; an empty cell is none
     assert question.options == {"A": "cat", "B": "dog", "D": "None"}
     assert (question.hint, question.category, question.l2_category, question.split) == (
@@ -88,7 +88,17 @@ def test_limited_keeps_rotations_together(tmp_path: Path) -> None:
     table = read_table(write_table(tmp_path / "t.tsv", rows))
     some = table.limited(4)
     assert [q.index for q in some.questions] == [0, 2, 5, 7, 1_000_000, 1_000_002, 1_000_005, 1_000_007]
-    assert table.limited(10) is table
+    assert table.limited(10).questions == table.questions
+
+
+def test_parts(tmp_path: Path) -> None:
+    splits = ["style", "style", "concept", "style", None, "dev"]
+    table = read_table(
+        write_table(tmp_path / "mmmb_en.tsv", [{**ROW, "index": i, "split": s} for i, s in enumerate(splits)])
+    )
+    parts = {name: [q.index for q in questions] for name, questions in table.parts().items()}
+    assert parts == {"style": [0, 1, 3], "concept": [2], "mmmb": [4, 5]}
+    assert [q.index for q in table.limited(1).questions] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

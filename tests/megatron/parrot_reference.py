@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,18 @@ V = CONFIG.vision.num_visual_rows
 
 @dataclass(frozen=True)
 class Sample:
-    """`prompt` text rows, the visual rows of `images` images after the first of them, then `answer` rows with labels."""
+    """`prompt` text rows, after the first of them the rows of `images` images, then `answer` rows with labels."""
 
     prompt: int
     images: int
     answer: int
 
 
-MIXED = (Sample(prompt=5, images=1, answer=4), Sample(prompt=3, images=0, answer=6), Sample(prompt=6, images=2, answer=1))
+MIXED = (
+    Sample(prompt=5, images=1, answer=4),
+    Sample(prompt=3, images=0, answer=6),
+    Sample(prompt=6, images=2, answer=1),
+)
 
 
 def make_batch(samples: tuple[Sample, ...], *, pixels: bool = False, seed: int = 7) -> PackedBatch:
@@ -107,12 +112,17 @@ def moe_reference(state: dict[str, Tensor], features: Tensor, text: Tensor, resi
 
 
 def reference_logits(
-    reference: Qwen2ForCausalLM, model: torch.nn.Module, batch: PackedBatch, features: Tensor | None, *, use_moe: bool = True
+    reference: Qwen2ForCausalLM,
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    features: Tensor | None,
+    *,
+    use_moe: bool = True,
 ) -> Tensor:
-    """Logits [T, vocabulary] of a batch: sample by sample, image by image; projector and MoE tensors are `model`'s own."""
+    """Logits [T, vocabulary]: sample by sample, image by image; projector and MoE tensors are `model`'s own."""
     bounds, logits, image = batch.cu_seqlens.tolist(), [], 0
     moe = dict(model.moe.named_parameters())
-    for index, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         ids, labels = batch.input_ids[start:end], batch.labels[start:end]
         answer = torch.cat([labels.new_full((1,), IGNORE_ID), labels[:-1]]) != IGNORE_ID
         is_text = ids != IMAGE_TOKEN_ID

@@ -1,4 +1,4 @@
-"""Transformers' Qwen2 as the independent reference of our decoder, and the copy of its weights into Megatron's layout."""
+"""Transformers' Qwen2 as the independent reference of our decoder; the copy of its weights into Megatron's layout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def build_reference(llm: LLMConfig, seed: int = 0) -> Qwen2ForCausalLM:
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.2).add_(1.0 if parameter.dim() == 1 and parameter.numel() == llm.hidden_size else 0.0)
+            parameter.normal_(std=0.2).add_(
+                1.0 if parameter.dim() == 1 and parameter.numel() == llm.hidden_size else 0.0
+            )
     return model
 
 

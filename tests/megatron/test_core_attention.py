@@ -97,7 +97,9 @@ def test_rotation_is_the_complex_product() -> None:
     pairs = torch.complex(*rows.double().chunk(2, -1))
     angles = positions.double()[:, None, None] * base ** (-torch.arange(0, D, 2).double() / D)
     wanted = pairs * torch.polar(torch.ones_like(angles), angles)
-    torch.testing.assert_close(rotate(rows, cos, sin).double(), torch.cat([wanted.real, wanted.imag], -1), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        rotate(rows, cos, sin).double(), torch.cat([wanted.real, wanted.imag], -1), rtol=0, atol=2e-4
+    )
     assert torch.equal(rotate(rows, cos, sin)[0], rows[0])
 
 

@@ -133,7 +133,7 @@ def test_layouts_that_cannot_be() -> None:
         ParallelConfig(virtual_pipeline_model_parallel_size=2)
     layout = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3)
     assert layout.data_parallel_size(12) == 2
-    with pytest.raises(ConfigError, match="multiple of 6 .* got 8: start 6 or 12"):
+    with pytest.raises(ConfigError, match=r"multiple of 6 .* got 8: start 6 or 12"):
         layout.data_parallel_size(8)
     with pytest.raises(ConfigError, match="expert x pipeline"):
         ParallelConfig(expert_model_parallel_size=4).data_parallel_size(2)
@@ -143,7 +143,9 @@ def test_layouts_that_cannot_be() -> None:
 
 def test_decoders_that_cannot_be_cut() -> None:
     llm = LLMConfig(hidden_size=60, num_layers=6, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=64)
-    with pytest.raises(ConfigError, match="num_attention_heads must be a multiple of .*=4, got 6: the nearest size that fits is 3"):
+    with pytest.raises(
+        ConfigError, match=r"num_attention_heads must be a multiple of .*=4, got 6: the nearest size that fits is 3"
+    ):
         to_transformer_config(llm, ParallelConfig(tensor_model_parallel_size=4))
     with pytest.raises(ConfigError, match="num_layers must be a multiple of the 4 pipeline stages"):
         to_transformer_config(llm, ParallelConfig(pipeline_model_parallel_size=4))
@@ -168,5 +170,5 @@ def test_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.launch() == platform.Launch(rank=5, world_size=8, local_rank=1, from_launcher=True)
     assert platform.parse_dtype("bfloat16") == torch.bfloat16
     assert platform.dtype_name(torch.float32) == "float32"
-    with pytest.raises(ConfigError, match="dtype must be one of .* got 'half'"):
+    with pytest.raises(ConfigError, match=r"dtype must be one of .* got 'half'"):
         platform.parse_dtype("half")

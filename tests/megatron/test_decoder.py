@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,8 +80,7 @@ def _losses(decoder: Qwen2Decoder, pack: Pack) -> Tensor:
 
 def _reference_logits(reference: torch.nn.Module, pack: Pack) -> Tensor:
     bounds = pack.cu_seqlens.tolist()
-    spans = zip(bounds[:-1], bounds[1:], strict=True)
-    return torch.cat([reference(pack.ids[start:end][None]).logits[0] for start, end in spans])
+    return torch.cat([reference(pack.ids[start:end][None]).logits[0] for start, end in pairwise(bounds)])
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
@@ -120,7 +120,7 @@ def test_packed_samples_do_not_see_each_other() -> None:
     decoder, pack = _decoder(TINY), _pack(LENGTHS)
     together = decoder(decoder.embed(pack.ids), pack.positions, pack.cu_seqlens, pack.max_seqlen)
     bounds = pack.cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         alone = _pack([end - start])
         alone.ids = pack.ids[start:end]
         logits = decoder(decoder.embed(alone.ids), alone.positions, alone.cu_seqlens, end - start)
@@ -227,7 +227,9 @@ def _shard(name: str, full: Tensor, rank: int, size: int, gate_up: int) -> Tenso
     return full.chunk(size)[rank] if "norm" not in name else full
 
 
-def _tensor_parallel_rank(rank: int, size: int, llm: LLMConfig, sequence_parallel: bool, lengths: list[int]) -> list[float]:
+def _tensor_parallel_rank(
+    rank: int, size: int, llm: LLMConfig, sequence_parallel: bool, lengths: list[int]
+) -> list[float]:
     parallel_state.destroy_model_parallel()
     parallel = ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=sequence_parallel)
     initialize(parallel)

@@ -137,10 +137,10 @@ def _bwd(
     """`z` as `_fwd` returned it."""
     residual_scale, output_scale = scales
     needs_x, needs_gate_up, needs_down, needs_probs = needs
-    none = x.new_empty(0)
-    grad_x = grad * residual_scale if needs_x else none
-    grad_gate_up = torch.empty_like(w_gate_up) if needs_gate_up else none
-    grad_down = torch.empty_like(w_down) if needs_down else none
+    none = x.new_empty(0)  # cloned for each use: outputs of an op must not alias
+    grad_x = grad * residual_scale if needs_x else none.clone()
+    grad_gate_up = torch.empty_like(w_gate_up) if needs_gate_up else none.clone()
+    grad_down = torch.empty_like(w_down) if needs_down else none.clone()
     grad_probs = torch.zeros_like(probs) if needs_probs else probs.new_empty(0)
 
     recompute = None if z.numel() else _Up(x, w_gate_up, groups, save=False)

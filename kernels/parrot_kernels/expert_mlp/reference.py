@@ -41,7 +41,7 @@ def _swiglu_bwd(z: Tensor, grad: Tensor) -> Tensor:
 
 def _up(x: Tensor, w_gate_up: Tensor) -> Tensor:
     """[n, V, H] -> [E, n, V, 2, I]."""
-    return torch.einsum("nvh,esih->envsi", x, w_gate_up)
+    return torch.einsum("nvh,esih->envsi", x, w_gate_up).contiguous()
 
 
 def _spread(probs: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def expert_mlp_dense_fwd(
     z = _up(x, w_gate_up.to(acc))
     out = torch.einsum("envi,eih->nvh", _swiglu(z) * _spread(probs), w_down.to(acc))
     residual_scale, output_scale = scales
-    y = (residual_scale * x + output_scale * out).to(dtype)
+    y = (residual_scale * x + output_scale * out).to(dtype).contiguous()
     return y, z.to(dtype) if save_z else x.new_empty(0, dtype=dtype)
 
 
@@ -78,19 +78,19 @@ def expert_mlp_dense_bwd(
     needs_x, needs_gate_up, needs_down, needs_probs = needs
     grad, x, w_gate_up, w_down = (t.to(acc) for t in (grad, x, w_gate_up, w_down))
     z = z.to(acc) if z.numel() else _up(x, w_gate_up)
-    none = x.new_empty(0, dtype=dtype)
+    none = x.new_empty(0, dtype=dtype)  # cloned for each use: outputs of an op must not alias
 
     h = _swiglu(z)
     grad_h = output_scale * torch.einsum("nvh,eih->envi", grad, w_down)
     grad_z = _swiglu_bwd(z, grad_h * _spread(probs))
-    grad_x = none
+    grad_x = none.clone()
     if needs_x:
-        grad_x = (residual_scale * grad + torch.einsum("envsi,esih->nvh", grad_z, w_gate_up)).to(dtype)
+        grad_x = (residual_scale * grad + torch.einsum("envsi,esih->nvh", grad_z, w_gate_up)).to(dtype).contiguous()
     weighted = output_scale * h * _spread(probs)
     return (
         grad_x,
-        torch.einsum("envsi,nvh->esih", grad_z, x).to(dtype) if needs_gate_up else none,
-        torch.einsum("envi,nvh->eih", weighted, grad).to(dtype) if needs_down else none,
+        torch.einsum("envsi,nvh->esih", grad_z, x).to(dtype).contiguous() if needs_gate_up else none.clone(),
+        torch.einsum("envi,nvh->eih", weighted, grad).to(dtype).contiguous() if needs_down else none.clone(),
         (h * grad_h).sum(dim=(2, 3)).T.contiguous() if needs_probs else probs.new_empty(0),
     )
 
@@ -130,7 +130,7 @@ def expert_mlp_topk_fwd(
     for e, weight in enumerate(w_down):
         out = out.index_add(0, image, (weighted * (expert == e)[:, None, None]) @ weight)
     residual_scale, output_scale = scales
-    y = (residual_scale * x + output_scale * out).to(dtype)
+    y = (residual_scale * x + output_scale * out).to(dtype).contiguous()
     return y, z.to(dtype) if save_z else x.new_empty(0, dtype=dtype)
 
 
@@ -170,11 +170,11 @@ def expert_mlp_topk_bwd(
         grad_x = grad_x.index_add(0, image, torch.einsum("jvsi,sih->jvh", own, weight))
         grad_gate_up[e] = torch.einsum("jvsi,jvh->sih", own, rows)
         grad_down[e] = torch.einsum("jvi,jvh->ih", weighted * mask, grad_rows)
-    none = x.new_empty(0, dtype=dtype)
+    none = x.new_empty(0, dtype=dtype)  # cloned for each use: outputs of an op must not alias
     grad_probs = torch.zeros_like(probs).index_put((image, expert), (h * grad_h).sum(dim=(1, 2)))
     return (
-        grad_x.to(dtype) if needs_x else none,
-        grad_gate_up.to(dtype) if needs_gate_up else none,
-        grad_down.to(dtype) if needs_down else none,
+        grad_x.to(dtype) if needs_x else none.clone(),
+        grad_gate_up.to(dtype) if needs_gate_up else none.clone(),
+        grad_down.to(dtype) if needs_down else none.clone(),
         grad_probs if needs_probs else probs.new_empty(0),
     )

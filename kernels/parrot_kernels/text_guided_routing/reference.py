@@ -51,7 +51,7 @@ def text_guided_routing_bwd(
     query, text, router_weight = query.to(acc), text.to(acc), router_weight.to(acc)
     attention, _ = _attention(query, text, text_start, text_end, scale)
     needs_query, needs_text, needs_router_weight = needs
-    none = text.new_empty(0, dtype=dtype)
+    none = text.new_empty(0, dtype=dtype)  # cloned for each use: outputs of an op must not alias
 
     grad_projected = attention.T @ grad_logits  # [T, E]
     # sum over t of a * da is logits . grad_logits, because da[s, t] = projected[t] . grad_logits[s].
@@ -60,7 +60,7 @@ def text_guided_routing_bwd(
         delta = delta - grad_lse[:, None]
     grad_scores = attention * (grad_logits @ (text @ router_weight.T).T - delta) * scale
     return (
-        (grad_scores @ text).to(dtype) if needs_query else none,
-        (grad_projected @ router_weight + grad_scores.T @ query).to(dtype) if needs_text else none,
-        (grad_projected.T @ text).to(dtype) if needs_router_weight else none,
+        (grad_scores @ text).to(dtype) if needs_query else none.clone(),
+        (grad_projected @ router_weight + grad_scores.T @ query).to(dtype) if needs_text else none.clone(),
+        (grad_projected.T @ text).to(dtype) if needs_router_weight else none.clone(),
     )

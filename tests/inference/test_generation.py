@@ -1,0 +1,196 @@
+"""Greedy tokens of the released code, padding, sampling, streaming and option scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import parrot_sys
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.inference.model import ParrotForConditionalGeneration
+from parrot_sys.inference.sampling import SamplingConfig, filter_logits, next_tokens, penalize_repetition
+from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.modules.text_guided_moe import RoutingOverride
+from tests.inference.released_reference import FIXTURE, PAD, ReleasedParrot, Shape, pad, random_batch, write_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ParrotForConditionalGeneration:
+    return parrot_sys.load_pretrained(FIXTURE / "model")[0]
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[dict[str, Any]]:
+    return json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))["generate"]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return load_file(FIXTURE / "expected.safetensors")["pixel_values"]
+
+
+def _images(cases: list[dict[str, Any]], pixels: Tensor) -> Tensor:
+    return pixels[[case["image"] for case in cases]]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_greedy_tokens_one_at_a_time(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor, number: int
+) -> None:
+    case = cases[number]
+    count = len(case["output_ids"]) - len(case["prompt_ids"])
+    output = tiny.generate(torch.tensor([case["prompt_ids"]]), images=_images([case], pixels), max_new_tokens=count)
+    assert output.tolist() == [case["output_ids"]]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_greedy_tokens_of_a_padded_batch(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor, left: bool
+) -> None:
+    prompts = [torch.tensor(case["prompt_ids"]) for case in cases]
+    ids, mask = pad(prompts, PAD, left=left), pad([torch.ones_like(p) for p in prompts], 0, left=left)
+    assert not mask.all()
+    count = max(len(case["output_ids"]) - len(case["prompt_ids"]) for case in cases)
+    output = tiny.generate(ids, mask, _images(cases, pixels), max_new_tokens=count)
+    assert torch.equal(output[:, : ids.shape[1]], ids)
+    for row, case in zip(output[:, ids.shape[1] :].tolist(), cases, strict=True):
+        answer = case["output_ids"][len(case["prompt_ids"]) :]
+        assert row == answer + [PAD] * (count - len(answer))
+
+
+def test_eos_ends_one_request_and_not_the_others(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor
+) -> None:
+    """The end of one answer drops its request from the cache; the others go on unchanged."""
+    prompts = [torch.tensor(case["prompt_ids"]) for case in cases]
+    answers = [case["output_ids"][len(case["prompt_ids"]) :] for case in cases]
+    ends = (answers[0][2], answers[3][5])
+    ids, mask = pad(prompts, PAD), pad([torch.ones_like(p) for p in prompts], 0)
+    output = tiny.generate(ids, mask, _images(cases, pixels), max_new_tokens=12, eos_token_id=ends, pad_token_id=7)
+    for row, answer in zip(output[:, ids.shape[1] :].tolist(), answers, strict=True):
+        stop = min((answer.index(end) + 1 for end in ends if end in answer), default=len(answer))
+        assert row == answer[:stop] + [7] * (12 - stop)
+
+
+def test_stops_when_all_have_ended(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+    case = cases[0]
+    first = case["output_ids"][len(case["prompt_ids"])]
+    ids = torch.tensor([case["prompt_ids"]])
+    output = tiny.generate(ids, images=_images([case], pixels), max_new_tokens=12, eos_token_id=first)
+    assert output[0, ids.shape[1] :].tolist() == [first]
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 0], [0, 0], [3]], ids=["mixed", "text-only", "three-images"])
+def test_greedy_of_other_shapes(counts: list[int], tmp_path: Any) -> None:
+    torch.manual_seed(9)
+    reference = ReleasedParrot(Shape())
+    write_checkpoint(reference, tmp_path / "model")
+    model, _ = parrot_sys.load_pretrained(tmp_path / "model")
+    ids, _, images = random_batch(counts)
+    with torch.no_grad():
+        wanted = [reference.greedy(row, part, 6) for row, part in zip(ids, images.split(counts), strict=True)]
+    padded, mask = pad(ids, PAD, left=True), pad([torch.ones_like(row) for row in ids], 0, left=True)
+    output, routing = model.generate(padded, mask, images, max_new_tokens=6, eos_token_id=[], return_routing=True)
+    assert output[:, padded.shape[1] :].tolist() == wanted
+    if sum(counts):
+        assert routing.probs.shape == (sum(counts), 3)
+    else:
+        assert routing is None
+
+
+def test_sampling_repeats_with_a_seed(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+    ids, images = torch.tensor([cases[0]["prompt_ids"]]), _images(cases[:1], pixels)
+    options: dict[str, Any] = {"images": images, "max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "eos_token_id": []}
+    first = tiny.generate(ids, seed=1, **options)
+    assert torch.equal(first, tiny.generate(ids, seed=1, **options))
+    assert not torch.equal(first, tiny.generate(ids, seed=2, **options))
+    greedy = tiny.generate(ids, images=images, max_new_tokens=8, eos_token_id=[])
+    assert torch.equal(greedy, tiny.generate(ids, seed=3, top_k=1, **options))
+
+
+def test_repetition_penalty(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+    """The fixture's first answer repeats a token eight times; a strong penalty forbids every repetition."""
+    ids, images = torch.tensor([cases[0]["prompt_ids"]]), _images(cases[:1], pixels)
+    output = tiny.generate(ids, images=images, max_new_tokens=12, repetition_penalty=50.0, eos_token_id=[])[0, ids.shape[1] :]
+    assert len(set(output.tolist())) == 12
+    assert not set(output.tolist()) & set(cases[0]["prompt_ids"])
+
+
+def test_streamer_and_override(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.values: list[Tensor] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.values.append(value)
+
+        def end(self) -> None:
+            self.ended = True
+
+    log, ids, images = Log(), torch.tensor([cases[1]["prompt_ids"]]), _images(cases[1:2], pixels)
+    output = tiny.generate(ids, images=images, max_new_tokens=4, streamer=log)
+    assert torch.equal(log.values[0], ids) and log.ended
+    assert torch.equal(torch.stack(log.values[1:], 1), output[:, ids.shape[1] :])
+    override = RoutingOverride(probs=torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 9.0]]))
+    _, routing = tiny.generate(ids, images=images, max_new_tokens=1, routing_override=override, return_routing=True)
+    assert routing.probs.tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0, 9.0]]
+
+
+def test_option_scores(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+    """Against the log-probabilities of whole sequences, in which the continuation does not guide the route."""
+    options = [[[3], [4, 5, 6], [3, 9]], [[100]], [[7, 7], [8]]]
+    prompts = [torch.tensor(case["prompt_ids"]) for case in cases[:3]]
+    ids, mask = pad(prompts, PAD), pad([torch.ones_like(p) for p in prompts], 0)
+    scores = tiny.score(ids, options, mask, _images(cases[:3], pixels))
+    for index, prompt in enumerate(prompts):
+        for option, got in zip(options[index], scores[index], strict=True):
+            answer = torch.tensor(option)
+            labels = torch.cat([torch.full_like(prompt, -100), answer])[None]
+            output = tiny(torch.cat([prompt, answer])[None], images=_images(cases[index : index + 1], pixels), labels=labels)
+            assert abs(float(got) + float(output.loss) * len(option)) < 1e-4
+    with pytest.raises(DataError, match="prompt 1 needs at least one continuation"):
+        tiny.score(ids, [[[1]], [], [[2]]], mask, _images(cases[:3], pixels))
+
+
+def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    for setting, match in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            tiny.generate(ids, **setting)
+    with pytest.raises(DataError, match="600 new tokens it exceeds the 512 positions"):
+        tiny.generate(ids, max_new_tokens=600)
+
+
+def test_filter_logits() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    kept = [(filter_logits(logits, k, p)[0] > -torch.inf).tolist() for k, p in ((0, 1.0), (2, 1.0), (0, 0.65), (0, 0.7001), (9, 0.01))]
+    assert kept == [[True] * 4, [True, True, False, False], [True, True, False, False], [True, True, True, False], [True, False, False, False]]
+
+
+def test_penalty_and_draws() -> None:
+    logits = torch.tensor([[2.0, -2.0, 2.0]])
+    seen = torch.tensor([[True, True, False]])
+    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
+    probs = torch.tensor([0.5, 0.3, 0.2])
+    generator = torch.Generator().manual_seed(0)
+    draws = next_tokens(probs.log().expand(20_000, 3), SamplingConfig(do_sample=True), torch.zeros(0), generator)
+    assert (draws.bincount() / 20_000 - probs).abs().max() < 0.015

@@ -1,0 +1,154 @@
+"""Loading into sharded models, from bare parts (Qwen2, CLIP, SigLIP, EfficientNet), and export of what was never released."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+import parrot_sys
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.export import export_released
+from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
+from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.state_dict import load_released, load_tower, model_tensors
+from parrot_sys.megatron.vision import build_vision_tower
+from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.hf_config import config_from_hf, llm_config_from_hf, read_json, vision_config_from_hf
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.testing.distributed import run_distributed
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
+PAD = 630
+
+
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+def _two_ranks(rank: int, world_size: int, out: Path) -> tuple[torch.Tensor, float, list[int], dict[str, torch.Tensor]]:
+    model, _ = parrot_sys.load_pretrained(FIXTURE / "model", parallel=ParallelConfig(tensor_model_parallel_size=2))
+    expected = load_file(FIXTURE / "expected.safetensors")
+    ids, images, labels = (expected[f"batch0.{name}"] for name in ("input_ids", "images", "labels"))
+    output = model(ids, ids != PAD, images, labels)
+    output.loss.backward()
+    case = json.loads((FIXTURE / "expected.json").read_text())["generate"][0]
+    tokens = model.generate(torch.tensor([case["prompt_ids"]]), images=expected["pixel_values"][:1], max_new_tokens=4)
+    export_released(model.model, out, source=model.source)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    return output.logits[0, :20].detach().numpy(), float(output.loss.detach()), tokens[0].tolist(), {name: model.hf_gradients()[name].numpy()}
+
+
+def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+    expected = load_file(FIXTURE / "expected.safetensors")
+    facts = json.loads((FIXTURE / "expected.json").read_text())
+    wanted = expected["batch0.logits"][0, :20]
+    for logits, loss, tokens, gradients in run_distributed(_two_ranks, 2, tmp_path / "out", timeout=120):
+        assert (torch.from_numpy(logits) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert abs(loss - facts["batches"][0]["loss"]) < 1e-4
+        assert tokens == facts["generate"][0]["output_ids"][: len(tokens)]
+        for name, gradient in gradients.items():
+            reference = expected[f"batch0.grad.{name}"]
+            assert (torch.from_numpy(gradient) - reference).abs().max() < 1e-3 * reference.abs().max()
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(FIXTURE / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_every_tensor_is_filled() -> None:
+    """No parameter or buffer keeps what it had before."""
+    initialize()
+    config = config_from_hf(read_json(FIXTURE / "model" / "config.json"), FIXTURE / "model")
+    model = build_parrot_model(config, initialize_weights=False)
+    with torch.no_grad():
+        for tensor in model_tensors(model).values():
+            tensor.fill_(torch.nan)
+    load_released(model, FIXTURE / "model")
+    assert not [name for name, tensor in model_tensors(model).items() if tensor.isnan().any()]
+
+
+def test_start_from_a_bare_language_model(tmp_path: Path) -> None:
+    """Stage 1: decoder from Qwen2, tower from CLIP, projector and experts new."""
+    initialize()
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(
+        Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40, vocab_size=90)
+    )
+    qwen.save_pretrained(tmp_path / "qwen")
+    llm = llm_config_from_hf(read_json(tmp_path / "qwen" / "config.json"))
+    vision = vision_config_from_hf(read_json(FIXTURE / "clip-vit-tiny" / "config.json"), path=str(FIXTURE / "clip-vit-tiny"))
+    config = ParrotConfig(llm=llm, vision=vision, moe=TextGuidedMoEConfig(num_experts=2, ffn_hidden_size=8))
+    model = build_parrot_model(config)
+    before = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
+    load_released(model, tmp_path / "qwen")
+    new = {name for name, tensor in model_tensors(model).items() if torch.equal(tensor, before[name])}
+    ones = {name for name in new if "layernorm" in name or name.endswith("bias")}  # norms and biases start as they are there
+    assert {name.split(".")[0] for name in new - ones} == {"projector", "moe"}
+    ids = torch.randint(0, 90, (1, 7))
+    from parrot_sys.inference.model import ParrotForConditionalGeneration
+
+    logits = ParrotForConditionalGeneration(model)(ids).logits
+    assert (logits - qwen(ids).logits).abs().max() < 1e-5
+
+
+def test_towers_from_their_own_directories(tmp_path: Path) -> None:
+    """A whole CLIP holds a text half, SigLIP a pooling head: both are passed over."""
+    initialize()
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 28, "patch_size": 14}
+    clip = CLIPModel(CLIPConfig(vision_config=sizes, text_config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}))
+    siglip = SiglipVisionModel(SiglipVisionConfig(**sizes))
+    for name, model, reference in (("clip", clip, clip.vision_model), ("siglip", siglip, siglip)):
+        model.save_pretrained(tmp_path / name)
+        config = vision_config_from_hf(read_json(tmp_path / name / "config.json"), path=str(tmp_path / name))
+        assert config.type == name
+        tower = build_vision_tower(config)
+        load_tower(tower, config)
+        pixels = torch.randn(2, 3, 28, 28)
+        wanted = reference(pixels, output_hidden_states=True).hidden_states[-2]
+        assert (tower(pixels)[:, -wanted.shape[1] :] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_tower_that_is_nowhere_or_wrong(tmp_path: Path) -> None:
+    initialize()
+    config = VisionConfig(image_size=14, hidden_size=24, num_layers=1, num_attention_heads=3, ffn_hidden_size=32, select_layer=-1)
+    with pytest.raises(CheckpointError, match="set model.vision.path"):
+        load_tower(build_vision_tower(config), config)
+    save_file({"vision_model.embeddings.class_embedding": torch.zeros(25)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"class_embedding: wanted \[24\], got \[25\]"):
+        load_tower(build_vision_tower(config), config, tmp_path)
+
+
+def test_export_of_a_model_with_efficientnet(tmp_path: Path) -> None:
+    """A model that was trained here: everything inside one directory, all settings and tensors come back."""
+    initialize()
+    torch.manual_seed(1)
+    tokenizer = ParrotProcessor.from_pretrained(FIXTURE / "model").tokenizer
+    vision = VisionConfig(type="efficientnet_lite0", image_size=64, hidden_size=1280, activation="relu6")
+    llm = dataclasses.replace(config_from_hf(read_json(FIXTURE / "model" / "config.json"), FIXTURE / "model").llm, num_query_groups=2)
+    moe = TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=8, routing="topk", topk=2, residual="paper", residual_weight=0.5)
+    config = ParrotConfig(vision=vision, llm=llm, moe=moe, max_seq_len=128)
+    model = build_parrot_model(config)
+    load_tower(model.vision_tower, vision)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    processor = ParrotProcessor.for_tower(tmp_path / "tokenizer", "efficientnet_lite0", 64)
+    export_released(model, tmp_path / "out", save_processor=processor.save_pretrained)
+    loaded, again = parrot_sys.load_pretrained(tmp_path / "out")
+    assert loaded.config == config
+    assert again.image_processor == processor.image_processor
+    ours, theirs = model_tensors(loaded.model), model_tensors(model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(key.startswith("model.vision_tower.vision_tower.") for key in loaded.hf_state_dict())
+    package = EfficientNetLite0.from_package().state_dict()
+    assert all(torch.equal(loaded.model.vision_tower.state_dict()[name], tensor) for name, tensor in package.items())

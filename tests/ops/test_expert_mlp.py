@@ -1,0 +1,204 @@
+"""expert_mlp: values and gradients against a loop over images and experts in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from parrot_sys.ops import expert_mlp, topk_routing
+
+RESIDUAL, OUTPUT = 0.3, 1.7
+
+CASES = {
+    "plain": MoEShape(images=3, rows=5, hidden=16, experts=6, ffn=24, topk=2),
+    "width_40": MoEShape(images=2, rows=17, hidden=32, experts=6, ffn=40, topk=2),  # I that no block size divides
+    "primes": MoEShape(images=5, rows=7, hidden=13, experts=3, ffn=11, topk=2),
+    "one_row": MoEShape(images=1, rows=1, hidden=8, experts=4, ffn=3, topk=1),
+    "tokens": MoEShape(images=9, rows=1, hidden=8, experts=4, ffn=8, topk=2),  # V = 1 is token-level routing
+    "all_chosen": MoEShape(images=2, rows=3, hidden=8, experts=4, ffn=8, topk=4),
+    "one_expert": MoEShape(images=3, rows=4, hidden=8, experts=1, ffn=8, topk=1),
+    "empty_experts": MoEShape(images=1, rows=6, hidden=8, experts=6, ffn=8, topk=2),  # four experts have no image
+    "no_image": MoEShape(images=0, rows=4, hidden=8, experts=3, ffn=8, topk=2),
+    "long": MoEShape(images=2, rows=70, hidden=24, experts=3, ffn=48, topk=2),  # several tasks of the C++ loop an image
+}
+
+
+def expression(leaves: dict[str, Tensor], probs: Tensor, residual: float = RESIDUAL, scale: float = OUTPUT) -> Tensor:
+    """The formula, image by image and expert by expert, in the dtype of x; experts of weight zero still run."""
+    x, w_gate_up, w_down = leaves["x"], leaves["w_gate_up"], leaves["w_down"]
+    images = []
+    for rows, weights in zip(x, probs.to(x.dtype), strict=True):
+        total = torch.zeros_like(rows)
+        for (gate, up), down, weight in zip(w_gate_up, w_down, weights, strict=True):
+            total = total + weight * ((F.silu(rows @ gate.T) * (rows @ up.T)) @ down)
+        images.append(residual * rows + scale * total)
+    if not images:
+        return x + 0 * (w_gate_up.sum() + w_down.sum() + probs.sum())
+    return torch.stack(images)
+
+
+def launchers(sparse: bool) -> tuple[str, ...]:
+    form = "topk" if sparse else "dense"
+    return f"expert_mlp_{form}_fwd", f"expert_mlp_{form}_bwd"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(ran_on, case: str, backend: str, sparse: bool, dtype: torch.dtype) -> None:
+    shape = CASES[case]
+    inputs = {name: value.to(dtype).double() for name, value in make_expert_inputs(shape).items()}
+    topk = shape.topk if sparse else shape.experts
+
+    def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        route = topk_routing(leaves["logits"], topk, renormalize=True)
+        y = expert_mlp(
+            leaves["x"],
+            leaves["w_gate_up"],
+            leaves["w_down"],
+            route.probs,
+            plan=route if sparse else None,
+            residual_scale=RESIDUAL,
+            output_scale=OUTPUT,
+        )
+        return {"y": y}
+
+    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        scores = leaves["logits"].softmax(-1)
+        # The choice is the op's (bfloat16 logits may tie); that it is right is shown in test_topk_routing.
+        chosen = topk_routing(inputs["logits"], topk, renormalize=True).probs > 0
+        probs = scores * chosen
+        return {"y": expression(leaves, probs / probs.sum(-1, keepdim=True))}
+
+    with ran_on(backend, "expert_mlp", *launchers(sparse)):
+        actual = outputs_and_gradients(op, inputs, dtype)
+    assert actual["y"].dtype == dtype
+    exact = outputs_and_gradients(plain, inputs, torch.float64)
+    assert_all_accurate(actual, exact, outputs_and_gradients(plain, inputs, dtype))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_all_images_to_one_expert(ran_on, backend: str) -> None:
+    shape = MoEShape(images=4, rows=3, hidden=8, experts=5, ffn=8, topk=1)
+    inputs = make_expert_inputs(shape)
+    inputs["logits"][:, 3] += 100.0
+
+    def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        route = topk_routing(leaves["logits"], 1, renormalize=False)
+        return {"y": expert_mlp(leaves["x"], leaves["w_gate_up"], leaves["w_down"], route.probs, plan=route)}
+
+    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = torch.tensor([0.0, 0, 0, 1, 0])
+        return {"y": expression(leaves, leaves["logits"].softmax(-1) * mask, residual=0.0, scale=1.0)}
+
+    with ran_on(backend, "expert_mlp", *launchers(sparse=True)):
+        actual = outputs_and_gradients(op, inputs, torch.float32)
+    assert not actual["grad_w_down"][[0, 1, 2, 4]].any()
+    plain_results = [outputs_and_gradients(plain, inputs, dtype) for dtype in (torch.float64, torch.float32)]
+    assert_all_accurate(actual, *plain_results)
+
+
+def _op_tensors(shape: MoEShape, *, grad: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+    tensors = make_expert_inputs(shape, torch.float32)
+    probs = topk_routing(tensors.pop("logits"), shape.topk, renormalize=True).probs
+    return {name: value.requires_grad_(grad) for name, value in tensors.items()}, probs.requires_grad_(grad)
+
+
+def _saved_bytes(tensors: dict[str, Tensor], probs: Tensor, plan, recompute: bool) -> int:
+    """Bytes of the distinct storages kept for the backward pass, inputs not counted."""
+    inputs = {t.untyped_storage().data_ptr() for t in (*tensors.values(), probs)}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs and tensor.is_floating_point():
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = expert_mlp(*tensors.values(), probs, plan=plan, recompute=recompute)
+    y.sum().backward()
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
+def test_recompute_saves_only_x_and_gives_the_same(ran_on, backend: str, sparse: bool) -> None:
+    shape = CASES["plain"]
+    tensors, probs = _op_tensors(shape)
+    route = topk_routing(probs.detach(), shape.topk, renormalize=True) if sparse else None
+    pairs = shape.images * (shape.topk if sparse else shape.experts)
+    results = []
+    for recompute in (False, True):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (*tensors.values(), probs)]
+        with ran_on(backend, "expert_mlp", *launchers(sparse)):
+            saved = _saved_bytes(dict(zip(tensors, leaves, strict=False)), leaves[-1], route, recompute)
+        assert saved == (0 if recompute else pairs * shape.rows * 2 * shape.ffn * 4)
+        results.append([leaf.grad for leaf in leaves])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(again, plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
+@pytest.mark.parametrize("frozen", ["x", "w_gate_up", "w_down", "probs"])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(ran_on, backend: str, sparse: bool, frozen: str) -> None:
+    shape = CASES["plain"]
+    tensors, probs = _op_tensors(shape, grad=False)
+    route = topk_routing(probs, shape.topk, renormalize=True) if sparse else None
+    grads = []
+    for freeze in (None, frozen):
+        leaves = {k: v.clone().requires_grad_(k != freeze) for k, v in (tensors | {"probs": probs}).items()}
+        with ran_on(backend, "expert_mlp", *launchers(sparse)):
+            expert_mlp(*leaves.values(), plan=route, residual_scale=1.0).square().sum().backward()
+        grads.append({k: v.grad for k, v in leaves.items()})
+    assert grads[1].pop(frozen) is None
+    for name, grad in grads[1].items():
+        assert torch.equal(grad, grads[0][name]), name
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
+def test_gradcheck(sparse: bool) -> None:
+    shape = MoEShape(images=2, rows=2, hidden=3, experts=3, ffn=2, topk=2)
+    inputs = [value.requires_grad_() for value in make_expert_inputs(shape).values()]
+
+    def function(x: Tensor, w_gate_up: Tensor, w_down: Tensor, logits: Tensor) -> Tensor:
+        route = topk_routing(logits, shape.topk, renormalize=True)
+        plan = route if sparse else None
+        return expert_mlp(x, w_gate_up, w_down, route.probs, plan=plan, residual_scale=0.5, output_scale=2.0)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("case", ["plain", "no_image"])
+@pytest.mark.parametrize("save_z", [True, False])
+def test_opcheck_dense(case: str, save_z: bool) -> None:
+    tensors, probs = _op_tensors(CASES[case])
+    torch.library.opcheck(torch.ops.parrot.expert_mlp_dense.default, (*tensors.values(), probs, 0.1, 1.0, save_z))
+
+
+@pytest.mark.parametrize("case", ["plain", "no_image"])
+@pytest.mark.parametrize("save_z", [True, False])
+def test_opcheck_topk(case: str, save_z: bool) -> None:
+    tensors, probs = _op_tensors(CASES[case])
+    route = topk_routing(probs.detach(), CASES[case].topk, renormalize=True)
+    plan = (route.topk_indices, route.expert_offsets, route.plan)
+    args = (*tensors.values(), probs, *plan, 0.1, 1.0, save_z)
+    torch.library.opcheck(torch.ops.parrot.expert_mlp_topk.default, args)
+
+
+def test_under_activation_checkpointing() -> None:
+    tensors, probs = _op_tensors(CASES["plain"])
+    results = []
+    for checkpointed in (False, True):
+        leaves = [t.detach().clone().requires_grad_() for t in (*tensors.values(), probs)]
+        y = checkpoint(expert_mlp, *leaves, use_reentrant=False) if checkpointed else expert_mlp(*leaves)
+        y.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)

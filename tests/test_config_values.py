@@ -1,0 +1,108 @@
+"""Plain values <-> configuration classes: round trips, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parrot_sys.cli import config_from_dict, config_to_dict, load_config, save_config
+from parrot_sys.errors import ConfigError
+from tests.config_classes import ModelConfig, MoEConfig, RunConfig, SourceConfig
+
+FULL = RunConfig(
+    output=Path("/runs/a"),
+    model=ModelConfig(moe=MoEConfig(num_experts=4, topk=4, routing="topk"), dropout=0.5),
+    lr=1e-5,
+    name="none",
+    languages=(),
+    mix={"en": 0.8, "zh": 0.2},
+    sources=(SourceConfig(path=Path("a")), SourceConfig(path=Path("b"), weight=3.0)),
+    resume=True,
+    size=(7, 8),
+)
+
+
+@pytest.mark.parametrize("config", [FULL, RunConfig(output=Path("x"))])
+def test_round_trips(config: RunConfig, tmp_path: Path) -> None:
+    assert config_from_dict(RunConfig, config_to_dict(config)) == config
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(RunConfig, tmp_path / "c.yaml") == config
+
+
+def test_dict_holds_plain_values_only() -> None:
+    values = config_to_dict(FULL)
+    assert values["output"] == "/runs/a"
+    assert values["sources"] == [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 3.0}]
+    assert values["model"]["moe"] == {"num_experts": 4, "topk": 4, "routing": "topk"}
+
+
+def test_a_partial_mapping_keeps_the_defaults_of_the_enclosing_class() -> None:
+    config = config_from_dict(RunConfig, {"output": "x", "model": {"moe": {"num_experts": 8}}})
+    assert config.model.moe == MoEConfig(num_experts=8, topk=3)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("output: x\nlr: 1e-4\nmodel: {dropout: 1}\n")
+    config = load_config(RunConfig, tmp_path / "c.yaml")
+    assert config.lr == 1e-4
+    assert config.model.dropout == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nam": "x"}, "unknown setting nam; the nearest is name"),
+        ({"model": {"moe": {"num_expert": 3}}}, "unknown setting model.moe.num_expert; the nearest is model.moe.num_experts"),
+        ({"topk": 3}, "unknown setting topk; the nearest is model.moe.topk"),
+        ({"model.moe.topks": 3}, "unknown setting model.moe.topks; the nearest is model.moe.topk"),
+        ({"zzzzzz": 3}, "unknown setting zzzzzz"),
+        ({"sources": [{"paht": "x"}]}, r"unknown setting sources[0].paht; the nearest is sources[0].path"),
+        ({"sources": [{}]}, r"missing setting sources[0].path (Path)"),
+        ({"model": {"moe": {"topk": "three"}}}, "model.moe.topk must be int, got 'three'"),
+        ({"model": {"moe": {"topk": True}}}, "model.moe.topk must be int, got True"),
+        ({"model": {"moe": {"topk": 2.0}}}, "model.moe.topk must be int, got 2.0"),
+        ({"model": {"moe": {"routing": "Dense"}}}, "model.moe.routing must be one of dense, topk, got 'Dense'"),
+        ({"model": {"dropout": "high"}}, "model.dropout must be float, got 'high'"),
+        ({"model": 3}, "model must be a mapping of settings, got 3"),
+        ({"resume": "yes"}, "resume must be bool, got 'yes'"),
+        ({"lr": False}, "lr must be float, got False"),
+        ({"name": 3}, "name must be str, got 3"),
+        ({"languages": "en"}, "languages must be tuple[str, ...], got 'en'"),
+        ({"languages": ["en", 1]}, "languages[1] must be str, got 1"),
+        ({"size": [1, 2, 3]}, "size must have 2 values, got 3: [1, 2, 3]"),
+        ({"mix": {"en": "much"}}, "mix.en must be float, got 'much'"),
+        ({"model": {"moe": {"topk": 9}}}, "moe.topk must be in [1, moe.num_experts=6], got 9"),
+        ({"output": None}, "output must be Path, got None"),
+    ],
+)
+def test_mistakes_name_the_setting_what_was_wanted_and_what_came(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(RunConfig, {"output": "x", **values})
+    assert str(caught.value) == message
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^missing setting output \(Path\)$"):
+        config_from_dict(RunConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1\n", "must hold a mapping of settings, got list"), ("a: [", "is no YAML"), ("lrr: 1", "in .*c.yaml; the near")],
+)
+def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(RunConfig, tmp_path / "c.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
+        load_config(RunConfig, tmp_path / "none.yaml")
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert load_config(MoEConfig, tmp_path / "c.yaml") == MoEConfig()

@@ -1,0 +1,73 @@
+"""Settings that contradict each other fail at once; the stage presets hold the paper's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
+from parrot_sys.errors import ConfigError
+from parrot_sys.training.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"output": ""}, "output"),
+        ({"global_batch_size": 0}, "global_batch_size"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"epochs": 0.0}, "epochs"),
+        ({"cache_image_features": True, "trainable": {"vision": True}}, "cache_image_features"),
+        ({"optimizer": {"moe_lr": 1e-3}, "use_moe": False}, "moe_lr"),
+        ({"optimizer": {"moe_lr": 1e-3}, "model": {"moe": {"num_experts": 0}}}, "moe_lr"),
+        ({"use_moe": False, "trainable": {"projector": False, "moe": True, "llm": False}}, "trainable.moe"),
+        ({"trainable": {"projector": False, "moe": False, "llm": False}}, "trainable"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr"),
+        ({"optimizer": {"llm_lr": 1e-5, "min_lr": 1.5e-5}}, "min_lr"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "betas"),
+        ({"optimizer": {"warmup_fraction": 1.0}}, "warmup_fraction"),
+        ({"checkpoint": {"keep_last": 0}}, "keep_last"),
+        ({"parallel": {"pipeline_model_parallel_size": 2}}, "pipeline_model_parallel_size"),
+        ({"precision": "fp16"}, "precision"),
+        ({"optimizer": {"learning_rate": 1.0}}, "learning_rate"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        config_from_dict(TrainConfig, {"output": "run", **settings})
+
+
+def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
+    presets = list_presets()
+    for name, lr, batch, use_moe, trainable in (
+        ("parrot_align", 1e-3, 256, False, {"vision": False, "projector": True, "moe": False, "llm": False}),
+        ("parrot_instruct", 2e-5, 128, True, {"vision": False, "projector": True, "moe": True, "llm": True}),
+    ):
+        config = parse_config(TrainConfig, ["--config", str(presets[name]), "--output", "run"])
+        assert config.optimizer.lr == lr
+        assert config.global_batch_size == batch
+        assert config.use_moe is use_moe
+        assert config.trainable.as_dict() == trainable
+        assert (config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (0.03, 0.0)
+        assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
+        assert (config.epochs, config.precision, config.model.max_seq_len) == (1.0, "bf16", 2048)
+
+
+def test_flags_win_over_presets() -> None:
+    argv = ["--config", "parrot_instruct", "--optimizer.lr", "3e-5", "--output", "run", "--data.paths", "a.json", "b.json"]
+    config = parse_config(TrainConfig, argv)
+    assert config.optimizer.lr == 3e-5
+    assert config.data.paths == ("a.json", "b.json")
+
+
+def test_component_lrs_leave_out_those_equal_to_the_base() -> None:
+    config = config_from_dict(TrainConfig, {"output": "run", "optimizer": {"lr": 1e-3, "moe_lr": 1e-3, "llm_lr": 1e-5}})
+    assert config.optimizer.component_lrs() == {"llm": 1e-5}
+
+
+def test_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = parse_config(TrainConfig, ["--config", "parrot_align", "--output", "run"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config

@@ -1,0 +1,132 @@
+"""Sums of a step against loops over its rows and images, and the work of a step against torch's own counter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.modules.text_guided_moe import RoutingOutput
+from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.metrics import FlopCounter, StepMetrics
+from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
+
+LANGUAGES = ("zh", "ko", "en")  # one that is not among the six
+E = CONFIG.moe.num_experts
+
+
+def _routing(num_images: int, topk: bool) -> RoutingOutput:
+    probs = torch.rand(num_images, E)
+    indices = None
+    if topk:
+        indices = probs.topk(2).indices
+        probs = torch.zeros_like(probs).scatter(1, indices, probs.gather(1, indices))
+    return RoutingOutput(logits=probs.log(), probs=probs, topk_indices=indices)
+
+
+def _batch() -> PackedBatch:
+    return dataclasses.replace(make_batch(MIXED), languages=LANGUAGES, record_ids=("a", "b", "c"))
+
+
+def _reduced(batches: list[PackedBatch], outputs: list[tuple[torch.Tensor, RoutingOutput | None]]) -> StepMetrics:
+    metrics = StepMetrics(E)
+    for batch, (losses, routing) in zip(batches, outputs, strict=True):
+        metrics.add(batch, losses, routing, V)
+    metrics.count(flops=2.0)
+    metrics.reduce()
+    return metrics
+
+
+@pytest.mark.parametrize("topk", [False, True])
+def test_record_matches_loops(topk: bool) -> None:
+    batch = _batch()
+    losses, routing = torch.rand(batch.label_rows.numel()), _routing(batch.num_images, topk)
+    (record,) = run_distributed(lambda rank, size: _reduced([batch], [(losses, routing)]).record(), 1)
+
+    owners = [next(s for s in range(3) if row < batch.cu_seqlens[s + 1]) for row in batch.label_rows.tolist()]
+    for sample, name in enumerate(("zh", "other", "en")):
+        own = [loss for loss, owner in zip(losses.tolist(), owners, strict=True) if owner == sample]
+        assert record[f"loss/{name}"] == pytest.approx(sum(own) / len(own))
+    assert record["loss"] == pytest.approx(losses.double().mean().item())
+    # sample 0 has one image, sample 1 none, sample 2 two
+    assert record["experts/zh/probability"] == pytest.approx(routing.probs[0].tolist())
+    assert record["experts/en/probability"] == pytest.approx(routing.probs[1:].mean(0).tolist())
+    assert "experts/other/probability" not in record
+    assert record["experts/en/rows"] == [V * int((routing.probs[1:, e] > 0).sum()) for e in range(E)]
+    assert (record["labels"], record["rows"], record["samples"], record["images"]) == (11, batch.num_rows, 3, 3)
+
+
+def test_ranks_and_steps_add_up() -> None:
+    batch, empty = _batch(), PackedBatch.empty()
+    losses, routing = torch.rand(batch.label_rows.numel()), _routing(batch.num_images, False)
+    nothing = RoutingOutput(logits=torch.empty(0, E), probs=torch.empty(0, E))
+
+    def rank_of_two(rank: int, size: int) -> tuple[dict, float]:
+        mine = ([batch], [(losses, routing)]) if rank else ([empty], [(torch.empty(0), nothing)])
+        metrics = _reduced(*mine)
+        return metrics.record(), metrics.scalar("flops")
+
+    (one,) = run_distributed(lambda rank, size: _reduced([batch], [(losses, routing)]).record(), 1)
+    for record, flops in run_distributed(rank_of_two, 2):
+        assert record == one
+        assert flops == 4.0
+
+
+def test_only_contributing_ranks_count_but_any_may_stop() -> None:
+    def rank_of_two(rank: int, size: int) -> tuple[float, float]:
+        metrics = StepMetrics(E)
+        metrics.count(labels=3, stop=rank)
+        metrics.reduce(contribute=rank == 0)
+        return metrics.scalar("labels"), metrics.scalar("stop")
+
+    assert run_distributed(rank_of_two, 2) == [(3.0, 1.0)] * 2
+
+
+def test_one_nan_shows() -> None:
+    metrics = StepMetrics(E)
+    assert metrics.is_finite()
+    batch = make_batch(MIXED)
+    metrics.add(batch, torch.full((batch.label_rows.numel(),), float("nan")), None, V)
+    assert not metrics.is_finite()
+
+
+def test_flops_of_the_decoder_match_torchs_counter() -> None:
+    llm, length, labels = CONFIG.llm, 24, 9
+    reference = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=llm.hidden_size,
+            num_hidden_layers=llm.num_layers,
+            num_attention_heads=llm.num_attention_heads,
+            num_key_value_heads=llm.num_query_groups,
+            intermediate_size=llm.ffn_hidden_size,
+            vocab_size=llm.vocab_size,
+            attn_implementation="eager",
+        )
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = reference.model(torch.zeros(1, length, dtype=torch.int64)).last_hidden_state
+        reference.lm_head(hidden[:, :labels])
+    full_attention = 4 * llm.num_layers * length**2 * llm.num_attention_heads * llm.kv_channels
+    expected = counter.get_total_flops() - full_attention / 2  # ours counts the causal half
+
+    batch = make_batch((Sample(prompt=length - labels, images=0, answer=labels),))
+    frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
+    assert FlopCounter(CONFIG, frozen, use_moe=True).count(batch) == expected
+    assert FlopCounter(CONFIG, frozen | {"llm": True}, use_moe=True).count(batch) == 3 * expected
+    assert FlopCounter(CONFIG, frozen | {"projector": True}, use_moe=True).count(batch) == 2 * expected
+
+
+def test_flops_of_images_count_projector_experts_and_tower() -> None:
+    frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
+    counter, plain = (FlopCounter(CONFIG, frozen, use_moe=moe) for moe in (True, False))
+    hidden, width, inner = CONFIG.llm.hidden_size, CONFIG.vision.hidden_size, CONFIG.moe.ffn_hidden_size
+    samples = (Sample(prompt=3, images=2, answer=2),)
+    cached, pixels = make_batch(samples), make_batch(samples, pixels=True)
+    assert counter.count(cached) - plain.count(cached) == 2 * V * 6 * hidden * inner * E
+    text = dataclasses.replace(cached, image_sample=cached.image_sample[:0], image_features=None)
+    assert plain.count(cached) - plain.count(text) == 2 * V * 2 * (width * hidden + hidden * hidden)
+    assert counter.count(pixels) > counter.count(cached)

@@ -1,0 +1,264 @@
+"""Whole runs of the tiny model: records, validation, resuming after kills, frozen stages, cached features, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training import checkpoint
+from parrot_sys.training.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainableConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from parrot_sys.training.trainer import Trainer
+from parrot_sys.training.writer import MetricsWriter, read_metrics
+from tests.training.tiny import FIXTURE, MODEL, tiny_config
+
+Hook = Callable[[Trainer], None]
+
+
+def _run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
+    def rank_main(rank: int, size: int) -> dict[str, Any]:
+        trainer = Trainer(config)
+        if hook is not None:
+            hook(trainer)
+        return trainer.run()
+
+    return run_distributed(rank_main, ranks)
+
+
+def _losses(config: TrainConfig) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(config.output, "train")]
+
+
+def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output) / "hf" / "model.safetensors")
+
+
+def _signal_before(step: int, number: int, rank: int = 0) -> Hook:
+    """Sends this process a signal when `step` is about to run."""
+
+    def hook(trainer: Trainer) -> None:
+        batches = trainer._batches
+
+        def interrupted() -> Iterator[list[PackedBatch]]:
+            for batch in batches():
+                if trainer.step + 1 == step and torch.distributed.get_rank() == rank:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        trainer._batches = interrupted
+
+    return hook
+
+
+def _kill_in_save(step: int) -> Hook:
+    """Kills the first rank when the tensors of a checkpoint are written but it does not have its name yet."""
+
+    def hook(trainer: Trainer) -> None:
+        finish = trainer.checkpoints._finish
+
+        def killed(temporary: Path, final: Path, *rest: Any) -> None:
+            if trainer.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(temporary, final, *rest)
+
+        trainer.checkpoints._finish = killed
+
+    return hook
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_goes_on_bit_equal(ranks: int, tmp_path: Path) -> None:
+    whole = tiny_config(tmp_path, output="whole")
+    _run(whole, ranks)
+    killed = tiny_config(tmp_path, output="killed")
+    # Checkpoints stand at steps 3 and 6; an epoch has 4 steps, so both lie in mid-epoch.
+    for hook in (_signal_before(6, signal.SIGKILL, rank=ranks - 1), _kill_in_save(6), _signal_before(8, signal.SIGKILL)):
+        with pytest.raises(RuntimeError, match="ranks failed"):
+            _run(killed, ranks, hook)
+    (summary, *_) = _run(killed, ranks)
+    assert summary["steps"] == 2, "the last start goes on behind step 6"
+    assert _losses(killed) == _losses(whole)
+    assert [step for step, *_ in _losses(whole)] == list(range(1, 9))
+    names = sorted(path.name for path in (Path(killed.output) / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008"], "half-written checkpoints and old ones are gone"
+
+
+def test_two_ranks_train_like_one(tmp_path: Path) -> None:
+    one, two = (tiny_config(tmp_path, output=name) for name in ("one", "two"))
+    _run(one, 1)
+    _run(two, 2)
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(_losses(one), _losses(two), strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_checkpoint_of_two_ranks_goes_on_with_one(distributed: bool, tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr=1e-3, moe_lr=5e-4, distributed=distributed)
+    whole = tiny_config(tmp_path, output="whole", optimizer=optimizer)
+    moved = tiny_config(tmp_path, output="moved", optimizer=optimizer)
+    _run(whole, 1)
+    _run(moved, 2, _signal_before(5, signal.SIGTERM))
+    assert [step for step, *_ in _losses(moved)] == [1, 2, 3, 4, 5]
+    _run(moved, 1)
+    assert [loss for _, loss, _ in _losses(moved)] == pytest.approx([loss for _, loss, _ in _losses(whole)], rel=1e-5)
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    for summary in _run(config, 2, _signal_before(2, signal.SIGTERM, rank=1)):
+        assert (summary["finished"], summary["steps"]) == (False, 2)
+    assert checkpoint.latest_checkpoint(Path(config.output) / "checkpoints").name == "step-00000002"
+    (summary, _) = _run(config, 2)
+    assert (summary["finished"], summary["steps"]) == (True, 6)
+
+
+def test_finished_run_starts_again_without_work(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, max_steps=2)
+    _run(config)
+    before = _losses(config)
+    (summary,) = _run(config)
+    assert (summary["finished"], summary["steps"], summary["loss"]) == (True, 0, None)
+    assert _losses(config) == before
+
+
+def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
+    align = tiny_config(
+        tmp_path,
+        output="align",
+        max_steps=2,
+        use_moe=False,
+        trainable=TrainableConfig(moe=False, llm=False),
+        optimizer=OptimizerConfig(lr=1e-3),
+        checkpoint=CheckpointConfig(load_from=str(MODEL)),
+    )
+    _run(align)
+    exported, start = _weights(align), load_file(MODEL / "model.safetensors")
+    for name, tensor in start.items():
+        assert torch.equal(exported[name], tensor) != name.startswith("model.mm_projector."), name
+    assert json.loads((Path(align.output) / "hf" / "config.json").read_text())["use_moe"] is False
+
+    by_run, by_export = (
+        tiny_config(tmp_path, output=name, max_steps=1, checkpoint=CheckpointConfig(load_from=f"{align.output}{below}"))
+        for name, below in (("by_run", ""), ("by_export", "/hf"))
+    )
+    _run(by_run)
+    _run(by_export)
+    assert _losses(by_run) == _losses(by_export)
+    assert _losses(by_run)[0][1] < 7
+    changed = _weights(by_run)
+    assert not torch.equal(changed["model.moe_model.gate.weight"], start["model.moe_model.gate.weight"])
+    tower = [name for name in changed if "vision_tower" in name]
+    assert tower and all(torch.equal(changed[name], exported[name]) for name in tower)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cached_features_train_like_images(ranks: int, tmp_path: Path) -> None:
+    plain, cached = (
+        tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached") for name in ("plain", "cached")
+    )
+    _run(plain, ranks)
+    _run(cached, ranks)
+    assert _losses(cached) == _losses(plain)
+    shards = list((Path(cached.output) / "features").rglob("*.npy"))
+    assert len(shards) == ranks, "four images, each computed once"
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    _run(dataclasses.replace(cached, max_steps=4), ranks)
+    assert [shard.stat().st_mtime_ns for shard in (Path(cached.output) / "features").rglob("*.npy")] == times
+
+
+def test_validation_is_over_the_same_samples_and_leaves_training_alone(tmp_path: Path) -> None:
+    plain = tiny_config(tmp_path, output="plain", max_steps=5)
+    validation = ValidationConfig(paths=plain.data.paths, image_roots=(str(FIXTURE),), interval=2, batches=4)
+    config = tiny_config(tmp_path, output="validated", max_steps=5, validation=validation)
+    _run(plain)
+    _run(config)
+    assert _losses(config) == _losses(plain)
+    records = read_metrics(config.output, "validation")
+    assert [record["step"] for record in records] == [2, 4, 5]
+    assert {record["samples"] for record in records} == {32}
+    assert {f"loss/{name}" for name in ("en", "zh", "pt", "ar", "tr", "ru")} <= records[0].keys()
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_records_and_files_of_a_run(tmp_path: Path) -> None:
+    logging = LoggingConfig(interval=3, tensorboard=True, progress=False)
+    checkpoints = CheckpointConfig(interval=3, load_from=str(MODEL))
+    config = tiny_config(tmp_path, logging=logging, checkpoint=checkpoints)
+    _run(config)
+    records = read_metrics(config.output, "train")
+    assert [record["step"] for record in records] == [3, 6, 8]
+    assert sum(record["samples"] for record in records) == 64
+    assert records[0]["lr/projector"] == pytest.approx(2 * records[0]["lr"])
+    assert records[-1]["lr"] < records[0]["lr"]
+    assert {"grad_norm", "tokens_per_second", "seconds", "epoch", "loss/tr", "experts/tr/probability"} <= records[0].keys()
+    assert sum(records[0]["experts/tr/probability"]) == pytest.approx(1.0, rel=1e-5)
+    assert [r["finished"] for r in read_metrics(config.output, "summary")] == [True]
+    assert list((Path(config.output) / "tensorboard").iterdir())
+    folder = Path(config.output) / "checkpoints" / "step-00000008"
+    assert {"config.yaml", "model_config.yaml", "processor", "metadata.json"} <= {path.name for path in folder.iterdir()}
+    assert (Path(config.output) / "config.yaml").read_text() == (folder / "config.yaml").read_text()
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {p.name for p in (Path(config.output) / "hf").iterdir()}
+
+
+def test_wrong_weights_are_named(tmp_path: Path) -> None:
+    base = tiny_config(tmp_path, output="base", max_steps=1)
+    _run(base)
+    moe = dataclasses.replace(base.model.moe, ffn_hidden_size=40)
+    llm = dataclasses.replace(base.model.llm, num_layers=3)
+    wrong = dataclasses.replace(
+        base,
+        output=str(tmp_path / "wrong"),
+        model=dataclasses.replace(base.model, moe=moe, llm=llm),
+        checkpoint=CheckpointConfig(load_from=base.output),
+    )
+
+    def build(rank: int, size: int, config: TrainConfig) -> str:
+        with pytest.raises((CheckpointError, ConfigError)) as error:
+            Trainer(config)
+        return f"{type(error.value).__name__}: {error.value}"
+
+    (message,) = run_distributed(build, 1, wrong)
+    assert "moe.w_down has (6, 96, 64), the model wants (6, 40, 64)" in message
+    (message,) = run_distributed(build, 1, dataclasses.replace(wrong, checkpoint=CheckpointConfig(load_from="/nowhere")))
+    assert message.startswith("CheckpointError") and "/nowhere" in message
+    again = dataclasses.replace(base, checkpoint=CheckpointConfig(load_from=str(MODEL), resume=False))
+    (message,) = run_distributed(build, 1, again)
+    assert message.startswith("ConfigError: checkpoint.resume is false")
+    frozen = dataclasses.replace(base, max_steps=2, trainable=TrainableConfig(llm=False))
+    frozen_first = dataclasses.replace(frozen, output=str(tmp_path / "frozen"), max_steps=1)
+    _run(frozen_first)
+    (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))
+    assert message.startswith("CheckpointError") and "optimizer.state.exp_avg.decoder" in message
+
+
+def test_interrupted_metrics_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"kind": "train", "st')
+
+    def write(rank: int, size: int) -> None:
+        logging = LoggingConfig(tensorboard=False, progress=False)
+        with MetricsWriter(tmp_path, logging, total_steps=5, start_step=2) as writer:
+            writer.write("train", 3, {"loss": 0.5})
+
+    run_distributed(write, 2)
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]

@@ -1,0 +1,54 @@
+"""A tiny training run: the released-layout fixture model and its eight conversations, four times over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from parrot_sys.data.config import DataConfig
+from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.training.config import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
+MODEL = FIXTURE / "model"
+
+
+def write_records(path: Path, copies: int = 4) -> Path:
+    """Writes the conversations of the fixture as a data set; the images stay where they are."""
+    records = []
+    for copy in range(copies):
+        for record in json.loads((FIXTURE / "conversations.json").read_text(encoding="utf-8")):
+            record = {**record, "id": f"{copy}-{record['id']}"}
+            if record["image"] is None:
+                del record["image"]
+            else:
+                record["image"] = f"image_{record['image']}.png"
+            records.append(record)
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **settings: Any) -> TrainConfig:
+    """32 samples in steps of 8: 4 steps an epoch, 2 epochs; a checkpoint every 3 steps, so also in mid-epoch."""
+    data = DataConfig(
+        paths=(str(write_records(folder / "records.json", copies)),), image_roots=(str(FIXTURE),), prefetch_steps=1
+    )
+    defaults: dict[str, Any] = {
+        "model": config_from_hf(read_json(MODEL / "config.json"), MODEL),
+        "data": data,
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "epochs": 2.0,
+        "optimizer": OptimizerConfig(lr=1e-3, projector_lr=2e-3),
+        "checkpoint": CheckpointConfig(interval=3, load_from=str(MODEL), export=False),
+        "logging": LoggingConfig(interval=1, tensorboard=False, progress=False),
+        "validation": ValidationConfig(),
+    }
+    return TrainConfig(output=str(folder / output), **(defaults | settings))
