@@ -22,6 +22,8 @@ TORCH = os.environ.get("TORCH", "torch==2.13.0")
 MIN_TORCH = (2, 11)
 TRITON = "3.6.0"  # when torch brings none: the version whose interpreter the tests were written against
 BUILD_PACKAGES = ["setuptools", "wheel", "ninja", "pybind11"]
+# Programs that `make lint` calls: a package that the system has puts none into .venv/bin.
+PROGRAMS = {"ruff": "ruff", "mypy": "mypy", "import-linter": "lint-imports", "clang-format": "clang-format"}
 TORCH_PROBE = "import torch, os; print(torch.__version__, os.path.dirname(os.path.dirname(torch.__file__)))"
 
 
@@ -115,6 +117,8 @@ def main() -> None:
     pip_install("-c", constraints, *BUILD_PACKAGES)
     # No isolation: an isolated build would download a torch of its own.
     pip_install("-c", constraints, "--no-build-isolation", "-e", ".[demo,dev]")
+    if missing := [package for package, program in PROGRAMS.items() if not (VENV / "bin" / program).exists()]:
+        pip_install("-c", constraints, "--ignore-installed", "--no-deps", *missing)
 
 
 if __name__ == "__main__":

@@ -21,28 +21,31 @@ class _Command:
 COMMANDS = {
     "data": _Command(
         "parrot_sys.data.main",
-        "Build the default data set (pictures x names in six languages), or check one of your own.",
-        ("parrot data build --help", "parrot data build"),
+        "Build the default data set: pictures, conversations and questions in six languages.",
+        ("parrot data build --output data/default", "parrot data build --help"),
     ),
     "train": _Command(
         "parrot_sys.training.main",
-        "Train a model in its stages. Several processes: torchrun --nproc-per-node N -m parrot_sys train ...",
-        ("parrot train --config parrot_tiny_cpu", "torchrun --nproc-per-node 2 -m parrot_sys train --help"),
+        "Train a model in its stages, in one process or under torchrun.",
+        (
+            "parrot train --config parrot_tiny_cpu --data.paths data/default/train.json --output runs/first",
+            "torchrun --nproc-per-node 2 -m parrot_sys train ...   # the same options",
+        ),
     ),
     "eval": _Command(
         "parrot_sys.evaluation.main",
         "Answer MMMB / MMBench questions with a checkpoint and report accuracy per language and category.",
-        ("parrot eval --help", "parrot eval --checkpoint runs/demo/final"),
+        ("parrot eval --checkpoint runs/first --data data/default --output runs/first/eval", "parrot eval --help"),
     ),
     "chat": _Command(
         "parrot_sys.inference.chat",
         "Talk to a checkpoint about pictures, in any language, and see which experts answered.",
-        ("parrot chat --checkpoint DIR", "parrot chat --checkpoint DIR --image photo.png --show-routing"),
+        ("parrot chat --checkpoint runs/first", "parrot chat --checkpoint runs/first --image cat.png --show-routing"),
     ),
     "convert": _Command(
         "parrot_sys.inference.convert",
         "Turn checkpoints from and to the released Hugging Face layout.",
-        ("parrot convert --help", "parrot convert --checkpoint DIR --output HF_DIR"),
+        ("parrot convert --checkpoint runs/first --output first-hf", "parrot convert --help"),
     ),
     "info": _Command(
         "parrot_sys.info",

@@ -99,10 +99,19 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *
 
 
 def _help_text(cls: type, description: str | None) -> str:
-    presets = ", ".join(list_presets()) or "none"
-    text = description or (cls.__doc__ or "").strip()
-    about = f"--config NAME_OR_PATH (repeatable; flags win) reads settings from a YAML file or a preset: {presets}."
-    return f"{text}\n\n{about}"
+    presets = [name for name, path in list_presets().items() if _fits(cls, path)]
+    about = "--config NAME_OR_PATH (repeatable; flags win) reads settings from a YAML file"
+    about += f" or a preset: {', '.join(presets)}." if presets else "."
+    return f"{description or (cls.__doc__ or '').strip()}\n\n{about}"
+
+
+def _fits(cls: type, preset: Path) -> bool:
+    """Whether a preset holds settings of this program."""
+    try:
+        merge(cls, {}, read_yaml(preset), where="")
+    except ConfigError:
+        return False
+    return True
 
 
 def _split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -101,7 +101,7 @@ def _check_names(root: type, cls: type, values: Mapping[Any, Any], prefix: str, 
         every = _setting_names(root)
         same_name = [name for name in every if name.rsplit(".", 1)[-1] == key]
         guess = nearest(str(key), list(known))
-        hint = prefix + guess if guess else (same_name or [nearest(f"{prefix}{key}", every)])[0]
+        hint = prefix + guess if guess else same_name[0] if same_name else nearest(f"{prefix}{key}", every)
         raise ConfigError(f"unknown setting {prefix}{key}{where}" + (f"; the nearest is {hint}" if hint else ""))
 
 
@@ -236,7 +236,7 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str, checked
         arguments[field.name] = value
     if checked:
         return cls(**arguments)
-    instance = object.__new__(cls)
+    instance: Any = object.__new__(cls)
     for name, value in arguments.items():
         object.__setattr__(instance, name, value)
     return instance

@@ -21,6 +21,7 @@ def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "presets" / "stages").mkdir(parents=True)
+    (tmp_path / "presets" / "other_program.yaml").write_text("beams: 4\n")
     (tmp_path / "presets" / "tiny.yaml").write_text("output: from_preset\nlr: 0.5\nmodel: {moe: {topk: 5}}\n")
     (tmp_path / "presets" / "stages" / "pretrain.yaml").write_text("lr: 0.25\nmodel: {moe: {routing: topk}}\n")
     monkeypatch.setattr(cli, "PRESET_DIR", tmp_path / "presets")
@@ -39,7 +40,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_flags_alone() -> None:
-    config = parse("--output", "x", "--model.moe.topk", "4", "--languages", "tr", "ru", "--resume", "--mix", "en", "0.5")
+    config = parse(
+        "--output", "x", "--model.moe.topk", "4", "--languages", "tr", "ru", "--resume", "--mix", "en", "0.5"
+    )
     assert config == RunConfig(
         output=Path("x"),
         model=config.model,
@@ -85,7 +88,7 @@ def test_a_contradiction_in_a_file_may_be_mended_by_a_flag(presets: Path, capsys
         ((), ["--output"]),
         (("--config",), ["--config needs the name of a preset or a YAML file, got nothing"]),
         (("--config", "--lr"), ["--config needs the name of a preset or a YAML file, got --lr"]),
-        (("--config", "tinny"), ["a preset (pretrain, tiny), got 'tinny'; did you mean tiny?"]),
+        (("--config", "tinny"), ["a preset (other_program, pretrain, tiny), got 'tinny'; did you mean tiny?"]),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(
@@ -110,7 +113,12 @@ def test_help_teaches(presets: Path, capsys: pytest.CaptureFixture[str]) -> None
         parse("--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for part in ("Trains something.", "--config NAME_OR_PATH", "pretrain, tiny", "How many experts there are."):
+    for part in (
+        "Trains something.",
+        "--config NAME_OR_PATH",
+        "a preset: pretrain, tiny.",
+        "How many experts there are.",
+    ):
         assert part in text
 
 

@@ -54,7 +54,10 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"nam": "x"}, "unknown setting nam; the nearest is name"),
-        ({"model": {"moe": {"num_expert": 3}}}, "unknown setting model.moe.num_expert; the nearest is model.moe.num_experts"),
+        (
+            {"model": {"moe": {"num_expert": 3}}},
+            "unknown setting model.moe.num_expert; the nearest is model.moe.num_experts",
+        ),
         ({"topk": 3}, "unknown setting topk; the nearest is model.moe.topk"),
         ({"model.moe.topks": 3}, "unknown setting model.moe.topks; the nearest is model.moe.topk"),
         ({"zzzzzz": 3}, "unknown setting zzzzzz"),
@@ -90,7 +93,11 @@ def test_a_missing_setting_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- 1\n", "must hold a mapping of settings, got list"), ("a: [", "is no YAML"), ("lrr: 1", "in .*c.yaml; the near")],
+    [
+        ("- 1\n", "must hold a mapping of settings, got list"),
+        ("a: [", "is no YAML"),
+        ("lrr: 1", "in .*c.yaml; the near"),
+    ],
 )
 def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)

@@ -36,7 +36,8 @@ def assert_accurate(name: str, actual: Tensor, exact: Tensor, same_dtype: Tensor
     bound = 2 * allowed + 4 * torch.finfo(same_dtype.dtype).eps * scale
     if not own <= bound:
         raise AssertionError(
-            f"{name}: error {own:.3e} exceeds {bound:.3e} (PyTorch in {same_dtype.dtype}: {allowed:.3e}, max {scale:.3e})"
+            f"{name}: error {own:.3e} exceeds {bound:.3e} "
+            f"(PyTorch in {same_dtype.dtype}: {allowed:.3e}, largest value {scale:.3e})"
         )
 
 
@@ -54,14 +55,14 @@ def assert_all_accurate(
 def poisoned_memory() -> Iterator[None]:
     """Inside, every uninitialised tensor that torch allocates is full of NaN (integers: the largest value)."""
     was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

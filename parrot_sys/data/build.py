@@ -65,7 +65,7 @@ class DataBuildConfig:
     """Stage 1: conversations about each concept in each language."""
     instruct_rounds: int = 12
     """Stage 2: conversations about each concept in each language."""
-    vocab_size: int = 6144
+    vocab_size: int = 8192
     """Entries of the tokenizer."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
@@ -75,7 +75,9 @@ class DataBuildConfig:
     def __post_init__(self) -> None:
         unknown = [language for language in self.languages if language not in LANGUAGES]
         if unknown or len(set(self.languages)) != len(self.languages) or not self.languages:
-            raise ConfigError(f"languages must be distinct and among {', '.join(LANGUAGES)}, got {', '.join(self.languages)}")
+            raise ConfigError(
+                f"languages must be distinct and among {', '.join(LANGUAGES)}, got {', '.join(self.languages)}"
+            )
         if not 32 <= self.image_size <= 1024:
             raise ConfigError(f"image_size must be in [32, 1024], got {self.image_size}")
         for name in ("variants", "text_rounds", "text_turns", "align_rounds", "instruct_rounds"):
@@ -93,7 +95,9 @@ class DataBuildConfig:
         for part in filter(None, self.mix.replace(" ", "").split(",")):
             language, _, amount = part.partition("=")
             if language not in weights:
-                raise ConfigError(f"mix names the language {language!r}, want one of languages={', '.join(self.languages)}")
+                raise ConfigError(
+                    f"mix names the language {language!r}, want one of languages={', '.join(self.languages)}"
+                )
             try:
                 weights[language] = float(amount)
             except ValueError:
@@ -106,7 +110,12 @@ class DataBuildConfig:
 
     def fingerprint(self) -> str:
         """Hash of all settings that decide the files, and of the vendored assets."""
-        settings = dataclasses.asdict(self) | {"output": None, "overwrite": None, "mix": self.weights(), "format": _FORMAT}
+        settings = dataclasses.asdict(self) | {
+            "output": None,
+            "overwrite": None,
+            "mix": self.weights(),
+            "format": _FORMAT,
+        }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for path in sorted(p for p in ASSETS.iterdir() if p.suffix in (".gz", ".webp", ".yaml")):
             digest.update(path.read_bytes())
@@ -245,7 +254,12 @@ def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _texts(records: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
-    return (turn["value"] for part in ("text", "align", "instruct") for entry in records[part] for turn in entry["conversations"])
+    return (
+        turn["value"]
+        for part in ("text", "align", "instruct")
+        for entry in records[part]
+        for turn in entry["conversations"]
+    )
 
 
 def _count_languages(records: Sequence[dict[str, Any]]) -> dict[str, int]:

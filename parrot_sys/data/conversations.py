@@ -32,7 +32,9 @@ def load_phrases() -> Mapping[str, Mapping[str, Any]]:
     return yaml.safe_load((ASSETS / PHRASES_FILE).read_text(encoding="utf-8"))
 
 
-def draw_distractors(concept: Concept, pool: Sequence[Concept], generator: random.Random, count: int = 3) -> list[Concept]:
+def draw_distractors(
+    concept: Concept, pool: Sequence[Concept], generator: random.Random, count: int = 3
+) -> list[Concept]:
     """`count` other concepts, the first of them of the concept's own category whenever the pool holds one."""
     others = [other for other in pool if other.emoji != concept.emoji]
     same = [other for other in others if other.category == concept.category]
@@ -150,7 +152,10 @@ def draw_turns(
     """One turn of a drawn kind for each entry of `concepts`."""
     weights = [weight for weight, _ in kinds.values()]
     makers = [make for _, make in kinds.values()]
-    return [make(asker, concept) for make, concept in zip(asker.generator.choices(makers, weights, k=len(concepts)), concepts, strict=True)]
+    return [
+        make(asker, concept)
+        for make, concept in zip(asker.generator.choices(makers, weights, k=len(concepts)), concepts, strict=True)
+    ]
 
 
 def record(identifier: str, language: str, turns: Sequence[Turn], image: str | None = None) -> dict[str, Any]:

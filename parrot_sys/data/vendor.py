@@ -97,7 +97,9 @@ def vendor(config: VendorConfig) -> int:
     """
     for path in (config.cldr / "annotations", config.emoji_test, config.noto_font):
         if not path.exists():
-            raise DataError(f"source {path} does not exist; parrot_sys/data/assets/README.md says where each source comes from")
+            raise DataError(
+                f"source {path} does not exist; parrot_sys/data/assets/README.md says where each source comes from"
+            )
     concepts = list(_distinct(_concepts(config)))
     payload = json.dumps({"concepts": concepts}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -169,6 +171,8 @@ def _atlas(emoji: list[str], font_path: Path) -> Image.Image:
     rows = math.ceil(len(emoji) / ATLAS_COLUMNS)
     atlas = Image.new("RGBA", (ATLAS_COLUMNS * ATLAS_TILE, rows * ATLAS_TILE), (255, 255, 255, 0))
     for index, character in enumerate(emoji):
-        tile = square(draw_glyph(font, character), margin=0.03).resize((ATLAS_TILE, ATLAS_TILE), Image.Resampling.LANCZOS)
+        tile = square(draw_glyph(font, character), margin=0.03).resize(
+            (ATLAS_TILE, ATLAS_TILE), Image.Resampling.LANCZOS
+        )
         atlas.paste(tile, (index % ATLAS_COLUMNS * ATLAS_TILE, index // ATLAS_COLUMNS * ATLAS_TILE))
     return atlas

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Turns a checkpoint into the released Hugging Face layout, or into a training checkpoint.
 
-The input may be a directory in the released layout (config.json with model_type parrot_qwen2, safetensors or .bin, sharded or
-not), a training checkpoint, or a training run, whose newest checkpoint is taken. Released to released writes the same tensors
-bit for bit.
+The input may be a directory in the released layout (config.json with model_type parrot_qwen2, safetensors or .bin,
+sharded or not), a training checkpoint, or a training run, whose newest checkpoint is taken. Released to released writes
+the same tensors bit for bit.
 
   $ parrot convert --checkpoint runs/demo --output parrot-demo-hf
   $ parrot convert --checkpoint Parrot-7B --output parrot-7b-bf16 --dtype bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +50,11 @@ def prefill(
     limit = parrot.llm.max_position_embeddings
     rows = parrot.vision.num_visual_rows
     for index, sample in enumerate(samples):
-        length = expanded_lengths(sample.input_ids.numpy(), rows, limit)[1]
+        length = expanded_lengths(np.asarray(sample.input_ids), rows, limit)[1]
         if length + new_tokens > limit:
             raise DataError(
-                f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the {limit} positions of the "
-                "decoder (max_position_embeddings): shorten it or lower max_new_tokens"
+                f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the "
+                f"{limit} positions of the decoder (max_position_embeddings): shorten it or lower max_new_tokens"
             )
     device = next(model.parameters()).device
     batch = pack_samples(samples, num_visual_rows=rows).to(device)
@@ -64,7 +65,7 @@ def prefill(
 
 
 def decode(model: ParrotModel, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Append one token to each request of the cache: int64 [S] -> logits of what comes next, float32 [S, vocabulary]."""
+    """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary]."""
     batch = _step_batch(tokens, cache.lengths)
     return model(batch, mode="logits", kv_cache=cache).logits.float()
 
@@ -138,7 +139,8 @@ def _seen_tokens(samples: Sequence[Sample], logits: Tensor) -> Tensor:
     """bool like `logits`: tokens in each prompt, image markers left out."""
     seen = torch.zeros(logits.shape, dtype=torch.bool)
     for row, sample in zip(seen, samples, strict=True):
-        row[sample.input_ids[sample.input_ids >= 0]] = True
+        ids = torch.as_tensor(sample.input_ids)
+        row[ids[ids >= 0]] = True
     return seen.to(logits.device)
 
 
@@ -166,7 +168,9 @@ def continuation_log_probs(
         raise DataError(f"continuations must be given for each of the {len(samples)} prompts, got {len(continuations)}")
     for index, options in enumerate(continuations):
         if not options or not all(options):
-            raise DataError(f"prompt {index} needs at least one continuation and each at least one token, got {list(options)}")
+            raise DataError(
+                f"prompt {index} needs at least one continuation and each at least one token, got {list(options)}"
+            )
     counts = [len(options) for options in continuations]
     requests = [list(option) for options in continuations for option in options]
     logits, cache, _ = prefill(model, samples, max(map(len, requests)), override)

@@ -22,9 +22,9 @@ def split_batch(
     Args:
         input_ids: int64 [B, N], -200 once for each image.
         attention_mask: [B, N], 0 where a row is padding (left or right); None: nothing is padding.
-        images: float [n, 3, h, w], or a list of [3, h, w] and [k, 3, h, w]. As many as there are markers: taken in their
-            order. Else one for each sample, of which those of samples without a marker are left out (the released code
-            gives a text-only sample a dummy image).
+        images: float [n, 3, h, w], or a list of [3, h, w] and [k, 3, h, w]. As many as there are markers: taken in
+            their order. Else one for each sample, of which those of samples without a marker are left out (the released
+            code gives a text-only sample a dummy image).
         labels: int64 [B, N], -100 where a row bears no loss.
 
     Raises:
@@ -55,25 +55,22 @@ def split_batch(
 
 def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:
     """The images of each sample, [k, 3, h, w] or None."""
-    if images is None:
-        pixels = torch.empty(0, 3, 0, 0)
-    elif isinstance(images, Tensor):
-        pixels = images if images.dim() == 4 else images.unsqueeze(0)
-    else:
-        pixels = torch.cat([image if image.dim() == 4 else image.unsqueeze(0) for image in images]) if images else torch.empty(0, 3, 0, 0)
+    single = [images] if isinstance(images, Tensor) else list(images or ())
+    parts = [image if image.dim() == 4 else image.unsqueeze(0) for image in single]
+    pixels = torch.cat(parts) if parts else torch.empty(0, 3, 0, 0)
     if pixels.dim() != 4 or pixels.shape[1] != 3:
         raise DataError(f"images must be [n, 3, h, w], got {list(pixels.shape)}")
     count = pixels.shape[0]
     if count == sum(markers):
-        parts = pixels.split(markers)
+        each = pixels.split(markers)
     elif count == len(markers) and max(markers) <= 1:
-        parts = tuple(pixels[index : index + number] for index, number in enumerate(markers))
+        each = tuple(pixels[index : index + number] for index, number in enumerate(markers))
     else:
         raise DataError(
-            f"images must be as many as the {sum(markers)} image markers (-200) in input_ids, or one for each of the {len(markers)} "
-            f"samples with at most one marker; got {count} for samples with {markers} markers"
+            f"images must be as many as the {sum(markers)} image markers (-200) in input_ids, or one for each of the "
+            f"{len(markers)} samples with at most one marker; got {count} for samples with {markers} markers"
         )
-    return [part if part.shape[0] else None for part in parts]
+    return [part if part.shape[0] else None for part in each]
 
 
 def pad_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model object of `load_pretrained`: padded ids and images in, loss and logits or answers out, as the released code."""
+"""The model object of `load_pretrained`: padded ids and images in; loss, logits or answers out."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ParrotForConditionalGeneration(nn.Module):
             input_ids: int64 [B, N].
             attention_mask: [B, N], 0 on padding (either side); None: no padding.
             images: [n, 3, h, w] or a list; one for each marker, or one for each sample with at most one marker.
-            labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing; without,
-                all text rows do.
+            labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing;
+                without, all text rows do.
             routing_override: replaces the routes.
 
         Raises:
@@ -100,7 +100,9 @@ class ParrotForConditionalGeneration(nn.Module):
         logits = output.logits.float()
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.index_select(0, batch.label_rows), batch.labels.index_select(0, batch.label_rows))
+            loss = F.cross_entropy(
+                logits.index_select(0, batch.label_rows), batch.labels.index_select(0, batch.label_rows)
+            )
         return CausalOutput(loss=loss, logits=pad_rows(logits, lengths), routing=output.routing)
 
     @overload
@@ -109,9 +111,11 @@ class ParrotForConditionalGeneration(nn.Module):
     ) -> tuple[Tensor, RoutingOutput | None]: ...
 
     @overload
-    def generate(self, input_ids: Tensor, *args: object, return_routing: Literal[False] = ..., **kwargs: object) -> Tensor: ...
+    def generate(
+        self, input_ids: Tensor, *args: object, return_routing: Literal[False] = ..., **kwargs: object
+    ) -> Tensor: ...
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[misc]  # the overloads only tell the two results apart
     def generate(
         self,
         input_ids: Tensor,
@@ -152,7 +156,11 @@ class ParrotForConditionalGeneration(nn.Module):
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
         sampling = SamplingConfig(
-            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
         )
         ends = self._eos(eos_token_id)
         pad = next((p for p in (pad_token_id, self.pad_token_id, min(ends, default=None)) if p is not None), 0)

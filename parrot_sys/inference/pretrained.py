@@ -1,4 +1,4 @@
-"""`load_pretrained` and `save_pretrained`: released-layout directories and training checkpoints <-> model and processor."""
+"""`load_pretrained` and `save_pretrained`: directories <-> model and processor."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def load_pretrained(
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no directory; wanted a released-layout checkpoint or a training checkpoint")
+        raise CheckpointError(
+            f"{directory} is no directory; wanted a released-layout checkpoint or a training checkpoint"
+        )
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
     target = platform.device() if device is None else torch.device(device)
     if (training := find_training_checkpoint(directory)) is not None:
@@ -110,7 +112,7 @@ def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
     hf = read_json(directory / "config.json")
     config = config_from_hf(hf, directory)
     with TensorFiles(directory) as files:
-        keys = files.keys()
+        keys = files.names()
         dtypes = {dtype for dtype in map(files.dtype, keys) if dtype.is_floating_point}
     widest = torch.float32
     for index, dtype in enumerate(sorted(dtypes, key=str)):

@@ -12,6 +12,8 @@ from parrot_sys.errors import ConfigError
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class SamplingConfig:
+    """How the next token is chosen; greedy by default."""
+
     do_sample: bool = False
     """Draw from the distribution instead of taking the most likely token."""
     temperature: float = 1.0
@@ -25,7 +27,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ConfigError(f"temperature must be > 0, got {self.temperature}; for the most likely token set do_sample=False")
+            raise ConfigError(
+                f"temperature must be > 0, got {self.temperature}; for the most likely token set do_sample=False"
+            )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0 (0: all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:

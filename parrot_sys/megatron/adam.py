@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parrot_sys.errors import ConfigError
+
 
 class Adam(torch.optim.Optimizer):
     """Adam (arXiv 1412.6980), or AdamW (arXiv 1711.05101) with `adam_w_mode`; float32 moments, `step` in the group."""
@@ -26,7 +28,17 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
         bias_correction: bool = True,
+        capturable: bool = False,
     ) -> None:
+        """
+        Args:
+            params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+            adam_w_mode: decoupled weight decay.
+            bias_correction: divide the moments by 1 - beta^step.
+            capturable: Megatron-Core >= 0.19 passes it; a step in a CUDA graph needs a fused Adam.
+        """
+        if capturable:
+            raise ConfigError("optimizer_cuda_graph needs Transformer Engine's Adam: install it or switch it off")
         defaults = {
             "lr": lr,
             "betas": betas,

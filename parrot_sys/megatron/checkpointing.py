@@ -86,7 +86,7 @@ def read_common(folder: str | Path) -> dict[str, Any]:
 
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` holds a checkpoint that was written to its end (Megatron writes `metadata.json` last)."""
-    return all((Path(folder) / name).is_file() for name in ("metadata.json", "common.pt", ".metadata"))
+    return all((Path(folder) / name).is_file() for name in ("metadata.json", ".metadata"))
 
 
 def _metadata() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
     """Compares names and shapes before Megatron does, whose messages do not list them."""
     if not is_complete(folder):
-        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json, common.pt or .metadata is missing")
+        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json or .metadata is missing")
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     missing, other_shape = set(), set()
     for tensor in _sharded_tensors(wanted):

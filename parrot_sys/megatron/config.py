@@ -33,6 +33,8 @@ def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_we
         "sequence_parallel": parallel.sequence_parallel,
         # Packed micro-batches differ in their number of rows.
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        # Never used, but Megatron checks that it would take micro-batches of different lengths.
+        "moe_token_dispatcher_type": "alltoall",
         # Batched point-to-point calls give wrong gradients in the interleaved schedule on gloo.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,

@@ -27,7 +27,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleasedSource:
-    """The released-layout checkpoint that a model came from: what it holds besides the model's own tensors goes out again."""
+    """The released checkpoint that a model came from: what it holds besides the model's own tensors goes out again."""
 
     directory: Path
     hf: dict[str, Any]
@@ -39,14 +39,14 @@ class ReleasedSource:
 def export_tensors(model: ParrotModel, source: ReleasedSource | None) -> Iterator[tuple[str, Tensor]]:
     """(released name, tensor) of everything that an export holds; every tensor-parallel rank must iterate.
 
-    With a source, the set of names is the source's: the tower is inside if it was, and tensors that the model does not use
-    are read from the source again. Without one the tower is inside whenever the model has it.
+    With a source, the set of names is the source's: the tower is inside if it was, and tensors that the model does not
+    use are read from the source again. Without one the tower is inside whenever the model has it.
     """
     if source is None:
         yield from released_tensors(model)
         return
     with TensorFiles(source.directory) as files:
-        keys = files.keys()
+        keys = files.names()
         dtypes = {key: files.dtype(key) for key in keys}
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
         for key, tensor in released_tensors(model, with_vision_tower=inside):
@@ -116,7 +116,7 @@ def _path(path: str | None) -> Path | None:
 
 def _tower_inside(source: ReleasedSource) -> bool:
     with TensorFiles(source.directory) as files:
-        return any(key.startswith(TOWER_PREFIX) for key in files.keys())
+        return any(key.startswith(TOWER_PREFIX) for key in files.names())
 
 
 def _dtype_name(model: ParrotModel, source: ReleasedSource | None, dtype: torch.dtype | None) -> str:

@@ -52,8 +52,8 @@ class ParallelConfig:
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
             raise ConfigError(
-                "parallel.virtual_pipeline_model_parallel_size must be >= 2 and need pipeline_model_parallel_size >= 2, "
-                f"got {chunks} with pipeline_model_parallel_size={self.pipeline_model_parallel_size}: leave it unset"
+                "parallel.virtual_pipeline_model_parallel_size must be >= 2 with pipeline_model_parallel_size >= 2, "
+                f"got {chunks} with {self.pipeline_model_parallel_size}: leave it unset"
             )
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -38,7 +38,7 @@ class KVCache:
         """Raise ConfigError unless the next micro-batch is the prefill or one row for each request, and fits."""
         if num_samples != self.num_samples:
             raise ConfigError(
-                f"the micro-batch must hold the {self.num_samples} requests of the KV cache, got {num_samples}"
+                f"the KV cache holds {self.num_samples} requests, the micro-batch must hold as many, got {num_samples}"
             )
         if self.max_length and num_rows != num_samples:
             raise ConfigError(
@@ -46,7 +46,7 @@ class KVCache:
             )
         if self.max_length + max_seqlen > self.capacity:
             raise ConfigError(
-                f"capacity of the KV cache must be >= {self.max_length + max_seqlen} rows a request, got {self.capacity}"
+                f"the capacity of the KV cache must be >= {self.max_length + max_seqlen} rows, got {self.capacity}"
             )
 
     def append(

@@ -171,17 +171,13 @@ def varlen_attention(
     """`planned_attention` by torch's variable-length flash kernel: no padding, no host copy of the lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        # torch 2.11 does not promise to take fewer key/value heads, and the argument that asks for it came later.
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    window = (-1, 0) if causal else (-1, -1)
     output = varlen_attn(
-        query,
-        key,
-        value,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window
     )
     assert isinstance(output, Tensor), "the log-sum-exp was not asked for"
     return output

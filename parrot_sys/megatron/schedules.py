@@ -19,7 +19,11 @@ LossFunction = Callable[[PackedBatch, ParrotOutput], tuple[Tensor, R]]
 
 
 def forward_backward(
-    model: DistributedDataParallel, batches: Sequence[PackedBatch], loss_function: LossFunction[R], *, backward: bool = True
+    model: DistributedDataParallel,
+    batches: Sequence[PackedBatch],
+    loss_function: LossFunction[R],
+    *,
+    backward: bool = True,
 ) -> list[R]:
     """Runs every micro-batch and, with `backward`, leaves the gradients in the buffers, summed over the ranks.
 

@@ -28,7 +28,6 @@ from parrot_sys.models.hf_checkpoint import (
     tower_maps,
 )
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.vision import VisionConfig
 
@@ -50,7 +49,7 @@ def model_tensors(model: ParrotModel) -> dict[str, Tensor]:
 
 
 def _cut_dim(whole: Sequence[int], part: Sequence[int]) -> int | None:
-    """Dimension along which a tensor is cut over ranks; Megatron's own marks are missing on uninitialised parameters."""
+    """Dimension in which a tensor is cut over ranks; Megatron's own marks are missing on uninitialised parameters."""
     return next((dim for dim, (all_rows, rows) in enumerate(zip(whole, part, strict=True)) if all_rows != rows), None)
 
 
@@ -82,7 +81,12 @@ def whole_tensor(entry: TensorMap, part: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def fill(
-    targets: dict[str, Tensor], maps: Iterable[TensorMap], read: Callable[[str], Tensor], *, rank: int = 0, size: int = 1
+    targets: dict[str, Tensor],
+    maps: Iterable[TensorMap],
+    read: Callable[[str], Tensor],
+    *,
+    rank: int = 0,
+    size: int = 1,
 ) -> None:
     """Copy released tensors into those of `targets` that `maps` names, one at a time, casting to the target's dtype."""
     with torch.no_grad():
@@ -95,8 +99,8 @@ def fill(
 def load_released(model: ParrotModel, directory: str | Path) -> None:
     """Fill this rank's part of the model from a checkpoint in the released layout, or start it from a bare Qwen2.
 
-    A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes from
-    inside the checkpoint, from the directory beside it that config.json names, or as `load_tower` finds it.
+    A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes
+    from inside the checkpoint, from the directory beside it that config.json names, or as `load_tower` finds it.
 
     Raises:
         CheckpointError: lists every missing, unexpected and mis-shaped tensor by name.
@@ -107,7 +111,7 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
     tensors = model_tensors(model)
     rank, size = model.tp_group.rank(), model.tp_group.size()
     with TensorFiles(directory) as files:
-        keys = files.keys()
+        keys = files.names()
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
         if hf.get("model_type") == MODEL_TYPE:
             maps = parrot_maps(config, with_vision_tower=inside)
@@ -139,17 +143,18 @@ def load_tower(
     if source is None:
         if not isinstance(tower, EfficientNetLite0):
             raise CheckpointError(
-                f"no weights for the vision tower ({config.type}): set model.vision.path to the directory of its Hugging Face checkpoint"
+                f"no weights for the vision tower ({config.type}): set model.vision.path to the directory of its "
+                "Hugging Face checkpoint"
             )
         tower.load_state_dict(EfficientNetLite0.from_package().state_dict())
         return
     with TensorFiles(source) as files:
         # The vision half of a whole CLIP has the same names behind the same prefix; newer files have none.
-        prefix = VISION_MODEL if any(key.startswith(VISION_MODEL) for key in files.keys()) else ""
+        prefix = VISION_MODEL if any(key.startswith(VISION_MODEL) for key in files.names()) else ""
         maps = tower_maps(config, key_prefix=prefix)
         found = {
             key: files.shape(key)
-            for key in files.keys()
+            for key in files.names()
             if key.startswith(prefix) and not is_passed_over(key.removeprefix(prefix), config)
         }
         check_tensors(maps, found, str(source))
@@ -157,7 +162,10 @@ def load_tower(
 
 
 def released_tensors(
-    model: ParrotModel, *, with_vision_tower: bool = True, value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor
+    model: ParrotModel,
+    *,
+    with_vision_tower: bool = True,
+    value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """(released name, whole tensor) one after the other; every tensor-parallel rank must iterate.
 
@@ -170,7 +178,9 @@ def released_tensors(
         CheckpointError: this rank holds only some of the layers.
     """
     if not (model.pre_process and model.post_process):
-        raise CheckpointError("a model cut into pipeline stages cannot be exported; load its checkpoint without pipelining")
+        raise CheckpointError(
+            "a model cut into pipeline stages cannot be exported; load its checkpoint without pipelining"
+        )
     tensors = model_tensors(model)
     for entry in parrot_maps(model.parrot, with_vision_tower=with_vision_tower and model.vision_tower is not None):
         if (part := value(tensors[entry.name])) is not None:

@@ -2,36 +2,28 @@
 
 n images, V visual rows an image, P patches an image, C width of the tower.
 
-Only the blocks that `select_layer` needs are built and run. The checkpoint's other tensors (last block, final norm) are kept
-as buffers: they see no optimizer and no gradient hook, and export writes them back unchanged.
+Only the blocks that `select_layer` needs are built and run. The checkpoint's other tensors (last block, final norm) are
+kept as buffers: they see no optimizer and no gradient hook, and export writes them back unchanged.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron import compat
 from parrot_sys.megatron.config import common_fields
-from parrot_sys.megatron.core_attention import CoreAttention
+from parrot_sys.megatron.decoder import layer_spec
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.efficientnet import EfficientNetLite0
@@ -78,7 +70,7 @@ def build_vision_tower(
 class VisionTransformer(MegatronModule):
     """CLIP ViT (arXiv 2103.00020) or SigLIP (arXiv 2303.15343), hidden state `select_layer` of its encoder.
 
-    CLIP keeps its CLS as row 0 (`cls_patch` of the released code). SigLIP has none: the mean of its rows is put in front.
+    CLIP keeps its CLS as row 0 (`cls_patch` of the released code). SigLIP has none: the mean of its rows goes in front.
     """
 
     def __init__(
@@ -106,8 +98,14 @@ class VisionTransformer(MegatronModule):
         if num_layers:
             groups = ProcessGroupCollection(tp=parallel_state.get_tensor_model_parallel_group())
             groups.pp = groups.cp = None  # every pipeline and context-parallel rank runs the whole tower by itself
+            # All rows see each other (Megatron's own ViT layers without Transformer Engine are causal by mistake).
+            spec = layer_spec(AttnMaskType.no_mask)
             self.encoder = TransformerBlock(
-                transformer, _layer_spec(), pre_process=True, post_process=False, pg_collection=groups
+                transformer,
+                spec,
+                pre_process=True,
+                post_process=False,
+                pg_collection=groups,
             )
         self.unused = nn.Module()
         for entry in tower_maps(config):
@@ -155,7 +153,8 @@ def _transformer_config(
     for name in ("num_attention_heads", "ffn_hidden_size"):
         if getattr(config, name) % tensor:
             raise ConfigError(
-                f"vision.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {getattr(config, name)}"
+                f"vision.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, "
+                f"got {getattr(config, name)}"
             )
     # Rows of an image are few and odd in number (577): the tower is cut by heads only.
     cut = ParallelConfig(tensor_model_parallel_size=tensor)
@@ -171,28 +170,4 @@ def _transformer_config(
         add_qkv_bias=True,
         activation_func=_ACTIVATIONS[config.activation],
         init_method_std=0.02,
-    )
-
-
-def _layer_spec() -> ModuleSpec:
-    """A pre-norm block that sees all rows (Megatron's own ViT spec without Transformer Engine is causal by mistake)."""
-    attention: dict[str, Any] = {
-        "linear_qkv": ColumnParallelLinear,
-        "core_attention": CoreAttention,
-        "linear_proj": RowParallelLinear,
-    }
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(**attention),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=compat.mlp_submodule(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
-            mlp_bda=get_bias_dropout_add,
-        ),
     )

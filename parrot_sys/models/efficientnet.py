@@ -115,7 +115,9 @@ class EfficientNetLite0(nn.Module):
         known = {name for pair in _released_names(self).values() for name in pair} | {"_fc"}
         unexpected = sorted(key for key in state if key.rpartition(".")[0] not in known)
         if unexpected:
-            raise CheckpointError(f"EfficientNet-lite0 weights hold keys that the network lacks: {', '.join(unexpected)}")
+            raise CheckpointError(
+                f"EfficientNet-lite0 weights hold keys that the network lacks: {', '.join(unexpected)}"
+            )
         self.load_state_dict(folded)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Key maps: which released tensors make up which tensor of ParrotModel, in plain torch.
 
-The released layout is that of the public Parrot code: a Qwen2 decoder (`model.layers.*`, `model.embed_tokens`, `model.norm`,
-`lm_head`), `model.mm_projector.*`, `model.moe_model.{gate,experts.N.{gate,up,down}_proj}` and, inside or beside it, the
-tower `model.vision_tower.vision_tower.vision_model.*`. Megatron keeps q, k, v of a layer in one tensor (query group by
-query group) and gate and up of a SwiGLU in another; packing only moves rows, so import and export are bit-equal.
+The released layout is that of the public Parrot code: a Qwen2 decoder (`model.layers.*`, `model.embed_tokens`,
+`model.norm`, `lm_head`), `model.mm_projector.*`, `model.moe_model.{gate,experts.N.{gate,up,down}_proj}` and, inside or
+beside it, the tower `model.vision_tower.vision_tower.vision_model.*`. Megatron keeps q, k, v of a layer in one tensor
+(query group by query group) and gate and up of a SwiGLU in another; packing only moves rows, so import and export are
+bit-equal.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def tower_maps(config: VisionConfig, prefix: str = "", key_prefix: str = VISION_
     ]
     if config.type == "clip":
         maps.append(_copy(f"{prefix}class_embedding", f"{embeddings}.class_embedding", size))
-        maps += _norm(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)  # the released name, letter for letter
+        # The released name, letter for letter.
+        maps += _norm(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)
     else:
         maps.append(_copy(f"{prefix}patch_embedding.bias", f"{embeddings}.patch_embedding.bias", size))
     run = num_layers_run(config)
@@ -241,8 +243,8 @@ def is_passed_over(key: str, config: VisionConfig) -> bool:
 def is_carried(key: str, config: ParrotConfig) -> bool:
     """Whether a released tensor that the model does not use may stand in a checkpoint; export writes it back.
 
-    Buffers that older transformers versions saved, SigLIP's pooling head, the head copy of tied embeddings, and the MoE of
-    a checkpoint that bypasses it (`use_moe: false`).
+    Buffers that older transformers versions saved, SigLIP's pooling head, the head copy of tied embeddings, and the MoE
+    of a checkpoint that bypasses it (`use_moe: false`).
     """
     tower = TOWER_PREFIX + VISION_MODEL
     return (

@@ -94,7 +94,7 @@ def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
         vocab_size=_required(hf, "vocab_size"),
         rope_base=float(hf["rope_theta"] if "rope_theta" in hf else rope.get("rope_theta", 10_000.0)),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=hf.get("max_position_embeddings", LLMConfig.max_position_embeddings),
+        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
     )
 
@@ -131,9 +131,8 @@ def vision_config_from_hf(hf: Mapping[str, Any], *, path: str | None = None) -> 
 
 
 def find_tower_directory(hf: Mapping[str, Any], directory: Path) -> Path | None:
-    """Directory of the vision tower that `mm_vision_tower` names, relative to the checkpoint; None when there is none."""
-    name = hf.get("mm_vision_tower") or ""
-    for candidate in ((directory / name) if name else directory / EXPORTED_TOWER, directory / EXPORTED_TOWER):
+    """Directory of the vision tower: `mm_vision_tower` relative to the checkpoint, or `vision_tower` in it, or None."""
+    for candidate in (directory / (hf.get("mm_vision_tower") or EXPORTED_TOWER), directory / EXPORTED_TOWER):
         if (candidate / "config.json").is_file():
             return candidate.resolve()
     return None
@@ -198,7 +197,9 @@ def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig
     if not hf.get("use_moe", False):
         return TextGuidedMoEConfig(num_experts=0)
     if hf.get("moe_hidden_size", hidden_size) != hidden_size:
-        raise ConfigError(f"config.json: moe_hidden_size must be {hidden_size} (hidden_size), got {hf['moe_hidden_size']}")
+        raise ConfigError(
+            f"config.json: moe_hidden_size must be {hidden_size} (hidden_size), got {hf['moe_hidden_size']}"
+        )
     return TextGuidedMoEConfig(
         num_experts=_required(hf, "num_experts"),
         ffn_hidden_size=_required(hf, "moe_intermediate_size"),
@@ -259,9 +260,9 @@ def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> V
         base = VisionConfig()
     else:
         raise CheckpointError(
-            f"the vision tower {name!r} (mm_vision_tower) is neither a directory with a config.json relative to {directory} "
-            f"nor one of {sorted(KNOWN_TOWERS)}; put the tower's config.json and preprocessor_config.json into "
-            f"{directory / EXPORTED_TOWER}"
+            f"the vision tower {name!r} (mm_vision_tower) is neither a directory with a config.json relative to "
+            f"{directory} nor one of {sorted(KNOWN_TOWERS)}; put the tower's config.json and preprocessor_config.json "
+            f"into {directory / EXPORTED_TOWER}"
         )
     base = _apply(base, own, f"{OWN_KEY}.vision")
     return dataclasses.replace(base, select_layer=own.get("select_layer", select_layer))

@@ -63,10 +63,12 @@ class TensorFiles:
         self._stack.close()
         self._files.clear()
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
         return sorted(self._file_of)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
         file = self._files[self._file_of[key]]
         return tuple(file[key].shape) if isinstance(file, dict) else tuple(file.get_slice(key).get_shape())
 
@@ -101,7 +103,8 @@ class TensorFiles:
                 self._files[name] = self._open(path)
                 return dict.fromkeys(self._files[name].keys(), name)
         raise CheckpointError(
-            f"{self.directory} holds no weights; wanted {_SAFETENSORS} or {_BIN}, or {_SAFETENSORS}{_INDEX} with its shards"
+            f"{self.directory} holds no weights; wanted {_SAFETENSORS} or {_BIN}, or {_SAFETENSORS}{_INDEX} with its "
+            "shards"
         )
 
     def _open(self, path: Path) -> Any:
@@ -177,7 +180,7 @@ def write_tensors(
     if len(shards) == 1:
         shards[0][0].rename(directory / _SAFETENSORS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (path, keys) in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.rename(directory / name)

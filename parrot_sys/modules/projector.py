@@ -13,11 +13,14 @@ from parrot_sys.errors import ConfigError
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ProjectorConfig:
+    """Shape of the projector."""
+
     type: str = "mlp2x_gelu"
     """`linear` or `mlpNx_gelu` with N linear layers (N >= 1)."""
 
     @property
     def depth(self) -> int:
+        """Number of linear layers."""
         match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", self.type)
         return int(match[1]) if match else 1
 

@@ -1,4 +1,4 @@
-"""TextGuidedMoE: the prompt's language chooses the experts that turn an image's visual rows into language-specific ones."""
+"""TextGuidedMoE: the prompt's language chooses the experts that make an image's visual rows language-specific."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from parrot_sys.ops import expert_mlp, text_guided_routing, topk_routing
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class TextGuidedMoEConfig:
+    """Experts, routing and residual of TextGuidedMoE."""
+
     num_experts: int = 6
     """E; 0 builds no MoE at all (plain projector)."""
     ffn_hidden_size: int = 4096
@@ -36,7 +38,7 @@ class TextGuidedMoEConfig:
     residual_weight: float = 0.1
     """w of the released code (its default) or alpha of the paper."""
     guidance: Literal["prompt", "first_turn"] = "prompt"
-    """Guiding tokens: every token without a label, as released, or only those up to the first answer (no later turns)."""
+    """Guiding tokens: all without a label, as released, or only those up to the first answer (no later turns)."""
     aux_loss_coeff: float = 0.0
     """Weight of the load-balancing loss over the global batch."""
     z_loss_coeff: float = 0.0
@@ -81,9 +83,9 @@ class RoutingOverride:
 class TextGuidedMoE(nn.Module):
     """Experts between projector and decoder; each image's route is guided by the text of its prompt.
 
-    The CLS row of an image attends over the embeddings of its guiding text, a linear router scores the attended text, and
-    all V rows of the image go through the experts with that one route (Parrot, arXiv 2406.02539, eq. 2 to 5; the released
-    code's rules where they differ, by `config`).
+    The CLS row of an image attends over the embeddings of its guiding text, a linear router scores the attended text,
+    and all V rows of the image go through the experts with that one route (Parrot, arXiv 2406.02539, eq. 2 to 5; the
+    released code's rules where they differ, by `config`).
 
     Parameters are stored fused, in the layout of `parrot_sys.ops.expert_mlp`; `experts_to_released` and
     `experts_from_released` convert:
@@ -168,7 +170,12 @@ class TextGuidedMoE(nn.Module):
         config = self.config
         sparse = config.routing == "topk"
         logits, _ = text_guided_routing(
-            features[:, 0], text, guidance_start, guidance_end, self.router_weight, scale=1 / math.sqrt(self.hidden_size)
+            features[:, 0],
+            text,
+            guidance_start,
+            guidance_end,
+            self.router_weight,
+            scale=1 / math.sqrt(self.hidden_size),
         )
         topk = config.topk if sparse else config.num_experts
         routing = topk_routing(logits, topk, renormalize=sparse and config.renormalize)
@@ -176,7 +183,9 @@ class TextGuidedMoE(nn.Module):
         if override is not None:
             # Overridden weights may be anything, so all experts run.
             plan = None
-            probs = torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
+            probs = (
+                torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
+            )
         residual_scale, output_scale = _residual_scales(config)
         output = expert_mlp(
             features,

@@ -81,8 +81,8 @@ def linear_cross_entropy_parts(
         vocab_start: global id of `weight[0]`.
 
     Returns:
-        lse [L] and target_logits [L] (0 where the target is not among these rows), float32 (float64 for float64 inputs);
-        both differentiable.
+        lse [L] and target_logits [L] (0 where the target is not among these rows), float32 (float64 for float64
+        inputs); both differentiable.
     """
     return _fwd(hidden, weight, targets, vocab_start)
 
@@ -90,8 +90,8 @@ def linear_cross_entropy_parts(
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of `hidden @ weight.T` against `targets`, one loss a row, [L] float32 (float64 for float64 inputs).
 
-    At most one block of logits exists at a time, in both passes. Arguments as `linear_cross_entropy_parts`; the form for
-    a vocabulary split over ranks is `parrot_sys.parallel.vocab_parallel_linear_cross_entropy`.
+    At most one block of logits exists at a time, in both passes. Arguments as `linear_cross_entropy_parts`; the form
+    for a vocabulary split over ranks is `parrot_sys.parallel.vocab_parallel_linear_cross_entropy`.
     """
     lse, target_logits = _fwd(hidden, weight, targets, 0)
     return lse - target_logits

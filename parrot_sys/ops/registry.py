@@ -79,4 +79,3 @@ def force_backend(name: str) -> Iterator[None]:
 def available() -> dict[str, dict[str, str | None]]:
     """For each op and back end None where it can run on this machine, else the reason why it cannot."""
     return {op: {name: _why_not(op, name, ()) for name in BACKENDS} for op in OPS}
-

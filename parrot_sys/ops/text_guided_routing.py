@@ -89,8 +89,8 @@ def text_guided_routing(
 ) -> tuple[Tensor, Tensor]:
     """Router logits of S images, each attending with one query over its own span of the text rows.
 
-    `logits[s] = softmax(scale * query[s] @ text[span].T) @ text[span] @ router_weight.T` (Parrot, arXiv 2406.02539,
-    eq. 2 and 3), computed without the hidden-wide context. An empty span gives zero logits.
+    `logits[s] = softmax(scale * query[s] @ text[span].T) @ text[span] @ router_weight.T` (Parrot,
+    arXiv 2406.02539, eq. 2 and 3), computed without the hidden-wide context. An empty span gives zero logits.
 
     Args:
         query: [S, H], the CLS row of each image.
@@ -101,6 +101,6 @@ def text_guided_routing(
         scale: factor of the scores, 1 / sqrt(H) in Parrot.
 
     Returns:
-        logits [S, E] and lse [S] (log-sum-exp of the scores), float32 (float64 for float64 inputs); both differentiable.
+        logits [S, E] and lse [S] (log-sum-exp of the scores), float32 (float64 for float64 inputs); both have gradients.
     """
     return _fwd(query, text, text_start, text_end, router_weight, scale)

@@ -1,4 +1,4 @@
-"""`topk_routing`: softmax scores, the K best experts of each row, their weights, and the plan that groups rows by expert."""
+"""`topk_routing`: softmax scores, the K best experts of each row, and the plan that groups rows by expert."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ class TopKRouting(NamedTuple):
 
 
 @torch.library.custom_op("parrot::topk_routing", mutates_args=())
-def _fwd(
-    logits: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fwd(logits: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return registry.select("topk_routing", logits, topk, renormalize).topk_routing_fwd(logits, topk, renormalize)
 
 

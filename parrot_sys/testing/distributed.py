@@ -47,7 +47,7 @@ def run_distributed(
     Raises:
         RuntimeError: a rank raised, died or ran into the time-out; holds every rank's traceback.
     """
-    context = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
+    context: Any = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
     with tempfile.TemporaryDirectory(prefix="parrot_ranks_") as folder:
         processes: list[BaseProcess] = []
         readers: list[Connection] = []

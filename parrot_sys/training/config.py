@@ -53,7 +53,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "vision_lr", "projector_lr", "moe_lr", "llm_lr"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ConfigError(f"optimizer.{name} must be > 0, got {value}; freeze a part with trainable.<part> false")
+                raise ConfigError(
+                    f"optimizer.{name} must be > 0, got {value}; freeze a part with trainable.<part> false"
+                )
             if value is not None and self.min_lr > value:
                 raise ConfigError(f"optimizer.min_lr must be <= optimizer.{name}={value}, got {self.min_lr}")
         if not 0 <= self.warmup_fraction < 1:
@@ -208,7 +210,9 @@ class TrainConfig:
         experts = self.model.moe.num_experts
         active = self.use_moe and experts > 0
         if self.optimizer.moe_lr is not None and not active:
-            raise ConfigError("optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts")
+            raise ConfigError(
+                "optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts"
+            )
         if active or not self.trainable.moe:
             return
         only_moe = not (self.trainable.vision or self.trainable.projector or self.trainable.llm)

@@ -76,7 +76,9 @@ def fill_store(
         for start in range(0, len(mine), _IMAGES_PER_WRITE):
             names = mine[start : start + _IMAGES_PER_WRITE]
             read = partial(_read, processor=processor, skip=on_bad_image == "skip")
-            images = {name: image for name, image in zip(names, threads.map(read, names), strict=True) if image is not None}
+            images = {
+                name: image for name, image in zip(names, threads.map(read, names), strict=True) if image is not None
+            }
             if images:
                 with torch.no_grad():
                     features = tower(torch.cat(list(images.values())).to(device, dtype))

@@ -98,7 +98,9 @@ class Trainer:
         if model.tokenizer_path is not None:
             return ParrotProcessor.for_tower(model.tokenizer_path, model.vision.type, model.vision.image_size)
         if self.config.checkpoint.load_from is None:
-            raise ConfigError("model.tokenizer_path must name a tokenizer's directory when checkpoint.load_from gives none")
+            raise ConfigError(
+                "model.tokenizer_path must name a tokenizer's directory when checkpoint.load_from gives none"
+            )
         folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from)
         return ParrotProcessor.from_pretrained(folder)
 
@@ -164,8 +166,11 @@ class Trainer:
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
         if common["total_steps"] != self.total_steps:
-            logger.warning("the run had %d steps and now has %d: the learning rate differs from here on",
-                           common["total_steps"], self.total_steps)
+            logger.warning(
+                "the run had %d steps and now has %d: the learning rate differs from here on",
+                common["total_steps"],
+                self.total_steps,
+            )
         logger.info("going on behind step %d from %s", self.step, folder)
 
     # ----------------------------------------------------------------------------------------------------- training
@@ -273,7 +278,9 @@ class Trainer:
 
     def _export(self) -> None:
         if megatron_optimizer.data_parallel_rank() == 0:
-            export_released(self.model, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True)
+            export_released(
+                self.model, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True
+            )
         dist.barrier()
 
     def _cache_features(self) -> None:
@@ -310,7 +317,13 @@ class Trainer:
 def _validation_data(config: TrainConfig) -> DataConfig:
     """Held-out records are read as they are: the mix of the training data does not apply to them."""
     return replace(
-        config.data, paths=config.validation.paths, image_roots=config.validation.image_roots, names=(), languages=(), weights=(), language_weights={}
+        config.data,
+        paths=config.validation.paths,
+        image_roots=config.validation.image_roots,
+        names=(),
+        languages=(),
+        weights=(),
+        language_weights={},
     )
 
 

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 IMAGE, IGNORE, PAD = -200, -100, 630
@@ -93,7 +100,9 @@ class ReleasedParrot(Qwen2ForCausalLM):
             "patch_size": 7,
             "attn_implementation": "eager",
         }
-        self.tower_config = CLIPVisionConfig(**sizes) if shape.tower == "clip" else SiglipVisionConfig(**sizes, vision_use_head=False)
+        self.tower_config = (
+            CLIPVisionConfig(**sizes) if shape.tower == "clip" else SiglipVisionConfig(**sizes, vision_use_head=False)
+        )
         tower = CLIPVisionModel(self.tower_config) if shape.tower == "clip" else SiglipVisionModel(self.tower_config)
         holder = nn.Module()
         holder.vision_tower = nn.Module()
@@ -138,7 +147,9 @@ class ReleasedParrot(Qwen2ForCausalLM):
         answer: list[int] = []
         for _ in range(count):
             so_far = torch.cat([ids, torch.tensor(answer, dtype=ids.dtype)])
-            labels = torch.cat([torch.full_like(ids, IGNORE), torch.tensor(answer, dtype=ids.dtype)])  # answers guide nothing
+            labels = torch.cat(
+                [torch.full_like(ids, IGNORE), torch.tensor(answer, dtype=ids.dtype)]
+            )  # answers guide nothing
             answer.append(int(self.sample_logits(so_far, labels, images)[0][-1].argmax()))
         return answer
 
@@ -152,7 +163,14 @@ def batch_loss(results: list[tuple[Tensor, Tensor]]) -> Tensor:
 def write_checkpoint(model: ReleasedParrot, directory: Path, **extra: Any) -> dict[str, Tensor]:
     """Write the released layout (tower inside, its config in `vision_tower`) and return the tensors."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    ):
         shutil.copy(FIXTURE / "model" / name, directory / name)
     shape, llm = model.shape, model.config
     hf = {
@@ -187,7 +205,11 @@ def write_checkpoint(model: ReleasedParrot, directory: Path, **extra: Any) -> di
     }
     (directory / "config.json").write_text(json.dumps(hf))
     write_tower_files(model, directory / "tower")
-    state = {key: tensor.detach().clone() for key, tensor in model.state_dict().items() if not (shape.tied and key == "lm_head.weight")}
+    state = {
+        key: tensor.detach().clone()
+        for key, tensor in model.state_dict().items()
+        if not (shape.tied and key == "lm_head.weight")
+    }
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return state
 

@@ -32,7 +32,7 @@ def _groups() -> Iterator[None]:
 
 def _tensors(directory: Path) -> dict[str, Tensor]:
     with TensorFiles(directory) as files:
-        return {key: files.tensor(key).clone() for key in files.keys()}
+        return {key: files.tensor(key).clone() for key in files.names()}
 
 
 def _assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -63,7 +63,8 @@ def test_released_to_released(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (FIXTURE / "model" / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
     model, processor = parrot_sys.load_pretrained(tmp_path / "out")  # needs nothing beside it
-    assert processor.image_processor.height == 56 and processor.image_processor.pad_to_square
+    assert processor.image_processor.height == 56
+    assert processor.image_processor.pad_to_square
     assert model.config.vision.num_layers == 3
 
 
@@ -76,7 +77,8 @@ def test_through_a_training_checkpoint(tmp_path: Path) -> None:
     assert parrot_sys.load_pretrained(steps[2])[0].config.moe == config.moe
     ids = torch.tensor([[5, 6, 7]])
     logits = [parrot_sys.load_pretrained(step)[0](ids).logits for step in steps]
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
     for step in steps:
         processor = parrot_sys.load_pretrained(step)[1]
         assert processor.tokenizer.eos_token_id == 632
@@ -147,7 +149,7 @@ def test_dtypes(copy: Path, tmp_path: Path) -> None:
     tensors = _tensors(copy)
     mixed = {key: tensor if "vision_tower" in key else tensor.bfloat16() for key, tensor in tensors.items()}
     _rewrite(copy, mixed)
-    model, processor = parrot_sys.load_pretrained(copy)
+    model, _processor = parrot_sys.load_pretrained(copy)
     assert model.dtype == torch.float32
     _assert_equal(model.hf_state_dict(), mixed)
     main(["--checkpoint", str(copy), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"])
@@ -198,7 +200,8 @@ def test_existing_output(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         main(arguments)
     assert (out / "precious").exists()
     main([*arguments, "--force"])
-    assert not (out / "precious").exists() and (out / "config.json").exists()
+    assert not (out / "precious").exists()
+    assert (out / "config.json").exists()
     assert f"wrote {out}" in capsys.readouterr().out
 
 
@@ -218,4 +221,25 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert "parrot convert --checkpoint" in text and "--dtype" in text
+    assert "parrot convert --checkpoint" in text
+    assert "--dtype" in text
+
+
+def test_run_of_the_first_stage(tmp_path: Path) -> None:
+    """A run's newest checkpoint is taken, and its experts are passed by when the run did not use them."""
+    for step in (1, 12):
+        main(
+            [
+                "--checkpoint",
+                str(FIXTURE / "model"),
+                "--output",
+                str(tmp_path / f"run/checkpoints/step-{step:08d}"),
+                "--format",
+                "megatron",
+            ]
+        )
+    (tmp_path / "run/checkpoints/step-00000012/config.yaml").write_text("use_moe: false\n")
+    model, _ = parrot_sys.load_pretrained(tmp_path / "run")
+    assert model.model.moe is not None
+    assert not model.model.use_moe
+    assert parrot_sys.load_pretrained(tmp_path / "run/checkpoints/step-00000001")[0].model.use_moe

@@ -84,7 +84,9 @@ def test_eos_ends_one_request_and_not_the_others(
         assert row == answer[:stop] + [7] * (12 - stop)
 
 
-def test_stops_when_all_have_ended(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+def test_stops_when_all_have_ended(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor
+) -> None:
     case = cases[0]
     first = case["output_ids"][len(case["prompt_ids"])]
     ids = torch.tensor([case["prompt_ids"]])
@@ -110,9 +112,17 @@ def test_greedy_of_other_shapes(counts: list[int], tmp_path: Any) -> None:
         assert routing is None
 
 
-def test_sampling_repeats_with_a_seed(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+def test_sampling_repeats_with_a_seed(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor
+) -> None:
     ids, images = torch.tensor([cases[0]["prompt_ids"]]), _images(cases[:1], pixels)
-    options: dict[str, Any] = {"images": images, "max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "eos_token_id": []}
+    options: dict[str, Any] = {
+        "images": images,
+        "max_new_tokens": 8,
+        "do_sample": True,
+        "temperature": 1.5,
+        "eos_token_id": [],
+    }
     first = tiny.generate(ids, seed=1, **options)
     assert torch.equal(first, tiny.generate(ids, seed=1, **options))
     assert not torch.equal(first, tiny.generate(ids, seed=2, **options))
@@ -123,12 +133,16 @@ def test_sampling_repeats_with_a_seed(tiny: ParrotForConditionalGeneration, case
 def test_repetition_penalty(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
     """The fixture's first answer repeats a token eight times; a strong penalty forbids every repetition."""
     ids, images = torch.tensor([cases[0]["prompt_ids"]]), _images(cases[:1], pixels)
-    output = tiny.generate(ids, images=images, max_new_tokens=12, repetition_penalty=50.0, eos_token_id=[])[0, ids.shape[1] :]
+    output = tiny.generate(ids, images=images, max_new_tokens=12, repetition_penalty=50.0, eos_token_id=[])[
+        0, ids.shape[1] :
+    ]
     assert len(set(output.tolist())) == 12
     assert not set(output.tolist()) & set(cases[0]["prompt_ids"])
 
 
-def test_streamer_and_override(tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor) -> None:
+def test_streamer_and_override(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor
+) -> None:
     class Log:
         def __init__(self) -> None:
             self.values: list[Tensor] = []
@@ -142,7 +156,8 @@ def test_streamer_and_override(tiny: ParrotForConditionalGeneration, cases: list
 
     log, ids, images = Log(), torch.tensor([cases[1]["prompt_ids"]]), _images(cases[1:2], pixels)
     output = tiny.generate(ids, images=images, max_new_tokens=4, streamer=log)
-    assert torch.equal(log.values[0], ids) and log.ended
+    assert torch.equal(log.values[0], ids)
+    assert log.ended
     assert torch.equal(torch.stack(log.values[1:], 1), output[:, ids.shape[1] :])
     override = RoutingOverride(probs=torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 9.0]]))
     _, routing = tiny.generate(ids, images=images, max_new_tokens=1, routing_override=override, return_routing=True)
@@ -159,7 +174,9 @@ def test_option_scores(tiny: ParrotForConditionalGeneration, cases: list[dict[st
         for option, got in zip(options[index], scores[index], strict=True):
             answer = torch.tensor(option)
             labels = torch.cat([torch.full_like(prompt, -100), answer])[None]
-            output = tiny(torch.cat([prompt, answer])[None], images=_images(cases[index : index + 1], pixels), labels=labels)
+            output = tiny(
+                torch.cat([prompt, answer])[None], images=_images(cases[index : index + 1], pixels), labels=labels
+            )
             assert abs(float(got) + float(output.loss) * len(option)) < 1e-4
     with pytest.raises(DataError, match="prompt 1 needs at least one continuation"):
         tiny.score(ids, [[[1]], [], [[2]]], mask, _images(cases[:3], pixels))
@@ -182,8 +199,17 @@ def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
 
 def test_filter_logits() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    kept = [(filter_logits(logits, k, p)[0] > -torch.inf).tolist() for k, p in ((0, 1.0), (2, 1.0), (0, 0.65), (0, 0.7001), (9, 0.01))]
-    assert kept == [[True] * 4, [True, True, False, False], [True, True, False, False], [True, True, True, False], [True, False, False, False]]
+    kept = [
+        (filter_logits(logits, k, p)[0] > -torch.inf).tolist()
+        for k, p in ((0, 1.0), (2, 1.0), (0, 0.65), (0, 0.7001), (9, 0.01))
+    ]
+    assert kept == [
+        [True] * 4,
+        [True, True, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, False, False, False],
+    ]
 
 
 def test_penalty_and_draws() -> None:

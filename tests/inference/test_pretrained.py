@@ -17,7 +17,18 @@ from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
-from tests.inference.released_reference import FIXTURE, IGNORE, IMAGE, PAD, ReleasedParrot, Shape, batch_loss, pad, random_batch, write_checkpoint
+from tests.inference.released_reference import (
+    FIXTURE,
+    IGNORE,
+    IMAGE,
+    PAD,
+    ReleasedParrot,
+    Shape,
+    batch_loss,
+    pad,
+    random_batch,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +90,9 @@ def test_fixture_moe(tiny: ParrotForConditionalGeneration, expected: dict[str, T
     calls = sum(key.startswith(f"batch{number}.moe") and key.endswith("output") for key in expected)
     assert calls
     for call in range(calls):
-        image, text, wanted = (expected[f"batch{number}.moe{call}.{name}"] for name in ("image_features", "text_embeds", "output"))
+        image, text, wanted = (
+            expected[f"batch{number}.moe{call}.{name}"] for name in ("image_features", "text_embeds", "output")
+        )
         start, end = torch.tensor([0], dtype=torch.int32), torch.tensor([len(text)], dtype=torch.int32)
         output, routing = tiny.model.moe(image[None], text, start, end)
         assert _relative(output[0], wanted) < 1e-4
@@ -162,7 +175,9 @@ def test_routing_override_changes_logits(tiny: ParrotForConditionalGeneration, e
     plain = tiny(ids, images=images)
     assert plain.routing.probs.shape == (1, 6)
     for mode in ("off", "uniform"):
-        assert _relative(tiny(ids, images=images, routing_override=RoutingOverride(mode=mode)).logits, plain.logits) > 1e-3
+        assert (
+            _relative(tiny(ids, images=images, routing_override=RoutingOverride(mode=mode)).logits, plain.logits) > 1e-3
+        )
 
 
 def test_wrong_inputs(tiny: ParrotForConditionalGeneration) -> None:
@@ -188,3 +203,15 @@ def test_nothing_there(tmp_path: Path) -> None:
         parrot_sys.load_pretrained(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         parrot_sys.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_half_precision(
+    dtype: str | torch.dtype, tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor]
+) -> None:
+    model, _ = parrot_sys.load_pretrained(FIXTURE / "model", dtype=dtype)
+    ids, images = expected["batch1.input_ids"], expected["batch1.images"]
+    logits = model(ids, images=images).logits
+    assert logits.dtype == torch.float32
+    assert 1e-5 < _relative(logits, tiny(ids, images=images).logits) < 0.05
+    assert model.generate(ids, images=images, max_new_tokens=2, eos_token_id=[]).shape == (1, ids.shape[1] + 2)

@@ -47,5 +47,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARROT_TRACEBACK", "1")
     assert (env.backend(), env.triton_interpret(), env.show_traceback()) == ("triton", True, True)
     monkeypatch.setenv("PARROT_BACKEND", "cudda")
-    with pytest.raises(ValueError, match="PARROT_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'cudda'"):
+    with pytest.raises(
+        ValueError, match="PARROT_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'cudda'"
+    ):
         env.backend()

@@ -192,9 +192,9 @@ def test_decoding_with_cache_equals_full_recomputation(variant: str) -> None:
 
 def test_cache_refuses_what_does_not_fit() -> None:
     cache = KVCache(2, capacity=8)
-    with pytest.raises(ConfigError, match="2 requests of the KV cache, got 3"):
+    with pytest.raises(ConfigError, match=r"holds 2 requests, .* got 3"):
         cache.check(num_samples=3, num_rows=6, max_seqlen=2)
-    with pytest.raises(ConfigError, match="capacity of the KV cache must be >= 9"):
+    with pytest.raises(ConfigError, match="capacity of the KV cache must be >= 9 rows, got 8"):
         cache.check(num_samples=2, num_rows=18, max_seqlen=9)
     cache.advance(torch.tensor([3, 2]), 3)
     with pytest.raises(ConfigError, match="one row a step"):

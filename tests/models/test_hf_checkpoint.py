@@ -27,8 +27,12 @@ from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
-LLM = LLMConfig(hidden_size=24, num_layers=2, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=20, vocab_size=40)
-VISION = VisionConfig(image_size=14, patch_size=7, hidden_size=12, num_layers=3, num_attention_heads=3, ffn_hidden_size=10)
+LLM = LLMConfig(
+    hidden_size=24, num_layers=2, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=20, vocab_size=40
+)
+VISION = VisionConfig(
+    image_size=14, patch_size=7, hidden_size=12, num_layers=3, num_attention_heads=3, ffn_hidden_size=10
+)
 CONFIG = ParrotConfig(vision=VISION, llm=LLM, moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=5))
 
 
@@ -40,11 +44,17 @@ def _released(maps: list[TensorMap]) -> dict[str, torch.Tensor]:
     "config",
     [
         CONFIG,
-        dataclasses.replace(CONFIG, llm=dataclasses.replace(LLM, tie_word_embeddings=True, qkv_bias=False, head_dim=10)),
+        dataclasses.replace(
+            CONFIG, llm=dataclasses.replace(LLM, tie_word_embeddings=True, qkv_bias=False, head_dim=10)
+        ),
         dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, type="siglip", select_layer=-1)),
         dataclasses.replace(CONFIG, moe=TextGuidedMoEConfig(num_experts=0), projector=ProjectorConfig(type="linear")),
-        dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, select_layer=0), projector=ProjectorConfig(type="mlp3x_gelu")),
-        dataclasses.replace(CONFIG, vision=VisionConfig(type="efficientnet_lite0", hidden_size=1280, activation="relu6")),
+        dataclasses.replace(
+            CONFIG, vision=dataclasses.replace(VISION, select_layer=0), projector=ProjectorConfig(type="mlp3x_gelu")
+        ),
+        dataclasses.replace(
+            CONFIG, vision=VisionConfig(type="efficientnet_lite0", hidden_size=1280, activation="relu6")
+        ),
     ],
     ids=["released", "tied-no-bias-wide-heads", "siglip", "no-experts-linear", "select-embeddings", "efficientnet"],
 )
@@ -52,7 +62,8 @@ def test_packing_moves_every_value_once(config: ParrotConfig) -> None:
     maps = parrot_maps(config)
     released = _released(maps)
     keys = [key for entry in maps for key in entry.keys]
-    assert len(keys) == len(set(keys)) and len({entry.name for entry in maps}) == len(maps)
+    assert len(keys) == len(set(keys))
+    assert len({entry.name for entry in maps}) == len(maps)
     for entry in maps:
         packed = entry.pack([released[key] for key in entry.keys])
         assert packed.numel() == sum(released[key].numel() for key in entry.keys)
@@ -79,7 +90,10 @@ def test_released_names() -> None:
         f"{tower}post_layernorm.bias",
     } <= keys
     linear = dataclasses.replace(CONFIG, projector=ProjectorConfig(type="linear"))
-    assert [key for entry in projector_maps(linear) for key in entry.keys] == ["model.mm_projector.weight", "model.mm_projector.bias"]
+    assert [key for entry in projector_maps(linear) for key in entry.keys] == [
+        "model.mm_projector.weight",
+        "model.mm_projector.bias",
+    ]
 
 
 def test_qkv_is_grouped() -> None:
@@ -87,10 +101,14 @@ def test_qkv_is_grouped() -> None:
     q, k, v = torch.arange(6.0), torch.tensor([10.0, 11.0]), torch.tensor([20.0, 21.0])
     packed = pack_qkv([q, k, v], groups=2)
     assert packed.tolist() == [0, 1, 2, 10, 20, 3, 4, 5, 11, 21]
-    assert [part.tolist() for part in unpack_qkv(packed, groups=2, rows=(6, 2, 2))] == [q.tolist(), k.tolist(), v.tolist()]
+    assert [part.tolist() for part in unpack_qkv(packed, groups=2, rows=(6, 2, 2))] == [
+        q.tolist(),
+        k.tolist(),
+        v.tolist(),
+    ]
 
 
-@pytest.mark.parametrize("select_layer, run", [(-1, 3), (-2, 2), (-4, 0), (0, 0), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("select_layer", "run"), [(-1, 3), (-2, 2), (-4, 0), (0, 0), (2, 2), (3, 3)])
 def test_blocks_that_run(select_layer: int, run: int) -> None:
     config = dataclasses.replace(VISION, select_layer=select_layer)
     assert num_layers_run(config) == run
@@ -100,9 +118,10 @@ def test_blocks_that_run(select_layer: int, run: int) -> None:
 
 
 def test_efficientnet_has_its_own_names() -> None:
-    assert {entry.name for entry in tower_maps(VisionConfig(type="efficientnet_lite0", hidden_size=1280, activation="relu6"))} == set(
-        EfficientNetLite0().state_dict()
-    )
+    assert {
+        entry.name
+        for entry in tower_maps(VisionConfig(type="efficientnet_lite0", hidden_size=1280, activation="relu6"))
+    } == set(EfficientNetLite0().state_dict())
 
 
 def test_check_tensors_lists_everything() -> None:
@@ -131,6 +150,9 @@ def test_what_is_carried() -> None:
     assert is_carried("model.layers.0.self_attn.rotary_emb.inv_freq", CONFIG)
     siglip = dataclasses.replace(CONFIG, vision=dataclasses.replace(VISION, type="siglip"))
     head = "model.vision_tower.vision_tower.vision_model.head.probe"
-    assert is_carried(head, siglip) and not is_carried(head, CONFIG)
-    assert is_carried("lm_head.weight", tied) and not is_carried("lm_head.weight", CONFIG)
-    assert is_carried("model.moe_model.gate.weight", bypassed) and not is_carried("model.moe_model.gate.weight", CONFIG)
+    assert is_carried(head, siglip)
+    assert not is_carried(head, CONFIG)
+    assert is_carried("lm_head.weight", tied)
+    assert not is_carried("lm_head.weight", CONFIG)
+    assert is_carried("model.moe_model.gate.weight", bypassed)
+    assert not is_carried("model.moe_model.gate.weight", CONFIG)

@@ -11,14 +11,22 @@ import pytest
 from transformers import CLIPConfig, CLIPVisionConfig, Qwen2Config, SiglipConfig
 
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.models.hf_config import KNOWN_TOWERS, config_from_hf, config_to_hf, llm_config_from_hf, vision_config_from_hf
+from parrot_sys.models.hf_config import (
+    KNOWN_TOWERS,
+    config_from_hf,
+    config_to_hf,
+    llm_config_from_hf,
+    vision_config_from_hf,
+)
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
-LLM = LLMConfig(hidden_size=64, num_layers=2, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128, vocab_size=640)
+LLM = LLMConfig(
+    hidden_size=64, num_layers=2, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128, vocab_size=640
+)
 
 
 def _fixture() -> dict[str, Any]:
@@ -43,7 +51,8 @@ def test_fixture() -> None:
         max_position_embeddings=512,
     )
     assert config.moe == TextGuidedMoEConfig(num_experts=6, ffn_hidden_size=96, residual_weight=1.0)
-    assert config.vision.num_visual_rows == 17 and config.vision.path == str(FIXTURE.parent / "clip-vit-tiny")
+    assert config.vision.num_visual_rows == 17
+    assert config.vision.path == str(FIXTURE.parent / "clip-vit-tiny")
     assert config_to_hf(config, _fixture(), FIXTURE) == _fixture()  # nothing to add, nothing lost
 
 
@@ -51,11 +60,24 @@ def test_fixture() -> None:
     "config",
     [
         ParrotConfig(llm=LLM),
-        ParrotConfig(llm=LLM, moe=TextGuidedMoEConfig(routing="topk", topk=3, renormalize=False, residual="paper", guidance="first_turn")),
+        ParrotConfig(
+            llm=LLM,
+            moe=TextGuidedMoEConfig(routing="topk", topk=3, renormalize=False, residual="paper", guidance="first_turn"),
+        ),
         ParrotConfig(llm=LLM, moe=TextGuidedMoEConfig(residual="none", aux_loss_coeff=0.01), max_seq_len=99),
         ParrotConfig(llm=dataclasses.replace(LLM, head_dim=24, qkv_bias=False, tie_word_embeddings=True)),
         ParrotConfig(llm=LLM, moe=TextGuidedMoEConfig(num_experts=0)),
-        ParrotConfig(llm=LLM, vision=VisionConfig(type="efficientnet_lite0", image_size=128, hidden_size=1280, num_layers=0, select_layer=-1, activation="relu6")),
+        ParrotConfig(
+            llm=LLM,
+            vision=VisionConfig(
+                type="efficientnet_lite0",
+                image_size=128,
+                hidden_size=1280,
+                num_layers=0,
+                select_layer=-1,
+                activation="relu6",
+            ),
+        ),
     ],
     ids=["plain", "own-routing", "no-residual", "odd-decoder", "no-experts", "efficientnet"],
 )
@@ -69,14 +91,23 @@ def test_every_setting_comes_back(config: ParrotConfig, tmp_path: Path) -> None:
 
 
 def test_released_fields_carry_no_own_key(tmp_path: Path) -> None:
-    original = {**_fixture(), "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024, "secret": {"a": 1}}
+    original = {
+        **_fixture(),
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": 1024,
+        "secret": {"a": 1},
+    }
     config = config_from_hf(original, tmp_path)
-    assert config.vision == KNOWN_TOWERS["clip-vit-large-patch14-336"] and config.vision.num_visual_rows == 577
+    assert config.vision == KNOWN_TOWERS["clip-vit-large-patch14-336"]
+    assert config.vision.num_visual_rows == 577
     changed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, residual_weight=0.25))
     hf = config_to_hf(changed, original, tmp_path)
     assert hf == {**original, "moe_weight": 0.25}
-    own = config_to_hf(dataclasses.replace(config, moe=dataclasses.replace(config.moe, routing="topk")), original, tmp_path)
-    assert own["parrot_sys"] == {"moe": {"routing": "topk"}} and own["moe_top_k"] == 2
+    own = config_to_hf(
+        dataclasses.replace(config, moe=dataclasses.replace(config.moe, routing="topk")), original, tmp_path
+    )
+    assert own["parrot_sys"] == {"moe": {"routing": "topk"}}
+    assert own["moe_top_k"] == 2
 
 
 def test_top_k_of_a_released_file_is_not_used() -> None:
@@ -84,7 +115,7 @@ def test_top_k_of_a_released_file_is_not_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, match",
+    ("change", "match"),
     [
         ({"model_type": "llava"}, "model_type must be 'parrot_qwen2'"),
         ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature must be 'cls_patch'"),
@@ -103,15 +134,21 @@ def test_refused_settings(change: dict[str, Any], match: str) -> None:
 
 def test_missing_fields_and_towers(tmp_path: Path) -> None:
     hf = _fixture()
-    with pytest.raises(CheckpointError, match="the vision tower '../clip-vit-tiny'"):
+    with pytest.raises(CheckpointError, match=r"the vision tower '\.\./clip-vit-tiny'"):
         config_from_hf(hf, tmp_path / "elsewhere")
+    llm = llm_config_from_hf(
+        {k: v for k, v in hf.items() if k not in ("max_position_embeddings", "num_key_value_heads")}
+    )
+    assert (llm.max_position_embeddings, llm.num_query_groups) == (32_768, 4)  # the defaults of Qwen2Config
     del hf["num_experts"]
     with pytest.raises(ConfigError, match="num_experts is missing"):
         config_from_hf(hf, FIXTURE)
 
 
 def test_configurations_written_by_transformers() -> None:
-    qwen = Qwen2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=12345.0)
+    qwen = Qwen2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=12345.0
+    )
     llm = llm_config_from_hf(json.loads(qwen.to_json_string(use_diff=False)))
     assert (llm.rope_base, llm.num_query_groups, llm.vocab_size) == (12345.0, 2, qwen.vocab_size)
     part = vision_config_from_hf(CLIPVisionConfig(image_size=28, patch_size=7).to_dict())

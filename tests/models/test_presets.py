@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
-from parrot_sys.megatron.initialize import initialize
+from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.models.hf_checkpoint import parrot_maps
 from parrot_sys.models.parrot import ParrotConfig
@@ -23,9 +25,15 @@ CLIP_L = 303_507_456
 """Parameters of CLIP ViT-L/14-336's vision model."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    initialize()
+    yield
+    shutdown()
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_sizes(name: str) -> None:
-    initialize()
     config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
     model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
 

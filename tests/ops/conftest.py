@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
-from parrot_kernels.testing import poisoned_memory
 
+from parrot_kernels.testing import poisoned_memory
 from parrot_sys.ops import registry
 
 BACKEND_MODULES = {"reference": "parrot_kernels.{op}.reference", "cpu": "parrot_kernels.{op}.cpu_impl"}
@@ -42,6 +42,8 @@ def ran_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextMana
             for name in launchers:
                 patch.setattr(module, name, watched(name))
             yield
-        assert called == set(launchers), f"launchers of {backend} that ran: {sorted(called)}, wanted {sorted(launchers)}"
+        assert called == set(launchers), (
+            f"launchers of {backend} that ran: {sorted(called)}, wanted {sorted(launchers)}"
+        )
 
     return force

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
 from parrot_sys.ops import expert_mlp, topk_routing
 
 RESIDUAL, OUTPUT = 0.3, 1.7

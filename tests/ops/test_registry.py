@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from parrot_kernels import _extension
 from parrot_kernels.expert_mlp import cpu_impl, reference
-
 from parrot_sys.ops import force_backend, registry, topk_routing
 
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from parrot_kernels.testing import assert_all_accurate, make_spans, outputs_and_gradients
 from torch import Tensor
 
+from parrot_kernels.testing import assert_all_accurate, make_spans, outputs_and_gradients
 from parrot_sys.ops import text_guided_routing
 
 LAUNCHERS = ("text_guided_routing_fwd", "text_guided_routing_bwd")
@@ -99,9 +99,7 @@ def test_query_may_be_a_strided_view_and_spans_int64(ran_on, backend: str) -> No
         strided, _ = text_guided_routing(
             features[:, 0], inputs["text"], start.long(), end.long(), inputs["router_weight"], scale=0.3
         )
-        dense, _ = text_guided_routing(
-            inputs["query"], inputs["text"], start, end, inputs["router_weight"], scale=0.3
-        )
+        dense, _ = text_guided_routing(inputs["query"], inputs["text"], start, end, inputs["router_weight"], scale=0.3)
     assert torch.equal(strided, dense)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parrot_kernels.testing import assert_all_accurate, outputs_and_gradients
 from torch import Tensor
 
+from parrot_kernels.testing import assert_all_accurate, outputs_and_gradients
 from parrot_sys.ops import topk_routing
 
 LAUNCHERS = ("topk_routing_fwd", "topk_routing_bwd")
@@ -46,7 +46,9 @@ def test_matches_float64(ran_on, case: str, backend: str, renormalize: bool, dty
     inputs = {"logits": torch.stack([ladder[torch.randperm(experts)] for _ in range(rows)] or [ladder])[:rows]}
 
     def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("probs", "scores", "lse"), topk_routing(leaves["logits"], topk, renormalize=renormalize), strict=False))
+        return dict(
+            zip(("probs", "scores", "lse"), topk_routing(leaves["logits"], topk, renormalize=renormalize), strict=False)
+        )
 
     def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         return expression(leaves, topk, renormalize)
@@ -99,7 +101,9 @@ def test_gradient_of_one_output_alone(ran_on, backend: str, output: str) -> None
     inputs = {"logits": torch.randn(4, 5, dtype=torch.float64)}
     with ran_on(backend, "topk_routing", *LAUNCHERS):
         actual = outputs_and_gradients(
-            lambda leaves: {output: getattr(topk_routing(leaves["logits"], 2, renormalize=True), output)}, inputs, torch.float32
+            lambda leaves: {output: getattr(topk_routing(leaves["logits"], 2, renormalize=True), output)},
+            inputs,
+            torch.float32,
         )
     plain = [
         outputs_and_gradients(lambda leaves: {output: expression(leaves, 2, True)[output]}, inputs, dtype)

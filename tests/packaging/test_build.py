@@ -79,7 +79,12 @@ def test_a_broken_source_fails_with_the_message_of_the_compiler(project: Path) -
 def test_the_wheel_holds_both_packages_and_nothing_else(project: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", tmp_path, "."]
     result = subprocess.run(
-        command, cwd=project, env={**os.environ, "PARROT_CUDA": "0", "CXXFLAGS": "-O0"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=project,
+        env={**os.environ, "PARROT_CUDA": "0", "CXXFLAGS": "-O0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("parrot_sys-*.whl")

@@ -46,7 +46,9 @@ def test_everything_imports_without_accelerators_and_without_cuda() -> None:
 
 
 def test_the_command_imports_neither_torch_nor_megatron() -> None:
-    code = "import sys, parrot_sys.__main__; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, parrot_sys.__main__; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    )
     assert run_python(code) == "[]"
 
 

@@ -56,7 +56,17 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
 
 
 def test_flags_win_over_presets() -> None:
-    argv = ["--config", "parrot_instruct", "--optimizer.lr", "3e-5", "--output", "run", "--data.paths", "a.json", "b.json"]
+    argv = [
+        "--config",
+        "parrot_instruct",
+        "--optimizer.lr",
+        "3e-5",
+        "--output",
+        "run",
+        "--data.paths",
+        "a.json",
+        "b.json",
+    ]
     config = parse_config(TrainConfig, argv)
     assert config.optimizer.lr == 3e-5
     assert config.data.paths == ("a.json", "b.json")

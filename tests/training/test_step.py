@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
@@ -183,7 +184,9 @@ def test_micro_batch_reduction_is_the_mean_of_means_of_those_that_have_labels(la
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_auxiliary_losses_are_over_all_ranks(ranks: int) -> None:
-    moe = TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=20, routing="topk", topk=2, aux_loss_coeff=0.5, z_loss_coeff=0.1)
+    moe = TextGuidedMoEConfig(
+        num_experts=3, ffn_hidden_size=20, routing="topk", topk=2, aux_loss_coeff=0.5, z_loss_coeff=0.1
+    )
     config = dataclasses.replace(CONFIG, moe=moe)
     both = make_batch((*MIXED, *MIXED), seed=5)
     halves = _halves(both)

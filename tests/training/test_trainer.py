@@ -90,7 +90,11 @@ def test_killed_run_goes_on_bit_equal(ranks: int, tmp_path: Path) -> None:
     _run(whole, ranks)
     killed = tiny_config(tmp_path, output="killed")
     # Checkpoints stand at steps 3 and 6; an epoch has 4 steps, so both lie in mid-epoch.
-    for hook in (_signal_before(6, signal.SIGKILL, rank=ranks - 1), _kill_in_save(6), _signal_before(8, signal.SIGKILL)):
+    for hook in (
+        _signal_before(6, signal.SIGKILL, rank=ranks - 1),
+        _kill_in_save(6),
+        _signal_before(8, signal.SIGKILL),
+    ):
         with pytest.raises(RuntimeError, match="ranks failed"):
             _run(killed, ranks, hook)
     (summary, *_) = _run(killed, ranks)
@@ -173,7 +177,8 @@ def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_cached_features_train_like_images(ranks: int, tmp_path: Path) -> None:
     plain, cached = (
-        tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached") for name in ("plain", "cached")
+        tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached")
+        for name in ("plain", "cached")
     )
     _run(plain, ranks)
     _run(cached, ranks)
@@ -209,14 +214,20 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
     assert sum(record["samples"] for record in records) == 64
     assert records[0]["lr/projector"] == pytest.approx(2 * records[0]["lr"])
     assert records[-1]["lr"] < records[0]["lr"]
-    assert {"grad_norm", "tokens_per_second", "seconds", "epoch", "loss/tr", "experts/tr/probability"} <= records[0].keys()
+    assert {"grad_norm", "tokens_per_second", "seconds", "epoch", "loss/tr", "experts/tr/probability"} <= records[
+        0
+    ].keys()
     assert sum(records[0]["experts/tr/probability"]) == pytest.approx(1.0, rel=1e-5)
     assert [r["finished"] for r in read_metrics(config.output, "summary")] == [True]
     assert list((Path(config.output) / "tensorboard").iterdir())
     folder = Path(config.output) / "checkpoints" / "step-00000008"
-    assert {"config.yaml", "model_config.yaml", "processor", "metadata.json"} <= {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "model_config.yaml", "processor", "metadata.json"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert (Path(config.output) / "config.yaml").read_text() == (folder / "config.yaml").read_text()
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {p.name for p in (Path(config.output) / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= {
+        p.name for p in (Path(config.output) / "hf").iterdir()
+    }
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
@@ -238,7 +249,9 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
 
     (message,) = run_distributed(build, 1, wrong)
     assert "moe.w_down has (6, 96, 64), the model wants (6, 40, 64)" in message
-    (message,) = run_distributed(build, 1, dataclasses.replace(wrong, checkpoint=CheckpointConfig(load_from="/nowhere")))
+    (message,) = run_distributed(
+        build, 1, dataclasses.replace(wrong, checkpoint=CheckpointConfig(load_from="/nowhere"))
+    )
     assert message.startswith("CheckpointError") and "/nowhere" in message
     again = dataclasses.replace(base, checkpoint=CheckpointConfig(load_from=str(MODEL), resume=False))
     (message,) = run_distributed(build, 1, again)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
+
 from parrot_sys.data.config import DataConfig
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.training.config import (

@@ -13,8 +13,8 @@ Shapes: n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, 
     probs          [n, E], float32 (float64 for float64 x)
     topk_indices   [n, K], expert_offsets [E + 1], plan [n * K]: as `topk_routing` returns them
 
-Two forms. Dense runs every expert, all together one fat SwiGLU MLP: up-projection [n*V, H] x [H, E*2*I], the
-weight is multiplied in its SwiGLU epilogue, the down-projection sums over experts by its inner dimension E*I and adds the
+Two forms. Dense runs every expert, all together one fat SwiGLU MLP: up-projection [n*V, H] x [H, E*2*I], the weight
+multiplied in its SwiGLU epilogue, a down-projection that sums over experts by its inner dimension E*I and adds the
 residual. Top-k computes only the chosen (image, expert) segments, sorted by expert.
 
 Saved for the backward pass: x and `z` only, the pre-activations of the up-projection, in the dtype of x:
@@ -24,10 +24,10 @@ With save_z false z is an empty [0] tensor, and a backward pass that gets such a
 Nothing E-fold and H-wide is ever formed: with h the UNWEIGHTED silu(g) * u and dh' = output_scale * dy @ down.T taken
 BEFORE the weight, d probs[i, e] is the sum of h * dh' over the rows of image i and the columns of expert e.
 
-Rules every back end keeps: accumulation in float32 (float64 for float64 x) inside each matrix product; every I >= 1 (no
-alignment); n = 0, V = 0 and experts that nobody chose are valid (zero gradients); deterministic; gradients that are not
-needed are neither computed nor allocated (an empty [0] tensor stands for them). Gradients of weights that no image chose
-are zeros; in the top-k form grad_probs is zero at experts that were not chosen.
+Rules every back end keeps: accumulation in float32 (float64 for float64 x) inside each matrix product; every I >= 1
+(no alignment); n = 0 and experts that nobody chose are valid (zero gradients); deterministic; gradients that are not
+needed are not returned (an empty [0] tensor stands for them) and cost no matrix product. In the top-k form grad_probs
+is zero at experts that were not chosen.
 
 Launchers (Scales = (residual_scale, output_scale); needs = (x, w_gate_up, w_down, probs) bools):
     expert_mlp_dense_fwd(x, w_gate_up, w_down, probs, scales, save_z) -> (y, z)

@@ -7,6 +7,7 @@ times smaller and serve the next expert again: they stay in the cache and their 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _dense_groups(probs: Tensor) -> list[_Group]:
 def _topk_groups(topk_indices: Tensor, expert_offsets: Tensor, plan: Tensor) -> list[_Group]:
     images = plan // topk_indices.shape[1]
     offsets = expert_offsets.tolist()
-    return [_Group(e, slice(i, j), images[i:j]) for e, (i, j) in enumerate(zip(offsets, offsets[1:], strict=False))]
+    return [_Group(e, slice(i, j), images[i:j]) for e, (i, j) in enumerate(pairwise(offsets))]
 
 
 class _Up:

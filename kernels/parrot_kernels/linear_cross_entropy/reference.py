@@ -1,4 +1,4 @@
-"""Plain PyTorch `linear_cross_entropy` in blocks of vocabulary columns, fp32 inside; any device, no host synchronisation."""
+"""Plain PyTorch `linear_cross_entropy` in blocks of vocabulary columns, fp32 inside; any device, no host sync."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ def _own_targets(targets: Tensor, first: int, last: int) -> tuple[Tensor, Tensor
     return column.clamp(0, last - first - 1), (column >= 0) & (column < last - first)
 
 
-def linear_cross_entropy_fwd(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_fwd(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int
+) -> tuple[Tensor, Tensor]:
     """See the contract in the package docstring."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    lse = hidden.new_full((hidden.shape[0],), float("-inf"))
-    target_logits = torch.zeros_like(lse)
+    # A running maximum and sum: adding up the log-sum-exp of blocks would round once for each of them.
+    top = hidden.new_full((hidden.shape[0],), float("-inf"))
+    total, target_logits = torch.zeros_like(top), torch.zeros_like(top)
     for start, stop in _blocks(hidden.shape[0], weight.shape[0]):
         logits = hidden @ weight[start:stop].to(hidden.dtype).T
         column, own = _own_targets(targets, vocab_start + start, vocab_start + stop)
         target_logits += (logits.gather(1, column) * own)[:, 0]
-        lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
-    return lse, target_logits
+        new_top = torch.maximum(top, logits.amax(dim=1))
+        total = total * (top - new_top).exp() + logits.sub_(new_top[:, None]).exp_().sum(dim=1)
+        top = new_top
+    return top + total.log(), target_logits
 
 
 def linear_cross_entropy_bwd(

@@ -3,8 +3,8 @@
 For image s with text span t in [text_start[s], text_end[s]):
     a[s, t]   = softmax over t of scale * query[s] . text[t]
     logits[s] = sum over t of a[s, t] * (text[t] @ router_weight.T)
-This equals `(softmax(query @ text.T * scale) @ text) @ router_weight.T` (Parrot, arXiv 2406.02539, eq. 2 and 3) with the
-router applied first, so that no hidden-wide context is formed and each text row is read once in the forward pass.
+This equals `(softmax(query @ text.T * scale) @ text) @ router_weight.T` (Parrot, arXiv 2406.02539, eq. 2 and 3) with
+the router applied first, so that no hidden-wide context is formed and each text row is read once in the forward pass.
 
 Shapes: S images, T text rows, H hidden_size, E experts.
     query          [S, H], float; the last dimension contiguous
@@ -25,5 +25,6 @@ Launchers (same names and signatures in every back end):
     text_guided_routing_bwd(grad_logits, grad_lse, query, text, text_start, text_end, router_weight, logits, lse, scale,
                             needs) -> (grad_query, grad_text, grad_router_weight)
         grad_lse may be None; needs = (query, text, router_weight) bools.
-    why_not(*args) -> reason why this back end cannot take these forward arguments (no arguments: this machine), or None.
+    why_not(*args) -> None, or the reason why this back end cannot take these forward arguments (without arguments: why
+        it cannot run on this machine). Called before a launcher; it also loads what the launcher needs.
 """

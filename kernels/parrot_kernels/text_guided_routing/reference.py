@@ -13,7 +13,9 @@ def why_not(*args: object) -> str | None:
     return None
 
 
-def _attention(query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attention(
+    query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention weights [S, T] (zero outside the span) and lse [S]."""
     rows = torch.arange(text.shape[0], device=text.device)
     outside = (rows < text_start[:, None]) | (rows >= text_end[:, None])

@@ -2,8 +2,8 @@
 
 Shapes: n rows (images; tokens later), E experts, K topk.
     logits             [n, E], float
-    probs              [n, E], weight of each chosen expert, zeros elsewhere: scores, divided by their sum over the chosen
-                       ones when `renormalize`
+    probs              [n, E], weight of each chosen expert, zeros elsewhere: scores, divided by their sum over the
+                       chosen ones when `renormalize`
     scores             [n, E], softmax over all experts (what load-balancing statistics need)
     lse                [n], log-sum-exp of the logits (what the z-loss needs)
     topk_indices       [n, K], int64, by falling logit; of equal logits the smaller index is chosen and comes first

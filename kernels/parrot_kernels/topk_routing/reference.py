@@ -29,7 +29,8 @@ def topk_routing_fwd(
     probs = torch.zeros_like(scores).scatter(1, topk_indices, chosen)
     flat = topk_indices.flatten()
     plan = flat.argsort(stable=True)
-    tokens_per_expert = torch.zeros_like(scores, dtype=torch.int32).scatter(1, topk_indices, 1).sum(0, dtype=torch.int32)
+    chosen_map = torch.zeros_like(scores, dtype=torch.int32).scatter(1, topk_indices, 1)
+    tokens_per_expert = chosen_map.sum(0, dtype=torch.int32)
     expert_offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=logits.device)
     expert_offsets[1:] = tokens_per_expert.cumsum(0)
     return probs, scores, lse, topk_indices, tokens_per_expert, expert_offsets, plan

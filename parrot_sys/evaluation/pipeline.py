@@ -1,0 +1,122 @@
+"""Resumable steps: each runs a command once for its settings and leaves a stamp; the next start skips what is done.
+
+A step's key is the hash of its settings and of the keys of the steps it builds on, so that a changed setting runs it
+and everything behind it again. A step that was interrupted keeps its folder and goes on there, as training and
+evaluation do by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parrot_sys.errors import ParrotError
+
+
+class PipelineError(ParrotError):
+    """A step's command failed; its own output says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A step that is done."""
+
+    name: str
+    folder: Path
+    """What it wrote."""
+    key: str
+    seconds: float
+    """Work on it, over all starts."""
+
+
+class Pipeline:
+    """Steps below one folder: results in ROOT/NAME, stamps in ROOT/stamps/NAME.json."""
+
+    def __init__(self, root: Path, *, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            root: folder of the run; made when needed.
+            say: prints one line.
+        """
+        self.root = root
+        self.say = say
+        self.steps: list[Step] = []
+        self.seconds = 0.0
+        """Work of this start."""
+
+    def step(
+        self,
+        name: str,
+        action: Callable[[Path], object],
+        settings: Mapping[str, Any] | None = None,
+        after: Sequence[Step] = (),
+    ) -> Step:
+        """Runs `action(folder)` unless it is done for the same settings.
+
+        Args:
+            name: of the step and its folder; may hold slashes.
+            action: does the work; goes on where it was when it is called again on the same folder.
+            settings: plain values that decide the result.
+            after: steps whose results it reads.
+        """
+        folder = self.root / name
+        key = _key({"name": name, "settings": settings or {}, "after": [step.key for step in after]})
+        path = self.root / "stamps" / f"{name.replace('/', '.')}.json"
+        stamp = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if stamp.get("key") != key:
+            # What stands there belongs to other settings.
+            shutil.rmtree(folder, ignore_errors=True)
+            stamp = {"key": key, "done": False, "seconds": 0.0}
+        if stamp["done"] and folder.exists():
+            self.say(f"[{name}] done before ({stamp['seconds']:.0f} s)")
+        else:
+            self.say(f"[{name}] {'goes on' if stamp['seconds'] or folder.exists() else 'starts'}")
+            stamp["done"] = False
+            self._run(action, folder, stamp, path)
+            self.say(f"[{name}] done in {stamp['seconds']:.0f} s")
+        done = Step(name=name, folder=folder, key=key, seconds=stamp["seconds"])
+        self.steps.append(done)
+        return done
+
+    def _run(self, action: Callable[[Path], object], folder: Path, stamp: dict[str, Any], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, stamp)
+        begin = time.perf_counter()
+        try:
+            action(folder)
+            stamp["done"] = True
+        finally:
+            seconds = time.perf_counter() - begin
+            self.seconds += seconds
+            stamp["seconds"] += seconds
+            _write(path, stamp)
+
+    def command(self, arguments: Sequence[str]) -> None:
+        """Runs a program with its output on this terminal.
+
+        Raises:
+            PipelineError: it ended with an error.
+        """
+        self.say("$ " + " ".join(arguments))
+        code = subprocess.run(arguments, check=False).returncode
+        if code:
+            raise PipelineError(
+                f"exit code {code} of: {' '.join(arguments)}\nMend what it says and start again to go on here"
+            )
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, stamp: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+    temporary.replace(path)

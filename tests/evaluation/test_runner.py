@@ -1,0 +1,256 @@
+"""Running tables with a scripted model: resume, settings, files for the public kit, routing checks, scores, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.main import EvalConfig, evaluate, summary
+from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
+from parrot_sys.evaluation.runner import Item, Prediction, Routing, check_experts, load_tables, make_items
+from tests.evaluation.tables import picture, write_table
+
+WORDS = {"en": ["cat", "dog"], "cn": ["猫", "狗"], "pt": ["gato", "cão"]}
+
+
+class Scripted:
+    """Answers by a rule and counts what it was asked."""
+
+    def __init__(self, answer: Callable[[Item, Routing], str] | None = None, change: float = 1.0) -> None:
+        self.answer = answer or (lambda item, routing: item.question.answer if routing == "model" else "A")
+        self.change = change
+        self.settings: Mapping[str, Any] = {"checkpoint": "abc", "mode": "generate"}
+        self.has_experts = True
+        self.asked: list[tuple[str, Routing, int]] = []
+        self.guides: list[str | None] = []
+        self.fail_after: int | None = None
+
+    def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
+        if self.fail_after is not None and len(self.asked) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.asked += [(item.table.language, routing, item.question.index) for item in items]
+        self.guides += [item.guidance_prompt for item in items]
+        weights = {"en": [0.5, 0.5], "zh": [0.25, 0.75], "pt": [1.0, 0.0]}
+        return [Prediction(response=self.answer(item, routing), experts=weights[item.table.language]) for item in items]
+
+    def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
+        assert all((item.guidance_prompt is not None) == (routing == "other-language") for item in items)
+        return self.change
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three languages, two splits, four questions of which two have a rotation, one shared picture."""
+    for suffix, words in WORDS.items():
+        rows: list[dict[str, Any]] = [
+            {"index": 1, "answer": "A", "split": "style", "category": "x", "image": picture((9, 9, 9), (30, 30))},
+            {"index": 2, "answer": "B", "split": "style", "category": "y", "image": 1},
+            {"index": 3, "answer": "B", "split": "concept", "category": "x", "image": 1},
+            {"index": 4, "answer": "A", "split": "concept", "category": "x", "image": 1},
+            {"index": 1_000_001, "answer": "B", "split": "style", "category": "x", "image": 1},
+            {"index": 1_000_003, "answer": "A", "split": "concept", "category": "x", "image": 1},
+        ]
+        options = dict(zip("AB", words, strict=True))
+        write_table(
+            tmp_path / "data" / f"mmmb_{suffix}.tsv", [{"question": f"{suffix}?", **options, **r} for r in rows]
+        )
+    return tmp_path / "data"
+
+
+def config(folder: Path, **more: Any) -> EvalConfig:
+    values = {
+        "checkpoint": folder.parent / "m",
+        "data": (folder,),
+        "output": folder.parent / "out",
+        "batch_size": 2,
+        **more,
+    }
+    return EvalConfig(**values)
+
+
+def test_scores_and_report(data: Path, tmp_path: Path) -> None:
+    model = Scripted()
+    evaluate(config(data, routing=("model", "off", "other-language")), model)
+    content = build_report(ReportInput(evaluation=tmp_path / "out", output=tmp_path / "report", notes=["Some note."]))
+    everywhere = {"en": 100.0, "zh": 100.0, "pt": 100.0}
+    assert {key: content[key] for key in ("style", "concept")} == {"style": everywhere, "concept": everywhere}
+    assert list(content["style"]) == ["en", "zh", "pt"]
+    # always answering A: one of three style rows, two of three concept rows; of the questions only number 4
+    off = content["details"]["routing"]["off"]
+    assert off["style"]["pt"] == {"plain": pytest.approx(100 / 3), "circular": 0.0, "n": 3, "n_questions": 2}
+    assert off["concept"]["pt"] == {"plain": pytest.approx(200 / 3), "circular": 50.0, "n": 3, "n_questions": 2}
+    assert content["details"]["experts"]["style"]["zh"] == [0.25, 0.75]
+    assert content["details"]["logit_change"]["concept"]["en"] == {"off": 1.0, "other-language": 1.0}
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["style"] == content["style"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "> Some note." in text
+    assert "| **plain** | 100.0 | 100.0 | 100.0 | 100.0 |" in text
+    assert "| routing off, circular | 0.0 | 0.0 | 0.0 | 0.0 |" in text
+    assert "| guessing, plain | 50.0 | 50.0 | 50.0 | 50.0 |" in text
+    for image in ("accuracy.png", "category_style.png", "experts_concept.png"):
+        assert f"]({image})" in text
+        assert (tmp_path / "report" / image).stat().st_size > 5000
+    assert "plain *, routing off | 33.3 | 33.3 | 33.3 |" in summary(tmp_path / "out")
+
+
+def test_other_language_guides_with_the_next_language_that_is_there(data: Path) -> None:
+    model = Scripted()
+    evaluate(config(data, routing=("other-language",), languages=("en", "pt")), model)
+    guides = dict(zip(((language, index) for language, _, index in model.asked), model.guides, strict=True))
+    assert "cn?\nA. 猫" in str(guides["en", 1])  # zh comes after en, although zh itself is not evaluated
+    assert "en?\nA. cat" in str(guides["pt", 3])  # ar, tr and ru have no table
+
+
+def test_other_language_needs_the_same_rows(data: Path) -> None:
+    path = data / "mmmb_cn.tsv"
+    path.write_text(
+        "\n".join(
+            line
+            for line in path.read_text().split("\n")
+            if not line.startswith("1000003") and "\t1000003\t" not in line
+        )
+    )
+    with pytest.raises(DataError, match=r"mmmb_cn\.tsv lacks index 1000003 of .*mmmb_en\.tsv"):
+        evaluate(config(data, routing=("other-language",), languages=("en",)), Scripted())
+    tables = load_tables([data / "mmmb_en.tsv"], (), None)
+    with pytest.raises(DataError, match="needs mmmb in a second language"):
+        make_items(tables[0], "other-language", {"en": tables[0]})
+
+
+def test_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    model = Scripted()
+    model.fail_after = 8  # in the second table
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(data), model)
+    stores = sorted((tmp_path / "out").rglob("*.jsonl"))
+    assert [len(path.read_text().splitlines()) - 1 for path in stores] == [6, 2]
+    with stores[1].open("a") as file:  # a kill in the middle of a line
+        file.write('{"index": 3, "resp')
+    again = Scripted()
+    evaluate(config(data), again)
+    assert sorted(model.asked + again.asked) == sorted(
+        (language, "model", index) for language in ("en", "zh", "pt") for index in (1, 2, 3, 4, 1_000_001, 1_000_003)
+    )
+    third = Scripted()
+    evaluate(config(data, rules="2024", batch_size=5), third)  # rules and batch size do not decide answers
+    assert third.asked == []
+
+
+def test_other_checkpoint_is_refused_or_starts_anew(data: Path) -> None:
+    evaluate(config(data, languages=("en",)), Scripted())
+    other = Scripted(answer=lambda item, routing: "B")
+    other.settings = {"checkpoint": "def", "mode": "generate"}
+    with pytest.raises(ConfigError, match=r"checkpoint: 'abc' -> 'def'.*--overwrite"):
+        evaluate(config(data, languages=("en",)), other)
+    evaluate(config(data, languages=("en",), overwrite=True), other)
+    assert len(other.asked) == 6
+    assert load_scores(data.parent / "out")["style"]["model"]["en"]["scores"]["plain"] == pytest.approx(200 / 3)
+
+
+def test_changed_table_is_refused(data: Path) -> None:
+    evaluate(config(data, languages=("en",)), Scripted())
+    path = data / "mmmb_en.tsv"
+    path.write_text(path.read_text().replace("dog", "hog"))
+    with pytest.raises(ConfigError, match="table:"):
+        evaluate(config(data, languages=("en",)), Scripted())
+
+
+def test_limits(data: Path) -> None:
+    model = Scripted()
+    evaluate(config(data, languages=("en",), limit=1, routing=("model", "off")), model)
+    assert {index for _, _, index in model.asked} == {1, 1_000_001, 3, 1_000_003}
+    more = Scripted()
+    evaluate(config(data, languages=("en",), ablation_limit=1, routing=("model", "off")), more)
+    assert {index for _, routing, index in more.asked if routing == "model"} == {2, 4}  # the rest was there
+    assert not [index for _, routing, index in more.asked if routing == "off"]
+
+
+def test_files_for_the_public_kit(data: Path, tmp_path: Path) -> None:
+    answers = {1: "=A", 2: "B\x07", 3: "", 4: "A. cat", 1_000_001: "x\u2028y", 1_000_003: " dog\n"}
+    model = Scripted(answer=lambda item, routing: answers[item.question.index])
+    evaluate(config(data, languages=("en", "pt"), name="parrot"), model)
+    folder = tmp_path / "out" / "mmmb" / "model"
+    frame = pd.read_excel(folder / "parrot_MMMB_pt.xlsx")
+    assert sorted(frame.columns) == ["A", "B", "answer", "category", "index", "prediction", "question", "split"]
+    assert frame["index"].tolist() == [1, 2, 3, 4, 1_000_001, 1_000_003]
+    assert frame["index"].dtype == "int64"
+    # text stays text, control characters are dropped, and only English answers are cut to their letter
+    assert frame["prediction"].fillna("").tolist() == ["=A", "B", "", "A. cat", "x\u2028y", "dog"]
+    assert pd.read_excel(folder / "parrot_MMMB_en.xlsx")["prediction"].fillna("").tolist()[3] == "A"
+    tsv = pd.read_csv(folder / "parrot_MMMB_pt.tsv", sep="\t")
+    assert tsv["prediction"].tolist()[0] == "=A"
+    assert Scripted().asked == []
+    again = Scripted()
+    evaluate(config(data, languages=("pt",), name="parrot"), again)  # odd answers survive the way through the file
+    assert again.asked == []
+
+
+def test_bypassed_experts_fail_the_run(data: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"routing 'off' changes no logit over 6 questions of .*the experts are bypassed"
+    ):
+        evaluate(config(data, languages=("en",)), Scripted(change=0.0))
+    without = Scripted(change=0.0)
+    without.has_experts = False
+    evaluate(config(data, languages=("en",)), without)  # nothing to bypass
+    (table,) = load_tables([data / "mmmb_en.tsv"], (), None)
+    assert check_experts(make_items(table, "off", {}), Scripted(change=0.5), "off") == 0.5
+
+
+def test_tables_that_do_not_go_together(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no table for language 'ru'; the given data has en, pt, zh"):
+        load_tables([data], ("ru",), None)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "mmmb_en.tsv").write_text((data / "mmmb_en.tsv").read_text())
+    with pytest.raises(DataError, match="are both mmmb in en"):
+        load_tables([data, tmp_path / "more"], (), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"limit": 0}, "limit must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"data": ()}, "data must name"),
+        ({"routing": ("off", "off")}, "routing must name each"),
+        ({"output": Path("m/out"), "checkpoint": Path("m")}, "output must lie outside the checkpoint"),
+    ],
+)
+def test_bad_settings(data: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(data, **change)
+
+
+def test_headline_follows_the_kit() -> None:
+    names = ["MMMB_en", "MMBench_dev_cn", "CCBench", "MyCircularSet", "style"]
+    assert [headline(name) for name in names] == ["plain", "circular", "circular", "circular", "plain"]
+
+
+def test_report_without_scores(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="run parrot eval first"):
+        build_report(ReportInput(evaluation=tmp_path, output=tmp_path))
+
+
+def test_report_with_training_curves(data: Path, tmp_path: Path) -> None:
+    evaluate(config(data, languages=("en",)), Scripted())
+    run = tmp_path / "run"
+    run.mkdir()
+    records: list[dict[str, Any]] = [{"kind": "train", "step": s, "loss": 3.0 / s} for s in (1, 2, 3)]
+    records += [{"kind": "validation", "step": 3, "loss": 1.5}, {"kind": "summary", "step": 3, "seconds": 9}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    content = build_report(ReportInput(evaluation=tmp_path / "out", output=tmp_path / "r", runs={"stage 1": run}))
+    assert content["details"]["training"]["stage 1"] == {
+        "steps": 3,
+        "first_loss": 3.0,
+        "last_loss": 1.0,
+        "validation_loss": 1.5,
+    }
+    assert (tmp_path / "r" / "loss.png").stat().st_size > 5000
+    assert "| stage 1 | 3 | 3.000 | 1.000 | 1.500 |" in (tmp_path / "r" / "report.md").read_text()

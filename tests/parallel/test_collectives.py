@@ -1,0 +1,68 @@
+"""Collectives with autograd on two gloo ranks, and the vocabulary split over them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from parrot_sys.parallel import (
+    all_reduce_max,
+    copy_to_group,
+    reduce_from_group,
+    vocab_parallel_linear_cross_entropy,
+)
+from parrot_sys.testing.distributed import run_distributed
+
+
+def test_one_process_sends_nothing() -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert reduce_from_group(x, None) is x
+    assert copy_to_group(x, None) is x
+    assert torch.equal(all_reduce_max(x, None), x)
+
+
+def test_values_and_gradients_on_two_ranks() -> None:
+    def on_rank(rank: int, _: int) -> dict[str, torch.Tensor]:
+        group = dist.group.WORLD
+        x = torch.tensor([1.0 + rank, 5.0 - rank], requires_grad=True)
+        factor = torch.tensor([2.0, 3.0 + rank])
+        results = {"max": all_reduce_max(x, group), "reduced": reduce_from_group(x, group)}
+        (results["reduce_grad"],) = torch.autograd.grad((results["reduced"] * factor).sum(), x)
+        results["copied"] = copy_to_group(x, group)
+        (results["copy_grad"],) = torch.autograd.grad((results["copied"] * factor).sum(), x)
+        return {name: value.detach() for name, value in results.items()}
+
+    for rank, results in enumerate(run_distributed(on_rank, 2)):
+        assert results["max"].tolist() == [2.0, 5.0]
+        assert results["reduced"].tolist() == [3.0, 9.0]
+        assert results["reduce_grad"].tolist() == [2.0, 3.0 + rank]
+        assert results["copied"].tolist() == [1.0 + rank, 5.0 - rank]
+        assert results["copy_grad"].tolist() == [4.0, 7.0]
+
+
+def test_vocabulary_over_two_ranks_gives_the_loss_of_one_process() -> None:
+    hidden = torch.randn(6, 8, dtype=torch.float64)
+    weight = torch.randn(21, 8, dtype=torch.float64)
+    targets = torch.tensor([0, 20, 10, 11, 5, 3])
+    grad = torch.randn(6, dtype=torch.float64)
+    bounds = [(0, 11), (11, 21)]
+
+    def on_rank(rank: int, _: int) -> tuple[torch.Tensor, ...]:
+        start, stop = bounds[rank]
+        leaves = hidden.detach().clone().requires_grad_(), weight[start:stop].detach().clone().requires_grad_()
+        losses = vocab_parallel_linear_cross_entropy(*leaves, targets, vocab_start=start, group=dist.group.WORLD)
+        losses.backward(grad)
+        return losses.detach(), leaves[0].grad, leaves[1].grad
+
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    wanted = F.cross_entropy(leaves[0] @ leaves[1].T, targets, reduction="none")
+    wanted.backward(grad)
+    results = run_distributed(on_rank, 2)
+    for losses, grad_hidden, _ in results:
+        torch.testing.assert_close(losses, wanted.detach())
+        torch.testing.assert_close(grad_hidden, leaves[0].grad)
+    torch.testing.assert_close(torch.cat([result[2] for result in results]), leaves[1].grad)
+
+    alone = vocab_parallel_linear_cross_entropy(hidden.detach(), weight.detach(), targets)
+    torch.testing.assert_close(alone, wanted.detach())
