@@ -81,7 +81,10 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """HEAD, with `-dirty` when files differ from it."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return described.stdout.strip() or "unknown"
 

@@ -20,7 +20,9 @@ class ReleasedLoop(nn.Module):
         released = experts_to_released(state)
         self.router = nn.Parameter(released["gate.weight"].clone())
         self.experts = nn.ModuleList(
-            nn.ParameterDict({part: released[f"experts.{e}.{part}_proj.weight"].clone() for part in ("gate", "up", "down")})
+            nn.ParameterDict(
+                {part: released[f"experts.{e}.{part}_proj.weight"].clone() for part in ("gate", "up", "down")}
+            )
             for e in range(config.num_experts)
         )
 

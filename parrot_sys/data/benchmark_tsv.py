@@ -33,6 +33,7 @@ class BenchmarkQuestion:
 
     @property
     def concept(self) -> Concept:
+        """What the picture shows."""
         return self.options[self.answer]
 
 
@@ -42,7 +43,8 @@ def draw_questions(known: Sequence[Concept], unseen: Sequence[Concept], seed: in
     Wrong options come from the same split, so that a model cannot rule out names that it never saw with a picture.
     """
     questions = []
-    for split, concepts in (("style", known), ("concept", unseen)):
+    splits: list[tuple[Literal["style", "concept"], Sequence[Concept]]] = [("style", known), ("concept", unseen)]
+    for split, concepts in splits:
         for concept in concepts:
             generator = random.Random(f"{seed}:benchmark:{concept.key}")
             options = [concept, *draw_distractors(concept, concepts, generator, len(LETTERS) - 1)]

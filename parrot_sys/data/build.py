@@ -1,12 +1,12 @@
-"""`parrot data build`: pictures, conversations for each training stage, a tokenizer and benchmark tables, from vendored assets.
+"""`parrot data build`: pictures, conversations for each stage, a tokenizer and benchmark tables, from vendored assets.
 
 DIR/manifest.json           settings, their hash, and what was written
 DIR/text.json               stage 0: conversations about words, no pictures
 DIR/align.json              stage 1: what does the picture show?
 DIR/instruct.json           stage 2: several kinds of questions, some with several turns, some without a picture
-DIR/validation.json         multiple-choice questions about training concepts in pictures that no training set holds
+DIR/validation.json         multiple-choice questions about pictures of training concepts that no training set holds
 DIR/images/                 pictures in the training style and their variants
-DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, other drawing style) and `concept` (unknown concept)
+DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
 DIR/tokenizer/              a small Qwen2 tokenizer
 """
 
@@ -48,11 +48,11 @@ class DataBuildConfig:
     concepts: int = 300
     """Things that training pictures show."""
     held_out: int = 45
-    """Further things whose pictures are only in the benchmark's `concept` split (their names are in the text corpus)."""
+    """Further things with pictures in the benchmark's `concept` split only (their names are in the text corpus)."""
     languages: tuple[str, ...] = LANGUAGES
     """Languages of conversations and benchmark."""
     mix: str = ""
-    """Relative amount of alignment and instruction conversations per language, such as `en=1,zh=0.2`; 1 where not named."""
+    """Relative amount of conversations with pictures per language, such as `en=1,zh=0.2`; 1 where not named."""
     image_size: int = 128
     """Side of the pictures in pixels."""
     variants: int = 4
@@ -137,7 +137,8 @@ def build(config: DataBuildConfig) -> bool:
             return False
         if not config.overwrite:
             raise DataError(
-                f"{output} exists and was not built with these settings; fix: choose another --output or pass --overwrite"
+                f"{output} exists and was not built with these settings; "
+                "fix: choose another --output or pass --overwrite"
             )
         if _built_with(output) is None and any(output.iterdir()):
             raise DataError(f"{output} is not a data set that this command made (no {MANIFEST}); it is left as it is")
@@ -216,7 +217,7 @@ def _records(
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question alone. Stage `instruct`: drawn kinds, a quarter of the conversations with two turns."""
+    """Stage `align`: the open question alone. Stage `instruct`: drawn kinds, one conversation in four has two."""
     rounds = config.align_rounds if stage == "align" else config.instruct_rounds
     for language, weight in config.weights().items():
         for number in range(round(weight * rounds * len(known))):

@@ -57,6 +57,7 @@ class Concept:
 
     @property
     def l2_category(self) -> str:
+        """Coarser group of the category."""
         return L2_CATEGORY[self.category]
 
 
@@ -81,8 +82,8 @@ def choose_concepts(
 ) -> tuple[list[Concept], list[Concept]]:
     """Draw `count` concepts to train on and `held_out` others, both spread evenly over the categories.
 
-    Within a category those with the shortest names come first (fewest words over all languages): basic things such as "cat"
-    rather than "smiling cat with heart-eyes". The seed decides among equals.
+    Within a category those with the shortest names come first (fewest words over all languages): basic things such as
+    "cat" rather than "smiling cat with heart-eyes". The seed decides among equals.
 
     Raises:
         ConfigError: when there are fewer vendored concepts than asked for.
@@ -90,7 +91,8 @@ def choose_concepts(
     concepts = load_concepts() if concepts is None else concepts
     if count < 4 or held_out < 0 or count + held_out > len(concepts):
         raise ConfigError(
-            f"concepts (>= 4) and held_out (>= 0) must sum to at most {len(concepts)}, the vendored concepts; got {count} and {held_out}"
+            f"concepts (>= 4) and held_out (>= 0) must sum to at most {len(concepts)}, the vendored concepts; "
+            f"got {count} and {held_out}"
         )
     generator = random.Random(f"{seed}:concepts")
     by_category: dict[str, list[Concept]] = {}

@@ -1,7 +1,7 @@
 """Conversations of the default data set: several kinds of questions about pictures and words, in six languages.
 
-A conversation is a LLaVA/Parrot record `{id, image?, lang, conversations: [{from, value}, ...]}`. Everything drawn at random depends on
-the seed, the stage and the record only, so that a data set built again is the same to the byte.
+A conversation is a LLaVA/Parrot record `{id, image?, lang, conversations: [{from, value}, ...]}`. Everything drawn at
+random depends on the seed, the stage and the record only, so that a data set built again is the same to the byte.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ class Asker:
 
     @property
     def phrases(self) -> Mapping[str, Any]:
+        """Wordings in this language."""
         return load_phrases()[self.language]
 
     def name(self, concept: Concept) -> Turn:
+        """What does the picture show? The name."""
         return self.generator.choice(self.phrases["name"]), concept.names[self.language]
 
     def name_choice(self, concept: Concept) -> Turn:
@@ -63,14 +65,17 @@ class Asker:
         return self._choice_of_names(self.phrases["name"][0], concept)
 
     def category(self, concept: Concept) -> Turn:
+        """Which category does the picture belong to? Its name."""
         return self.phrases["category"], self.phrases["categories"][concept.category]
 
     def category_choice(self, concept: Concept) -> Turn:
+        """Which of four categories does the picture belong to?"""
         names = self.phrases["categories"]
         wrong = self.generator.sample(sorted(set(names) - {concept.category}), len(LETTERS) - 1)
         return self._choice(self.phrases["category"], names[concept.category], [names[other] for other in wrong])
 
     def yes_no(self, concept: Concept) -> Turn:
+        """Does the picture show the thing of that name?"""
         if self.generator.random() < 0.5:
             return self.phrases["yes_no"].format(name=concept.names[self.language]), self.phrases["yes"]
         other = draw_distractors(concept, self.pool, self.generator, 1)[0]
@@ -82,6 +87,7 @@ class Asker:
         return (self.phrases["keywords"], words) if words else self.name(concept)
 
     def translation(self, concept: Concept) -> Turn:
+        """The name in another language."""
         target = self.generator.choice([language for language in self.languages if language != self.language] or ["en"])
         question = self.phrases["translate"].format(
             name=concept.names[self.language], language=self.phrases["languages"][target]
@@ -94,16 +100,19 @@ class Asker:
         return self._choice_of_names(self.phrases["means"].format(name=concept.names[source]), concept)
 
     def riddle_choice(self, concept: Concept) -> Turn:
+        """Which of four names do these keywords describe?"""
         words = self._words(concept)
         if not words:
             return self.meaning_choice(concept)
         return self._choice_of_names(self.phrases["riddle"].format(words=words), concept)
 
     def word_category(self, concept: Concept) -> Turn:
+        """Which category does the word belong to?"""
         question = self.phrases["word_category"].format(name=concept.names[self.language])
         return question, self.phrases["categories"][concept.category]
 
     def word_keywords(self, concept: Concept) -> Turn:
+        """Keywords for the word; its category where CLDR has none."""
         words = self._words(concept)
         if not words:
             return self.word_category(concept)

@@ -1,7 +1,7 @@
 """The multiple-choice prompt that training conversations and the benchmark share.
 
-Wording and order follow the Parrot wrapper of the public evaluation kit (VLMEvalKit, vlmeval/vlm/parrot.py): hint, question,
-one line per option, then an instruction in the data set's language.
+Wording and order follow the Parrot wrapper of the public evaluation kit (VLMEvalKit, vlmeval/vlm/parrot.py): hint,
+question, one line per option, then an instruction in the data set's language.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ANSWER_SHORTLY = "Answer the question using a single word or phrase."
 
 
 def build_mcq_prompt(question: str, options: Mapping[str, str], language: str, hint: str | None = None) -> str:
-    """Text of one question: `[hint \\n] question \\n A. text \\n B. text ... \\n instruction`, without the image marker.
+    """Text of one question, without the image marker: hint, question, `A. text` and so on, instruction, a line each.
 
     Args:
         question: the question as the table gives it.

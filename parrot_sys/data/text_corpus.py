@@ -1,4 +1,4 @@
-"""Text-only conversations about the concepts' names: what the small decoder learns before it sees a picture (stage 0)."""
+"""Text-only conversations about the concepts' names: what the small decoder learns before any picture (stage 0)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parrot_sys.data.conversations import TEXT_TURNS, Asker, draw_turns, record
 def text_conversations(
     concepts: Sequence[Concept], languages: Sequence[str], *, rounds: int, turns: int, seed: int, stage: str = "text"
 ) -> Iterator[dict[str, Any]]:
-    """`rounds` times over all concepts in every language, `turns` questions to a conversation, each about another concept."""
+    """`rounds` times over all concepts in every language, `turns` questions each in a conversation."""
     for language in languages:
         for number in range(rounds):
             generator = random.Random(f"{seed}:{stage}:{language}:{number}")

@@ -19,7 +19,7 @@ _WORDS = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, model_max_length: int = 2048) -> int:
-    """Learn at most `vocab_size` entries (three special ones included) from `texts` and write the tokenizer's files to `output`.
+    """Learn at most `vocab_size` entries (three special ones included) from `texts`; write the files to `output`.
 
     Returns:
         Number of entries. The special ones come last, as in Qwen2.
@@ -45,7 +45,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, mode
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(output / "tokenizer.json"))
     tokenizer.model.save(str(output))  # vocab.json and merges.txt, which the slow tokenizer reads
-    first_special = tokenizer.token_to_id(END_OF_TEXT)
+    size = tokenizer.get_vocab_size()
+    first_special = size - len(_SPECIAL)
     _write(output / "added_tokens.json", {token: first_special + i for i, token in enumerate(_SPECIAL)})
     roles = {"eos_token": TURN_END, "pad_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     extra = {"additional_special_tokens": [TURN_START, TURN_END]}
@@ -65,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, mode
             **extra,
         },
     )
-    return tokenizer.get_vocab_size()
+    return size
 
 
 def _write(path: Path, content: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
-"""`parrot data vendor`: make the vendored assets again from their public sources (for maintainers; users never need it).
+"""`parrot data vendor`: make the vendored assets again from their public sources (for maintainers, not for users).
 
-Sources: npm `cldr-annotations-full` (names and keywords), Unicode `emoji-test.txt` (groups), the Noto Color Emoji font (pictures).
+Sources: npm `cldr-annotations-full` (names and keywords), Unicode `emoji-test.txt` (groups), the Noto Color Emoji font
+(pictures).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _NOTO_BITMAP_SIZE = 109  # the only size the bitmap font holds
 _MAX_KEYWORDS = 6
 _VARIATION_SELECTOR = "\ufe0f"
 
-# Subgroup of emoji-test.txt (or its prefix up to `*`) -> category. What is not listed is left out: flags, symbols, hearts, clocks
-# and the like differ by a sign or a shade only, which is no question about what a picture shows.
+# Subgroup of emoji-test.txt (or its prefix up to `*`) -> category. Left out is what is not listed: flags, symbols,
+# hearts and the like differ by a sign or a shade only, which is no question about what a picture shows.
 CATEGORY_OF_SUBGROUP: Mapping[str, str] = {
     "face-*": "faces",
     "cat-face": "faces",
@@ -79,6 +80,8 @@ _CLOCK_FACES = range(0x1F550, 0x1F568)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VendorConfig:
+    """Where the sources lie and where the assets go."""
+
     cldr: Path
     """Unpacked npm package cldr-annotations-full (the folder that holds `annotations/`)."""
     emoji_test: Path = Path("/usr/share/unicode/emoji/emoji-test.txt")

@@ -116,8 +116,13 @@ def evaluate(config: EvalConfig, predictor: Predictor) -> None:
 
     Raises:
         DataError: something is wrong with a table.
-        ConfigError: `output` holds other answers, or the experts are bypassed.
+        ConfigError: `output` holds other answers, or the experts are missing or bypassed.
     """
+    if config.routing != ("model",) and not predictor.has_experts:
+        raise ConfigError(
+            f"routing {' '.join(config.routing)} needs experts, but {config.checkpoint} has none or does not use them; "
+            "evaluate it with --routing model"
+        )
     tables = load_tables(config.data, config.languages, None)
     translations: dict[str, dict[str, QuestionSet]] = {}
     # all languages guide, also those that are not evaluated

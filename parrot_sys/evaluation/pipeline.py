@@ -92,6 +92,8 @@ class Pipeline:
         try:
             action(folder)
             stamp["done"] = True
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped; the same command goes on here") from None
         finally:
             seconds = time.perf_counter() - begin
             self.seconds += seconds

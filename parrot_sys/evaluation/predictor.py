@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parrot_sys import platform
-from parrot_sys.data.packing import Sample
+from parrot_sys.data.packing import Sample, expanded_lengths
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
@@ -62,12 +62,12 @@ class ModelPredictor:
         override = self._override(items, routing)
         if self.mode == "likelihood":
             return self._by_likelihood(items, override)
-        tokenizer = self.processor.tokenizer
+        tokenizer, samples = self.processor.tokenizer, self._samples(items)
         tokens, routes = generate_tokens(
             self.model,
-            self._samples(items),
+            samples,
             SamplingConfig(),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self._room(samples),
             eos_token_ids=self.eos_token_ids,
             pad_token_id=tokenizer.pad_token_id,
             override=override,
@@ -85,6 +85,13 @@ class ModelPredictor:
         own, _, _ = prefill(self.model, samples, 0)
         changed, _, _ = prefill(self.model, samples, 0, self._override(items, routing))
         return (own - changed).abs().max().item()
+
+    def _room(self, samples: Sequence[Sample]) -> int:
+        """Longest answer: as asked for, or what the decoder's positions leave behind the longest prompt."""
+        parrot = self.model.parrot
+        positions, rows = parrot.llm.max_position_embeddings, parrot.vision.num_visual_rows
+        longest = max(expanded_lengths(sample.input_ids.numpy(), rows, positions)[1] for sample in samples)
+        return min(self.max_new_tokens, max(1, positions - longest))
 
     def _by_likelihood(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
         logits, _, routes = prefill(self.model, self._samples(items), 0, override)
@@ -107,8 +114,7 @@ class ModelPredictor:
     def _override(self, items: Sequence[Item], routing: Routing) -> RoutingOverride | None:
         if routing == "model":
             return None
-        if not self.has_experts:
-            raise ConfigError(f"--routing {routing} needs experts, but the checkpoint has none (or does not use them)")
+        assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
         _, _, routes = prefill(self.model, self._samples(items, guidance=True), 0)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parrot_sys import platform
-from parrot_sys.cli import list_presets
+from parrot_sys.cli import list_presets, parse_config
+from parrot_sys.data.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 
@@ -45,11 +46,16 @@ def num_processes() -> int:
 
 
 def build_data(pipeline: Pipeline, flags: Sequence[str] = ()) -> Step:
-    """The default data set."""
+    """The default data set, with further settings of `parrot data build`."""
+
+    def arguments(folder: Path) -> list[str]:
+        return ["--output", str(folder), *flags]
+
+    fingerprint = parse_config(DataBuildConfig, arguments(pipeline.root / "data")).fingerprint()
     return pipeline.step(
         "data",
-        lambda folder: pipeline.command(_parrot("data", "build", "--output", str(folder), *flags)),
-        {"flags": list(flags)},
+        lambda folder: pipeline.command(_parrot("data", "build", *arguments(folder))),
+        {"fingerprint": fingerprint},
     )
 
 
@@ -80,7 +86,9 @@ def train(
         arguments += ["--validation.paths", str(data.folder / "validation.json")]
     if start is not None:
         arguments += ["--checkpoint.load-from", str(released(start))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes())]
+    # torchrun sets one thread itself where nothing is set, but not without a warning
+    launcher = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(num_processes())]
 
     def run(folder: Path) -> None:
         pipeline.command([*launcher, str(TRAIN_SCRIPT), *arguments, *flags, "--output", str(folder)])

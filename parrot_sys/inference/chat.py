@@ -114,7 +114,7 @@ class ChatSession:
         output, routing = self.model.generate(
             input_ids,
             images=torch.stack(images) if images else None,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=min(self.max_new_tokens, max(1, self._room(input_ids, len(images)))),
             streamer=_Streamer(self.processor, on_text),
             return_routing=True,
             **sampling,
@@ -123,6 +123,12 @@ class ChatSession:
         self.turns += [user, {"from": "gpt", "value": text}]
         self.images, self.waiting = images, []
         return Answer(text=text, experts=None if routing is None else routing.probs.float().cpu())
+
+    def _room(self, input_ids: Tensor, images: int) -> int:
+        """Tokens that the decoder's positions leave for the answer."""
+        config = self.model.config
+        rows = input_ids.shape[1] + images * (config.vision.num_visual_rows - 1)
+        return config.llm.max_position_embeddings - rows
 
 
 class _Streamer(TextStreamer):

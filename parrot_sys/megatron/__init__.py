@@ -6,6 +6,7 @@ which has to happen first.
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 from parrot_sys.megatron import cpu_layer
@@ -14,4 +15,6 @@ from parrot_sys.megatron import cpu_layer
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning, module="megatron")
 # A default of Megatron's own configuration.
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning, module="megatron")
+# The decoder stands on GPTModel by choice: Megatron-Core 0.16 has no other.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()

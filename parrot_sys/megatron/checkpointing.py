@@ -1,4 +1,4 @@
-"""Model, optimizer and random state in Megatron's distributed checkpoint format (`torch_dist`), saved and loaded on any layout."""
+"""Model, optimizer and random state in Megatron's distributed checkpoints (`torch_dist`), which load on any layout."""
 
 from __future__ import annotations
 

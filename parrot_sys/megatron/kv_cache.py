@@ -12,7 +12,7 @@ class KVCache:
     """Cache of S requests for decoding: a packed prefill, then one row a request and step.
 
     The model writes to it and moves it on; the caller only creates it, reads `lengths` (the position of the next row of
-    each request) and calls `keep` to drop finished requests.
+    each request) and calls `keep` to drop finished requests. For use without autograd.
     """
 
     def __init__(self, num_samples: int, capacity: int, *, device: torch.device | str = "cpu") -> None:

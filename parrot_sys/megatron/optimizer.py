@@ -1,4 +1,4 @@
-"""Data-parallel wrapping and the optimizer: Megatron's gradient buffers and Adam, with a learning rate per component."""
+"""Data-parallel wrapping and the optimizer: Megatron's gradient buffers and Adam, a learning rate per component."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from parrot_sys.megatron.adam import install_adam
 from parrot_sys.megatron.parrot_model import COMPONENTS, ParrotModel
 
 
-def wrap_data_parallel(model: ParrotModel, *, distributed_optimizer: bool = False) -> DistributedDataParallel:
+def wrap_data_parallel(
+    model: ParrotModel, *, distributed_optimizer: bool = False, overlap: bool = False
+) -> DistributedDataParallel:
     """The model with gradient buffers for its trainable parameters; frozen ones get none.
 
     Gradients are SUMMED over the data-parallel ranks: the loss has to be divided by a count over all of them
-    (`calculate_per_token_loss` is Megatron's name for that). Call it after `set_trainable`. On GPUs the reduction of a bucket
-    overlaps with the rest of the backward pass; on the CPU both would fight for the same cores.
+    (`calculate_per_token_loss` is Megatron's name for that).
+
+    Args:
+        model: with its final `requires_grad` flags.
+        distributed_optimizer: the optimizer's state will be split over the data-parallel ranks.
+        overlap: reduce a bucket of gradients while the rest of the backward pass runs; on the CPU both would fight for
+            the same cores.
     """
-    on_gpu = next(model.parameters()).is_cuda
     model.config.calculate_per_token_loss = True
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=on_gpu,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=distributed_optimizer,
     )
     wrapped = DistributedDataParallel(model.config, settings, model)
     model.config.finalize_model_grads_func = _finalize
-    model.config.no_sync_func = wrapped.no_sync if on_gpu else None
+    model.config.no_sync_func = wrapped.no_sync if overlap else None
     return wrapped
 
 
 def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    # The loss is already divided by the labels of the whole step: without this, Megatron would scale the buffers once more.
+    # The loss is already divided by the labels of the whole step: Megatron must not scale the buffers once more.
     finalize_model_grads(model, None, **kwargs)
 
 

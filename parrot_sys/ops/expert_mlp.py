@@ -136,8 +136,10 @@ def _fake_grads(tensors: tuple[Tensor, ...], needs: list[bool]) -> _Grads:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.residual_scale, ctx.output_scale, _ = inputs
     z = output[1]
-    # z is handed to this op's own backward pass only.
+    # z is handed to this op's own backward pass only; without the second line autograd would fill a gradient of its
+    # size with zeros.
     ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, z)
 
 

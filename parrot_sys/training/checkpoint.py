@@ -1,4 +1,4 @@
-"""Folders of training checkpoints: written under another name and renamed when complete, found, pruned and cleaned up."""
+"""Folders of training checkpoints: written under another name, renamed when complete, found, pruned, cleaned up."""
 
 from __future__ import annotations
 

@@ -85,6 +85,7 @@ class TrainableConfig:
     """The decoder with embeddings, norms and LM head."""
 
     def as_dict(self) -> dict[str, bool]:
+        """Component -> whether it learns."""
         return {name: getattr(self, name) for name in COMPONENTS}
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints that are kept; older ones are removed."""
     load_from: str | None = None
-    """Weights to start from: a model in the released layout, or a training checkpoint or run (optimizer state not used)."""
+    """Weights to start from: a model in the released layout, a training checkpoint, or the output of another run."""
     resume: bool = True
     """Go on from the newest valid checkpoint of the output directory."""
     export: bool = True
@@ -179,7 +180,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Steps of the run."""
     loss_reduction: Literal["global", "micro_batch"] = "global"
-    """`global`: mean over the labels of the whole step; `micro_batch`: mean of the means of the micro-batches (released code)."""
+    """`global`: mean over all labels of the step; `micro_batch`: mean of the micro-batches' means (released code)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of parameters and activations; bf16 keeps fp32 main parameters and gradients in the optimizer."""
     recompute: Literal["none", "full"] = "none"
@@ -192,6 +193,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("output must name the directory of the run, got nothing: pass --output RUN_DIR")
+        if not self.data.paths:
+            raise ConfigError("data.paths must name at least one data set, got none")
+        if self.model.tokenizer_path is None and self.checkpoint.load_from is None:
+            raise ConfigError(
+                "model.tokenizer_path must name a tokenizer's directory, or checkpoint.load_from a model, got neither"
+            )
         if self.global_batch_size < 1:
             raise ConfigError(f"global_batch_size must be >= 1, got {self.global_batch_size}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -218,8 +225,8 @@ class TrainConfig:
         only_moe = not (self.trainable.vision or self.trainable.projector or self.trainable.llm)
         if only_moe:
             raise ConfigError(
-                f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and model.moe.num_experts={experts}: "
-                "switch the experts on or train another part"
+                f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
+                f"model.moe.num_experts={experts}: switch the experts on or train another part"
             )
 
     def _check_layout(self) -> None:

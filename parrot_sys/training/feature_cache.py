@@ -44,7 +44,9 @@ def fill_store(
     num_workers: int = 2,
     progress: bool = True,
 ) -> int:
-    """Computes and stores the features of images that have none yet; each rank takes its share, an interrupted run goes on.
+    """Computes and stores the features of images that have none yet; each rank takes its share.
+
+    An interrupted run goes on where it was.
 
     Args:
         store: from `open_store`.

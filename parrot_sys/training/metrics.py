@@ -28,12 +28,13 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800
 class StepMetrics:
     """Sums over micro-batches; `reduce` adds those of the other ranks. One vector, so one message a step.
 
-    All sums live in one float64 vector: scalars, then per language loss, labels and images, then per language and expert
-    probabilities and rows. Numbers that the host knows wait there until `reduce`, so that a GPU gets one copy of them.
+    All sums live in one float64 vector: scalars, then per language loss, labels and images, then per language and
+    expert probabilities and rows. Numbers that the host knows wait there until `reduce`: one copy to a GPU.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
         self.num_experts = num_experts
+        self.steps = 0
         languages = len(LANGUAGE_NAMES)
         self.sums = torch.zeros(len(_SCALARS) + languages * (3 + 2 * num_experts), dtype=torch.float64, device=device)
         parts = self.sums.split([len(_SCALARS), languages * 3, languages * num_experts, languages * num_experts])
@@ -91,7 +92,7 @@ class StepMetrics:
         """Adds the sums of all ranks.
 
         Args:
-            contribute: False on ranks whose samples another rank reports (tensor parallel); only their wish to stop counts.
+            contribute: False on ranks whose samples another rank reports (tensor parallel); they may still ask to stop.
         """
         if not contribute:
             self.sums.zero_()
@@ -99,24 +100,26 @@ class StepMetrics:
         self._scalars += torch.tensor(list(self._host.values()), dtype=torch.float64).to(self.sums.device)
         self._host = dict.fromkeys(_SCALARS, 0.0)
         dist.all_reduce(self.sums)
+        self.steps = 1
 
     def merge(self, other: StepMetrics) -> None:
         """Adds the sums of other steps."""
         self.sums += other.sums
+        self.steps += other.steps
 
     @property
     def loss(self) -> float:
         """Mean loss of all labels, without auxiliary losses; 0 when there is none."""
         return self.scalar("loss") / max(self.scalar("labels"), 1.0)
 
-    def record(self, steps: int = 1) -> dict[str, Any]:
-        """Means and counts of `steps` steps with plain names, for JSON.
+    def record(self) -> dict[str, Any]:
+        """Means and counts with plain names, for JSON.
 
-        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, a number for each expert), `experts/zh/rows`, counts.
+        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, one number an expert), `experts/zh/rows`, counts.
         """
         result: dict[str, Any] = {"loss": self.loss}
         if aux_loss := self.scalar("aux_loss"):
-            result["aux_loss"] = aux_loss / steps
+            result["aux_loss"] = aux_loss / self.steps
         result |= {name: int(self.scalar(name)) for name in ("labels", "rows", "samples", "images")}
         sums, probabilities, rows = (part.tolist() for part in (self._languages, self._probabilities, self._rows))
         for index, name in enumerate(LANGUAGE_NAMES):
@@ -139,10 +142,10 @@ def _language_indices(languages: Sequence[str], num_samples: int) -> list[int]:
 
 
 class FlopCounter:
-    """Multiply-adds of a step, times two, as models are usually rated: no recomputation, attention over the causal half.
+    """Multiply-adds of a step, times two, as models are usually rated: no recomputation, the causal half of attention.
 
-    A trainable part counts three times its forward pass (forward, gradient of inputs, gradient of weights), a frozen part
-    with a trainable one before it twice, a frozen part at the start once.
+    A trainable part counts three times its forward pass (forward, gradient of inputs, gradient of weights), a frozen
+    part with a trainable one before it twice, a frozen part at the start once.
     """
 
     def __init__(self, model: ParrotConfig, trainable: dict[str, bool], *, use_moe: bool) -> None:

@@ -14,8 +14,8 @@ from parrot_sys.errors import ConfigError
 class CosineSchedule:
     """Multiplier of the way from `min_lr` to `max_lr` for each step of a run.
 
-    `warmup_steps` rising steps, the peak at step `warmup_steps`, then down to `min_lr` at `total_steps`. Against the schedule of
-    the Hugging Face trainer the warm-up is shifted by one step, so that no step runs with a learning rate of zero.
+    `warmup_steps` rising steps, the peak at step `warmup_steps`, then down to `min_lr` at `total_steps`. Against the
+    Hugging Face trainer the warm-up is shifted, so that no step runs with a learning rate of zero.
     """
 
     total_steps: int
@@ -49,6 +49,6 @@ class CosineSchedule:
 
 
 def warmup_steps(total_steps: int, fraction: float, steps: int | None) -> int:
-    """`steps` where set, else the fraction rounded up, as the Hugging Face trainer does; a run keeps one step after it."""
+    """`steps` where set, else the fraction rounded up (as the Hugging Face trainer) with at least one step after it."""
     wanted = math.ceil(total_steps * fraction) if steps is None else steps
     return min(wanted, total_steps - 1) if steps is None else wanted

@@ -24,6 +24,8 @@ class TrainingError(ParrotError, ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """What a step gave."""
+
     metrics: StepMetrics  # summed over all ranks
     grad_norm: float
 
@@ -50,8 +52,8 @@ class StepRunner:
             stop: this rank wants to end; any rank's wish shows in `metrics.scalar("stop")` on all of them.
 
         Raises:
-            TrainingError: the loss or the gradient is no number, on every rank; the message names step and records. A bad
-                loss is found before the update, so that the parameters are still good.
+            TrainingError: the loss or the gradient is no number, on every rank; the message names step and records. A
+                bad loss is found before the update, so that the parameters are still good.
         """
         metrics = self._run(batches, backward=True, stop=stop)
         if not metrics.is_finite():
@@ -60,8 +62,9 @@ class StepRunner:
         if not torch.isfinite(torch.tensor(grad_norm)):
             records = _gather([record for batch in batches for record in batch.record_ids])
             raise TrainingError(
-                f"step {step}: the gradient norm is {grad_norm} although the loss is {metrics.loss:.4g}; the last checkpoint is "
-                f"not affected. Lower optimizer.lr or look at the records of this step: {_listed(records)}"
+                f"step {step}: the gradient norm is {grad_norm} although the loss is {metrics.loss:.4g}; the last "
+                "checkpoint is not affected. Lower optimizer.lr or look at the records of this step: "
+                f"{_listed(records)}"
             )
         return StepResult(metrics, grad_norm)
 

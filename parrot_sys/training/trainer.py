@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import signal
 import time
@@ -18,7 +19,6 @@ from parrot_sys import platform
 from parrot_sys.cli import save_config
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
-from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError
@@ -55,16 +55,18 @@ class Trainer:
         self.device = platform.device()
         self.checkpoints = CheckpointStore(config)
         resume_from = self._resume_from()
+        # Data come before the model: their errors are cheap to find.
         self.processor = self._load_processor()
-        self.model = self._build_model(load=resume_from is None)
-        self._store: FeatureStore | None = None
         self.loader = self._make_loader(config.data)
         self.validation_loader = self._make_loader(_validation_data(config)) if config.validation.paths else None
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
         settings = config.optimizer
         warmup = warmup_steps(self.total_steps, settings.warmup_fraction, settings.warmup_steps)
         self.schedule = CosineSchedule(self.total_steps, warmup)
-        self.wrapped = megatron_optimizer.wrap_data_parallel(self.model, distributed_optimizer=settings.distributed)
+        self.model = self._build_model(load=resume_from is None)
+        self.wrapped = megatron_optimizer.wrap_data_parallel(
+            self.model, distributed_optimizer=settings.distributed, overlap=self.device.type == "cuda"
+        )
         self.optimizer = megatron_optimizer.build_optimizer(
             self.wrapped,
             lr=settings.lr,
@@ -97,11 +99,7 @@ class Trainer:
         model = self.config.model
         if model.tokenizer_path is not None:
             return ParrotProcessor.for_tower(model.tokenizer_path, model.vision.type, model.vision.image_size)
-        if self.config.checkpoint.load_from is None:
-            raise ConfigError(
-                "model.tokenizer_path must name a tokenizer's directory when checkpoint.load_from gives none"
-            )
-        folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from)
+        folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
         return ParrotProcessor.from_pretrained(folder)
 
     def _trainable(self) -> dict[str, bool]:
@@ -116,7 +114,7 @@ class Trainer:
         return {name: lr for name, lr in self.config.optimizer.component_lrs().items() if trainable[name]}
 
     def _build_model(self, *, load: bool) -> ParrotModel:
-        """The model of this rank, frozen where it should be; `load` fills it from `checkpoint.load_from` and the tower."""
+        """The model of this rank, frozen where it should be; `load` fills it with the weights to start from."""
         config = self.config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = build_parrot_model(
@@ -188,20 +186,30 @@ class Trainer:
         """
         if dist.get_rank() == 0:
             save_config(self.config, self.output / "config.yaml")
+        if self.step < self.total_steps:
+            summary = self._run_steps()
+        else:
+            logger.info("all %d steps are done; nothing is left to train", self.total_steps)
+            summary = {"finished": True, "steps": 0}
+        wants_export = self.config.checkpoint.export and (summary["steps"] or not (self.output / "hf").is_dir())
+        if summary["finished"] and wants_export:
+            self._export()
+        return summary
+
+    def _run_steps(self) -> dict[str, Any]:
         if self.config.cache_image_features:
             self._cache_features()
-        logging_config = self.config.logging
-        writer = MetricsWriter(self.output, logging_config, total_steps=self.total_steps, start_step=self.step)
+        settings = self.config.logging
+        writer = MetricsWriter(self.output, settings, total_steps=self.total_steps, start_step=self.step)
         with writer, self._stop_on_sigterm():
             summary = self._train(writer)
             writer.write("summary", self.step, summary)
-        if summary["finished"] and self.config.checkpoint.export:
-            self._export()
         return summary
 
     def _train(self, writer: MetricsWriter) -> dict[str, Any]:
         config, started, first = self.config, time.perf_counter(), self.step
-        window, window_start, last = StepMetrics(config.model.moe.num_experts, self.device), started, None
+        window, window_start = StepMetrics(config.model.moe.num_experts, self.device), started
+        last: dict[str, Any] = {}
         rows = 0.0
         batches = self._batches()
         while self.step < self.total_steps:
@@ -231,7 +239,7 @@ class Trainer:
             "steps": self.step - first,
             "seconds": seconds,
             "tokens_per_second": rows / seconds,
-            "loss": last["loss"] if last else None,
+            "loss": last["loss"],
         }
         writer.say(_summary_line(summary, self.step, self.total_steps))
         return summary
@@ -243,8 +251,7 @@ class Trainer:
 
     def _record(self, window: StepMetrics, grad_norm: float, seconds: float) -> dict[str, Any]:
         settings = self.config.optimizer
-        steps = self.step % self.config.logging.interval or self.config.logging.interval
-        record = window.record(steps)
+        record = window.record()
         lrs = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
         record |= {name: self.schedule.lr(self.step - 1, lr, settings.min_lr) for name, lr in lrs.items()}
         record |= {
@@ -263,9 +270,8 @@ class Trainer:
         assert loader is not None, "called with validation paths only"
         start = loader.state_dict()
         total = StepMetrics(self.config.model.moe.num_experts, self.device)
-        with contextlib.closing(iter(loader)) as steps:
-            for _, batches in zip(range(self.config.validation.batches), steps, strict=False):
-                total.merge(self.runner.validate(batches))
+        for batches in itertools.islice(loader, self.config.validation.batches):
+            total.merge(self.runner.validate(batches))
         loader.load_state_dict(start)
         return total.record()
 
@@ -327,9 +333,9 @@ def _validation_data(config: TrainConfig) -> DataConfig:
     )
 
 
-def _shown(record: dict[str, Any] | None, loss: float) -> dict[str, str]:
+def _shown(record: dict[str, Any], loss: float) -> dict[str, str]:
     shown = {"loss": f"{loss:.4f}"}
-    if record is not None:
+    if record:
         shown |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
         if "mfu" in record:
             shown["mfu"] = f"{record['mfu']:.0%}"
@@ -337,8 +343,7 @@ def _shown(record: dict[str, Any] | None, loss: float) -> dict[str, str]:
 
 
 def _summary_line(summary: dict[str, Any], step: int, total: int) -> str:
-    loss = "no step was left to do" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
     return (
         f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
+        f"{summary['tokens_per_second']:,.0f} tokens/s, loss {summary['loss']:.4f}"
     )

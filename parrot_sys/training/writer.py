@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Writes records of plain values; on ranks other than 0 every method does nothing.
 
-    A resumed run takes back what the interrupted one wrote behind its last checkpoint, so that each step stands there once.
+    A resumed run takes back what the interrupted one wrote behind its last checkpoint: each step stands there once.
     """
 
     def __init__(self, output: str | Path, config: LoggingConfig, *, total_steps: int, start_step: int = 0) -> None:

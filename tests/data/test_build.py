@@ -1,4 +1,4 @@
-"""The default data set: what a build holds, that it can be trusted (answers, leaks, determinism) and that it is atomic."""
+"""The default data set: what a build holds, whether it can be trusted (answers, leaks, determinism), atomicity."""
 
 from __future__ import annotations
 
@@ -126,7 +126,19 @@ def test_nothing_of_the_test_is_in_training(built: Path) -> None:
 def test_benchmark_is_parallel_and_has_a_distractor_of_the_same_category(built: Path) -> None:
     by_name = {language: {c.names[language]: c for c in load_concepts()} for language in LANGUAGES}
     english = table(built, "en")
-    assert list(english[0]) == ["index", "question", "A", "B", "C", "D", "answer", "category", "l2-category", "split", "image"]
+    assert list(english[0]) == [
+        "index",
+        "question",
+        "A",
+        "B",
+        "C",
+        "D",
+        "answer",
+        "category",
+        "l2-category",
+        "split",
+        "image",
+    ]
     assert [row["split"] for row in english] == ["style"] * 20 + ["concept"] * 5
     for language in LANGUAGES:
         for row, reference in zip(table(built, language), english, strict=True):

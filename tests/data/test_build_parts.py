@@ -65,8 +65,8 @@ def test_prompt_is_the_wrappers() -> None:
     assert build_mcq_prompt("What is it?", options, "en", hint="Look.") == (
         "Look.\nWhat is it?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
     )
-    assert build_mcq_prompt("Q", options, "ru").endswith(
-        "\nОтветьте буквой варианта из предложенных вариантов напрямую."
+    assert build_mcq_prompt("Q", options, "pt") == (
+        "Q\nA. cat\nB. dog\nResponda diretamente com a letra da opção das escolhas dadas."
     )
     assert build_mcq_prompt("Q", {}, "tr") == "Q\nAnswer the question using a single word or phrase."
     assert build_mcq_prompt("问", {}, "zh") == "问\n请用单个词或短语回答问题。"

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import parrot_sys
-from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.main import main
 from parrot_sys.evaluation.predictor import ModelPredictor, checkpoint_digest
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
@@ -120,8 +119,7 @@ def test_route_changes_logits_and_needs_experts(loaded: tuple, data: Path, monke
     monkeypatch.setattr(model.model, "use_moe", False)
     bypassed = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
     assert not bypassed.has_experts
-    with pytest.raises(ConfigError, match="--routing off needs experts"):
-        bypassed.predict(_items(data), "off")
+    assert bypassed.predict(_items(data)[:1], "model")[0].experts == []
 
 
 def test_digest_follows_content(tmp_path: Path) -> None:

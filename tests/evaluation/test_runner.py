@@ -200,6 +200,8 @@ def test_bypassed_experts_fail_the_run(data: Path) -> None:
     without = Scripted(change=0.0)
     without.has_experts = False
     evaluate(config(data, languages=("en",)), without)  # nothing to bypass
+    with pytest.raises(ConfigError, match=r"routing model off needs experts, but .* has none or does not use them"):
+        evaluate(config(data, languages=("en",), routing=("model", "off")), without)
     (table,) = load_tables([data / "mmmb_en.tsv"], (), None)
     assert check_experts(make_items(table, "off", {}), Scripted(change=0.5), "off") == 0.5
 

@@ -78,6 +78,23 @@ def test_streamed_pieces_are_the_answer(session: ChatSession) -> None:
     assert answer.experts is None  # no picture, no route
 
 
+def test_long_answers_end_where_the_positions_end(
+    session: ChatSession, loaded: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    asked: list[int] = []
+    real = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **settings: (asked.append(settings["max_new_tokens"]), real(ids, **settings))[1]
+    )
+    session.max_new_tokens = 10_000
+    session.add_image(IMAGES[0])
+    session.ask("Tell a story. " * 30)
+    ids = processor.format_conversation(session.turns[:1], add_generation_prompt=True)["input_ids"]
+    rows = len(ids) + model.config.vision.num_visual_rows - 1
+    assert asked == [model.config.llm.max_position_embeddings - rows]
+
+
 def test_sampling_with_a_seed_repeats(loaded: tuple) -> None:
     def ask(seed: int) -> str:
         return (

@@ -1,4 +1,4 @@
-"""`torchrun train/train.py` as a user starts it: killed with -9 in mid-run, started again, bit-equal to an undisturbed run."""
+"""`torchrun train/train.py` as a user starts it: killed with -9, started again, bit-equal to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_killed_torchrun_goes_on_bit_equal(tmp_path: Path) -> None:
     second = _start(killed, tmp_path)
     assert second.wait(SECONDS) == 0, (tmp_path / "log.txt").read_text()
     (summary,) = read_metrics(killed.output, "summary")
-    assert summary["finished"] and summary["steps"] < 32, "the second start went on from a checkpoint"
+    assert summary["finished"]
+    assert summary["steps"] < 32, "the second start went on from a checkpoint"
     results = [
         [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(config.output, "train")]
         for config in (whole, killed)

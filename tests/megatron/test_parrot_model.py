@@ -281,6 +281,48 @@ def _data_parallel_rank(rank: int, size: int, overlap: bool) -> tuple[float, dic
     return float(total), shutdown_groups
 
 
+def _validation_rank(rank: int, size: int) -> float:
+    """Auxiliary losses are on, one rank has no image, and nobody learns."""
+    initialize(ParallelConfig())
+    moe = dataclasses.replace(CONFIG.moe, aux_loss_coeff=0.1, z_loss_coeff=0.1)
+    model = _model(dataclasses.replace(CONFIG, moe=moe)).eval()
+    with torch.no_grad():
+        output = model(make_batch((MIXED[rank],)))
+    assert (output.routing is None) == (rank == 1)
+    parallel_state.destroy_model_parallel()
+    return output.losses.mean().item()
+
+
+def test_validation_needs_no_other_rank() -> None:
+    shutdown()
+    assert all(loss > 0 for loss in run_distributed(_validation_rank, 2, timeout=30.0))
+
+
+def _auxiliary_rank(rank: int, size: int) -> tuple[float, Tensor]:
+    initialize(ParallelConfig())
+    moe = dataclasses.replace(CONFIG.moe, aux_loss_coeff=0.1, z_loss_coeff=0.1)
+    model = _model(dataclasses.replace(CONFIG, moe=moe))
+    routing = model(make_batch((MIXED[1 - rank],))).routing  # the first rank has no image
+    loss = routing.aux_loss + routing.z_loss
+    loss.backward()
+    gradient = model.moe.router_weight.grad
+    torch.distributed.all_reduce(gradient)
+    parallel_state.destroy_model_parallel()
+    return loss.item(), gradient
+
+
+def test_auxiliary_losses_count_the_images_of_all_ranks() -> None:
+    moe = dataclasses.replace(CONFIG.moe, aux_loss_coeff=0.1, z_loss_coeff=0.1)
+    model = _model(dataclasses.replace(CONFIG, moe=moe))
+    routing = model(make_batch((MIXED[0],))).routing
+    wanted = routing.aux_loss + routing.z_loss
+    wanted.backward()
+    shutdown()
+    for loss, gradient in run_distributed(_auxiliary_rank, 2):
+        assert loss == pytest.approx(wanted.item(), rel=1e-6)
+        assert _relative(gradient, model.moe.router_weight.grad) < 1e-5
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_two_ranks_equal_one(overlap: bool) -> None:
     model = _model()
@@ -294,6 +336,33 @@ def test_two_ranks_equal_one(overlap: bool) -> None:
         assert abs(loss - total) / total < 1e-6
         for name, gradient in gradients.items():
             assert _relative(gradient, wanted[name]) < 5e-6, name
+
+
+def _tensor_parallel_rank(rank: int, size: int, sequence_parallel: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    parallel = ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=sequence_parallel)
+    initialize(parallel)
+    model = _model(parallel=parallel)
+    losses = model(make_batch(MIXED)).losses
+    losses.sum().backward()
+    gradients = {n: p.grad for part in ("projector", "moe") for n, p in getattr(model, part).named_parameters(part)}
+    gradients["embedding"] = model.decoder.embedding.word_embeddings.weight.grad
+    parallel_state.destroy_model_parallel()
+    return losses.detach(), gradients
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_from_one_seed_equals_one_rank(sequence_parallel: bool) -> None:
+    model = _model()
+    wanted = model(make_batch(MIXED)).losses
+    wanted.sum().backward()
+    embedding = model.decoder.embedding.word_embeddings.weight.grad
+    shutdown()
+    for rank, (losses, gradients) in enumerate(run_distributed(_tensor_parallel_rank, 2, sequence_parallel)):
+        assert _relative(losses, wanted) < 1e-5
+        assert _relative(gradients.pop("embedding"), embedding.chunk(2)[rank]) < 1e-5
+        for name, gradient in gradients.items():
+            part, key = name.split(".", 1)
+            assert _relative(gradient, getattr(model, part).get_parameter(key).grad) < 1e-5, name
 
 
 def test_modules_are_registered_under_the_names_of_the_parts() -> None:

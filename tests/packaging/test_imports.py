@@ -8,22 +8,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BLOCK = """
-import importlib.abc, sys
+IMPORT_ALL = """
+import importlib, importlib.abc, pkgutil, sys
+
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in {"triton", "transformer_engine", "apex", "amp_C", "flash_attn"}:
+        if name.split(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
-sys.meta_path.insert(0, Block())
-"""
 
-IMPORT_ALL = (
-    BLOCK
-    + """
-import importlib, pkgutil
-import parrot_kernels, parrot_sys
-names = [m.name for package in (parrot_kernels, parrot_sys)
-         for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+sys.meta_path.insert(0, Block())
+names = []
+for package in map(importlib.import_module, PACKAGES):
+    names += [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
 names = [n for n in names if not n.endswith((".triton_impl", "._C", ".__main__"))]
 for name in names:
     importlib.import_module(name)
@@ -31,7 +27,7 @@ import torch
 assert not torch.cuda.is_initialized(), "an import initialised CUDA"
 print(len(names))
 """
-)
+ACCELERATORS = ["transformer_engine", "apex", "amp_C", "flash_attn"]
 
 
 def run_python(code: str) -> str:
@@ -41,8 +37,18 @@ def run_python(code: str) -> str:
     return result.stdout.strip()
 
 
+def import_all(packages: list[str], blocked: list[str]) -> int:
+    """Imports every module below `packages` in a fresh process; how many there were."""
+    return int(run_python(f"PACKAGES = {packages}\nBLOCKED = {blocked}\n{IMPORT_ALL}"))
+
+
 def test_everything_imports_without_accelerators_and_without_cuda() -> None:
-    assert int(run_python(IMPORT_ALL)) > 50
+    assert import_all(["parrot_kernels", "parrot_sys"], ACCELERATORS) > 50
+
+
+def test_what_stands_below_megatron_imports_without_it_and_without_triton() -> None:
+    lower = ["parrot_kernels", *(f"parrot_sys.{name}" for name in ("ops", "parallel", "modules", "models", "data"))]
+    assert import_all(lower, [*ACCELERATORS, "triton", "megatron"]) > 30
 
 
 def test_the_command_imports_neither_torch_nor_megatron() -> None:

@@ -11,17 +11,22 @@ from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_co
 from parrot_sys.errors import ConfigError
 from parrot_sys.training.config import TrainConfig
 
+NEEDED = {"output": "run", "data": {"paths": ["a.json"]}, "model": {"tokenizer_path": "t"}}
+FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", "t"]
+
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"output": ""}, "output"),
+        ({"data": {"paths": []}}, "data.paths"),
+        ({"model": {"tokenizer_path": None}}, "tokenizer_path"),
         ({"global_batch_size": 0}, "global_batch_size"),
         ({"max_steps": 0}, "max_steps"),
         ({"epochs": 0.0}, "epochs"),
         ({"cache_image_features": True, "trainable": {"vision": True}}, "cache_image_features"),
         ({"optimizer": {"moe_lr": 1e-3}, "use_moe": False}, "moe_lr"),
-        ({"optimizer": {"moe_lr": 1e-3}, "model": {"moe": {"num_experts": 0}}}, "moe_lr"),
+        ({"optimizer": {"moe_lr": 1e-3}, "model": {"tokenizer_path": "t", "moe": {"num_experts": 0}}}, "moe_lr"),
         ({"use_moe": False, "trainable": {"projector": False, "moe": True, "llm": False}}, "trainable.moe"),
         ({"trainable": {"projector": False, "moe": False, "llm": False}}, "trainable"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr"),
@@ -36,7 +41,7 @@ from parrot_sys.training.config import TrainConfig
 )
 def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        config_from_dict(TrainConfig, {"output": "run", **settings})
+        config_from_dict(TrainConfig, NEEDED | settings)
 
 
 def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
@@ -45,7 +50,7 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
         ("parrot_align", 1e-3, 256, False, {"vision": False, "projector": True, "moe": False, "llm": False}),
         ("parrot_instruct", 2e-5, 128, True, {"vision": False, "projector": True, "moe": True, "llm": True}),
     ):
-        config = parse_config(TrainConfig, ["--config", str(presets[name]), "--output", "run"])
+        config = parse_config(TrainConfig, ["--config", str(presets[name]), *FLAGS])
         assert config.optimizer.lr == lr
         assert config.global_batch_size == batch
         assert config.use_moe is use_moe
@@ -56,28 +61,25 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
 
 
 def test_flags_win_over_presets() -> None:
-    argv = [
-        "--config",
-        "parrot_instruct",
-        "--optimizer.lr",
-        "3e-5",
-        "--output",
-        "run",
-        "--data.paths",
-        "a.json",
-        "b.json",
-    ]
+    argv = ["--config", "parrot_instruct", "--optimizer.lr", "3e-5", *FLAGS]
     config = parse_config(TrainConfig, argv)
     assert config.optimizer.lr == 3e-5
-    assert config.data.paths == ("a.json", "b.json")
+    assert config.data.paths == ("a.json",)
 
 
 def test_component_lrs_leave_out_those_equal_to_the_base() -> None:
-    config = config_from_dict(TrainConfig, {"output": "run", "optimizer": {"lr": 1e-3, "moe_lr": 1e-3, "llm_lr": 1e-5}})
+    config = config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lr": 1e-3, "moe_lr": 1e-3, "llm_lr": 1e-5}})
     assert config.optimizer.component_lrs() == {"llm": 1e-5}
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:
-    config = parse_config(TrainConfig, ["--config", "parrot_align", "--output", "run"])
+    config = parse_config(TrainConfig, ["--config", "parrot_align", *FLAGS])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_presets_of_model_and_stage_combine() -> None:
+    argv = ["--config", "parrot_7b", "--config", "parrot_align", *FLAGS, "--trainable.llm"]
+    config = parse_config(TrainConfig, argv)
+    assert config.model.llm.hidden_size == 4096
+    assert (config.use_moe, config.trainable.llm, config.trainable.moe) == (False, True, False)

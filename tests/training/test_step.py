@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
+import torch._dynamo  # every optimizer imports it: once here instead of a second in each forked rank
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
@@ -47,17 +47,18 @@ def _train(
     recompute: str = "none",
     reduction: str = "global",
     distributed: bool = False,
+    overlap: bool = False,
     tensor_parallel: int = 1,
     steps: int = 1,
     clip: float = 1.0,
     **optimizer: Any,
 ) -> tuple[list[float], list[float], State, State]:
-    """Losses and gradient norms of `steps` steps; gradients of the first (before clipping only with clip=0); parameters."""
+    """Losses and norms of `steps` steps, gradients of the first (before clipping only with clip=0), parameters."""
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     initialize(parallel)
     model = _model(config, dtype, recompute, parallel)
     set_trainable(model, trainable)
-    wrapped = wrap_data_parallel(model, distributed_optimizer=distributed)
+    wrapped = wrap_data_parallel(model, distributed_optimizer=distributed, overlap=overlap)
     adam = build_optimizer(wrapped, lr=LR, clip_grad=clip, **optimizer)
     for group in adam.param_groups:
         group["lr"] = group["max_lr"]
@@ -100,7 +101,7 @@ def _plain(
     weight_decay: float = 0.0,
     component_lrs: dict[str, float] | None = None,
 ) -> tuple[list[float], list[float], State, State]:
-    """The same steps without Megatron's buffers, schedule and optimizer: autograd, torch's clipping and torch's AdamW."""
+    """The same steps without Megatron's buffers, schedule and optimizer: autograd, clipping and AdamW of torch."""
 
     def train(rank: int, size: int) -> tuple[list[float], list[float], State, State]:
         initialize()
@@ -160,8 +161,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_are_those_of_plain_torch(layout: str) -> None:
-    got = _run(LAYOUTS[layout], clip=0.0)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gradients_are_those_of_plain_torch(layout: str, overlap: bool) -> None:
+    got = _run(LAYOUTS[layout], overlap=overlap, clip=0.0)
     _assert_same(got, _plain([FIRST, SECOND, TEXT], clip=0.0))
 
 

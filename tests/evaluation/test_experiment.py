@@ -1,0 +1,99 @@
+"""Means, spreads and paired differences by hand; reports of unfinished results; the programs' command lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parrot_sys.evaluation.experiment import (
+    COMPARISONS,
+    MIXES,
+    VARIANTS,
+    accuracies,
+    summarize,
+    write_report,
+    write_result,
+)
+from parrot_sys.evaluation.recipes import provenance
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(en: float, zh: float) -> dict[str, Any]:
+    return {"accuracy": {"style": {"en": en, "zh": zh, "mean": (en + zh) / 2}}, "n": {"style": {"en": 40, "zh": 40}}}
+
+
+RESULTS = {
+    "experts, balanced": {"0": record(60, 50), "1": record(70, 40), "2": record(80, 60)},
+    "plain, balanced": {"0": record(50, 50), "1": record(40, 50)},
+}
+
+
+def test_summary_by_hand() -> None:
+    summary = summarize(RESULTS)
+    english = summary["variants"]["experts, balanced"]["style"]["en"]
+    assert english == {"mean": 70.0, "std": pytest.approx(10.0), "seeds": [60, 70, 80]}
+    # paired by seed, over the two seeds that both have: +10 and +30
+    difference = summary["differences"]["experts - plain, balanced"]["style"]["en"]
+    assert difference == {"mean": 20.0, "std": pytest.approx(200**0.5), "seeds": [10, 30]}
+    assert set(summary["differences"]) == {"experts - plain, balanced"}
+    assert summarize({"a": {"0": record(1, 2)}})["variants"]["a"]["style"]["mean"]["std"] is None
+
+
+def test_variants_and_comparisons_fit_together() -> None:
+    names = {variant.name for variant in VARIANTS}
+    assert all({first, second} <= names for _, first, second in COMPARISONS)
+    assert {variant.mix for variant in VARIANTS} == set(MIXES)
+    # the balanced mix sets the number of steps, so it comes first for each kind
+    first = {experts: next(v.mix for v in VARIANTS if v.experts is experts) for experts in (True, False)}
+    assert first == {True: "balanced", False: "balanced"}
+
+
+def test_report_of_unfinished_results(tmp_path: Path) -> None:
+    content = {
+        **provenance(),
+        "chance": 25.0,
+        "variants": {v.name: v.description for v in VARIANTS},
+        "results": RESULTS,
+        "summary": summarize(RESULTS),
+    }
+    write_result(content, tmp_path / "deep" / "experiment.json")
+    assert json.loads((tmp_path / "deep" / "experiment.json").read_text())["results"] == RESULTS
+    text = write_report(content, tmp_path).read_text(encoding="utf-8")
+    assert "| experts, balanced | 70.0 \u00b1 10.0 | 50.0 \u00b1 10.0 | 60.0 \u00b1 8.7 |" in text
+    assert "| experts - plain, balanced | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
+    assert "## style (n = 40 to 40 rows a language and seed)" in text
+    assert (tmp_path / "style.png").stat().st_size > 5000
+
+
+def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
+    for language, plain in (("en", 60.0), ("tr", 40.0)):
+        folder = tmp_path / "mmmb" / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = {"plain": plain, "circular": 1.0, "n": 7}
+        result = {
+            "suite": "mmmb", "language": language, "dataset": f"MMMB_{language}", "routing": "model",
+            "parts": {"style": {"scores": scores, "experts": []}},
+        }  # fmt: skip
+        (folder / f"m_{language}.scores.json").write_text(json.dumps(result))
+    assert accuracies(tmp_path) == ({"style": {"en": 60.0, "tr": 40.0, "mean": 50.0}}, {"style": {"en": 7, "tr": 7}})
+
+
+def test_provenance_names_machine_versions_and_commit() -> None:
+    held = provenance()
+    assert set(held) == {"device", "python", "versions", "commit", "clean"}
+    assert held["device"]
+    assert {"torch", "megatron-core"} <= set(held["versions"])
+
+
+@pytest.mark.parametrize("script", ["demo.py", "experiment.py"])
+def test_help_is_quick_and_teaches(script: str) -> None:
+    command = [sys.executable, str(ROOT / "train" / script), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "--fresh" in result.stdout
+    assert "runs/" in result.stdout
