@@ -11,7 +11,6 @@ memory is the high-water mark of a process of its own, less what it held before 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -98,14 +97,15 @@ def _print_peak(name: str, variant: str, threads: str) -> None:
     # Loads what a first call loads, so that it does not count.
     make_step(Case(name="warm_up", rows=8, labels=4, hidden=8, vocabulary=16), variant)()
     step = make_step(case, variant)
-    before = _resident_kilobytes()
+    before = _status_kilobytes("VmRSS")
     step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_status_kilobytes("VmHWM") - before) / 1024)
 
 
-def _resident_kilobytes() -> int:
+def _status_kilobytes(field: str) -> int:
+    """Not from getrusage: its ru_maxrss starts at that of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def measure(case: Case, repeats: int, threads: int) -> dict[str, Any]:

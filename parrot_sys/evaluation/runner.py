@@ -155,17 +155,7 @@ def evaluate_table(
     stem = output / table.suite / routing / f"{model_name}_{table.name}"
     settings = {**predictor.settings, "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
-        todo = [item for item in items if item.question.index not in store.records]
-        if len(todo) < len(items):
-            logger.info(
-                "%s, routing %s: %d of %d answers are there", table.name, routing, len(items) - len(todo), len(items)
-            )
-        title = f"{table.suite} {table.language} {routing}"
-        with tqdm(total=len(items), initial=len(items) - len(todo), desc=title, unit="question") as bar:
-            for batch in _batches(todo, batch_size):
-                for item, prediction in zip(batch, predictor.predict(batch, routing), strict=True):
-                    store.add(_record(item, prediction))
-                bar.update(len(batch))
+        _answer(items, predictor, store, routing, batch_size)
         records = {item.question.index: store.records[item.question.index] for item in items}
     write_kit_tables(table.path, {index: record["prediction"] for index, record in records.items()}, stem)
     letters = {
@@ -192,6 +182,22 @@ def evaluate_table(
     path = stem.parent / f"{stem.name}{SCORES_SUFFIX}"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
+
+
+def _answer(
+    items: Sequence[Item], predictor: Predictor, store: PredictionStore, routing: Routing, batch_size: int
+) -> None:
+    """Asks the model what the store does not hold yet."""
+    todo = [item for item in items if item.question.index not in store.records]
+    known = len(items) - len(todo)
+    name = items[0].table.name
+    if known:
+        logger.info("%s, routing %s: %d of %d answers are there", name, routing, known, len(items))
+    with tqdm(total=len(items), initial=known, desc=f"{name} {routing}", unit="question") as bar:
+        for batch in _batches(todo, batch_size):
+            for item, prediction in zip(batch, predictor.predict(batch, routing), strict=True):
+                store.add(_record(item, prediction))
+            bar.update(len(batch))
 
 
 def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing) -> float:
