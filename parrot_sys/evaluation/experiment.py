@@ -29,7 +29,7 @@ MIXES: Mapping[str, Mapping[str, float]] = {
     "imbalanced": dict.fromkeys(_OTHERS, 0.1),
     "english": dict.fromkeys(_OTHERS, 0.0),
 }
-"""Mix -> how often an epoch takes each picture conversation of a language; 1 where not named."""
+"""Mix -> how often an epoch of stages 1 and 2 takes each conversation of a language; 1 where not named."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +45,11 @@ class Variant:
 VARIANTS = (
     Variant(name="experts, balanced", mix="balanced", experts=True, description="as in the demo"),
     Variant(name="plain, balanced", mix="balanced", experts=False, description="routing off: projector only"),
-    Variant(name="experts, imbalanced", mix="imbalanced", experts=True, description="10 % of the other languages"),
+    Variant(
+        name="experts, imbalanced", mix="imbalanced", experts=True, description="stages 1 and 2 with 10 % of the others"
+    ),
     Variant(name="plain, imbalanced", mix="imbalanced", experts=False, description="the same, projector only"),
-    Variant(name="experts, English only", mix="english", experts=True, description="no picture in another language"),
+    Variant(name="experts, English only", mix="english", experts=True, description="stages 1 and 2 in English only"),
 )
 COMPARISONS = (
     ("experts - plain, balanced", "experts, balanced", "plain, balanced"),

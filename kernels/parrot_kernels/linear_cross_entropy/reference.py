@@ -9,7 +9,7 @@ from torch import Tensor
 
 # L label rows, H hidden_size, N vocabulary rows held here, B columns of a block
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 MIN_BLOCK = 256
 
 
