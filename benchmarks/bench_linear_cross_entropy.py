@@ -3,7 +3,7 @@
     python -m benchmarks.bench_linear_cross_entropy --json benchmarks/results/cpu/linear_cross_entropy.json
     pytest benchmarks/bench_linear_cross_entropy.py --benchmark-json=b.json
 
-One step is LM head, cross entropy and backward pass to the hidden states and the head. `full` forms float32 logits of all
+One step is LM head, cross entropy and backward pass to hidden states and head. `full` forms float32 logits of all
 T rows and ignores the rows without a label; `label_rows` takes the L label rows through `linear_cross_entropy`. Peak
 memory is the high-water mark of a process of its own, less what it held before the step; times are taken in turns.
 """
@@ -86,7 +86,15 @@ def check_equal(case: Case) -> None:
 
 def peak_megabytes(case: Case, variant: str, threads: int) -> float:
     """Growth of a fresh process's high-water mark by one step."""
-    command = [sys.executable, "-m", "benchmarks.bench_linear_cross_entropy", "--peak-of", case.name, variant, str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_linear_cross_entropy",
+        "--peak-of",
+        case.name,
+        variant,
+        str(threads),
+    ]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return float(json.loads(output))
 

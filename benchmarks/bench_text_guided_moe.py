@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from parrot_kernels.testing import MoEShape, make_spans
 from torch import Tensor, nn
 
 from benchmarks.harness import interleaved_times, parse_arguments, ratio, report, saved_bytes
 from benchmarks.released_loop import ReleasedLoop
 from benchmarks.shapes import CPU_DENSE, CPU_MANY_SMALL, TEXT_ROWS
+from parrot_kernels.testing import MoEShape, make_spans
 from parrot_sys.modules.text_guided_moe import TextGuidedMoE, TextGuidedMoEConfig, experts_to_released
 
 Routing = Literal["dense", "topk"]

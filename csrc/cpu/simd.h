@@ -1,5 +1,5 @@
-// What the CPU kernels share: float <-> storage conversions and exp() written so that compilers vectorise the loops they
-// stand in, and a choice between two builds of a loop by what the processor has.
+// What the CPU kernels share: float <-> storage conversions and exp() written so that compilers vectorise the loops
+// they stand in, and a choice between two builds of a loop by what the processor has.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -27,10 +27,16 @@ inline bool has_avx2() {
 #endif
 }
 
-PARROT_INLINE float load(float value) { return value; }
-PARROT_INLINE float load(BFloat16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16); }
+PARROT_INLINE float load(float value) {
+  return value;
+}
+PARROT_INLINE float load(BFloat16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.x) << 16);
+}
 
-PARROT_INLINE void store(float* to, float value) { *to = value; }
+PARROT_INLINE void store(float* to, float value) {
+  *to = value;
+}
 // Round to nearest even; a NaN becomes the quiet NaN 0x7fc0. Without branches, unlike c10's conversion.
 PARROT_INLINE void store(BFloat16* to, float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -38,7 +44,8 @@ PARROT_INLINE void store(BFloat16* to, float value) {
   to->x = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// exp(x) to about 2 ulp for x in [-87, 88], the end values outside; NaN stays NaN. Range reduction and polynomial of Cephes.
+// exp(x) to about 2 ulp for x in [-87, 88], the end values outside; NaN stays NaN. Range reduction and polynomial of
+// Cephes.
 PARROT_INLINE float exp_clamped(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
@@ -57,6 +64,8 @@ PARROT_INLINE float exp_clamped(float x) {
   return p * std::bit_cast<float>(exponent);
 }
 
-PARROT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_clamped(-x)); }
+PARROT_INLINE float sigmoid(float x) {
+  return 1.0f / (1.0f + exp_clamped(-x));
+}
 
 }  // namespace parrot

@@ -31,7 +31,8 @@ PARROT_INLINE void fwd_row(const T* gate, const T* up, float weight, T* out, int
 
 // Given grad = dL/d(weighted h) / weight: writes dL/dz, replaces grad by the weighted h and returns sum(h * grad).
 template <class T>
-PARROT_INLINE float bwd_row(const T* gate, const T* up, float weight, T* grad, T* grad_gate, T* grad_up, int64_t width) {
+PARROT_INLINE float bwd_row(const T* gate, const T* up, float weight, T* grad, T* grad_gate, T* grad_up,
+                            int64_t width) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {
@@ -49,8 +50,8 @@ PARROT_INLINE float bwd_row(const T* gate, const T* up, float weight, T* grad, T
 
 // Rows [first, last) of n * V; every expert of a row. `weights` [n, E].
 template <class T>
-PARROT_INLINE void fwd_rows(const T* z, const float* weights, T* out, int64_t first, int64_t last, int64_t rows_per_image,
-                            int64_t experts, int64_t width) {
+PARROT_INLINE void fwd_rows(const T* z, const float* weights, T* out, int64_t first, int64_t last,
+                            int64_t rows_per_image, int64_t experts, int64_t width) {
   for (int64_t row = first; row < last; ++row) {
     const float* weight = weights + row / rows_per_image * experts;
     for (int64_t e = 0; e < experts; ++e) {
@@ -82,8 +83,8 @@ PARROT_AVX2 void fwd_rows_avx2(const T* z, const float* weights, T* out, int64_t
   fwd_rows(z, weights, out, first, last, rows_per_image, experts, width);
 }
 template <class T>
-PARROT_AVX2 void bwd_rows_avx2(const T* z, const float* weight, T* grad_h, T* grad_z, double* grad_weight, int64_t first,
-                               int64_t last, int64_t experts, int64_t width) {
+PARROT_AVX2 void bwd_rows_avx2(const T* z, const float* weight, T* grad_h, T* grad_z, double* grad_weight,
+                               int64_t first, int64_t last, int64_t experts, int64_t width) {
   bwd_rows(z, weight, grad_h, grad_z, grad_weight, first, last, experts, width);
 }
 #endif
@@ -186,7 +187,8 @@ Tensor swiglu_bwd(const Tensor& z, const Tensor& weights, Tensor grad_h, Tensor 
 
 // swiglu_fwd: out = silu(gate) * up * weights[image, expert].
 // swiglu_bwd: grad_h comes in as the gradient BEFORE the weight and leaves as the weighted h (what the gradient of the
-// down-projection needs); grad_z is written; returns the sums of h * grad_h over each image's rows and expert's columns.
+// down-projection needs); grad_z is written; returns the sums of h * grad_h over each image's rows and expert's
+// columns.
 STABLE_TORCH_LIBRARY_FRAGMENT(parrot_ext, m) {
   m.def("swiglu_fwd(Tensor z, Tensor weights, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor z, Tensor weights, Tensor(a!) grad_h, Tensor(b!) grad_z) -> Tensor");

@@ -1,5 +1,6 @@
 // Router logits guided by text spans, float32. S images, T text rows, H hidden_size, E experts.
-// `projected` [T, E] = text @ router_weight.T is formed by the caller (a BLAS product); what depends on spans is done here.
+// `projected` [T, E] = text @ router_weight.T is formed by the caller (a BLAS product); what depends on spans is done
+// here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,8 +32,12 @@ PARROT_INLINE void axpy_body(float scale, const float* x, float* y, int64_t size
 }
 
 #ifdef PARROT_X86
-PARROT_AVX2 float dot_avx2(const float* a, const float* b, int64_t size) { return dot_body(a, b, size); }
-PARROT_AVX2 void axpy_avx2(float scale, const float* x, float* y, int64_t size) { axpy_body(scale, x, y, size); }
+PARROT_AVX2 float dot_avx2(const float* a, const float* b, int64_t size) {
+  return dot_body(a, b, size);
+}
+PARROT_AVX2 void axpy_avx2(float scale, const float* x, float* y, int64_t size) {
+  axpy_body(scale, x, y, size);
+}
 #endif
 
 float dot(const float* a, const float* b, int64_t size) {
@@ -80,13 +85,27 @@ struct Inputs {
     end = end_in.const_data_ptr<int64_t>();
     projected = projected_in.const_data_ptr<float>();
     for (int64_t s = 0; s < images; ++s) {
-      STD_TORCH_CHECK(start[s] >= 0 && end[s] <= rows, "span of image ", s, " must lie in [0, ", rows, "], got [", start[s],
-                      ", ", end[s], ")");
+      STD_TORCH_CHECK(start[s] >= 0 && end[s] <= rows, "span of image ", s, " must lie in [0, ", rows, "], got [",
+                      start[s], ", ", end[s], ")");
     }
   }
 
   int64_t length(int64_t image) const { return std::max<int64_t>(end[image] - start[image], 0); }
 };
+
+// Attention of one image over its span into `attention` [length]; returns the log-sum-exp of the scores.
+float attend(const Inputs& in, int64_t image, float scale, float* attention) {
+  const int64_t length = in.length(image);
+  float top = -std::numeric_limits<float>::infinity();
+  for (int64_t t = 0; t < length; ++t) {
+    attention[t] = scale * dot(in.query + image * in.hidden, in.text + (in.start[image] + t) * in.hidden, in.hidden);
+    top = std::max(top, attention[t]);
+  }
+  float total = 0.0f;
+  for (int64_t t = 0; t < length; ++t) total += attention[t] = std::exp(attention[t] - top);
+  for (int64_t t = 0; t < length; ++t) attention[t] /= total;
+  return length ? top + std::log(total) : top;
+}
 
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& text, const Tensor& start, const Tensor& end,
                                const Tensor& projected, double scale) {
@@ -96,47 +115,34 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& text, const Te
   float* logits_data = logits.mutable_data_ptr<float>();
   float* lse_data = lse.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, in.images, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scores;
+    std::vector<float> attention;
     for (int64_t s = first; s < last; ++s) {
-      const int64_t length = in.length(s);
-      lse_data[s] = -std::numeric_limits<float>::infinity();
-      if (length == 0) continue;
-      scores.resize(static_cast<size_t>(length));
-      float top = -std::numeric_limits<float>::infinity();
-      for (int64_t t = 0; t < length; ++t) {
-        scores[t] = static_cast<float>(scale) * dot(in.query + s * in.hidden, in.text + (in.start[s] + t) * in.hidden, in.hidden);
-        top = std::max(top, scores[t]);
-      }
-      float total = 0.0f;
-      for (float& score : scores) total += score = std::exp(score - top);
-      lse_data[s] = top + std::log(total);
-      for (int64_t t = 0; t < length; ++t) {
-        axpy(scores[t] / total, in.projected + (in.start[s] + t) * in.experts, logits_data + s * in.experts, in.experts);
+      attention.resize(static_cast<size_t>(in.length(s)));
+      lse_data[s] = attend(in, s, static_cast<float>(scale), attention.data());
+      for (int64_t t = 0; t < in.length(s); ++t) {
+        axpy(attention[t], in.projected + (in.start[s] + t) * in.experts, logits_data + s * in.experts, in.experts);
       }
     }
   });
   return {logits, lse};
 }
 
-// delta [S]: logits . grad_logits - grad_lse. Returns the gradients of query and projected, and the share of the text's
-// gradient that comes through the scores (the share through `projected` is a BLAS product of the caller). Gradients of query
-// and text that nobody needs come back empty.
-std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const Tensor& delta, const Tensor& query,
-                                       const Tensor& text, const Tensor& start, const Tensor& end, const Tensor& projected,
-                                       const Tensor& lse, double scale, bool needs_query, bool needs_text) {
+// Returns the gradients of query and projected, and the share of the text's gradient that comes through the scores (the
+// share through `projected` is a BLAS product of the caller). Gradients of query and text that nobody needs come back
+// empty.
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const Tensor& grad_lse, const Tensor& query,
+                                       const Tensor& text, const Tensor& start, const Tensor& end,
+                                       const Tensor& projected, double scale, bool needs_query, bool needs_text) {
   const Inputs in(query, text, start, end, projected);
   PARROT_CHECK_SHAPE(grad_logits, in.images, in.experts);
-  PARROT_CHECK_SHAPE(delta, in.images);
-  PARROT_CHECK_SHAPE(lse, in.images);
+  PARROT_CHECK_SHAPE(grad_lse, in.images);
   PARROT_CHECK_CONTIGUOUS(grad_logits);
-  PARROT_CHECK_CONTIGUOUS(delta);
-  PARROT_CHECK_CONTIGUOUS(lse);
+  PARROT_CHECK_CONTIGUOUS(grad_lse);
   Tensor grad_query = torch::stable::new_zeros(query, {needs_query ? in.images : 0, in.hidden});
   Tensor grad_text = torch::stable::new_zeros(query, {needs_text ? in.rows : 0, in.hidden});
   Tensor grad_projected = torch::stable::new_zeros(query, {in.rows, in.experts});
   const float* grad_data = grad_logits.const_data_ptr<float>();
-  const float* delta_data = delta.const_data_ptr<float>();
-  const float* lse_data = lse.const_data_ptr<float>();
+  const float* grad_lse_data = grad_lse.const_data_ptr<float>();
   float* grad_query_data = grad_query.mutable_data_ptr<float>();
   float* grad_text_data = grad_text.mutable_data_ptr<float>();
   float* grad_projected_data = grad_projected.mutable_data_ptr<float>();
@@ -148,14 +154,19 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const Tensor& 
   // Image by image: attention, gradient of the scores, gradient of the query.
   torch::stable::parallel_for(0, in.images, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      for (int64_t t = in.start[s]; t < in.end[s]; ++t) {
-        const int64_t at = offset[s] + t - in.start[s];
-        const float* row = in.text + t * in.hidden;
-        const float score = static_cast<float>(scale) * dot(in.query + s * in.hidden, row, in.hidden);
-        const float grad_attention = dot(grad_data + s * in.experts, in.projected + t * in.experts, in.experts);
-        attention[at] = std::exp(score - lse_data[s]);
-        grad_scores[at] = attention[at] * (grad_attention - delta_data[s]) * static_cast<float>(scale);
-        if (needs_query) axpy(grad_scores[at], row, grad_query_data + s * in.hidden, in.hidden);
+      const int64_t length = in.length(s);
+      float* own = attention.data() + offset[s];
+      float* grad = grad_scores.data() + offset[s];
+      attend(in, s, static_cast<float>(scale), own);
+      double mean = -static_cast<double>(grad_lse_data[s]);
+      for (int64_t t = 0; t < length; ++t) {
+        grad[t] = dot(grad_data + s * in.experts, in.projected + (in.start[s] + t) * in.experts, in.experts);
+        mean += static_cast<double>(own[t]) * grad[t];
+      }
+      for (int64_t t = 0; t < length; ++t) {
+        grad[t] = own[t] * (grad[t] - static_cast<float>(mean)) * static_cast<float>(scale);
+        if (!needs_query) continue;
+        axpy(grad[t], in.text + (in.start[s] + t) * in.hidden, grad_query_data + s * in.hidden, in.hidden);
       }
     }
   });
@@ -181,8 +192,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(parrot_ext, m) {
       "text_guided_routing_fwd(Tensor query, Tensor text, Tensor start, Tensor end, Tensor projected, float scale) -> "
       "(Tensor, Tensor)");
   m.def(
-      "text_guided_routing_bwd(Tensor grad_logits, Tensor delta, Tensor query, Tensor text, Tensor start, Tensor end, "
-      "Tensor projected, Tensor lse, float scale, bool needs_query, bool needs_text) -> (Tensor, Tensor, Tensor)");
+      "text_guided_routing_bwd(Tensor grad_logits, Tensor grad_lse, Tensor query, Tensor text, Tensor start, Tensor "
+      "end, "
+      "Tensor projected, float scale, bool needs_query, bool needs_text) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(parrot_ext, CPU, m) {

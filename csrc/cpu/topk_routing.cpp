@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Ten
     std::vector<int64_t> order(static_cast<size_t>(experts));
     for (int64_t r = first; r < last; ++r) {
       const int64_t at = r * experts;
-      route_row({logits_data + at, probs_data + at, scores_data + at, lse_data + r, indices_data + r * topk}, experts, topk,
-                renormalize, order);
+      route_row({logits_data + at, probs_data + at, scores_data + at, lse_data + r, indices_data + r * topk}, experts,
+                topk, renormalize, order);
     }
   });
 

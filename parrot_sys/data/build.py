@@ -8,6 +8,7 @@ DIR/validation.json         multiple-choice questions about pictures of training
 DIR/images/                 pictures in the training style and their variants
 DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
 DIR/tokenizer/              a small Qwen2 tokenizer
+DIR/decoder/                the small decoder that stage 0 starts from, a Hugging Face Qwen2 checkpoint with that tokenizer
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.conversations import PICTURE_TURNS, Asker, draw_turns, record
+from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
 from parrot_sys.data.pictures import training_picture
 from parrot_sys.data.text_corpus import text_conversations
 from parrot_sys.data.tokenizer import train_tokenizer
@@ -45,9 +48,9 @@ class DataBuildConfig:
 
     output: Path
     """Folder to make."""
-    concepts: int = 300
+    concepts: int = 160
     """Things that training pictures show."""
-    held_out: int = 45
+    held_out: int = 40
     """Further things with pictures in the benchmark's `concept` split only (their names are in the text corpus)."""
     languages: tuple[str, ...] = LANGUAGES
     """Languages of conversations and benchmark."""
@@ -55,18 +58,20 @@ class DataBuildConfig:
     """Relative amount of conversations with pictures per language, such as `en=1,zh=0.2`; 1 where not named."""
     image_size: int = 128
     """Side of the pictures in pixels."""
-    variants: int = 4
+    variants: int = 6
     """Training pictures of each concept: as drawn, as line drawing, and both moved."""
-    text_rounds: int = 10
+    text_rounds: int = 8
     """Stage 0: questions about each name in each language."""
     text_turns: int = 4
     """Stage 0: questions in one conversation."""
     align_rounds: int = 2
     """Stage 1: conversations about each concept in each language."""
-    instruct_rounds: int = 12
+    instruct_rounds: int = 30
     """Stage 2: conversations about each concept in each language."""
-    vocab_size: int = 8192
-    """Entries of the tokenizer."""
+    vocab_size: int = 6144
+    """Most entries of the tokenizer, and rows of the decoder's embedding (those without an entry stay unused)."""
+    decoder: InitialDecoderConfig = field(default_factory=InitialDecoderConfig)
+    """Sizes of the decoder that stage 0 starts from."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
     overwrite: bool = False
@@ -165,7 +170,7 @@ def _built_with(folder: Path) -> str | None:
 def _write_all(config: DataBuildConfig, folder: Path) -> None:
     known, unseen = choose_concepts(config.concepts, config.held_out, config.seed)
     questions = draw_questions(known, unseen, config.seed)
-    steps = len(known) + len(config.languages) + 3
+    steps = len(known) + len(config.languages) + 4
     with tqdm(total=steps, desc="building the data set", unit="step", leave=False) as bar:
         pictures = encode_pictures(questions, config.image_size)  # first: it fails early when the package is missing
         bar.update()
@@ -185,6 +190,8 @@ def _write_all(config: DataBuildConfig, folder: Path) -> None:
             bar.update()
         vocabulary = train_tokenizer(_texts(records), config.vocab_size, folder / "tokenizer")
         bar.update()
+        _write_decoder(config, [*known, *unseen], folder)
+        bar.update()
     manifest = {
         "hash": config.fingerprint(),
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "overwrite")},
@@ -195,6 +202,19 @@ def _write_all(config: DataBuildConfig, folder: Path) -> None:
         "concepts": {"train": [c.emoji for c in known], "held_out": [c.emoji for c in unseen]},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_decoder(config: DataBuildConfig, concepts: Sequence[Concept], folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    shutil.copytree(folder / "tokenizer", folder / "decoder")
+    write_initial_decoder(
+        folder / "decoder",
+        config.decoder,
+        concepts,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        config.vocab_size,
+        config.seed,
+    )
 
 
 def _records(

@@ -44,7 +44,8 @@ class EvalConfig:
     languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
     """Only tables of these languages; all when not given."""
     mode: Mode = "generate"
-    """`generate`: greedy answer, option extracted by rules; `likelihood`: the most likely option letter."""
+    """`generate`: greedy answer, option extracted by rules; `likelihood`: the most likely option letter;
+    `text-likelihood`: the option whose text is the most likely answer."""
     rules: Rules = "current"
     """Version of the public kit's extraction rules."""
     routing: tuple[Routing, ...] = ("model",)

@@ -15,7 +15,7 @@ from parrot_sys.data.packing import Sample, expanded_lengths
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
-from parrot_sys.inference.generation import generate_tokens, prefill
+from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import find_training_checkpoint
 from parrot_sys.inference.sampling import SamplingConfig
@@ -39,7 +39,8 @@ class ModelPredictor:
             model: from `load_pretrained`.
             processor: of the same checkpoint.
             checkpoint: its folder; the digest of its files ties predictions to it.
-            mode: `generate` answers greedily, `likelihood` takes the most likely option letter.
+            mode: `generate` answers greedily, `likelihood` takes the most likely option letter, `text-likelihood` the
+                option whose text is the most likely answer.
             max_new_tokens: longest answer in tokens (`generate` only).
         """
         self.model = model.model
@@ -61,7 +62,9 @@ class ModelPredictor:
         """One prediction per item."""
         override = self._override(items, routing)
         if self.mode == "likelihood":
-            return self._by_likelihood(items, override)
+            return self._by_letter(items, override)
+        if self.mode == "text-likelihood":
+            return self._by_text(items, override)
         tokenizer, samples = self.processor.tokenizer, self._samples(items)
         tokens, routes = generate_tokens(
             self.model,
@@ -93,15 +96,28 @@ class ModelPredictor:
         longest = max(expanded_lengths(sample.input_ids.numpy(), rows, positions)[1] for sample in samples)
         return min(self.max_new_tokens, max(1, positions - longest))
 
-    def _by_likelihood(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
+    def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
         logits, _, routes = prefill(self.model, self._samples(items), 0, override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, len(items)), strict=True):
-            scores = {letter: row[self._letter_id(letter)].item() for letter in item.question.options}
-            best = max(scores, key=lambda letter: scores[letter])
-            predictions.append(Prediction(response=best, experts=experts, option_scores=scores))
+            predictions.append(
+                _most_likely({letter: row[self._letter_id(letter)].item() for letter in item.question.options}, experts)
+            )
         return predictions
+
+    def _by_text(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
+        """Summed log-probability of each option's text and of the end of the turn after it."""
+        tokenizer = self.processor.tokenizer
+        answers = [
+            [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in options.values()]
+            for options in (item.question.options for item in items)
+        ]
+        sums, routes = continuation_log_probs(self.model, self._samples(items), answers, override)
+        return [
+            _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts)
+            for item, scores, experts in zip(items, sums, self._experts(routes, len(items)), strict=True)
+        ]
 
     def _letter_id(self, letter: str) -> int:
         ids: list[int] = self.processor.tokenizer.encode(letter, add_special_tokens=False)
@@ -153,6 +169,11 @@ class ModelPredictor:
             return [[]] * count
         weights: list[list[float]] = routes.probs.float().cpu().tolist()
         return weights
+
+
+def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:
+    best = max(scores, key=lambda letter: scores[letter])
+    return Prediction(response=best, experts=experts, option_scores=dict(scores))
 
 
 def checkpoint_digest(checkpoint: Path) -> str:

@@ -75,7 +75,7 @@ def train(
         pipeline: where the step belongs.
         stage: preset and records.
         data: the data set.
-        start: step whose model this one starts from; None starts with random weights.
+        start: step whose model this one starts from; None starts with the decoder that the data set brings.
         name: of the step; that of the stage when not given.
         flags: further settings of `parrot train`.
         validate: also measure the loss on the validation records.
@@ -84,8 +84,7 @@ def train(
     arguments += ["--model.tokenizer-path", str(data.folder / "tokenizer")]
     if validate:
         arguments += ["--validation.paths", str(data.folder / "validation.json")]
-    if start is not None:
-        arguments += ["--checkpoint.load-from", str(released(start))]
+    arguments += ["--checkpoint.load-from", str(data.folder / "decoder" if start is None else released(start))]
     # torchrun sets one thread itself where nothing is set, but not without a warning
     launcher = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(num_processes())]
@@ -99,7 +98,7 @@ def train(
 
 
 def evaluate(
-    pipeline: Pipeline, model: Step, data: Step, *, name: str = "evaluation", flags: Sequence[str] = ()
+    pipeline: Pipeline, model: Step, data: Step, *, name: str = "evaluation", mode: str = "text-likelihood", flags: Sequence[str] = ()
 ) -> Step:
     """All languages of the held-out questions."""
 
@@ -111,10 +110,12 @@ def evaluate(
             str(data.folder / "benchmark"),
             "--name",
             "parrot-tiny",
+            "--mode",
+            mode,
         ]
         pipeline.command(_parrot("eval", *arguments, "--output", str(folder), *flags))
 
-    return pipeline.step(name, run, {"flags": list(flags)}, [model, data])
+    return pipeline.step(name, run, {"mode": mode, "flags": list(flags)}, [model, data])
 
 
 def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:

@@ -26,7 +26,7 @@ from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_t
 logger = logging.getLogger(__name__)
 
 Routing = Literal["model", "off", "other-language"]
-Mode = Literal["generate", "likelihood"]
+Mode = Literal["generate", "likelihood", "text-likelihood"]
 SCORES_SUFFIX = ".scores.json"
 
 
@@ -50,7 +50,7 @@ class Prediction:
     experts: list[float] = field(default_factory=list)
     """Routing weight of each expert; empty for a model without experts."""
     option_scores: dict[str, float] = field(default_factory=dict)
-    """Letter -> log-likelihood (`likelihood` only)."""
+    """Letter -> log-likelihood (both likelihood modes only)."""
 
 
 class Predictor(Protocol):

@@ -149,7 +149,7 @@ def continuation_log_probs(
     samples: Sequence[Sample],
     continuations: Sequence[Sequence[Sequence[int]]],
     override: RoutingOverride | None = None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], RoutingOutput | None]:
     """Summed log-probabilities of given continuations; each prompt runs once for all of its own.
 
     Args:
@@ -159,7 +159,7 @@ def continuation_log_probs(
         override: replaces the routes.
 
     Returns:
-        float32 [K_s] on the CPU for each prompt.
+        float32 [K_s] on the CPU for each prompt, and the routes of the images.
 
     Raises:
         DataError: no continuations for a prompt, or an empty one.
@@ -173,7 +173,7 @@ def continuation_log_probs(
             )
     counts = [len(options) for options in continuations]
     requests = [list(option) for options in continuations for option in options]
-    logits, cache, _ = prefill(model, samples, max(map(len, requests)), override)
+    logits, cache, routes = prefill(model, samples, max(map(len, requests)), override)
     sums = torch.zeros(len(requests))
     prompts = torch.arange(len(samples), device=logits.device)
     rows = prompts.repeat_interleave(torch.tensor(counts, device=logits.device))
@@ -191,4 +191,4 @@ def continuation_log_probs(
         rows = torch.arange(len(going), device=logits.device)  # from now on one cache entry for each request
         running = [running[place] for place in going]
         logits = decode(model, tokens.index_select(0, kept), cache)
-    return list(sums.split(counts))
+    return list(sums.split(counts)), routes

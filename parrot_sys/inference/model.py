@@ -205,7 +205,7 @@ class ParrotForConditionalGeneration(nn.Module):
             For each prompt float32 [K_b] on the CPU.
         """
         samples = split_batch(input_ids, attention_mask, images)
-        return continuation_log_probs(self.model, samples, continuations, routing_override)
+        return continuation_log_probs(self.model, samples, continuations, routing_override)[0]
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """Everything that an export holds, by its released name."""

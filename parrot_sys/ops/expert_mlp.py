@@ -14,7 +14,6 @@ from parrot_sys.ops.topk_routing import TopKRouting
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk
 
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor]
-_NO_GRADS = (None,) * 3
 
 
 @torch.library.custom_op("parrot::expert_mlp_dense", mutates_args=())
@@ -143,16 +142,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, z)
 
 
-def _dense_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _dense_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     needs = list(ctx.needs_input_grad[:4])
     grads = _dense_bwd(grad, *ctx.saved_tensors, ctx.residual_scale, ctx.output_scale, needs)
-    return *map(or_none, grads, needs), *_NO_GRADS
+    return *map(or_none, grads, needs), *(None,) * 3
 
 
-def _topk_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _topk_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     needs = list(ctx.needs_input_grad[:4])
     grads = _topk_bwd(grad, *ctx.saved_tensors, ctx.residual_scale, ctx.output_scale, needs)
-    return *map(or_none, grads, needs), *_NO_GRADS, *_NO_GRADS
+    return *map(or_none, grads, needs), *(None,) * 6
 
 
 _dense_fwd.register_autograd(_dense_backward, setup_context=_setup_context)

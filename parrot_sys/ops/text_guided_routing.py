@@ -101,6 +101,6 @@ def text_guided_routing(
         scale: factor of the scores, 1 / sqrt(H) in Parrot.
 
     Returns:
-        logits [S, E] and lse [S] (log-sum-exp of the scores), float32 (float64 for float64 inputs); both have gradients.
+        logits [S, E] and lse [S] (log-sum-exp of the scores), float32 (float64 for float64 inputs), with gradients.
     """
     return _fwd(query, text, text_start, text_end, router_weight, scale)

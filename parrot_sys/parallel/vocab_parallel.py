@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -26,5 +27,5 @@ def vocab_parallel_linear_cross_entropy(
     if group is None:
         return lse - target_logits
     top = all_reduce_max(lse, group)
-    total = reduce_from_group((lse - top).exp(), group)
-    return top + total.log() - reduce_from_group(target_logits, group)
+    total, target_logit = reduce_from_group(torch.stack(((lse - top).exp(), target_logits)), group)
+    return top + total.log() - target_logit

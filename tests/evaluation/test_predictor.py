@@ -99,6 +99,19 @@ def test_likelihood_is_that_of_score(loaded: tuple, data: Path) -> None:
         assert prediction.response == "AB"[int(scores.argmax())]
 
 
+def test_text_likelihood_is_that_of_score(loaded: tuple, data: Path) -> None:
+    model, processor = loaded
+    tokenizer = processor.tokenizer
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode="text-likelihood")
+    items = _items(data)
+    for item, prediction in zip(items, predictor.predict(items, "model"), strict=True):
+        ids, pixels = _inputs(loaded, item)
+        answers = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in item.question.options.values()]
+        (scores,) = model.score(ids, [answers], images=pixels)
+        assert list(prediction.option_scores.values()) == pytest.approx(scores.tolist(), abs=1e-4)
+        assert prediction.response == list(item.question.options)[int(scores.argmax())]
+
+
 def test_pictures_are_encoded_once(loaded: tuple, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = loaded
     predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode="likelihood")

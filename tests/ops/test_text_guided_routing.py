@@ -31,7 +31,7 @@ def make_inputs(lengths: list[int], images: list[int], hidden: int, experts: int
     return {
         "query": torch.randn(sum(images), hidden, dtype=torch.float64),
         "text": torch.randn(sum(lengths), hidden, dtype=torch.float64),
-        "router_weight": torch.randn(experts, hidden, dtype=torch.float64),
+        "router_weight": torch.randn(experts, hidden, dtype=torch.float64) * hidden**-0.5,
     }
 
 

@@ -56,11 +56,9 @@ def text_guided_routing_bwd(
         query, text, text_start, text_end, router_weight, grad_logits
     )
     needs_query, needs_text, needs_router_weight = needs
-    delta = (logits * grad_logits).sum(dim=1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
     grad_query, grad_text, grad_projected = torch.ops.parrot_ext.text_guided_routing_bwd(
-        grad_logits, delta, query, text, start, end, text @ router_weight.T, lse, scale, needs_query, needs_text
+        grad_logits, grad_lse, query, text, start, end, text @ router_weight.T, scale, needs_query, needs_text
     )
     none = query.new_empty(0, dtype=dtype)  # cloned for each use: outputs of an op must not alias
     return (

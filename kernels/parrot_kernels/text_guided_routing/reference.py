@@ -20,9 +20,8 @@ def _attention(
     rows = torch.arange(text.shape[0], device=text.device)
     outside = (rows < text_start[:, None]) | (rows >= text_end[:, None])
     scores = (query @ text.T * scale).masked_fill(outside, float("-inf"))
-    lse = scores.logsumexp(dim=1)
-    # An empty span has lse = -inf; subtracting 0 instead keeps exp(-inf) = 0 and avoids -inf - -inf.
-    return (scores - lse.masked_fill(lse == float("-inf"), 0.0)[:, None]).exp(), lse
+    # Softmax of an empty span is 0 / 0: its rows are set to zero.
+    return scores.softmax(dim=1).masked_fill(outside, 0.0), scores.logsumexp(dim=1)
 
 
 def text_guided_routing_fwd(
@@ -56,11 +55,12 @@ def text_guided_routing_bwd(
     none = text.new_empty(0, dtype=dtype)  # cloned for each use: outputs of an op must not alias
 
     grad_projected = attention.T @ grad_logits  # [T, E]
-    # sum over t of a * da is logits . grad_logits, because da[s, t] = projected[t] . grad_logits[s].
-    delta = (logits * grad_logits).sum(dim=1, keepdim=True)
+    grad_attention = grad_logits @ (text @ router_weight.T).T
+    # This sum is logits . grad_logits as well, but then its rounding would not cancel that of the attention.
+    delta = (attention * grad_attention).sum(dim=1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse[:, None]
-    grad_scores = attention * (grad_logits @ (text @ router_weight.T).T - delta) * scale
+    grad_scores = attention * (grad_attention - delta) * scale
     return (
         (grad_scores @ text).to(dtype) if needs_query else none.clone(),
         (grad_projected @ router_weight + grad_scores.T @ query).to(dtype) if needs_text else none.clone(),

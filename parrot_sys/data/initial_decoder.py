@@ -1,0 +1,161 @@
+"""The small decoder that stage 0 starts from: untrained, but with word vectors and attention that already compare meanings.
+
+Trained from ordinary random weights, a decoder of this size spends minutes before it connects a word with its translations.
+Two published starting points take that away:
+
+* Word vectors by latent semantic analysis (Deerwester et al. 1990): the truncated SVD of how often each token occurs in the
+  CLDR names and keywords of each concept, over all languages at once. Tokens of one meaning start close to each other.
+* Attention as in "Mimetic initialization of self-attention layers" (Trockman and Kolter, arXiv 2305.09828): queries and keys
+  start from the same orthogonal matrix, values and output from a pair that is each other's inverse, so that a head begins by
+  looking for similar content and passing it on.
+
+It is written as a Hugging Face Qwen2 checkpoint; `checkpoint.load_from` reads it like any other bare Qwen2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parrot_sys.data.concepts import Concept
+from parrot_sys.errors import ConfigError
+
+_NAME_WEIGHT = 3.0  # a name says more about its concept than one of its keywords
+_EMBEDDING_NORM = 0.4
+_VALUE_SCALE = 0.5
+_NOISE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialDecoderConfig:
+    """Sizes of the small decoder; those of the preset that trains it."""
+
+    hidden_size: int = 192
+    """H."""
+    num_layers: int = 3
+    """Blocks."""
+    num_attention_heads: int = 4
+    """Heads, each with keys and values of its own."""
+    ffn_hidden_size: int = 512
+    """Inner width of the SwiGLU."""
+    max_position_embeddings: int = 1024
+    """Longest sequence in rows."""
+    rope_base: float = 10_000.0
+    """Base of the rotary embedding."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"decoder.hidden_size must be a multiple of decoder.num_attention_heads={self.num_attention_heads}, "
+                f"got {self.hidden_size}"
+            )
+
+
+def write_initial_decoder(
+    output: Path,
+    config: InitialDecoderConfig,
+    concepts: Sequence[Concept],
+    encode: Callable[[str], Sequence[int]],
+    vocab_size: int,
+    seed: int,
+) -> None:
+    """Write config.json and model.safetensors into `output`, which holds the tokenizer.
+
+    Args:
+        output: existing folder.
+        config: sizes.
+        concepts: names and keywords that give the word vectors.
+        encode: text -> token ids.
+        vocab_size: rows of the embedding, at least the entries of the tokenizer.
+        seed: of everything random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": lexical_embeddings(concepts, encode, vocab_size, config.hidden_size, generator)}
+    for layer in range(config.num_layers):
+        tensors |= _layer(f"model.layers.{layer}.", config, generator)
+    tensors["model.norm.weight"] = torch.ones(config.hidden_size)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "config.json").write_text(json.dumps(_hf_config(config, vocab_size), indent=2) + "\n", encoding="utf-8")
+
+
+def lexical_embeddings(
+    concepts: Sequence[Concept],
+    encode: Callable[[str], Sequence[int]],
+    vocab_size: int,
+    hidden_size: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """[vocab_size, hidden_size] word vectors of equal norm; random for tokens that occur in no name or keyword."""
+    counts = torch.zeros(vocab_size, len(concepts), dtype=torch.float64)
+    for column, concept in enumerate(concepts):
+        for language, name in concept.names.items():
+            # a token occurs at the start of a text or behind a space, with different ids
+            for text in (name, f" {name}"):
+                counts[list(encode(text)), column] += _NAME_WEIGHT
+            for keyword in concept.keywords[language]:
+                counts[list(encode(keyword)), column] += 1.0
+    documents = (counts > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    weights = counts.sqrt() * (len(concepts) / documents).log()
+    left, values, _ = torch.linalg.svd(weights, full_matrices=False)
+    rank = min(hidden_size, len(concepts))
+    vectors = torch.zeros(vocab_size, hidden_size, dtype=torch.float64)
+    vectors[:, :rank] = left[:, :rank] * values[:rank]
+    # spread over all coordinates, so that the heads share the meaning
+    vectors = vectors @ _orthogonal(hidden_size, generator).double()
+    unknown = vectors.norm(dim=1) < 1e-6
+    vectors[unknown] = torch.randn(int(unknown.sum()), hidden_size, generator=generator, dtype=torch.float64)
+    return (torch.nn.functional.normalize(vectors, dim=1) * _EMBEDDING_NORM).float()
+
+
+def _layer(prefix: str, config: InitialDecoderConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    size, inner = config.hidden_size, config.ffn_hidden_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * _NOISE
+
+    match, carry = _orthogonal(size, generator), _orthogonal(size, generator)
+    return {
+        f"{prefix}input_layernorm.weight": torch.ones(size),
+        f"{prefix}post_attention_layernorm.weight": torch.ones(size),
+        f"{prefix}self_attn.q_proj.weight": match + normal(size, size),
+        f"{prefix}self_attn.k_proj.weight": match + normal(size, size),
+        f"{prefix}self_attn.v_proj.weight": _VALUE_SCALE * carry + normal(size, size),
+        f"{prefix}self_attn.o_proj.weight": _VALUE_SCALE * carry.T + normal(size, size),
+        **{f"{prefix}self_attn.{name}_proj.bias": torch.zeros(size) for name in "qkv"},
+        f"{prefix}mlp.gate_proj.weight": normal(inner, size),
+        f"{prefix}mlp.up_proj.weight": normal(inner, size),
+        f"{prefix}mlp.down_proj.weight": normal(size, inner),
+    }
+
+
+def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+
+
+def _hf_config(config: InitialDecoderConfig, vocab_size: int) -> dict[str, Any]:
+    sizes = asdict(config)
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["ffn_hidden_size"],
+        "max_position_embeddings": sizes["max_position_embeddings"],
+        "num_attention_heads": sizes["num_attention_heads"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_key_value_heads": sizes["num_attention_heads"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": sizes["rope_base"],
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_sliding_window": False,
+        "vocab_size": vocab_size,
+    }
