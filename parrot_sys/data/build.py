@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import PICTURE_TURNS, Asker, draw_turns, record
+from parrot_sys.data.conversations import PICTURE_TURNS, Asker, Turn, draw_turns, record
 from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
 from parrot_sys.data.pictures import training_picture
 from parrot_sys.data.text_corpus import text_conversations
@@ -60,13 +60,13 @@ class DataBuildConfig:
     """Side of the pictures in pixels."""
     variants: int = 6
     """Training pictures of each concept: as drawn, as line drawing, and both moved."""
-    text_rounds: int = 8
+    text_rounds: int = 10
     """Stage 0: questions about each name in each language."""
     text_turns: int = 4
     """Stage 0: questions in one conversation."""
     align_rounds: int = 2
     """Stage 1: conversations about each concept in each language."""
-    instruct_rounds: int = 30
+    instruct_rounds: int = 10
     """Stage 2: conversations about each concept in each language."""
     vocab_size: int = 6144
     """Most entries of the tokenizer, and rows of the decoder's embedding (those without an entry stay unused)."""
@@ -237,21 +237,35 @@ def _records(
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question alone. Stage `instruct`: drawn kinds, one conversation in four has two."""
+    """Stage `align`: the open question in up to three languages. Stage `instruct`: drawn kinds, in one to four languages.
+
+    A picture that is named in several languages within one conversation teaches the small decoder that those names mean the
+    same, and takes far fewer rows than as many conversations. The later languages are drawn by their weights.
+    """
     rounds = config.align_rounds if stage == "align" else config.instruct_rounds
-    for language, weight in config.weights().items():
+    weights = config.weights()
+    for language, weight in weights.items():
         for number in range(round(weight * rounds * len(known))):
             concept = known[number % len(known)]
             generator = random.Random(f"{config.seed}:{stage}:{language}:{number}")
-            asker = Asker(language=language, pool=known, languages=config.languages, generator=generator)
-            if stage == "align":
-                turns = [asker.name(concept)]
-            else:
-                turns = draw_turns(asker, [concept] * generator.choice((1, 1, 1, 2)), PICTURE_TURNS)
+            turns: list[Turn] = []
+            for spoken in _languages_of(language, weights, 3 if stage == "align" else generator.randint(1, 4), generator):
+                asker = Asker(language=spoken, pool=known, languages=config.languages, generator=generator)
+                turns += [asker.name(concept)] if stage == "align" else draw_turns(asker, [concept], PICTURE_TURNS)
             # languages start at different variants, so that every picture is asked about in several languages
             variant = (number // len(known) + config.languages.index(language)) % config.variants
             image = _picture_name(concept, variant, config.variants)
             yield record(f"{stage}-{language}-{number}", language, turns, image)
+
+
+def _languages_of(first: str, weights: Mapping[str, float], count: int, generator: random.Random) -> list[str]:
+    """`first` and up to `count - 1` more distinct languages, drawn by weight."""
+    others = {language: weight for language, weight in weights.items() if weight and language != first}
+    chosen = [first]
+    while others and len(chosen) < count:
+        chosen += generator.choices(list(others), list(others.values()))
+        del others[chosen[-1]]
+    return chosen
 
 
 def _validation(config: DataBuildConfig, known: Sequence[Concept]) -> Iterator[dict[str, Any]]:

@@ -87,12 +87,12 @@ class Asker:
         return (self.phrases["keywords"], words) if words else self.name(concept)
 
     def translation(self, concept: Concept) -> Turn:
-        """The name in another language."""
-        target = self.generator.choice([language for language in self.languages if language != self.language] or ["en"])
+        """A word of another language, to be said in this one."""
+        source = self.generator.choice([language for language in self.languages if language != self.language] or ["en"])
         question = self.phrases["translate"].format(
-            name=concept.names[self.language], language=self.phrases["languages"][target]
+            name=concept.names[source], language=self.phrases["languages"][self.language]
         )
-        return question, concept.names[target]
+        return question, concept.names[self.language]
 
     def meaning_choice(self, concept: Concept) -> Turn:
         """A word in any of the languages; its name in this language is to be found among four."""
@@ -137,8 +137,8 @@ class Asker:
 
 
 PICTURE_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
-    "name": (0.50, Asker.name),
-    "name_choice": (0.40, Asker.name_choice),
+    "name": (0.65, Asker.name),
+    "name_choice": (0.25, Asker.name_choice),
     "yes_no": (0.03, Asker.yes_no),
     "keywords": (0.03, Asker.keywords),
     "category": (0.02, Asker.category),
@@ -146,11 +146,11 @@ PICTURE_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
 }
 """Kinds of turns about a picture and how often each is drawn."""
 TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
-    "translation": (0.50, Asker.translation),
-    "meaning_choice": (0.15, Asker.meaning_choice),
-    "riddle_choice": (0.15, Asker.riddle_choice),
-    "word_category": (0.10, Asker.word_category),
-    "word_keywords": (0.10, Asker.word_keywords),
+    "translation": (0.60, Asker.translation),
+    "meaning_choice": (0.16, Asker.meaning_choice),
+    "riddle_choice": (0.16, Asker.riddle_choice),
+    "word_category": (0.04, Asker.word_category),
+    "word_keywords": (0.04, Asker.word_keywords),
 }
 """Kinds of turns about a word, without a picture."""
 

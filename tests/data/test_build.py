@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from PIL import Image
 
 from parrot_sys.data import build as build_module
@@ -37,7 +38,7 @@ def config(output: Path, **changes: Any) -> DataBuildConfig:
         "variants": 2,
         "text_rounds": 2,
         "align_rounds": 1,
-        "instruct_rounds": 3,
+        "instruct_rounds": 6,
         "vocab_size": 700,
     }
     return DataBuildConfig(output=output, **(small | changes))
@@ -82,30 +83,51 @@ def test_every_kind_of_conversation_is_there(built: Path) -> None:
     instruct = records(built, "instruct")
     assert any("image" not in entry for entry in instruct)
     assert {len(entry["conversations"]) for entry in instruct if "image" in entry} == {2, 4}
-    for language in LANGUAGES:
-        phrases = load_phrases()[language]
-        asked = [turn["value"] for entry in instruct if entry["lang"] == language for turn in entry["conversations"]]
-        text = "\n".join(asked)
-        assert phrases["name"][0] in text
-        assert ANSWER_WITH_LETTER[language] in text
-        assert {phrases["yes"], phrases["no"]} & set(asked)
+    kinds = set()
+    for entry in instruct:
+        phrases = load_phrases()[entry["lang"]]
+        for turn in entry["conversations"][::2]:
+            lines = turn["value"].removeprefix("<image>\n").split("\n")
+            chosen = lines[-1] == ANSWER_WITH_LETTER[entry["lang"]]
+            for kind in ("category", "keywords", "yes_no"):
+                if lines[0].startswith(phrases[kind].split("{")[0]):
+                    kinds.add((kind, chosen))
+            if lines[0] in phrases["name"]:
+                kinds.add(("name", chosen))
+    assert kinds >= {("name", False), ("name", True), ("category", False), ("keywords", False), ("yes_no", False)}
 
 
-def test_chosen_letter_names_what_the_picture_shows(built: Path) -> None:
+def test_answer_is_what_the_picture_shows(built: Path) -> None:
     names = {concept.key: concept.names for concept in concepts()[0]}
-    checked = 0
-    for entry in [*records(built, "instruct"), *records(built, "validation")]:
+    asked = {True: 0, False: 0}
+    for entry in [*records(built, "align"), *records(built, "instruct"), *records(built, "validation")]:
         if "image" not in entry:
             continue
-        key = re.fullmatch(r"images/([0-9a-f]+)_\w+\.png", entry["image"])[1]
+        match = re.fullmatch(r"images/([0-9a-f]+)_\w+\.png", entry["image"])
+        assert match is not None
+        name, phrases = names[match[1]][entry["lang"]], load_phrases()[entry["lang"]]
         for question, answer in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
-            options = dict(re.findall(r"^([A-D])\. (.*)$", question["value"], re.MULTILINE))
-            first = question["value"].removeprefix("<image>\n").split("\n")[0]
-            if options and first == load_phrases()[entry["lang"]]["name"][0]:
-                assert len(set(options.values())) == 4
-                assert options[answer["value"]] == names[key][entry["lang"]]
-                checked += 1
-    assert checked > 100
+            lines = question["value"].removeprefix("<image>\n").split("\n")
+            options = [line[3:] for line in lines if re.match(r"[A-D]\. ", line)]
+            if lines[0] in phrases["name"]:
+                assert answer["value"] == name
+                assert not options or (len(set(options)) == 4 and name in options)
+                asked[bool(options)] += 1
+            elif lines[0].startswith(phrases["yes_no"].split("{")[0]):
+                assert (answer["value"] == phrases["yes"]) == (lines[0] == phrases["yes_no"].format(name=name))
+    assert min(asked.values()) > 100
+
+
+def test_initial_decoder_fits_the_tokenizer(built: Path) -> None:
+    model, loading = transformers.Qwen2ForCausalLM.from_pretrained(built / "decoder", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(built / "decoder")
+    assert len(tokenizer) <= model.get_input_embeddings().num_embeddings == 700
+    ids = tokenizer("cat", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        assert (built / "decoder" / name).read_bytes() == (built / "tokenizer" / name).read_bytes()
 
 
 def test_nothing_of_the_test_is_in_training(built: Path) -> None:
