@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -64,6 +65,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # what else ran: above the number of threads, times are not to be trusted
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),

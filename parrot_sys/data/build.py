@@ -8,7 +8,7 @@ DIR/validation.json         multiple-choice questions about pictures of training
 DIR/images/                 pictures in the training style and their variants
 DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
 DIR/tokenizer/              a small Qwen2 tokenizer
-DIR/decoder/                the small decoder that stage 0 starts from, a Hugging Face Qwen2 checkpoint with that tokenizer
+DIR/decoder/                the small decoder that stage 0 starts from: a Qwen2 checkpoint with that tokenizer
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class DataBuildConfig:
 
     output: Path
     """Folder to make."""
-    concepts: int = 160
+    concepts: int = 120
     """Things that training pictures show."""
-    held_out: int = 40
+    held_out: int = 30
     """Further things with pictures in the benchmark's `concept` split only (their names are in the text corpus)."""
     languages: tuple[str, ...] = LANGUAGES
     """Languages of conversations and benchmark."""
@@ -60,13 +60,13 @@ class DataBuildConfig:
     """Side of the pictures in pixels."""
     variants: int = 6
     """Training pictures of each concept: as drawn, as line drawing, and both moved."""
-    text_rounds: int = 10
+    text_rounds: int = 18
     """Stage 0: questions about each name in each language."""
     text_turns: int = 4
     """Stage 0: questions in one conversation."""
     align_rounds: int = 2
     """Stage 1: conversations about each concept in each language."""
-    instruct_rounds: int = 10
+    instruct_rounds: int = 13
     """Stage 2: conversations about each concept in each language."""
     vocab_size: int = 6144
     """Most entries of the tokenizer, and rows of the decoder's embedding (those without an entry stay unused)."""
@@ -237,10 +237,10 @@ def _records(
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question in up to three languages. Stage `instruct`: drawn kinds, in one to four languages.
+    """Stage `align`: the open question in up to three languages. Stage `instruct`: drawn kinds, in one to four.
 
-    A picture that is named in several languages within one conversation teaches the small decoder that those names mean the
-    same, and takes far fewer rows than as many conversations. The later languages are drawn by their weights.
+    A picture that is named in several languages within one conversation teaches the small decoder that those names
+    mean the same, and takes fewer rows than as many conversations. The later languages are drawn by their weights.
     """
     rounds = config.align_rounds if stage == "align" else config.instruct_rounds
     weights = config.weights()
@@ -249,7 +249,8 @@ def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], st
             concept = known[number % len(known)]
             generator = random.Random(f"{config.seed}:{stage}:{language}:{number}")
             turns: list[Turn] = []
-            for spoken in _languages_of(language, weights, 3 if stage == "align" else generator.randint(1, 4), generator):
+            count = 3 if stage == "align" else generator.randint(1, 4)
+            for spoken in _languages_of(language, weights, count, generator):
                 asker = Asker(language=spoken, pool=known, languages=config.languages, generator=generator)
                 turns += [asker.name(concept)] if stage == "align" else draw_turns(asker, [concept], PICTURE_TURNS)
             # languages start at different variants, so that every picture is asked about in several languages

@@ -87,8 +87,8 @@ class Asker:
         return (self.phrases["keywords"], words) if words else self.name(concept)
 
     def translation(self, concept: Concept) -> Turn:
-        """A word of another language, to be said in this one."""
-        source = self.generator.choice([language for language in self.languages if language != self.language] or ["en"])
+        """A word of any language, to be said in this one."""
+        source = self._source()
         question = self.phrases["translate"].format(
             name=concept.names[source], language=self.phrases["languages"][self.language]
         )
@@ -96,7 +96,7 @@ class Asker:
 
     def meaning_choice(self, concept: Concept) -> Turn:
         """A word in any of the languages; its name in this language is to be found among four."""
-        source = self.generator.choice(self.languages)
+        source = self._source()
         return self._choice_of_names(self.phrases["means"].format(name=concept.names[source]), concept)
 
     def riddle_choice(self, concept: Concept) -> Turn:
@@ -118,6 +118,13 @@ class Asker:
             return self.word_category(concept)
         return self.phrases["word_keywords"].format(name=concept.names[self.language]), words
 
+    def _source(self) -> str:
+        """Language of a word that is asked about: in one half of the questions the asker's own.
+
+        The answer is then in the question, and from copying it a small decoder learns to look for what is asked about.
+        """
+        return self.language if self.generator.random() < 0.5 else self.generator.choice(self.languages)
+
     def _words(self, concept: Concept) -> str:
         words = concept.keywords[self.language]
         count = min(len(words), _MAX_KEYWORDS_IN_ANSWER)
@@ -131,8 +138,8 @@ class Asker:
         texts = [right, *wrong]
         self.generator.shuffle(texts)
         options = dict(zip(LETTERS, texts, strict=True))
-        # The text, not its letter: both are answers that the benchmark's rules read, but a decoder of a few million weights
-        # learns to say what it sees long before it learns to point at a letter.
+        # The text, not its letter: the rules of the benchmark read both, but a decoder of a few million weights learns
+        # to say what it sees long before it learns to point at a letter.
         return build_mcq_prompt(question, options, self.language), right
 
 

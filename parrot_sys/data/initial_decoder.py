@@ -1,13 +1,13 @@
-"""The small decoder that stage 0 starts from: untrained, but with word vectors and attention that already compare meanings.
+"""The small decoder that stage 0 starts from: untrained, but its word vectors and attention already compare meanings.
 
-Trained from ordinary random weights, a decoder of this size spends minutes before it connects a word with its translations.
-Two published starting points take that away:
+From ordinary random weights, a decoder of this size spends minutes before it connects a word with its translations. Two
+published starting points take that away:
 
-* Word vectors by latent semantic analysis (Deerwester et al. 1990): the truncated SVD of how often each token occurs in the
-  CLDR names and keywords of each concept, over all languages at once. Tokens of one meaning start close to each other.
-* Attention as in "Mimetic initialization of self-attention layers" (Trockman and Kolter, arXiv 2305.09828): queries and keys
-  start from the same orthogonal matrix, values and output from a pair that is each other's inverse, so that a head begins by
-  looking for similar content and passing it on.
+* Word vectors by latent semantic analysis (Deerwester et al. 1990): the truncated SVD of how often each token occurs in
+  the CLDR names and keywords of each concept, in all languages at once. Tokens of one meaning start close together.
+* Attention after "Mimetic initialization of self-attention layers" (Trockman and Kolter, arXiv 2305.09828): queries and
+  keys start from one orthogonal matrix, values and output from a pair that are each other's inverse, so that a head
+  begins by looking for similar content and passing it on.
 
 It is written as a Hugging Face Qwen2 checkpoint; `checkpoint.load_from` reads it like any other bare Qwen2.
 """
@@ -77,7 +77,9 @@ def write_initial_decoder(
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {"model.embed_tokens.weight": lexical_embeddings(concepts, encode, vocab_size, config.hidden_size, generator)}
+    tensors = {
+        "model.embed_tokens.weight": lexical_embeddings(concepts, encode, vocab_size, config.hidden_size, generator)
+    }
     for layer in range(config.num_layers):
         tensors |= _layer(f"model.layers.{layer}.", config, generator)
     tensors["model.norm.weight"] = torch.ones(config.hidden_size)
@@ -97,9 +99,7 @@ def lexical_embeddings(
     counts = torch.zeros(vocab_size, len(concepts), dtype=torch.float64)
     for column, concept in enumerate(concepts):
         for language, name in concept.names.items():
-            # a token occurs at the start of a text or behind a space, with different ids
-            for text in (name, f" {name}"):
-                counts[list(encode(text)), column] += _NAME_WEIGHT
+            counts[list(encode(name)), column] += _NAME_WEIGHT
             for keyword in concept.keywords[language]:
                 counts[list(encode(keyword)), column] += 1.0
     documents = (counts > 0).sum(dim=1, keepdim=True).clamp(min=1)

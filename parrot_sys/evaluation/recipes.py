@@ -98,7 +98,13 @@ def train(
 
 
 def evaluate(
-    pipeline: Pipeline, model: Step, data: Step, *, name: str = "evaluation", mode: str = "text-likelihood", flags: Sequence[str] = ()
+    pipeline: Pipeline,
+    model: Step,
+    data: Step,
+    *,
+    name: str = "evaluation",
+    mode: str = "text-likelihood",
+    flags: Sequence[str] = (),
 ) -> Step:
     """All languages of the held-out questions."""
 

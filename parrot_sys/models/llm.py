@@ -9,6 +9,8 @@ from parrot_sys.errors import ConfigError
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LLMConfig:
+    """Sizes of a Qwen2 decoder; the defaults are those of Qwen1.5-7B."""
+
     hidden_size: int = 4096
     num_layers: int = 32
     num_attention_heads: int = 32
@@ -26,14 +28,17 @@ class LLMConfig:
 
     @property
     def kv_channels(self) -> int:
+        """Width of one head."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
-                f"llm.num_attention_heads must be a multiple of llm.num_query_groups={self.num_query_groups}, got {self.num_attention_heads}"
+                f"llm.num_attention_heads must be a multiple of llm.num_query_groups={self.num_query_groups}, "
+                f"got {self.num_attention_heads}"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"llm.hidden_size must be a multiple of llm.num_attention_heads={self.num_attention_heads}, got {self.hidden_size}; or set llm.head_dim"
+                f"llm.hidden_size must be a multiple of llm.num_attention_heads={self.num_attention_heads}, "
+                f"got {self.hidden_size}; or set llm.head_dim"
             )

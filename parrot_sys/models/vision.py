@@ -10,6 +10,8 @@ from parrot_sys.errors import ConfigError
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class VisionConfig:
+    """Sizes of a vision tower; the defaults are those of CLIP ViT-L/14 at 336 pixels."""
+
     type: Literal["clip", "siglip", "efficientnet_lite0"] = "clip"
     """Architecture of the tower."""
     path: str | None = None
@@ -26,10 +28,11 @@ class VisionConfig:
     activation: Literal["quick_gelu", "gelu_pytorch_tanh", "gelu", "relu6"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
     select_layer: int = -2
-    """Index into the tower's hidden states whose rows are used (-2: output of the block before the last, before the final norm)."""
+    """Which of the tower's hidden states is used (-2: output of the block before the last, before the final norm)."""
 
     @property
     def num_patches(self) -> int:
+        """Patches of one image."""
         side = self.image_size // (32 if self.type == "efficientnet_lite0" else self.patch_size)
         return side * side
 
@@ -41,7 +44,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.type != "efficientnet_lite0" and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"vision.hidden_size must be a multiple of vision.num_attention_heads={self.num_attention_heads}, got {self.hidden_size}"
+                f"vision.hidden_size must be a multiple of vision.num_attention_heads={self.num_attention_heads}, "
+                f"got {self.hidden_size}"
             )
         if not -self.num_layers - 1 <= self.select_layer <= self.num_layers:
             raise ConfigError(
