@@ -12,8 +12,8 @@ END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 _SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
-# Unlike Qwen2, a space or quotation mark is never part of the word behind it: in so little text, a word has to be the same
-# token wherever it stands.
+# Unlike Qwen2, a space or quotation mark is never part of the word behind it: in so little text, a word has to be the
+# same token wherever it stands.
 _WORDS = r"[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}]+|[\r\n]+|[^\S\r\n]+"
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,42 +80,46 @@ def test_records_pass_the_loader_and_their_pictures_exist(built: Path, name: str
     assert len(identifiers) == index + 1
 
 
+def turns_about_pictures(built: Path, *names: str) -> Iterator[tuple[str, str, str, list[str], str]]:
+    """(concept's key, language of the turn, kind, options, answer); a conversation may go on in another language."""
+    kinds = ("name", "category", "keywords", "yes_no")
+    starts = {  # wordings differ between languages, so that a question tells its own
+        start.split("{")[0]: (language, kind)
+        for language in LANGUAGES
+        for kind in kinds
+        for start in ([load_phrases()[language][kind]] if kind != "name" else load_phrases()[language][kind])
+    }
+    for entry in (entry for name in names for entry in records(built, name) if "image" in entry):
+        match = re.fullmatch(r"images/([0-9a-f]+)_\w+\.png", entry["image"])
+        assert match is not None
+        for question, answer in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
+            lines = question["value"].removeprefix("<image>\n").split("\n")
+            ((language, kind),) = {found for start, found in starts.items() if lines[0].startswith(start)}
+            options = [line[3:] for line in lines if re.match(r"[A-D]\. ", line)]
+            assert not options or lines[-1] == ANSWER_WITH_LETTER[language]
+            yield match[1], language, f"{kind} {lines[0]}" if kind == "yes_no" else kind, options, answer["value"]
+
+
 def test_every_kind_of_conversation_is_there(built: Path) -> None:
     instruct = records(built, "instruct")
     assert any("image" not in entry for entry in instruct)
-    assert {len(entry["conversations"]) for entry in instruct if "image" in entry} == {2, 4}
-    kinds = set()
-    for entry in instruct:
-        phrases = load_phrases()[entry["lang"]]
-        for turn in entry["conversations"][::2]:
-            lines = turn["value"].removeprefix("<image>\n").split("\n")
-            chosen = lines[-1] == ANSWER_WITH_LETTER[entry["lang"]]
-            for kind in ("category", "keywords", "yes_no"):
-                if lines[0].startswith(phrases[kind].split("{")[0]):
-                    kinds.add((kind, chosen))
-            if lines[0] in phrases["name"]:
-                kinds.add(("name", chosen))
+    assert len({len(entry["conversations"]) for entry in instruct if "image" in entry}) > 1
+    kinds = {(kind.split()[0], bool(options)) for _, _, kind, options, _ in turns_about_pictures(built, "instruct")}
     assert kinds >= {("name", False), ("name", True), ("category", False), ("keywords", False), ("yes_no", False)}
+    assert {language for _, language, *_ in turns_about_pictures(built, "align")} == set(LANGUAGES)
 
 
 def test_answer_is_what_the_picture_shows(built: Path) -> None:
     names = {concept.key: concept.names for concept in concepts()[0]}
     asked = {True: 0, False: 0}
-    for entry in [*records(built, "align"), *records(built, "instruct"), *records(built, "validation")]:
-        if "image" not in entry:
-            continue
-        match = re.fullmatch(r"images/([0-9a-f]+)_\w+\.png", entry["image"])
-        assert match is not None
-        name, phrases = names[match[1]][entry["lang"]], load_phrases()[entry["lang"]]
-        for question, answer in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
-            lines = question["value"].removeprefix("<image>\n").split("\n")
-            options = [line[3:] for line in lines if re.match(r"[A-D]\. ", line)]
-            if lines[0] in phrases["name"]:
-                assert answer["value"] == name
-                assert not options or (len(set(options)) == 4 and name in options)
-                asked[bool(options)] += 1
-            elif lines[0].startswith(phrases["yes_no"].split("{")[0]):
-                assert (answer["value"] == phrases["yes"]) == (lines[0] == phrases["yes_no"].format(name=name))
+    for key, language, kind, options, answer in turns_about_pictures(built, "align", "instruct", "validation"):
+        name, phrases = names[key][language], load_phrases()[language]
+        if kind == "name":
+            assert answer == name
+            assert not options or (len(set(options)) == 4 and name in options)
+            asked[bool(options)] += 1
+        elif kind.startswith("yes_no"):
+            assert (answer == phrases["yes"]) == (kind == f"yes_no {phrases['yes_no'].format(name=name)}")
     assert min(asked.values()) > 100
 
 

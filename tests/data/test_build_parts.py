@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 from PIL import Image
 
@@ -118,18 +119,23 @@ def test_openmoji_shows_the_concept_in_another_style() -> None:
     assert middle[0] > middle[1] + 50
 
 
-def test_tokenizer_loads_as_qwen2_and_round_trips(tmp_path: Path) -> None:
+def test_tokenizer_loads_from_its_folder_and_round_trips(tmp_path: Path) -> None:
     texts = [f"{phrase}\n" for block in load_phrases().values() for phrase in block["categories"].values()] * 3
     size = train_tokenizer(texts, 400, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert size == len(tokenizer) == 400
     for text in ("fruit and vegetables", "水果和蔬菜", "emoções ü ß", "فواكه وخضروات", "🦜 new\n\n text"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert tokenizer(text).input_ids == plain.encode(text, add_special_tokens=False).ids  # class and file agree
     assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [397, 398, 399]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer("<|im_start|>user\n").input_ids[0] == 398
-    assert len(tokenizer("fruit and vegetables").input_ids) < 12  # merges were learned
+    assert len(tokenizer("fruit and vegetables").input_ids) < len("fruit and vegetables")  # merges were learned
+    mammals = tokenizer("mammals").input_ids
+    for text in (" mammals", '"mammals"', "(mammals)"):  # a word is the same tokens wherever it stands
+        ids = tokenizer(text).input_ids
+        assert any(ids[i : i + len(mammals)] == mammals for i in range(len(ids)))
 
 
 def test_vendor_keeps_what_has_distinct_names(tmp_path: Path) -> None:

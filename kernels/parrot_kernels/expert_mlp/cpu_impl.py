@@ -41,48 +41,50 @@ class _Group:
     expert: int
     segments: slice
     """Where its m segments stand in z [segments, V, 2, I]."""
-    images: Tensor | None
-    """[m] int64; None: all images in their order, read in place."""
+    images: Tensor | slice
+    """[m] int64, or a run of consecutive images, which is read and written in place."""
 
     @property
     def size(self) -> int:
         return self.segments.stop - self.segments.start
 
+    def take(self, tensor: Tensor) -> Tensor:
+        """[n, ...] -> [m, ...]."""
+        return tensor[self.images] if isinstance(self.images, slice) else tensor.index_select(0, self.images)
+
     def rows(self, tensor: Tensor) -> Tensor:
         """[n, V, H] -> [m * V, H]."""
-        chosen = tensor if self.images is None else tensor.index_select(0, self.images)
-        return chosen.flatten(0, 1)
+        return self.take(tensor).flatten(0, 1)
 
     def weights(self, probs: Tensor) -> Tensor:
         """[n, E] -> contiguous [m, 1]."""
-        column = probs[:, self.expert : self.expert + 1]
-        return column.contiguous() if self.images is None else column.index_select(0, self.images)
+        return self.take(probs[:, self.expert : self.expert + 1]).contiguous()
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """total[images] += left [m * V, k] @ right [k, H]."""
-        if self.images is None:
-            total.flatten(0, 1).addmm_(left, right)
+        if isinstance(self.images, slice):
+            total[self.images].flatten(0, 1).addmm_(left, right)
         else:
             total.index_add_(0, self.images, (left @ right).view(self.size, *total.shape[1:]))
-
-    def put_weights(self, probs: Tensor, weights: Tensor) -> None:
-        """probs[images, expert] = weights [m, 1]."""
-        column = probs[:, self.expert]
-        if self.images is None:
-            column.copy_(weights[:, 0])
-        else:
-            column.index_copy_(0, self.images, weights[:, 0])
 
 
 def _dense_groups(probs: Tensor) -> list[_Group]:
     num_images, num_experts = probs.shape
-    return [_Group(e, slice(e * num_images, (e + 1) * num_images), None) for e in range(num_experts)]
+    everything = slice(0, num_images)
+    return [_Group(e, slice(e * num_images, (e + 1) * num_images), everything) for e in range(num_experts)]
 
 
 def _topk_groups(topk_indices: Tensor, expert_offsets: Tensor, plan: Tensor) -> list[_Group]:
     images = plan // topk_indices.shape[1]
-    offsets = expert_offsets.tolist()
-    return [_Group(e, slice(i, j), images[i:j]) for e, (i, j) in enumerate(pairwise(offsets))]
+    values = images.tolist()
+    groups = []
+    for expert, (start, stop) in enumerate(pairwise(expert_offsets.tolist())):
+        chosen: Tensor | slice = images[start:stop]
+        # The plan is ascending within an expert, so first and last tell whether the images are consecutive.
+        if start < stop and values[stop - 1] - values[start] == stop - start - 1:
+            chosen = slice(values[start], values[stop - 1] + 1)
+        groups.append(_Group(expert, slice(start, stop), chosen))
+    return groups
 
 
 class _Up:
@@ -159,7 +161,7 @@ def _bwd(
             own_z.unsqueeze(2), group.weights(weights), grad_h, grad_z.unsqueeze(2)
         )
         if needs_probs:
-            group.put_weights(grad_probs, grad_weights * output_scale)
+            grad_probs[group.images, e] = grad_weights[:, 0] * output_scale
         if needs_down:
             torch.mm(grad_h.flatten(0, 1).T, grad_rows, out=grad_down[e])
         if needs_gate_up:
