@@ -121,16 +121,16 @@ def test_openmoji_shows_the_concept_in_another_style() -> None:
 
 def test_tokenizer_loads_from_its_folder_and_round_trips(tmp_path: Path) -> None:
     texts = [f"{phrase}\n" for block in load_phrases().values() for phrase in block["categories"].values()] * 3
-    size = train_tokenizer(texts, 400, tmp_path)
+    size = train_tokenizer(texts, 500, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert size == len(tokenizer) == 400
+    assert size == len(tokenizer) == 500
     for text in ("fruit and vegetables", "水果和蔬菜", "emoções ü ß", "فواكه وخضروات", "🦜 new\n\n text"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
         assert tokenizer(text).input_ids == plain.encode(text, add_special_tokens=False).ids  # class and file agree
-    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [397, 398, 399]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [497, 498, 499]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert tokenizer("<|im_start|>user\n").input_ids[0] == 398
+    assert tokenizer("<|im_start|>user\n").input_ids[0] == 498
     assert len(tokenizer("fruit and vegetables").input_ids) < len("fruit and vegetables")  # merges were learned
     mammals = tokenizer("mammals").input_ids
     for text in (" mammals", '"mammals"', "(mammals)"):  # a word is the same tokens wherever it stands
