@@ -28,14 +28,17 @@ COMMANDS = {
         "parrot_sys.training.main",
         "Train a model in its stages, in one process or under torchrun.",
         (
-            "parrot train --config parrot_tiny_cpu --data.paths data/default/train.json --output runs/first",
+            "parrot train --config parrot_tiny_cpu --data.paths data/default/instruct.json --output runs/first",
             "torchrun --nproc-per-node 2 -m parrot_sys train ...   # the same options",
         ),
     ),
     "eval": _Command(
         "parrot_sys.evaluation.main",
         "Answer MMMB / MMBench questions with a checkpoint and report accuracy per language and category.",
-        ("parrot eval --checkpoint runs/first --data data/default --output runs/first/eval", "parrot eval --help"),
+        (
+            "parrot eval --checkpoint runs/first/hf --data data/default/benchmark --output runs/first/eval",
+            "parrot eval --help",
+        ),
     ),
     "chat": _Command(
         "parrot_sys.inference.chat",

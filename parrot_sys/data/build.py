@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,17 @@ from tqdm import tqdm
 
 from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
-from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import PICTURE_TURNS, Asker, Turn, draw_turns, record
+from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.conversations import PICTURE_TURNS, Asker, Turn, draw_turns, record, wordings
 from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
 from parrot_sys.data.pictures import training_picture
+from parrot_sys.data.templates import render_conversation
 from parrot_sys.data.text_corpus import text_conversations
 from parrot_sys.data.tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
-_FORMAT = 1  # raise it when the same settings give other files
+_FORMAT = 2  # raise it when the same settings give other files
 _MIN_VOCAB = 256 + 3  # bytes and special tokens
 
 
@@ -211,6 +212,7 @@ def _write_decoder(config: DataBuildConfig, concepts: Sequence[Concept], folder:
         folder / "decoder",
         config.decoder,
         concepts,
+        {language: wordings(language) for language in LANGUAGES},
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         config.vocab_size,
         config.seed,
@@ -289,13 +291,12 @@ def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def _texts(records: dict[str, list[dict[str, Any]]]) -> Iterable[str]:
-    return (
-        turn["value"]
-        for part in ("text", "align", "instruct")
-        for entry in records[part]
-        for turn in entry["conversations"]
-    )
+def _texts(records: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """What the decoder will read, without the special tokens: the words of the template become tokens as well."""
+    for part in ("text", "align", "instruct"):
+        for entry in records[part]:
+            for segment in render_conversation(entry["conversations"]):
+                yield segment.text.replace(IM_START, "").replace(IM_END, "").replace(IMAGE_TOKEN, "")
 
 
 def _count_languages(records: Sequence[dict[str, Any]]) -> dict[str, int]:

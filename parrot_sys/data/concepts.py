@@ -82,8 +82,8 @@ def choose_concepts(
 ) -> tuple[list[Concept], list[Concept]]:
     """Draw `count` concepts to train on and `held_out` others, both spread evenly over the categories.
 
-    Within a category those with the shortest names come first (fewest words over all languages): basic things such as
-    "cat" rather than "smiling cat with heart-eyes". The seed decides among equals.
+    Short names are not preferred: a small decoder learns to find the asked word far sooner when names share words
+    ("red apple", "red heart") than when each is a token of its own (docs/recipe.md).
 
     Raises:
         ConfigError: when there are fewer vendored concepts than asked for.
@@ -100,21 +100,10 @@ def choose_concepts(
         by_category.setdefault(concept.category, []).append(concept)
     for members in by_category.values():
         generator.shuffle(members)
-        members.sort(key=_words_in_names, reverse=True)  # the last are drawn first
     drawn: list[Concept] = []
     while len(drawn) < count + held_out:  # one of each category in turn; small categories run out first
         for members in by_category.values():
             if members and len(drawn) < count + held_out:
                 drawn.append(members.pop())
-    # every (count + held_out) / held_out-th one is held out, so that both parts cover the categories alike
-    marks = {int((i + 0.5) * len(drawn) / held_out) for i in range(held_out)} if held_out else set()
-    train = [concept for i, concept in enumerate(drawn) if i not in marks]
-    unseen = [concept for i, concept in enumerate(drawn) if i in marks]
+    train, unseen = drawn[:count], drawn[count:]
     return sorted(train, key=lambda c: c.index), sorted(unseen, key=lambda c: c.index)
-
-
-def _words_in_names(concept: Concept) -> int:
-    """Words over all languages; two Chinese characters count as one."""
-    return sum(
-        (len(name) + 1) // 2 if language == "zh" else len(name.split()) for language, name in concept.names.items()
-    )

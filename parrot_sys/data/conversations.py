@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,19 @@ Turn = tuple[str, str]
 def load_phrases() -> Mapping[str, Mapping[str, Any]]:
     """Language -> wordings of questions, names of categories and of languages."""
     return yaml.safe_load((ASSETS / PHRASES_FILE).read_text(encoding="utf-8"))
+
+
+def wordings(language: str) -> list[str]:
+    """All strings of one language that questions and answers are made of, names and keywords apart."""
+
+    def strings(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for part in entry.values() if isinstance(entry, Mapping) else entry:
+                yield from strings(part)
+
+    return list(strings(load_phrases()[language]))
 
 
 def draw_distractors(
@@ -87,7 +100,7 @@ class Asker:
         return (self.phrases["keywords"], words) if words else self.name(concept)
 
     def translation(self, concept: Concept) -> Turn:
-        """A word of any language, to be said in this one."""
+        """A word of another language, to be said in this one."""
         source = self._source()
         question = self.phrases["translate"].format(
             name=concept.names[source], language=self.phrases["languages"][self.language]
@@ -95,9 +108,18 @@ class Asker:
         return question, concept.names[self.language]
 
     def meaning_choice(self, concept: Concept) -> Turn:
-        """A word in any of the languages; its name in this language is to be found among four."""
+        """A word of another language; its name in this language is to be found among four."""
         source = self._source()
         return self._choice_of_names(self.phrases["means"].format(name=concept.names[source]), concept)
+
+    def riddle(self, concept: Concept) -> Turn:
+        """What do these keywords describe? The name, which CLDR often has among the keywords."""
+        words = self._words(concept)
+        return (
+            (self.phrases["riddle"].format(words=words), concept.names[self.language])
+            if words
+            else self.translation(concept)
+        )
 
     def riddle_choice(self, concept: Concept) -> Turn:
         """Which of four names do these keywords describe?"""
@@ -119,11 +141,9 @@ class Asker:
         return self.phrases["word_keywords"].format(name=concept.names[self.language]), words
 
     def _source(self) -> str:
-        """Language of a word that is asked about: in one half of the questions the asker's own.
-
-        The answer is then in the question, and from copying it a small decoder learns to look for what is asked about.
-        """
-        return self.language if self.generator.random() < 0.5 else self.generator.choice(self.languages)
+        """Language of a word that is asked about: another than the asker's, whenever there is one."""
+        others = [language for language in self.languages if language != self.language]
+        return self.generator.choice(others or [self.language])
 
     def _words(self, concept: Concept) -> str:
         words = concept.keywords[self.language]
@@ -144,20 +164,21 @@ class Asker:
 
 
 PICTURE_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
-    "name": (0.65, Asker.name),
-    "name_choice": (0.25, Asker.name_choice),
+    "name": (0.68, Asker.name),
+    "name_choice": (0.14, Asker.name_choice),
     "yes_no": (0.03, Asker.yes_no),
     "keywords": (0.03, Asker.keywords),
-    "category": (0.02, Asker.category),
+    "category": (0.10, Asker.category),
     "category_choice": (0.02, Asker.category_choice),
 }
 """Kinds of turns about a picture and how often each is drawn."""
 TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
-    "translation": (0.60, Asker.translation),
-    "meaning_choice": (0.16, Asker.meaning_choice),
-    "riddle_choice": (0.16, Asker.riddle_choice),
-    "word_category": (0.04, Asker.word_category),
-    "word_keywords": (0.04, Asker.word_keywords),
+    "translation": (0.54, Asker.translation),
+    "riddle": (0.28, Asker.riddle),
+    "meaning_choice": (0.05, Asker.meaning_choice),
+    "riddle_choice": (0.05, Asker.riddle_choice),
+    "word_category": (0.06, Asker.word_category),
+    "word_keywords": (0.02, Asker.word_keywords),
 }
 """Kinds of turns about a word, without a picture."""
 

@@ -4,7 +4,9 @@ From ordinary random weights, a decoder of this size spends minutes before it co
 published starting points take that away:
 
 * Word vectors by latent semantic analysis (Deerwester et al. 1990): the truncated SVD of how often each token occurs in
-  the CLDR names and keywords of each concept, in all languages at once. Tokens of one meaning start close together.
+  the CLDR names and keywords of each concept, in all languages at once. Tokens of one meaning start close together. A
+  part of its own says how often a token occurs in each language: without it, the six names of one concept would start
+  as nearly the same vector, and nothing would tell which of them is wanted.
 * Attention after "Mimetic initialization of self-attention layers" (Trockman and Kolter, arXiv 2305.09828): queries and
   keys start from one orthogonal matrix, values and output from a pair that are each other's inverse, so that a head
   begins by looking for similar content and passing it on.
@@ -15,7 +17,7 @@ It is written as a Hugging Face Qwen2 checkpoint; `checkpoint.load_from` reads i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from parrot_sys.data.concepts import Concept
 from parrot_sys.errors import ConfigError
 
 _NAME_WEIGHT = 3.0  # a name says more about its concept than one of its keywords
 _EMBEDDING_NORM = 0.4
+_MEANINGLESS = 0.5  # length of the random direction, beside a meaning's 1
 _VALUE_SCALE = 0.5
+_MIN_HIDDEN_SIZE = 16  # word vectors need some coordinates for meanings beside one for each language
 _NOISE = 0.02
 
 
@@ -51,10 +56,10 @@ class InitialDecoderConfig:
     """Base of the rotary embedding."""
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads or self.hidden_size < _MIN_HIDDEN_SIZE:
             raise ConfigError(
-                f"decoder.hidden_size must be a multiple of decoder.num_attention_heads={self.num_attention_heads}, "
-                f"got {self.hidden_size}"
+                f"decoder.hidden_size must be a multiple of decoder.num_attention_heads={self.num_attention_heads} "
+                f"and at least {_MIN_HIDDEN_SIZE}, got {self.hidden_size}"
             )
 
 
@@ -62,6 +67,7 @@ def write_initial_decoder(
     output: Path,
     config: InitialDecoderConfig,
     concepts: Sequence[Concept],
+    wordings: Mapping[str, Sequence[str]],
     encode: Callable[[str], Sequence[int]],
     vocab_size: int,
     seed: int,
@@ -72,13 +78,16 @@ def write_initial_decoder(
         output: existing folder.
         config: sizes.
         concepts: names and keywords that give the word vectors.
+        wordings: language -> other texts in it.
         encode: text -> token ids.
         vocab_size: rows of the embedding, at least the entries of the tokenizer.
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        "model.embed_tokens.weight": lexical_embeddings(concepts, encode, vocab_size, config.hidden_size, generator)
+        "model.embed_tokens.weight": lexical_embeddings(
+            concepts, wordings, encode, vocab_size, config.hidden_size, generator
+        )
     }
     for layer in range(config.num_layers):
         tensors |= _layer(f"model.layers.{layer}.", config, generator)
@@ -90,29 +99,45 @@ def write_initial_decoder(
 
 def lexical_embeddings(
     concepts: Sequence[Concept],
+    wordings: Mapping[str, Sequence[str]],
     encode: Callable[[str], Sequence[int]],
     vocab_size: int,
     hidden_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """[vocab_size, hidden_size] word vectors of equal norm; random for tokens that occur in no name or keyword."""
-    counts = torch.zeros(vocab_size, len(concepts), dtype=torch.float64)
+    """[vocab_size, hidden_size] word vectors of equal norm, from what a token means and which languages it occurs in.
+
+    A token that occurs in no name or keyword has a random direction in place of a meaning.
+    """
+    meanings = torch.zeros(vocab_size, len(concepts), dtype=torch.float64)
+    spoken = torch.zeros(vocab_size, len(wordings), dtype=torch.float64)
+    for column, language in enumerate(wordings):
+        texts = [*wordings[language], *(text for c in concepts for text in (c.names[language], *c.keywords[language]))]
+        ids = torch.tensor([token for text in texts for token in encode(text)])
+        spoken[:, column] = torch.bincount(ids, minlength=vocab_size)
     for column, concept in enumerate(concepts):
-        for language, name in concept.names.items():
-            counts[list(encode(name)), column] += _NAME_WEIGHT
+        for language in wordings:
+            meanings[list(encode(concept.names[language])), column] += _NAME_WEIGHT
             for keyword in concept.keywords[language]:
-                counts[list(encode(keyword)), column] += 1.0
-    documents = (counts > 0).sum(dim=1, keepdim=True).clamp(min=1)
-    weights = counts.sqrt() * (len(concepts) / documents).log()
-    left, values, _ = torch.linalg.svd(weights, full_matrices=False)
-    rank = min(hidden_size, len(concepts))
+                meanings[list(encode(keyword)), column] += 1.0
+    rank = min(hidden_size - len(wordings), len(concepts))
     vectors = torch.zeros(vocab_size, hidden_size, dtype=torch.float64)
-    vectors[:, :rank] = left[:, :rank] * values[:rank]
-    # spread over all coordinates, so that the heads share the meaning
+    vectors[:, :rank] = _latent_semantics(meanings, rank)
+    shares = spoken / spoken.sum(dim=1, keepdim=True)
+    vectors[:, -len(wordings) :] = (shares - 1 / len(wordings)).nan_to_num()
+    # spread over all coordinates, so that the heads share meaning and language
     vectors = vectors @ _orthogonal(hidden_size, generator).double()
-    unknown = vectors.norm(dim=1) < 1e-6
-    vectors[unknown] = torch.randn(int(unknown.sum()), hidden_size, generator=generator, dtype=torch.float64)
-    return (torch.nn.functional.normalize(vectors, dim=1) * _EMBEDDING_NORM).float()
+    meaningless = meanings.sum(dim=1) == 0
+    noise = torch.randn(int(meaningless.sum()), hidden_size, generator=generator, dtype=torch.float64)
+    vectors[meaningless] += _MEANINGLESS * normalize(noise, dim=1)
+    return (normalize(vectors, dim=1) * _EMBEDDING_NORM).float()
+
+
+def _latent_semantics(counts: Tensor, rank: int) -> Tensor:
+    """[tokens, rank] unit vectors (zero for tokens without a count) from counts [tokens, documents]."""
+    documents = (counts > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    left, values, _ = torch.linalg.svd(counts.sqrt() * (counts.shape[1] / documents).log(), full_matrices=False)
+    return normalize(left[:, :rank] * values[:rank], dim=1)
 
 
 def _layer(prefix: str, config: InitialDecoderConfig, generator: torch.Generator) -> dict[str, Tensor]:

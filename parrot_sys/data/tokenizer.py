@@ -6,15 +6,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 _SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
-# Unlike Qwen2, a space or quotation mark is never part of the word behind it: in so little text, a word has to be the
-# same token wherever it stands.
-_WORDS = r"[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}]+|[\r\n]+|[^\S\r\n]+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, model_max_length: int = 2048) -> int:
@@ -25,12 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, mode
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(

@@ -38,7 +38,7 @@ class EvalConfig:
     checkpoint: Path
     """Folder of the model: released layout, training checkpoint, or training run (its newest checkpoint)."""
     data: tuple[Path, ...]
-    """TSV files, or folders that hold some (`parrot data build --output DIR` makes DIR with the default ones)."""
+    """TSV files, or folders that hold some, such as the DIR/benchmark of `parrot data build --output DIR`."""
     output: Path
     """Folder for predictions, scores and the report. A run that was stopped goes on where it was."""
     languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()

@@ -12,6 +12,7 @@ from parrot_sys.training.config import TrainConfig
 DESCRIPTION = """Trains Parrot in one process, or in several under torchrun.
 
 Example: parrot train --config parrot_tiny_cpu --config parrot_instruct --data.paths train.json --output runs/first
+
 Example: torchrun --nproc-per-node 2 train/train.py --config parrot_tiny_cpu --data.paths train.json --output runs/first
 
 The same command again goes on from the last checkpoint."""
@@ -22,11 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainConfig, argv, prog="parrot train", description=DESCRIPTION)
     setup_logging()
     # Megatron takes seconds to import: wrong settings are told before that.
+    from torch import distributed as dist
+
     from parrot_sys.megatron.initialize import shutdown
     from parrot_sys.training.trainer import Trainer
 
     summary = Trainer(config).run()
+    speaks = dist.get_rank() == 0
     shutdown()
-    if summary["finished"] and config.checkpoint.export:
+    if speaks and summary["finished"] and config.checkpoint.export:
         print(f"model: {config.output}/hf", file=sys.stderr)
     return 0

@@ -43,6 +43,9 @@ def test_concepts_are_spread_over_the_categories() -> None:
     per_category = [sum(c.category == category for c in train) for category in L2_CATEGORY]
     assert min(per_category) >= 15
     assert max(per_category) <= 25
+    few, unseen = choose_concepts(120, 30, 0)  # the sizes of the demo
+    for part, each in ((few, 8), (unseen, 2)):
+        assert [sum(c.category == category for c in part) for category in L2_CATEGORY] == [each] * len(L2_CATEGORY)
     assert choose_concepts(300, 45, 0) == (train, held_out)
     assert choose_concepts(300, 45, 1) != (train, held_out)
 
@@ -132,10 +135,6 @@ def test_tokenizer_loads_from_its_folder_and_round_trips(tmp_path: Path) -> None
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer("<|im_start|>user\n").input_ids[0] == 498
     assert len(tokenizer("fruit and vegetables").input_ids) < len("fruit and vegetables")  # merges were learned
-    mammals = tokenizer("mammals").input_ids
-    for text in (" mammals", '"mammals"', "(mammals)"):  # a word is the same tokens wherever it stands
-        ids = tokenizer(text).input_ids
-        assert any(ids[i : i + len(mammals)] == mammals for i in range(len(ids)))
 
 
 def test_vendor_keeps_what_has_distinct_names(tmp_path: Path) -> None:
