@@ -31,7 +31,9 @@ class Sample:
     input_ids: Any
     """int64 [N] (list, array or tensor); IMAGE_TOKEN_ID once for each image."""
     labels: Any = None
-    """int64 [N], not shifted; None: no row bears loss and every text row guides routing, as at inference."""
+    """int64 [N], not shifted; None: no row bears loss, as at inference."""
+    first_answer: int | None = None
+    """Without labels: index in `input_ids` where the first answer begins; None: none has begun."""
     pixel_values: Tensor | None = None
     """float32 [k, 3, h, w] of its k images, or ..."""
     image_features: Tensor | None = None
@@ -48,6 +50,7 @@ class _Rows:
     labels: IntArray  # [N], not shifted
     image_source: IntArray  # [R] of each image row: image of the sample * V + row of the image
     num_images: int
+    first_answer: int  # row where the first answer begins, N or more when there is none
 
 
 def expanded_lengths(input_ids: IntArray, num_visual_rows: int, max_seq_len: int) -> tuple[int, int]:
@@ -71,7 +74,8 @@ def pack_samples(
         samples: at least one id each; all with pixel values or all with image features, as far as they have images.
         num_visual_rows: V, rows of an image.
         guidance: which text rows guide the routing of a sample's images: `prompt` takes every row without a label,
-            `first_turn` only those before the first answer. Rows that truncation removed guide nothing.
+            `first_turn` only those before the first answer (its first label, or `first_answer` without labels). Rows
+            that truncation removed guide nothing.
         max_seq_len: cut each sample to so many ids before expansion and to so many rows after it, as the released code
             does; images that lose all their rows are left out. None cuts nothing.
 
@@ -174,8 +178,12 @@ def _expand(sample: Sample, num_visual_rows: int, max_seq_len: int | None) -> _R
         np.repeat(ids, repeats)[:max_seq_len],
         np.repeat(np.where(is_image, IGNORE_ID, labels), repeats)[:max_seq_len],
     )
+    if sample.labels is not None:
+        first_answer = int((labels != IGNORE_ID).argmax()) if (labels != IGNORE_ID).any() else len(ids)
+    else:
+        first_answer = int(repeats[: sample.first_answer].sum())
     visual = int(np.count_nonzero(ids == IMAGE_TOKEN_ID))
-    return _Rows(ids, labels, np.arange(visual), num_images=-(-visual // num_visual_rows))
+    return _Rows(ids, labels, np.arange(visual), -(-visual // num_visual_rows), first_answer)
 
 
 def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> None:
@@ -204,9 +212,8 @@ def _guidance_rows(rows: _Rows, guidance: Guidance) -> IntArray:
     if not rows.num_images:
         return np.empty(0, dtype=np.int64)
     guides = (rows.labels == IGNORE_ID) & (rows.input_ids != IMAGE_TOKEN_ID)
-    answers = np.flatnonzero(rows.labels != IGNORE_ID)
-    if guidance == "first_turn" and len(answers):
-        guides[answers[0] :] = False
+    if guidance == "first_turn":
+        guides[rows.first_answer :] = False
     return np.flatnonzero(guides)
 
 

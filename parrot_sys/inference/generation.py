@@ -57,7 +57,7 @@ def prefill(
                 f"{limit} positions of the decoder (max_position_embeddings): shorten it or lower max_new_tokens"
             )
     device = next(model.parameters()).device
-    batch = pack_samples(samples, num_visual_rows=rows).to(device)
+    batch = pack_samples(samples, num_visual_rows=rows, guidance=parrot.moe.guidance).to(device)
     cache = KVCache(len(samples), batch.max_seqlen + new_tokens, device=device)
     last_rows = batch.cu_seqlens[1:].long() - 1
     output = model(batch, mode="logits", logits_rows=last_rows, routing_override=override, kv_cache=cache)

@@ -15,7 +15,11 @@ Images = Tensor | Sequence[Tensor] | None
 
 
 def split_batch(
-    input_ids: Tensor, attention_mask: Tensor | None = None, images: Images = None, labels: Tensor | None = None
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    images: Images = None,
+    labels: Tensor | None = None,
+    answer_header: Sequence[int] = (),
 ) -> list[Sample]:
     """The samples of a padded batch.
 
@@ -26,6 +30,7 @@ def split_batch(
             their order. Else one for each sample, of which those of samples without a marker are left out (the released
             code gives a text-only sample a dummy image).
         labels: int64 [B, N], -100 where a row bears no loss.
+        answer_header: ids that open an answer; without labels they tell where the first one begins.
 
     Raises:
         DataError: shapes, mask or images do not fit the ids.
@@ -47,10 +52,19 @@ def split_batch(
         Sample(
             input_ids=sample,
             labels=None if targets is None else targets[index][kept[index]],
+            first_answer=_behind_first(sample.tolist(), list(answer_header)),
             pixel_values=pixels[index],
         )
         for index, sample in enumerate(samples)
     ]
+
+
+def _behind_first(ids: list[int], header: list[int]) -> int | None:
+    """Index behind the first occurrence of `header`; None when it does not occur or is empty."""
+    if not header:
+        return None
+    starts = range(len(ids) - len(header) + 1)
+    return next((start + len(header) for start in starts if ids[start : start + len(header)] == header), None)
 
 
 def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:

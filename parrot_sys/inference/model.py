@@ -43,10 +43,20 @@ class ParrotForConditionalGeneration(nn.Module):
         *,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
+        answer_header: Sequence[int] = (),
         source: ReleasedSource | None = None,
     ) -> None:
+        """
+        Args:
+            model: the Megatron model.
+            eos_token_ids: ids that end an answer.
+            pad_token_id: fills rows behind the end.
+            answer_header: ids that open an answer: with guidance `first_turn` they tell where the first one begins.
+            source: the released checkpoint it was read from, for export.
+        """
         super().__init__()
         self.model = model
+        self.answer_header = tuple(answer_header)
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.source = source
@@ -80,14 +90,14 @@ class ParrotForConditionalGeneration(nn.Module):
             attention_mask: [B, N], 0 on padding (either side); None: no padding.
             images: [n, 3, h, w] or a list; one for each marker, or one for each sample with at most one marker.
             labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing;
-                without, all text rows do.
+                without, all text rows do. With `moe.guidance: first_turn` only those before the first answer.
             routing_override: replaces the routes.
 
         Raises:
             DataError: ids, mask, labels and images do not fit together.
         """
         config = self.config
-        samples = split_batch(input_ids, attention_mask, images, labels)
+        samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
         batch = pack_samples(
             samples,
             num_visual_rows=config.vision.num_visual_rows,
@@ -135,7 +145,7 @@ class ParrotForConditionalGeneration(nn.Module):
         routing_override: RoutingOverride | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, RoutingOutput | None]:
-        """Answers, greedy unless `do_sample`; all prompt text guides the routing, which the prefill fixes.
+        """Answers, greedy unless `do_sample`; the prompt guides the routing, which the prefill fixes.
 
         Args:
             input_ids: int64 [B, N].
@@ -164,7 +174,7 @@ class ParrotForConditionalGeneration(nn.Module):
         )
         ends = self._eos(eos_token_id)
         pad = next((p for p in (pad_token_id, self.pad_token_id, min(ends, default=None)) if p is not None), 0)
-        samples = split_batch(input_ids, attention_mask, images)
+        samples = split_batch(input_ids, attention_mask, images, answer_header=self.answer_header)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers, routing = generate_tokens(
@@ -204,7 +214,7 @@ class ParrotForConditionalGeneration(nn.Module):
         Returns:
             For each prompt float32 [K_b] on the CPU.
         """
-        samples = split_batch(input_ids, attention_mask, images)
+        samples = split_batch(input_ids, attention_mask, images, answer_header=self.answer_header)
         return continuation_log_probs(self.model, samples, continuations, routing_override)[0]
 
     def hf_state_dict(self) -> dict[str, Tensor]:

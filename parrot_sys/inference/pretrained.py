@@ -11,6 +11,7 @@ import torch
 from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.templates import ANSWER_HEADER
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.parrot import ParrotConfig
@@ -18,7 +19,9 @@ from parrot_sys.models.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from parrot_sys.inference.model import ParrotForConditionalGeneration
+    from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.initialize import ParallelConfig
+    from parrot_sys.megatron.parrot_model import ParrotModel
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +128,6 @@ def _load_released(
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
     processor = ParrotProcessor.from_pretrained(directory)
-    from parrot_sys.inference.model import ParrotForConditionalGeneration
     from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.initialize import initialize
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -137,9 +139,7 @@ def _load_released(
     source = ReleasedSource(
         directory=directory.resolve(), hf=read_json(directory / "config.json"), keep_dtypes=dtype is None
     )
-    eos, pad = _special_tokens(directory, processor)
-    wrapper = ParrotForConditionalGeneration(model, eos_token_ids=eos, pad_token_id=pad, source=source)
-    return _ready(wrapper), processor
+    return _ready(model, processor, directory, source), processor
 
 
 def _load_training(
@@ -147,7 +147,6 @@ def _load_training(
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config = load_config(ParrotConfig, directory / MODEL_CONFIG)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
-    from parrot_sys.inference.model import ParrotForConditionalGeneration
     from parrot_sys.megatron.checkpointing import load_model_weights
     from parrot_sys.megatron.initialize import initialize
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -160,14 +159,23 @@ def _load_training(
     load_model_weights(directory, model)
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
     model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
-    eos, pad = _special_tokens(directory / PROCESSOR, processor)
-    return _ready(ParrotForConditionalGeneration(model, eos_token_ids=eos, pad_token_id=pad)), processor
+    return _ready(model, processor, directory / PROCESSOR), processor
 
 
-def _ready(model: ParrotForConditionalGeneration) -> ParrotForConditionalGeneration:
-    if model.model.vision_tower is not None:
-        model.model.vision_tower.requires_grad_(False)
-    return model.eval()
+def _ready(
+    model: ParrotModel, processor: ParrotProcessor, directory: Path, source: ReleasedSource | None = None
+) -> ParrotForConditionalGeneration:
+    """The model object, for inference; `directory` holds the tokenizer."""
+    from parrot_sys.inference.model import ParrotForConditionalGeneration
+
+    if model.vision_tower is not None:
+        model.vision_tower.requires_grad_(False)
+    eos, pad = _special_tokens(directory, processor)
+    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+    wrapper = ParrotForConditionalGeneration(
+        model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source
+    )
+    return wrapper.eval()
 
 
 def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[int], int | None]:

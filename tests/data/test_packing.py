@@ -183,6 +183,14 @@ def test_without_labels_all_text_guides_and_nothing_bears_loss():
         assert batch.label_rows.numel() == 0
 
 
+def test_first_answer_ends_the_guidance_of_the_first_turn():
+    pixels = torch.zeros(1, 3, 2, 2)
+    sample = Sample(input_ids=[5, IMAGE_TOKEN_ID, 6, 7, 8], first_answer=3, pixel_values=pixels)
+    rows = {g: pack_samples([sample], num_visual_rows=4, guidance=g).guidance_rows for g in ("prompt", "first_turn")}
+    assert rows["first_turn"].tolist() == [0, 5]
+    assert rows["prompt"].tolist() == [0, 5, 6, 7]
+
+
 def test_to_moves_every_tensor():
     batch = pack_samples([Sample(input_ids=[IMAGE_TOKEN_ID], pixel_values=torch.zeros(1, 3, 2, 2))], num_visual_rows=1)
     moved = batch.to("meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,3 +221,28 @@ def test_penalty_and_draws() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = next_tokens(probs.log().expand(20_000, 3), SamplingConfig(do_sample=True), torch.zeros(0), generator)
     assert (draws.bincount() / 20_000 - probs).abs().max() < 0.015
+
+
+def test_first_turn_guides_alike_in_training_and_in_a_later_turn(pixels: Tensor) -> None:
+    model, processor = parrot_sys.load_pretrained(FIXTURE / "model")
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is this?"},
+        {"from": "gpt", "value": "A parrot."},
+        {"from": "human", "value": "Where does it live?"},
+    ]
+    trained = processor.format_conversation([*turns, {"from": "gpt", "value": "In a forest."}])
+    later = processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+    first = processor.format_conversation(turns[:1], add_generation_prompt=True)["input_ids"]
+
+    def route(ids: list[int], labels: list[int] | None = None) -> Tensor:
+        given = None if labels is None else torch.tensor([labels])
+        routing = model(torch.tensor([ids]), images=pixels[:1], labels=given).routing
+        assert routing is not None
+        return routing.probs
+
+    assert not torch.allclose(route(later), route(first))  # `prompt`: a later question guides as well
+    model.model.parrot = replace(model.config, moe=replace(model.config.moe, guidance="first_turn"))
+    torch.testing.assert_close(route(later), route(first), rtol=0, atol=0)
+    torch.testing.assert_close(route(trained["input_ids"], trained["labels"]), route(first), rtol=0, atol=0)
+    _, generated = model.generate(torch.tensor([later]), images=pixels[:1], max_new_tokens=2, return_routing=True)
+    torch.testing.assert_close(generated.probs, route(first), rtol=0, atol=0)
