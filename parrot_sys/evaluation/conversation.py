@@ -1,4 +1,4 @@
-"""A sample conversation in each language about one held-out picture, as text."""
+"""A sample conversation in each language about held-out pictures, as text."""
 
 from __future__ import annotations
 
@@ -6,40 +6,34 @@ from pathlib import Path
 
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.conversations import load_phrases
-from parrot_sys.errors import DataError
 from parrot_sys.evaluation.runner import load_tables
 from parrot_sys.inference.chat import ChatSession, routing_table
 from parrot_sys.inference.pretrained import load_pretrained
 
 
 def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Path:
-    """Asks about the middle picture of the first split (so it is not hand-picked), in two turns per language.
+    """Asks in each language about a picture of its own, in two turns.
+
+    The pictures stand evenly spread in the first split, so that nobody chose them by hand.
 
     Args:
         checkpoint: the model.
-        benchmark: folder with tables in several languages that share rows.
-        output: folder for `conversation.txt` and `picture.png`.
+        benchmark: folder with tables in several languages.
+        output: folder for `conversation.txt` and the pictures, `LANGUAGE.png`.
 
     Returns:
         Path of conversation.txt.
-
-    Raises:
-        DataError: the tables do not share the row.
     """
     tables = {table.language: table for table in load_tables([benchmark], (), None)}
-    part = next(iter(next(iter(tables.values())).parts().values()))
-    index = part[len(part) // 2].index
+    spoken = [language for language in LANGUAGES if language in tables]
     model, processor = load_pretrained(checkpoint, device=None)
     session = ChatSession(model=model, processor=processor, max_new_tokens=32)
     output.mkdir(parents=True, exist_ok=True)
-    picture = output / "picture.png"
-    lines = [f"Picture: {picture} (held out; the middle one of its split, not chosen by hand)"]
-    for language in LANGUAGES:
-        if language not in tables:
-            continue
-        question = next((q for q in tables[language].questions if q.index == index), None)
-        if question is None:
-            raise DataError(f"{tables[language].path} lacks index {index}, which the other languages have")
+    lines = [f"Pictures: {output}/LANGUAGE.png (held out; evenly spread in their split, not chosen by hand)"]
+    for number, language in enumerate(spoken):
+        part = next(iter(tables[language].parts().values()))
+        question = part[(2 * number + 1) * len(part) // (2 * len(spoken))]
+        picture = output / f"{language}.png"
         tables[language].image(question.image_key).save(picture)
         session.reset()
         session.add_image(picture)
