@@ -9,8 +9,8 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 .PHONY: help setup test test-all demo experiment lint format bench clean
 
 help:
-	@echo "make demo         set up, build the data set, train, evaluate, report, talk (10 minutes on two cores)"
-	@echo "make experiment   set up and train the variants of the report, three seeds each (hours; resumable)"
+	@echo "make demo         set up, build the data set, train, evaluate, report, talk (five minutes on two cores)"
+	@echo "make experiment   set up and train the variants of the report, three seeds each (an hour; resumable)"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make lint         style, types, layers; make format mends the style"
 	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' keeps the result)"
