@@ -19,7 +19,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN, LANGUAGES
-from parrot_sys.data.conversations import PICTURE_TURNS, Asker, Turn, draw_turns, record, wordings
+from parrot_sys.data.conversations import Asker, picture_turns, record, wordings
 from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
 from parrot_sys.data.pictures import training_picture
 from parrot_sys.data.templates import render_conversation
@@ -239,36 +239,21 @@ def _records(
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question in up to three languages. Stage `instruct`: drawn kinds, in one to four.
-
-    A picture that is named in several languages within one conversation teaches the small decoder that those names
-    mean the same, and takes fewer rows than as many conversations. The later languages are drawn by their weights.
-    """
+    """Stage `align`: the open question; stage `instruct`: one to four questions of different kinds about a picture."""
     rounds = config.align_rounds if stage == "align" else config.instruct_rounds
-    weights = config.weights()
-    for language, weight in weights.items():
+    for language, weight in config.weights().items():
         for number in range(round(weight * rounds * len(known))):
             concept = known[number % len(known)]
             generator = random.Random(f"{config.seed}:{stage}:{language}:{number}")
-            turns: list[Turn] = []
-            count = 3 if stage == "align" else generator.randint(1, 4)
-            for spoken in _languages_of(language, weights, count, generator):
-                asker = Asker(language=spoken, pool=known, languages=config.languages, generator=generator)
-                turns += [asker.name(concept)] if stage == "align" else draw_turns(asker, [concept], PICTURE_TURNS)
+            asker = Asker(language=language, pool=known, languages=config.languages, generator=generator)
+            if stage == "align":
+                turns = [asker.name(concept)]
+            else:
+                turns = picture_turns(asker, concept, count=generator.randint(1, 4))
             # languages start at different variants, so that every picture is asked about in several languages
             variant = (number // len(known) + config.languages.index(language)) % config.variants
             image = _picture_name(concept, variant, config.variants)
             yield record(f"{stage}-{language}-{number}", language, turns, image)
-
-
-def _languages_of(first: str, weights: Mapping[str, float], count: int, generator: random.Random) -> list[str]:
-    """`first` and up to `count - 1` more distinct languages, drawn by weight."""
-    others = {language: weight for language, weight in weights.items() if weight and language != first}
-    chosen = [first]
-    while others and len(chosen) < count:
-        chosen += generator.choices(list(others), list(others.values()))
-        del others[chosen[-1]]
-    return chosen
 
 
 def _validation(config: DataBuildConfig, known: Sequence[Concept]) -> Iterator[dict[str, Any]]:

@@ -95,9 +95,8 @@ class Asker:
         return self.phrases["yes_no"].format(name=other.names[self.language]), self.phrases["no"]
 
     def keywords(self, concept: Concept) -> Turn:
-        """Falls back on the open question where CLDR has no keywords in this language."""
-        words = self._words(concept)
-        return (self.phrases["keywords"], words) if words else self.name(concept)
+        """Keywords for the picture; CLDR must have some in this language."""
+        return self.phrases["keywords"], self._words(concept)
 
     def translation(self, concept: Concept) -> Turn:
         """A word of another language, to be said in this one."""
@@ -171,7 +170,7 @@ PICTURE_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
     "category": (0.10, Asker.category),
     "category_choice": (0.02, Asker.category_choice),
 }
-"""Kinds of turns about a picture and how often each is drawn."""
+"""Kinds of turns about a picture and the weights they are drawn with."""
 TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
     "translation": (0.54, Asker.translation),
     "riddle": (0.28, Asker.riddle),
@@ -183,18 +182,24 @@ TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
 """Kinds of turns about a word, without a picture."""
 
 
-def draw_turns(
-    asker: Asker,
-    concepts: Sequence[Concept],
-    kinds: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]],
-) -> list[Turn]:
-    """One turn of a drawn kind for each entry of `concepts`."""
-    weights = [weight for weight, _ in kinds.values()]
-    makers = [make for _, make in kinds.values()]
-    return [
-        make(asker, concept)
-        for make, concept in zip(asker.generator.choices(makers, weights, k=len(concepts)), concepts, strict=True)
-    ]
+def picture_turns(asker: Asker, concept: Concept, *, count: int) -> list[Turn]:
+    """`count` turns of different kinds about one picture: an answer that stands there already teaches only to copy."""
+    left = {make: weight for weight, make in PICTURE_TURNS.values()}
+    if not concept.keywords[asker.language]:
+        del left[Asker.keywords]
+    turns = []
+    for _ in range(count):
+        (make,) = asker.generator.choices(list(left), list(left.values()))
+        del left[make]
+        turns.append(make(asker, concept))
+    return turns
+
+
+def text_turns(asker: Asker, concepts: Sequence[Concept]) -> list[Turn]:
+    """One turn about each word."""
+    weights, makers = zip(*TEXT_TURNS.values(), strict=True)
+    drawn = asker.generator.choices(makers, weights, k=len(concepts))
+    return [make(asker, concept) for make, concept in zip(drawn, concepts, strict=True)]
 
 
 def record(identifier: str, language: str, turns: Sequence[Turn], image: str | None = None) -> dict[str, Any]:

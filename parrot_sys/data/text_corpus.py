@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from parrot_sys.data.concepts import Concept
-from parrot_sys.data.conversations import TEXT_TURNS, Asker, draw_turns, record
+from parrot_sys.data.conversations import Asker, record, text_turns
 
 
 def text_conversations(
@@ -23,5 +23,5 @@ def text_conversations(
                 yield record(
                     f"{stage}-{language}-{number}-{start // turns}",
                     language,
-                    draw_turns(asker, order[start : start + turns], TEXT_TURNS),
+                    text_turns(asker, order[start : start + turns]),
                 )

@@ -81,7 +81,7 @@ def test_records_pass_the_loader_and_their_pictures_exist(built: Path, name: str
 
 
 def turns_about_pictures(built: Path, *names: str) -> Iterator[tuple[str, str, str, list[str], str]]:
-    """(concept's key, language of the turn, kind, options, answer); a conversation may go on in another language."""
+    """(concept's key, language, kind, options, answer) of every turn."""
     kinds = ("name", "category", "keywords", "yes_no")
     starts = {  # wordings differ between languages, so that a question tells its own
         start.split("{")[0]: (language, kind)
@@ -95,6 +95,7 @@ def turns_about_pictures(built: Path, *names: str) -> Iterator[tuple[str, str, s
         for question, answer in zip(entry["conversations"][::2], entry["conversations"][1::2], strict=True):
             lines = question["value"].removeprefix("<image>\n").split("\n")
             ((language, kind),) = {found for start, found in starts.items() if lines[0].startswith(start)}
+            assert language == entry["lang"]
             options = [line[3:] for line in lines if re.match(r"[A-D]\. ", line)]
             assert not options or lines[-1] == ANSWER_WITH_LETTER[language]
             yield match[1], language, f"{kind} {lines[0]}" if kind == "yes_no" else kind, options, answer["value"]
@@ -104,6 +105,9 @@ def test_every_kind_of_conversation_is_there(built: Path) -> None:
     instruct = records(built, "instruct")
     assert any("image" not in entry for entry in instruct)
     assert len({len(entry["conversations"]) for entry in instruct if "image" in entry}) > 1
+    for entry in instruct:
+        asked = [question["value"].removeprefix("<image>\n") for question in entry["conversations"][::2]]
+        assert len(set(asked)) == len(asked)
     kinds = {(kind.split()[0], bool(options)) for _, _, kind, options, _ in turns_about_pictures(built, "instruct")}
     assert kinds >= {("name", False), ("name", True), ("category", False), ("keywords", False), ("yes_no", False)}
     assert {language for _, language, *_ in turns_about_pictures(built, "align")} == set(LANGUAGES)

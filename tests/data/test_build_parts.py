@@ -19,7 +19,14 @@ from PIL import Image
 from parrot_sys.data import pictures
 from parrot_sys.data.concepts import ATLAS_FILE, CONCEPTS_FILE, L2_CATEGORY, choose_concepts, load_concepts
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import PICTURE_TURNS, TEXT_TURNS, Asker, draw_distractors, load_phrases
+from parrot_sys.data.conversations import (
+    PICTURE_TURNS,
+    TEXT_TURNS,
+    Asker,
+    draw_distractors,
+    load_phrases,
+    picture_turns,
+)
 from parrot_sys.data.main import main
 from parrot_sys.data.mcq_prompt import build_mcq_prompt
 from parrot_sys.data.pictures import openmoji_picture, training_picture
@@ -86,6 +93,9 @@ def test_every_kind_asks_and_answers(kind: str, language: str) -> None:
     asker = Asker(language=language, pool=pool, languages=LANGUAGES, generator=random.Random(0))
     make = (PICTURE_TURNS | TEXT_TURNS)[kind][1]
     for concept in pool:
+        if kind == "keywords" and not concept.keywords[language]:
+            assert all(question != asker.phrases[kind] for question, _ in picture_turns(asker, concept, count=4))
+            continue
         question, answer = make(asker, concept)
         assert "{" not in question
         assert answer.strip()
