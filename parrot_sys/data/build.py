@@ -148,16 +148,16 @@ def build(config: DataBuildConfig) -> bool:
             )
         if _built_with(output) is None and any(output.iterdir()):
             raise DataError(f"{output} is not a data set that this command made (no {MANIFEST}); it is left as it is")
-    workplace = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(workplace, ignore_errors=True)
-    workplace.mkdir(parents=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        _write_all(config, workplace)
+        _write_all(config, temporary)
         if output.exists():
             shutil.rmtree(output)
-        workplace.rename(output)
+        temporary.rename(output)
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return True
 
 

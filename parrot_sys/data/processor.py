@@ -112,7 +112,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_image_processor(directory: Path) -> ImageProcessor:
     config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    aspect_ratio = config.get("image_aspect_ratio")
+    # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
+    aspect_ratio = config.get("image_aspect_ratio", None if config.get("model_type") == "parrot_qwen2" else "pad")
     tower = config.get("mm_vision_tower") or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
     for candidate in candidates:

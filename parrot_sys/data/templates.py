@@ -48,6 +48,9 @@ def render_conversation(turns: Sequence[Mapping[str, str]], *, add_generation_pr
     Raises:
         DataError: no turns, or an unknown `from`.
     """
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise DataError(f'turn {index} must be {{"from": ..., "value": text}}, got {turn!r}')
     messages = [(turn["from"], move_image_markers(turn["value"])) for turn in turns]
     if not messages:
         raise DataError("a conversation must have at least one turn, got none")

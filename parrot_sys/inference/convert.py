@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from parrot_sys.config_values import save_config
+from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.pretrained import MODEL_CONFIG, PROCESSOR, load_pretrained, save_pretrained
 from parrot_sys.models.tensor_files import check_absent, new_directory
 from parrot_sys.platform import DtypeName
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and convert; the exit code.
 
     Raises:
-        CheckpointError: the input is unusable, or the output exists and --force is not given.
+        CheckpointError: the input is unusable, or the output exists and --force is not given, is no checkpoint, or
+            overlaps the input.
     """
     config = tyro.cli(ConvertConfig, args=argv, prog="parrot convert", description=DESCRIPTION)
     convert(config)
@@ -64,6 +66,9 @@ def convert(config: ConvertConfig) -> None:
         CheckpointError: as `main`.
     """
     check_absent(config.output, overwrite=config.force)
+    source, target = config.checkpoint.resolve(), config.output.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise CheckpointError(f"output must lie outside the checkpoint {config.checkpoint}, got {config.output}")
     model, processor = load_pretrained(config.checkpoint, dtype=config.dtype)
     if config.format == "hf":
         save_pretrained(model, processor, config.output, dtype=config.dtype, overwrite=config.force)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parrot_sys.data.packing import pack_samples
-from parrot_sys.errors import ConfigError
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.packing import Sample, pack_samples
+from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
 from parrot_sys.inference.inputs import Images, pad_rows, split_batch
 from parrot_sys.inference.sampling import SamplingConfig
@@ -97,7 +98,7 @@ class ParrotForConditionalGeneration(nn.Module):
             DataError: ids, mask, labels and images do not fit together.
         """
         config = self.config
-        samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
+        samples = self._split(input_ids, attention_mask, images, labels)
         batch = pack_samples(
             samples,
             num_visual_rows=config.vision.num_visual_rows,
@@ -134,10 +135,12 @@ class ParrotForConditionalGeneration(nn.Module):
         *,
         max_new_tokens: int = 512,
         do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int = 1,
+        use_cache: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
@@ -149,10 +152,12 @@ class ParrotForConditionalGeneration(nn.Module):
 
         Args:
             input_ids: int64 [B, N].
-            attention_mask: [B, N], 0 on padding (either side); None: no padding.
+            attention_mask: [B, N], 0 on padding (either side); None: rows with the padding id are padding, unless that
+                id also ends answers (as transformers' `generate` takes it).
             images: as in `forward`.
             max_new_tokens: longest answer.
-            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`.
+            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`; None takes its default.
+            num_beams, use_cache: 1 and True only, for calls written for the released code.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
             pad_token_id: fills rows behind the end; that of the checkpoint when None.
             seed: of the random numbers; torch's own state when None.
@@ -165,16 +170,21 @@ class ParrotForConditionalGeneration(nn.Module):
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-        sampling = SamplingConfig(
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-        )
+        if num_beams != 1 or not use_cache:
+            raise ConfigError(f"num_beams must be 1 and use_cache True, got {num_beams} and {use_cache}")
+        given = {
+            "temperature": temperature if do_sample else None,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sampling = SamplingConfig(do_sample=do_sample, **chosen)  # type: ignore[arg-type]
         ends = self._eos(eos_token_id)
         pad = next((p for p in (pad_token_id, self.pad_token_id, min(ends, default=None)) if p is not None), 0)
-        samples = split_batch(input_ids, attention_mask, images, answer_header=self.answer_header)
+        if attention_mask is None and pad not in ends:
+            attention_mask = input_ids != pad
+        samples = self._split(input_ids, attention_mask, images)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers, routing = generate_tokens(
@@ -214,7 +224,7 @@ class ParrotForConditionalGeneration(nn.Module):
         Returns:
             For each prompt float32 [K_b] on the CPU.
         """
-        samples = split_batch(input_ids, attention_mask, images, answer_header=self.answer_header)
+        samples = self._split(input_ids, attention_mask, images)
         return continuation_log_probs(self.model, samples, continuations, routing_override)[0]
 
     def hf_state_dict(self) -> dict[str, Tensor]:
@@ -224,6 +234,25 @@ class ParrotForConditionalGeneration(nn.Module):
     def hf_gradients(self) -> dict[str, Tensor]:
         """Gradients by the released names of their parameters; parameters without one are left out."""
         return dict(released_tensors(self.model, value=lambda tensor: tensor.grad))
+
+    def _split(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: Images,
+        labels: Tensor | None = None,
+    ) -> list[Sample]:
+        samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
+        size = self.config.llm.vocab_size
+        for index, sample in enumerate(samples):
+            ids = sample.input_ids
+            wrong = ids[(ids != IMAGE_TOKEN_ID) & ((ids < 0) | (ids >= size))]
+            if wrong.numel():
+                raise DataError(
+                    f"input_ids must be {IMAGE_TOKEN_ID} (an image) or in [0, {size}), "
+                    f"got {int(wrong[0])} in sample {index}"
+                )
+        return samples
 
     def _eos(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         if eos_token_id is None:

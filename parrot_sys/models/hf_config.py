@@ -154,6 +154,11 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
     ):
         if hf.get(name, wanted) != wanted:
             raise ConfigError(f"config.json: {name} must be {wanted!r} for a Parrot checkpoint, got {hf[name]!r}")
+    if hf.get("tokenizer_padding_side", "right") != "right":
+        raise ConfigError(
+            f"config.json: tokenizer_padding_side must be 'right', got {hf['tokenizer_padding_side']!r}; "
+            "logits of a batch are padded on the right here"
+        )
     own = hf.get(OWN_KEY, {})
     llm = llm_config_from_hf(hf)
     config = ParrotConfig(
@@ -194,7 +199,8 @@ def _required(hf: Mapping[str, Any], name: str) -> Any:
 
 
 def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig:
-    if not hf.get("use_moe", False):
+    # Absent keys have the defaults of the released ParrotConfig; only a plain language model has no experts at all.
+    if not hf.get("use_moe", "moe_hidden_size" in hf or "num_experts" in hf):
         return TextGuidedMoEConfig(num_experts=0)
     if hf.get("moe_hidden_size", hidden_size) != hidden_size:
         raise ConfigError(
@@ -204,8 +210,8 @@ def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig
         num_experts=_required(hf, "num_experts"),
         ffn_hidden_size=_required(hf, "moe_intermediate_size"),
         routing="dense",
-        residual="code" if hf.get("use_moe_residual", False) else "none",
-        residual_weight=hf.get("moe_weight", 0.1),
+        residual="code" if hf.get("use_moe_residual", True) else "none",
+        residual_weight=hf.get("moe_weight", 1.0),
     )
 
 

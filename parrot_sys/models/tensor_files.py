@@ -120,13 +120,24 @@ class TensorFiles:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+_MARKS_OF_CHECKPOINTS = ("config.json", "model_config.yaml")
+
+
 def check_absent(path: Path, *, overwrite: bool) -> None:
     """
     Raises:
-        CheckpointError: `path` exists and may not be overwritten.
+        CheckpointError: `path` exists and may not be overwritten, or is something else than a checkpoint.
     """
-    if path.exists() and not overwrite:
+    if not path.exists():
+        return
+    if not overwrite:
         raise CheckpointError(f"{path} exists already; choose another directory, or allow overwriting (--force)")
+    empty = path.is_dir() and not any(path.iterdir())
+    if not empty and not any((path / name).is_file() for name in _MARKS_OF_CHECKPOINTS):
+        raise CheckpointError(
+            f"{path} is no checkpoint (it holds none of {', '.join(_MARKS_OF_CHECKPOINTS)}), so it is not replaced; "
+            "choose another directory, or remove it yourself"
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import itertools
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from parrot_sys import platform
 from parrot_sys.cli import save_config
+from parrot_sys.config_values import config_to_dict, read_yaml
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
@@ -37,6 +38,9 @@ from parrot_sys.training.step import StepRunner
 from parrot_sys.training.writer import MetricsWriter
 
 logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = ("model.tokenizer_path", "model.vision.path", "model.moe.recompute")
+"""Settings of the model that a resumed run may change: they move files or trade time for memory."""
 
 
 class Trainer:
@@ -160,6 +164,7 @@ class Trainer:
         )
 
     def _resume(self, folder: Path) -> None:
+        self._check_same_model(folder)
         common = load_training_state(folder, self.model, self.optimizer)
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
@@ -170,6 +175,20 @@ class Trainer:
                 self.total_steps,
             )
         logger.info("going on behind step %d from %s", self.step, folder)
+
+    def _check_same_model(self, folder: Path) -> None:
+        """
+        Raises:
+            ConfigError: the checkpoint belongs to a model or a stage with other settings.
+        """
+        saved = dict(_leaves(read_yaml(folder / "config.yaml")))
+        for name, wanted in _leaves(config_to_dict(self.config)):
+            decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "loss_reduction")
+            if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
+                raise ConfigError(
+                    f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
+                    "or another --output with --checkpoint.load-from for a new run"
+                )
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -347,3 +366,12 @@ def _summary_line(summary: dict[str, Any], step: int, total: int) -> str:
         f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
         f"{summary['tokens_per_second']:,.0f} tokens/s, loss {summary['loss']:.4f}"
     )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

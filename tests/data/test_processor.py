@@ -104,3 +104,11 @@ def test_for_tower(parrot_tiny):
     assert ParrotProcessor.for_tower(parrot_tiny / "model", "siglip", 28).images([]).shape == (0, 3, 28, 28)
     with pytest.raises(ConfigError, match=r"vision\.type must be clip, siglip or efficientnet_lite0, got 'resnet'"):
         ParrotProcessor.for_tower(parrot_tiny / "model", "resnet", 28)
+
+
+def test_a_bare_language_model_pads_images(checkpoint, parrot_tiny):
+    values = json.loads((checkpoint / "config.json").read_text())
+    bare = {name: value for name, value in values.items() if not name.startswith(("mm_", "image_"))}
+    (checkpoint / "config.json").write_text(json.dumps({**bare, "model_type": "qwen2"}))
+    shutil.copy(parrot_tiny / "clip-vit-tiny" / "preprocessor_config.json", checkpoint)
+    assert ParrotProcessor.from_pretrained(checkpoint).image_processor.pad_to_square

@@ -123,3 +123,9 @@ def test_the_callers_turns_are_not_changed(processor, turns):
 def test_wrong_turns_are_errors(turns, message, processor: ParrotProcessor):
     with pytest.raises(DataError, match=message):
         processor.format_conversation(turns)
+
+
+@pytest.mark.parametrize("turn", [{"from": "human"}, {"from": "human", "value": None}, {"value": "x"}, "text"])
+def test_a_turn_of_another_form_is_an_error(turn):
+    with pytest.raises(DataError, match=r"turn 1 must be \{\"from\": \.\.\., \"value\": text\}, got"):
+        render_conversation([{"from": "human", "value": "a"}, turn])

@@ -195,6 +195,7 @@ def test_existing_output(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").touch()
+    (out / "config.json").write_text("{}")  # an older export
     arguments = ["--checkpoint", str(copy), "--output", str(out)]
     with pytest.raises(CheckpointError, match="exists already"):
         main(arguments)
@@ -243,3 +244,16 @@ def test_run_of_the_first_stage(tmp_path: Path) -> None:
     assert model.model.moe is not None
     assert not model.model.use_moe
     assert parrot_sys.load_pretrained(tmp_path / "run/checkpoints/step-00000001")[0].model.use_moe
+
+
+def test_only_checkpoints_are_replaced(copy: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"precious is no checkpoint .* it is not replaced"):
+        main(["--checkpoint", str(copy), "--output", str(precious), "--force"])
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    for output in (copy, copy / "inside", copy.parent):
+        with pytest.raises(CheckpointError, match=r"must lie outside the checkpoint|is no checkpoint"):
+            main(["--checkpoint", str(copy), "--output", str(output), "--force"])
+    assert (copy / "model.safetensors").is_file()

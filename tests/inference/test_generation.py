@@ -69,6 +69,21 @@ def test_greedy_tokens_of_a_padded_batch(
     for row, case in zip(output[:, ids.shape[1] :].tolist(), cases, strict=True):
         answer = case["output_ids"][len(case["prompt_ids"]) :]
         assert row == answer + [PAD] * (count - len(answer))
+    if PAD not in tiny.eos_token_ids:  # then the ids alone tell what is padding
+        without_mask = tiny.generate(ids, images=_images(cases, pixels), max_new_tokens=count, pad_token_id=PAD)
+        assert torch.equal(without_mask, output)
+
+
+def test_the_call_of_the_released_code(
+    tiny: ParrotForConditionalGeneration, cases: list[dict[str, Any]], pixels: Tensor
+) -> None:
+    case = cases[0]
+    ids, image = torch.tensor([case["prompt_ids"]]), _images([case], pixels)
+    settings: dict[str, Any] = {"do_sample": False, "temperature": 0, "top_p": None, "repetition_penalty": None}
+    output = tiny.generate(ids, images=image, max_new_tokens=3, num_beams=1, use_cache=True, **settings)
+    assert torch.equal(output, tiny.generate(ids, images=image, max_new_tokens=3))
+    with pytest.raises(ConfigError, match="num_beams must be 1 and use_cache True, got 4 and True"):
+        tiny.generate(ids, images=image, num_beams=4)
 
 
 def test_eos_ends_one_request_and_not_the_others(
@@ -187,7 +202,7 @@ def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
     ids = torch.tensor([[1, 2, 3]])
     for setting, match in (
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature must be > 0"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0"),

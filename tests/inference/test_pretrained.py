@@ -191,6 +191,9 @@ def test_wrong_inputs(tiny: ParrotForConditionalGeneration) -> None:
         tiny(ids, torch.ones(1, 3), image)
     with pytest.raises(DataError, match=r"samples \[1\]"):
         tiny(ids, torch.tensor([[1, 1, 1], [0, 0, 0]]), image)
+    for wrong in (-7, tiny.config.llm.vocab_size):
+        with pytest.raises(DataError, match=rf"-200 \(an image\) or in \[0, \d+\), got {wrong} in sample 0"):
+            tiny(torch.tensor([[1, wrong]]))
     with pytest.raises(DataError, match=r"input_ids must be \[B, N\]"):
         tiny(ids[0], images=image)
     two_markers = torch.tensor([[IMAGE, IMAGE, 2], [3, 4, 5], [6, 7, 8]])

@@ -159,3 +159,18 @@ def test_configurations_written_by_transformers() -> None:
     assert (siglip.type, siglip.activation, siglip.layer_norm_eps) == ("siglip", "gelu_pytorch_tanh", 1e-6)
     with pytest.raises(ConfigError, match="model_type must be one of"):
         vision_config_from_hf({"model_type": "dinov2"})
+
+
+def test_absent_keys_have_the_released_defaults() -> None:
+    hf = {
+        name: value for name, value in _fixture().items() if name not in ("use_moe", "use_moe_residual", "moe_weight")
+    }
+    assert config_from_hf(hf, FIXTURE).moe == TextGuidedMoEConfig(
+        num_experts=6, ffn_hidden_size=96, residual="code", residual_weight=1.0
+    )
+    assert config_from_hf({**hf, "use_moe": False}, FIXTURE).moe.num_experts == 0
+
+
+def test_left_padding_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tokenizer_padding_side must be 'right', got 'left'"):
+        config_from_hf({**_fixture(), "tokenizer_padding_side": "left"}, FIXTURE)

@@ -43,14 +43,14 @@ def test_views_are_written_by_value(tmp_path: Path) -> None:
 def test_new_directory(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out"
     with new_directory(path) as work:
-        (work / "file").write_text("1")
+        (work / "config.json").write_text("1")
         assert not path.exists()
-    assert (path / "file").read_text() == "1"
+    assert (path / "config.json").read_text() == "1"
     with pytest.raises(CheckpointError, match="exists already"), new_directory(path):
         pass
     with pytest.raises(IsADirectoryError), new_directory(path, overwrite=True) as work:
         work.write_text("a directory takes no text")
-    assert (path / "file").read_text() == "1"
+    assert (path / "config.json").read_text() == "1"
     with new_directory(path, overwrite=True) as work:
         (work / "other").touch()
     assert [file.name for file in path.iterdir()] == ["other"]

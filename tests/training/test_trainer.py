@@ -276,8 +276,11 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     frozen_first = dataclasses.replace(frozen, output=str(tmp_path / "frozen"), max_steps=1)
     _run(frozen_first)
     (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))
-    assert message.startswith("CheckpointError")
-    assert "optimizer.state.exp_avg.decoder" in message
+    assert message.startswith("ConfigError")
+    assert "was trained with trainable.llm False, now it is True" in message
+    paper = dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, residual="paper"))
+    (message,) = run_distributed(build, 1, dataclasses.replace(base, model=paper))
+    assert "was trained with model.moe.residual code, now it is paper" in message
 
 
 def test_interrupted_metrics_are_taken_back(tmp_path: Path) -> None:
