@@ -13,14 +13,19 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.extraction import Rules
 from parrot_sys.evaluation.markdown import percent, table
 from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
+from parrot_sys.evaluation.results import Plan, identity, make_room
 from parrot_sys.evaluation.runner import (
+    Item,
     Mode,
     Predictor,
     Routing,
     check_experts,
     evaluate_table,
+    guided_questions,
     load_tables,
     make_items,
+    scores_path,
+    select_tables,
 )
 from parrot_sys.evaluation.tsv import QuestionSet
 from parrot_sys.logging import setup_logging
@@ -65,7 +70,7 @@ class EvalConfig:
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
     overwrite: bool = False
-    """Start anew where `output` holds answers of another checkpoint or of other settings."""
+    """Delete what `output` holds of another checkpoint, name or other settings, and start anew."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "ablation_limit", "batch_size", "max_new_tokens"):
@@ -92,8 +97,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs `parrot eval`."""
     config = parse_config(EvalConfig, argv, prog="parrot eval")
     setup_logging()
-    load_tables(config.data, config.languages, 1)  # what is wrong with the tables shows before the model is loaded
-    evaluate(config, load_predictor(config))
+    tables = load_tables(config.data, (), None)  # what is wrong with the tables shows before the model is loaded
+    select_tables(tables, config.languages)
+    evaluate(config, load_predictor(config), tables)
     build_report(ReportInput(evaluation=config.output, output=config.output))
     print(summary(config.output))
     print(f"\nReport: {config.output / 'report.md'}; predictions for the public kit: {config.output}/*/*/*.xlsx")
@@ -112,8 +118,13 @@ def load_predictor(config: EvalConfig) -> Predictor:
     )
 
 
-def evaluate(config: EvalConfig, predictor: Predictor) -> None:
+def evaluate(config: EvalConfig, predictor: Predictor, loaded: Sequence[QuestionSet] | None = None) -> None:
     """Answers and scores every table under every routing; results lie below `config.output`.
+
+    Args:
+        config: what to do.
+        predictor: the model.
+        loaded: all tables of `config.data`; read when not given.
 
     Raises:
         DataError: something is wrong with a table.
@@ -124,19 +135,20 @@ def evaluate(config: EvalConfig, predictor: Predictor) -> None:
             f"routing {' '.join(config.routing)} needs experts, but {config.checkpoint} has none or does not use them; "
             "evaluate it with --routing model"
         )
-    tables = load_tables(config.data, config.languages, None)
+    loaded = load_tables(config.data, (), None) if loaded is None else loaded
+    tables = select_tables(loaded, config.languages)
     translations: dict[str, dict[str, QuestionSet]] = {}
-    # all languages guide, also those that are not evaluated
-    for each in load_tables(config.data, (), None):
+    for each in loaded:  # all languages guide, also those that are not evaluated
         translations.setdefault(each.suite, {})[each.language] = each
-    for full in tables:
-        changes = _measure_routes(full, translations[full.suite], predictor)
-        for routing in config.routing:
-            limit = config.limit_of(routing)
-            cut = full.limited(limit) if limit else full
+    # What is wrong with any table or with the output shows before the first answer.
+    jobs = [(full, _items(config, full, translations[full.suite])) for full in tables]
+    _make_room(config, predictor, jobs)
+    for full, items in jobs:
+        changes, notes = _measure_routes(full, translations[full.suite], predictor)
+        for routing, asked in items.items():
             result = evaluate_table(
-                cut,
-                make_items(cut, routing, translations[cut.suite]),
+                asked[0].table,
+                asked,
                 predictor,
                 model_name=config.model_name,
                 routing=routing,
@@ -144,31 +156,62 @@ def evaluate(config: EvalConfig, predictor: Predictor) -> None:
                 batch_size=config.batch_size,
                 output=config.output,
                 overwrite=config.overwrite,
-                extra={"logit_change": changes} if routing == "model" else {},
+                extra={"notes": notes, **({"logit_change": changes} if routing == "model" else {})},
             )
-            logger.info(
-                "%s, routing %s, plain / circular accuracy: %s",
-                cut.name,
-                routing,
-                ", ".join(
-                    f"{part} {r['scores']['plain']:.1f} / {r['scores']['circular']:.1f} %"
-                    for part, r in result["parts"].items()
-                ),
-            )
+            _log(full, routing, result)
+
+
+def _items(
+    config: EvalConfig, table: QuestionSet, translations: Mapping[str, QuestionSet]
+) -> dict[Routing, list[Item]]:
+    items = {}
+    for routing in config.routing:
+        limit = config.limit_of(routing)
+        items[routing] = make_items(table.limited(limit) if limit else table, routing, translations)
+    return items
+
+
+def _make_room(
+    config: EvalConfig, predictor: Predictor, jobs: Sequence[tuple[QuestionSet, Mapping[Routing, Sequence[Item]]]]
+) -> None:
+    plans = [
+        Plan(
+            path=scores_path(config.output, table, routing, config.model_name),
+            table=table.digest,
+            cells=frozenset((part, table.language) for part in table.parts()),
+        )
+        for table, items in jobs
+        for routing in items
+    ]
+    wanted = identity(config.model_name, config.rules, predictor.settings)
+    make_room(config.output, plans, wanted, overwrite=config.overwrite)
+
+
+def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> None:
+    scores = {part: each["scores"] for part, each in result["parts"].items()}
+    text = ", ".join(f"{part} {each['plain']:.1f} / {each['circular']:.1f} %" for part, each in scores.items())
+    logger.info("%s, routing %s, plain / circular accuracy: %s", table.name, routing, text)
 
 
 def _measure_routes(
     table: QuestionSet, translations: Mapping[str, QuestionSet], predictor: Predictor
-) -> dict[str, float]:
-    """Routing -> how much it changes the logits; fails when the experts are bypassed."""
+) -> tuple[dict[str, float], list[str]]:
+    """Routing -> how much it changes the logits, and notes for the report; fails when the experts are bypassed."""
+    notes = list(predictor.notes)
     if not predictor.has_experts:
-        return {}
-    some = table.limited(_PROBED)
-    routings: tuple[Routing, ...] = ("off", "other-language") if len(translations) > 1 else ("off",)
+        return {}, notes
+    probes: dict[Routing, QuestionSet] = {"off": table, "other-language": guided_questions(table, translations)}
+    if not probes["other-language"].questions:
+        del probes["other-language"]
+        why = "the other language's table holds none of its questions"
+        if len(translations) < 2:
+            why = f"--data holds {table.suite} in no second language"
+        notes.append(f"Whether another language's route changes the logits was not checked on {table.name}: {why}.")
+        logger.warning(notes[-1])
     return {
-        routing: check_experts(make_items(some, routing, translations)[:_PROBED], predictor, routing)
-        for routing in routings
-    }
+        routing: check_experts(make_items(probe.limited(_PROBED), routing, translations)[:_PROBED], predictor, routing)
+        for routing, probe in probes.items()
+    }, notes
 
 
 def summary(output: Path) -> str:

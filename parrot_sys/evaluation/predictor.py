@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import find_training_checkpoint
 from parrot_sys.inference.sampling import SamplingConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+
+logger = logging.getLogger(__name__)
 
 
 class ModelPredictor:
@@ -49,6 +52,13 @@ class ModelPredictor:
         self.mode = mode
         self.max_new_tokens = max_new_tokens
         self.has_experts = self.model.moe is not None and self.model.use_moe
+        self.notes: Sequence[str] = ()
+        if self.model.moe is not None and not self.model.use_moe:
+            self.notes = (
+                f"The checkpoint holds {self.model.parrot.moe.num_experts} experts, but they are not used: it was made "
+                "with use_moe false, so that pictures go past them.",
+            )
+            logger.warning(self.notes[0])
         self.settings: Mapping[str, Any] = {
             "checkpoint": checkpoint_digest(checkpoint),
             "mode": mode,

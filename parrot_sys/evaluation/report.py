@@ -19,6 +19,7 @@ from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.markdown import render
+from parrot_sys.evaluation.results import check_alike, read_score_files
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.training.writer import read_metrics
 
@@ -57,6 +58,7 @@ def build_report(report: ReportInput) -> dict[str, Any]:
 
     Raises:
         DataError: the evaluation folder holds no scores of the model's own routing.
+        ConfigError: it holds scores of different models or settings.
     """
     scores = load_scores(report.evaluation)
     if not any("model" in routings for routings in scores.values()):
@@ -76,11 +78,17 @@ def build_report(report: ReportInput) -> dict[str, Any]:
 
 
 def load_scores(folder: Path) -> Scores:
-    """Score files below `folder`, part by part (see `QuestionSet.parts`), languages in the order of MMMB."""
+    """Score files below `folder`, part by part (see `QuestionSet.parts`), languages in the order of MMMB.
+
+    Raises:
+        ConfigError: they are of different models or settings.
+    """
+    files = read_score_files(folder)
+    check_alike(files)
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob(f"*/*/*{SCORES_SUFFIX}")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for part, scores in result.pop("parts").items():
+    for file in files:
+        result = {key: value for key, value in file.content.items() if key != "parts"}
+        for part, scores in file.content["parts"].items():
             found.setdefault(part, {}).setdefault(result["routing"], {})[result["language"]] = {**result, **scores}
     return {
         suite: {
@@ -111,7 +119,7 @@ def _details(
         "headline": {suite: headline(_first(routings)["dataset"]) for suite, routings in scores.items()},
         "rules": any_result["rules"],
         "settings": {k: v for k, v in any_result["settings"].items() if k not in ("routing", "table")},
-        "notes": list(notes),
+        "notes": [*notes, *_notes(scores)],
         "average": {
             suite: fmean(_headlines(routings["model"]).values())
             for suite, routings in scores.items()
@@ -179,7 +187,7 @@ def _draw(
         {suite: f"{suite} ({headline(_first(routings)['dataset'])} accuracy)" for suite, routings in scores.items()},
         output / "accuracy.png",
     )
-    images.append(("Accuracy per language, with the model's own routing and two ablations", "accuracy.png"))
+    images.append((_accuracy_caption(scores), "accuracy.png"))
     for suite, routings in scores.items():
         languages = routings.get("model", {})
         images += _draw_categories(suite, languages, output)
@@ -197,6 +205,18 @@ def _draw(
             )
             images.append((f"Mean routing weight of each expert per language ({suite})", f"experts_{suite}.png"))
     return images
+
+
+def _accuracy_caption(scores: Scores) -> str:
+    others = [name for name in _ROUTINGS[1:] if any(name in routings for routings in scores.values())]
+    ablations = f" and with routing {' and '.join(others)}" if others else ""
+    return f"Accuracy per language, with the model's own routing{ablations}"
+
+
+def _notes(scores: Scores) -> list[str]:
+    """What the runs over the tables had to say, each sentence once."""
+    results = [r for routings in scores.values() for languages in routings.values() for r in languages.values()]
+    return list(dict.fromkeys(note for result in results for note in result.get("notes", ())))
 
 
 def _draw_categories(suite: str, languages: Mapping[str, Mapping[str, Any]], output: Path) -> list[tuple[str, str]]:

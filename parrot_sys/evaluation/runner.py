@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -58,6 +58,9 @@ class Predictor(Protocol):
 
     settings: Mapping[str, Any]
     has_experts: bool
+    """Whether there are experts and they are used."""
+    notes: Sequence[str]
+    """Sentences on the model that belong into the report."""
 
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
         """One prediction per item."""
@@ -72,22 +75,28 @@ def load_tables(paths: Sequence[str | Path], languages: Sequence[str], limit: in
     """Tables of the wanted languages (all when none is named), each cut to `limit` questions a part.
 
     Raises:
-        DataError: no table has a wanted language, or two tables are the same benchmark in the same language.
+        DataError: no table has a wanted language, or two tables are the same benchmark or part in the same language.
     """
-    tables = [read_table(path) for path in find_tables(paths)]
+    tables = select_tables([read_table(path) for path in find_tables(paths)], languages)
+    return [table.limited(limit) if limit else table for table in tables]
+
+
+def select_tables(tables: Sequence[QuestionSet], languages: Sequence[str]) -> list[QuestionSet]:
+    """Those of the wanted languages, all when none is named; see `load_tables`."""
     if missing := sorted(set(languages) - {table.language for table in tables}):
         held = ", ".join(sorted({table.language for table in tables}))
         raise DataError(f"no table for language {missing[0]!r}; the given data has {held}")
     tables = [table for table in tables if not languages or table.language in languages]
     seen: dict[tuple[str, str], Path] = {}
     for table in tables:
-        key = (table.suite, table.language)
-        if key in seen:
-            raise DataError(
-                f"{table.path} and {seen[key]} are both {table.suite} in {table.language}; evaluate them apart"
-            )
-        seen[key] = table.path
-    return [table.limited(limit) if limit else table for table in tables]
+        names = dict.fromkeys([table.suite, *table.parts()])
+        for name in names:
+            if (key := (name, table.language)) in seen:
+                raise DataError(
+                    f"{table.path} and {seen[key]} are both {name} in {table.language}; evaluate them apart"
+                )
+        seen.update(dict.fromkeys(((name, table.language) for name in names), table.path))
+    return tables
 
 
 def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, QuestionSet]) -> list[Item]:
@@ -121,6 +130,14 @@ def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, 
     ]
 
 
+def guided_questions(table: QuestionSet, translations: Mapping[str, QuestionSet]) -> QuestionSet:
+    """The questions that the other language holds too; none without a table in another language."""
+    if set(translations) <= {table.language}:
+        return replace(table, questions=())
+    held = {question.index for question in _translation(table, translations)[1].questions}
+    return replace(table, questions=tuple(question for question in table.questions if question.index in held))
+
+
 def _translation(table: QuestionSet, translations: Mapping[str, QuestionSet]) -> tuple[str, QuestionSet]:
     """The first language after the table's own that has a table."""
     language = other_language(table.language)
@@ -129,6 +146,11 @@ def _translation(table: QuestionSet, translations: Mapping[str, QuestionSet]) ->
             return language, translations[language]
         language = other_language(language)
     raise DataError(f"--routing other-language needs {table.suite} in a second language beside {table.path}")
+
+
+def scores_path(output: Path, table: QuestionSet, routing: Routing, model_name: str) -> Path:
+    """Score file of a table under a routing."""
+    return output / table.suite / routing / f"{model_name}_{table.name}{SCORES_SUFFIX}"
 
 
 def evaluate_table(
@@ -152,7 +174,8 @@ def evaluate_table(
         `extra`.
     """
     begin = time.perf_counter()
-    stem = output / table.suite / routing / f"{model_name}_{table.name}"
+    path = scores_path(output, table, routing, model_name)
+    stem = path.parent / path.name.removesuffix(SCORES_SUFFIX)
     settings = {**predictor.settings, "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         _answer(items, predictor, store, routing, batch_size)
@@ -179,8 +202,9 @@ def evaluate_table(
         "seconds": time.perf_counter() - begin,
         **(extra or {}),
     }
-    path = stem.parent / f"{stem.name}{SCORES_SUFFIX}"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from parrot_sys.errors import DataError
 from parrot_sys.training.config import LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -86,12 +88,31 @@ class MetricsWriter:
 
 
 def read_metrics(output: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run in their order, of one kind or all."""
+    """The records of a run in their order, of one kind or all; a last line that a killed run left half is ignored.
+
+    Raises:
+        DataError: another line is damaged.
+    """
     path = Path(output) / METRICS_FILE
     if not path.is_file():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    complete, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    records = [_parse(line, path, number) for number, line in enumerate(complete.split("\n"), 1) if complete]
+    with suppress(ValueError):  # only its line end may be missing
+        records += [json.loads(rest)]
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number} is no JSON ({error}); delete the line") from error
+    if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+        raise DataError(
+            f"{path}, line {number} must be an object with kind and step, got {line[:80]!r}; delete the line"
+        )
+    return record
 
 
 def _cut(path: Path, last_step: int) -> None:

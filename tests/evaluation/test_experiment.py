@@ -78,9 +78,10 @@ def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
         scores = {"plain": plain, "circular": 1.0, "n": 7}
         result = {
             "suite": "mmmb", "language": language, "dataset": f"MMMB_{language}", "routing": "model",
+            "rules": "current", "settings": {"checkpoint": "abc", "table": language},
             "parts": {"style": {"scores": scores, "experts": []}},
         }  # fmt: skip
-        (folder / f"m_{language}.scores.json").write_text(json.dumps(result))
+        (folder / f"m_MMMB_{language}.scores.json").write_text(json.dumps(result))
     assert accuracies(tmp_path) == ({"style": {"en": 60.0, "tr": 40.0, "mean": 50.0}}, {"style": {"en": 7, "tr": 7}})
 
 

@@ -132,6 +132,9 @@ def test_route_changes_logits_and_needs_experts(loaded: tuple, data: Path, monke
     monkeypatch.setattr(model.model, "use_moe", False)
     bypassed = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
     assert not bypassed.has_experts
+    (note,) = bypassed.notes
+    assert note.startswith("The checkpoint holds 6 experts, but they are not used")
+    assert predictor.notes == ()
     assert bypassed.predict(_items(data)[:1], "model")[0].experts == []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +10,15 @@ import pandas as pd
 import pytest
 
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.evaluation.main import EvalConfig, evaluate, summary
+from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
-from parrot_sys.evaluation.runner import Item, Prediction, Routing, check_experts, load_tables, make_items
-from tests.evaluation.tables import picture, write_table
-
-WORDS = {"en": ["cat", "dog"], "cn": ["猫", "狗"], "pt": ["gato", "cão"]}
-
-
-class Scripted:
-    """Answers by a rule and counts what it was asked."""
-
-    def __init__(self, answer: Callable[[Item, Routing], str] | None = None, change: float = 1.0) -> None:
-        self.answer = answer or (lambda item, routing: item.question.answer if routing == "model" else "A")
-        self.change = change
-        self.settings: Mapping[str, Any] = {"checkpoint": "abc", "mode": "generate"}
-        self.has_experts = True
-        self.asked: list[tuple[str, Routing, int]] = []
-        self.guides: list[str | None] = []
-        self.fail_after: int | None = None
-
-    def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
-        if self.fail_after is not None and len(self.asked) >= self.fail_after:
-            raise KeyboardInterrupt
-        self.asked += [(item.table.language, routing, item.question.index) for item in items]
-        self.guides += [item.guidance_prompt for item in items]
-        weights = {"en": [0.5, 0.5], "zh": [0.25, 0.75], "pt": [1.0, 0.0]}
-        return [Prediction(response=self.answer(item, routing), experts=weights[item.table.language]) for item in items]
-
-    def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
-        assert all((item.guidance_prompt is not None) == (routing == "other-language") for item in items)
-        return self.change
+from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
+from tests.evaluation.scripted import Scripted, config
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three languages, two splits, four questions of which two have a rotation, one shared picture."""
-    for suffix, words in WORDS.items():
-        rows: list[dict[str, Any]] = [
-            {"index": 1, "answer": "A", "split": "style", "category": "x", "image": picture((9, 9, 9), (30, 30))},
-            {"index": 2, "answer": "B", "split": "style", "category": "y", "image": 1},
-            {"index": 3, "answer": "B", "split": "concept", "category": "x", "image": 1},
-            {"index": 4, "answer": "A", "split": "concept", "category": "x", "image": 1},
-            {"index": 1_000_001, "answer": "B", "split": "style", "category": "x", "image": 1},
-            {"index": 1_000_003, "answer": "A", "split": "concept", "category": "x", "image": 1},
-        ]
-        options = dict(zip("AB", words, strict=True))
-        write_table(
-            tmp_path / "data" / f"mmmb_{suffix}.tsv", [{"question": f"{suffix}?", **options, **r} for r in rows]
-        )
-    return tmp_path / "data"
-
-
-def config(folder: Path, **more: Any) -> EvalConfig:
-    values = {
-        "checkpoint": folder.parent / "m",
-        "data": (folder,),
-        "output": folder.parent / "out",
-        "batch_size": 2,
-        **more,
-    }
-    return EvalConfig(**values)
+def data(three_languages: Path) -> Path:
+    return three_languages
 
 
 def test_scores_and_report(data: Path, tmp_path: Path) -> None:
