@@ -28,7 +28,9 @@ COMMANDS = {
         "parrot_sys.training.main",
         "Train a model in its stages, in one process or under torchrun.",
         (
-            "parrot train --config parrot_tiny_cpu --data.paths data/default/instruct.json --output runs/first",
+            "parrot train --config parrot_tiny_cpu --config tiny_instruct --data.paths data/default/instruct.json "
+            "--checkpoint.load-from data/default/decoder --model.tokenizer-path data/default/tokenizer "
+            "--output runs/first",
             "torchrun --nproc-per-node 2 -m parrot_sys train ...   # the same options",
         ),
     ),

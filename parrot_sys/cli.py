@@ -19,6 +19,7 @@ from parrot_sys.config_values import (
     build,
     config_from_dict,
     config_to_dict,
+    list_settings,
     load_config,
     merge,
     nearest,
@@ -65,6 +66,7 @@ def parse_config(
         base = build(cls, values, checked=False, missing=tyro.MISSING)
     except ConfigError as error:
         exit_with(error, prog)
+    flags = _merge_repeated_lists(cls, flags)
     config: C = tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description))
     return config
 
@@ -129,6 +131,24 @@ def _split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(argument)
     return files, flags
+
+
+def _merge_repeated_lists(cls: type, flags: Sequence[str]) -> list[str]:
+    """`--data a --data b` as `--data a b`, for the flags that take any number of values."""
+    lists = {name.replace("_", "-") for name in list_settings(cls)}
+    groups: dict[str | int, list[str]] = {}  # each flag with its values; all of one list flag share a group
+    group = groups.setdefault(-1, [])
+    for position, argument in enumerate(flags):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("_", "-")
+        if flag.startswith("--") and name in lists:
+            group = groups.setdefault(name, [flag])
+            group += [value] if equals else []
+        elif flag.startswith("--") or flag == "-h":
+            group = groups.setdefault(position, [argument])
+        else:
+            group.append(argument)
+    return [argument for group in groups.values() for argument in group]
 
 
 def _find_config(name: str) -> Path:

@@ -69,6 +69,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be UTF-8 text, got {error}: save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if values is None:
@@ -90,6 +92,18 @@ def _setting_names(cls: type, prefix: str = "") -> list[str]:
         names.append(prefix + name)
         if dataclasses.is_dataclass(hint):
             names += _setting_names(cast(type, hint), f"{prefix}{name}.")
+    return names
+
+
+def list_settings(cls: type, prefix: str = "") -> set[str]:
+    """Dotted names of the settings below `cls` that take any number of values: `tuple[X, ...]`, list and dict."""
+    names = set()
+    for name, hint in _field_types(cls).items():
+        if dataclasses.is_dataclass(hint):
+            names |= list_settings(cast(type, hint), f"{prefix}{name}.")
+        choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if any(get_origin(c) in (list, dict) or (get_origin(c) is tuple and get_args(c)[-1] is ...) for c in choices):
+            names.add(prefix + name)
     return names
 
 

@@ -51,6 +51,26 @@ def device() -> torch.device:
     return torch.device("cuda", launch().local_rank) if cuda_available() else torch.device("cpu")
 
 
+def parse_device(name: torch.device | str | None) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` -> that device, when this machine has it; None -> `device()`.
+
+    Raises:
+        ConfigError: for any other name, or a GPU that is not there.
+    """
+    if name is None:
+        return device()
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {str(name)!r}")
+    gpus = torch.cuda.device_count() if cuda_available() else 0
+    if wanted.type == "cuda" and not 0 <= (wanted.index or 0) < gpus:  # torch wraps large numbers to negative ones
+        raise ConfigError(f"device must be one of this machine's {gpus} GPUs or cpu, got {str(name)!r}: use cpu")
+    return wanted
+
+
 def backend() -> Literal["nccl", "gloo"]:
     """Back end of the process groups on `device()`."""
     return "nccl" if cuda_available() else "gloo"

@@ -62,6 +62,14 @@ def test_later_wins_and_flags_win_over_files(presets: Path) -> None:
     assert parse("--config", "tiny", "--lr", "1", "--lr", "2").lr == 2
 
 
+def test_repeated_list_flags_add_up() -> None:
+    config = parse("--languages", "tr", "--output", "x", "--languages=ru", "--lr", "2", "--languages", "en", "zh")
+    assert config.languages == ("tr", "ru", "en", "zh")
+    assert (config.output, config.lr) == (Path("x"), 2.0)
+    assert parse("--output", "x", "--mix", "en", "1", "--mix", "zh", "2").mix == {"en": 1.0, "zh": 2.0}
+    assert parse("--output", "x", "--size", "3", "4", "--size", "5", "6").size == (5, 6)
+
+
 def test_lists_null_and_nested_lists_from_yaml(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("output: x\nlanguages: []\nname: null\nresume: true\nsources: [{path: a}, {path: b, weight: 2}]\n")

@@ -105,6 +105,12 @@ def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path
         load_config(RunConfig, tmp_path / "c.yaml")
 
 
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes("name: \xfc".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"c\.yaml must be UTF-8 text"):
+        load_config(RunConfig, tmp_path / "c.yaml")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
         load_config(RunConfig, tmp_path / "none.yaml")

@@ -48,7 +48,8 @@ class DataConfig:
     on_long_sample: Literal["truncate", "error", "skip"] = "truncate"
     """A sample longer than the model's max_seq_len rows: cut it as the released code does, stop, or leave it out."""
     cache_dir: str | None = None
-    """Directory that keeps the lengths of tokenised samples, so that the next start is quick (default: none kept)."""
+    """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, and
+    image features (`cache_image_features`; default: OUTPUT/features)."""
     num_workers: int = 2
     """Threads that decode images."""
     prefetch_steps: int = 2

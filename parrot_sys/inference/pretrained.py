@@ -52,7 +52,7 @@ def load_pretrained(
 
     Raises:
         CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
-        ConfigError: the checkpoint describes a model that Parrot cannot be.
+        ConfigError: the checkpoint describes a model that Parrot cannot be; `device` does not exist here.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -60,7 +60,7 @@ def load_pretrained(
             f"{directory} is no directory; wanted a released-layout checkpoint or a training checkpoint"
         )
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
-    target = platform.device() if device is None else torch.device(device)
+    target = platform.parse_device(device)
     if (training := find_training_checkpoint(directory)) is not None:
         return _load_training(training, target, wanted, parallel)
     return _load_released(directory, target, wanted, parallel)

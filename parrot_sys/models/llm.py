@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
+
+_SIZES = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -12,19 +23,29 @@ class LLMConfig:
     """Sizes of a Qwen2 decoder; the defaults are those of Qwen1.5-7B."""
 
     hidden_size: int = 4096
+    """H, width of the rows between the blocks."""
     num_layers: int = 32
+    """Decoder blocks."""
     num_attention_heads: int = 32
+    """Query heads of a block."""
     num_query_groups: int = 32
     """Key/value heads (Hugging Face: num_key_value_heads)."""
     head_dim: int | None = None
     """Width of one head; hidden_size / num_attention_heads when not set."""
     ffn_hidden_size: int = 11008
+    """Inner width of the SwiGLU of a block."""
     vocab_size: int = 151936
+    """Rows of the embedding and of the LM head; at least the number of the tokenizer's tokens."""
     rope_base: float = 1_000_000.0
+    """Base of the rotary position embeddings (Hugging Face: rope_theta)."""
     norm_eps: float = 1e-6
+    """Epsilon of the RMSNorms."""
     max_position_embeddings: int = 32768
+    """Most rows (text and image) of a sequence."""
     tie_word_embeddings: bool = False
+    """Use the embedding as LM head too."""
     qkv_bias: bool = True
+    """Biases on the query, key and value projections, as in Qwen2."""
 
     @property
     def kv_channels(self) -> int:
@@ -32,6 +53,12 @@ class LLMConfig:
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
 
     def __post_init__(self) -> None:
+        for name in (*_SIZES, *(("head_dim",) if self.head_dim is not None else ())):
+            if (size := getattr(self, name)) < 1:
+                raise ConfigError(f"llm.{name} must be >= 1, got {size}")
+        for name in ("rope_base", "norm_eps"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"llm.{name} must be a finite number > 0, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"llm.num_attention_heads must be a multiple of llm.num_query_groups={self.num_query_groups}, "

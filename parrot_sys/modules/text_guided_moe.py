@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +14,12 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.modules.losses import load_balancing_loss, router_z_loss
-from parrot_sys.ops import expert_mlp, text_guided_routing, topk_routing
+from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_routing, topk_routing
 
 # n images, V visual rows an image (row 0 is the CLS row), H hidden_size, E num_experts, I ffn_hidden_size, K topk,
 # G guidance rows of text
+
+_DEFAULT_TOPK = 2
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -29,7 +32,7 @@ class TextGuidedMoEConfig:
     """I, inner width of each SwiGLU expert."""
     routing: Literal["dense", "topk"] = "dense"
     """`dense` runs every expert (rule of the released checkpoints), `topk` the `topk` best (paper, eq. 4)."""
-    topk: int = 2
+    topk: int = _DEFAULT_TOPK
     """Experts per image under `routing=topk`."""
     renormalize: bool = True
     """Divide the chosen probabilities by their sum (topk only)."""
@@ -49,8 +52,15 @@ class TextGuidedMoEConfig:
     def __post_init__(self) -> None:
         if self.num_experts < 0:
             raise ConfigError(f"moe.num_experts must be >= 0, got {self.num_experts}")
-        if self.num_experts and self.routing == "topk" and not 1 <= self.topk <= self.num_experts:
+        # `dense` does not read topk: its default may stay when there is one expert.
+        most = self.num_experts if self.routing == "topk" else max(self.num_experts, _DEFAULT_TOPK)
+        if self.topk < 1 or (self.num_experts and self.topk > most):
             raise ConfigError(f"moe.topk must be in [1, moe.num_experts={self.num_experts}], got {self.topk}")
+        for name in ("aux_loss_coeff", "z_loss_coeff"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"moe.{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if not math.isfinite(self.residual_weight):
+            raise ConfigError(f"moe.residual_weight must be a finite number, got {self.residual_weight}")
         if self.ffn_hidden_size < 1:
             raise ConfigError(f"moe.ffn_hidden_size must be >= 1, got {self.ffn_hidden_size}")
 
@@ -80,12 +90,24 @@ class RoutingOverride:
             raise ConfigError("RoutingOverride takes exactly one of mode ('off' or 'uniform') and probs")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingTotals:
+    """Counts over all images of a training step: those of every micro-batch on every data-parallel rank."""
+
+    num_images: Tensor  # 0-d
+    tokens_per_expert: Tensor  # [E], images that chose each expert
+
+
 class TextGuidedMoE(nn.Module):
     """Experts between projector and decoder; each image's route is guided by the text of its prompt.
 
     The CLS row of an image attends over the embeddings of its guiding text, a linear router scores the attended text,
     and all V rows of the image go through the experts with that one route (Parrot, arXiv 2406.02539, eq. 2 to 5; the
     released code's rules where they differ, by `config`).
+
+    The auxiliary losses are means over the images of all ranks of `statistics_group` in one forward pass, the same on
+    every rank. Under `over_step` they are the forward pass's share of the means over a whole step, so that the sum over
+    micro-batches and ranks, and its gradient, do not depend on how the images were dealt.
 
     Parameters are stored fused, in the layout of `parrot_sys.ops.expert_mlp`; `experts_to_released` and
     `experts_from_released` convert:
@@ -117,6 +139,7 @@ class TextGuidedMoE(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.statistics_group = statistics_group
+        self._step_totals: RoutingTotals | None = None
         num_experts, ffn_size = config.num_experts, config.ffn_hidden_size
         self.router_weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.w_gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size, device=device, dtype=dtype))
@@ -168,17 +191,8 @@ class TextGuidedMoE(nn.Module):
             unrouted = features.new_zeros((features.shape[0], self.config.num_experts), dtype=torch.float32)
             return features, RoutingOutput(logits=unrouted, probs=unrouted)
         config = self.config
+        logits, routing = self._route(features[:, 0], text, guidance_start, guidance_end)
         sparse = config.routing == "topk"
-        logits, _ = text_guided_routing(
-            features[:, 0],
-            text,
-            guidance_start,
-            guidance_end,
-            self.router_weight,
-            scale=1 / math.sqrt(self.hidden_size),
-        )
-        topk = config.topk if sparse else config.num_experts
-        routing = topk_routing(logits, topk, renormalize=sparse and config.renormalize)
         probs, plan = routing.probs, routing if sparse else None
         if override is not None:
             # Overridden weights may be anything, so all experts run.
@@ -197,16 +211,65 @@ class TextGuidedMoE(nn.Module):
             output_scale=output_scale,
             recompute=config.recompute,
         )
-        aux_loss = z_loss = None
-        # Their statistics need every rank of the group, which only training brings here at the same time.
-        learning = torch.is_grad_enabled()
-        if learning and config.aux_loss_coeff:
-            balance = load_balancing_loss(routing.scores, routing.tokens_per_expert, group=self.statistics_group)
-            aux_loss = config.aux_loss_coeff * balance
-        if learning and config.z_loss_coeff:
-            z_loss = config.z_loss_coeff * router_z_loss(routing.lse, group=self.statistics_group)
+        aux_loss, z_loss = self._auxiliary_losses(routing)
         indices = routing.topk_indices if plan is not None else None
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)
+
+    def _route(
+        self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
+    ) -> tuple[Tensor, TopKRouting]:
+        """Router logits [n, E] of the images with CLS rows [n, H], and what they choose."""
+        config = self.config
+        logits, _ = text_guided_routing(
+            cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=1 / math.sqrt(self.hidden_size)
+        )
+        sparse = config.routing == "topk"
+        topk = config.topk if sparse else config.num_experts
+        return logits, topk_routing(logits, topk, renormalize=sparse and config.renormalize)
+
+    @torch.no_grad()
+    def count_choices(self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor) -> Tensor:
+        """[E] int, how many images choose each expert; runs the router only.
+
+        Args:
+            cls_rows: [n, H], projected CLS row of each image.
+            text: see `forward`, as the other arguments.
+            guidance_start: [n] int.
+            guidance_end: [n] int.
+        """
+        return self._route(cls_rows, text, guidance_start, guidance_end)[1].tokens_per_expert
+
+    @contextmanager
+    def over_step(self, totals: RoutingTotals) -> Iterator[None]:
+        """Within it, auxiliary losses are shares of the loss of the whole step that `totals` counted."""
+        self._step_totals = totals
+        try:
+            yield
+        finally:
+            self._step_totals = None
+
+    def _auxiliary_losses(self, routing: TopKRouting) -> tuple[Tensor | None, Tensor | None]:
+        """Load-balancing loss and z-loss, times their coefficients; None where the coefficient is 0."""
+        config, totals, group = self.config, self._step_totals, self.statistics_group
+        aux_loss = z_loss = None
+        # Their statistics need every rank of the group, which only training brings here at the same time.
+        if not torch.is_grad_enabled():
+            return None, None
+        if config.aux_loss_coeff:
+            if totals is None:
+                balance = load_balancing_loss(routing.scores, routing.tokens_per_expert, group=group)
+            else:
+                counts = totals.tokens_per_expert.to(routing.scores)
+                fraction = counts / counts.sum().clamp(min=1)
+                balance = config.num_experts * (fraction * routing.scores.sum(0)).sum() / totals.num_images.clamp(min=1)
+            aux_loss = config.aux_loss_coeff * balance
+        if config.z_loss_coeff:
+            if totals is None:
+                z_mean = router_z_loss(routing.lse, group=group)
+            else:
+                z_mean = routing.lse.square().sum() / totals.num_images.clamp(min=1)
+            z_loss = config.z_loss_coeff * z_mean
+        return aux_loss, z_loss
 
 
 def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:

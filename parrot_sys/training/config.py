@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,9 +53,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "vision_lr", "projector_lr", "moe_lr", "llm_lr"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(
-                    f"optimizer.{name} must be > 0, got {value}; freeze a part with trainable.<part> false"
+                    f"optimizer.{name} must be a finite number > 0, got {value}; "
+                    "freeze a part with trainable.<part> false"
                 )
             if value is not None and self.min_lr > value:
                 raise ConfigError(f"optimizer.min_lr must be <= optimizer.{name}={value}, got {self.min_lr}")
@@ -63,12 +65,12 @@ class OptimizerConfig:
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}")
         for name in ("min_lr", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"optimizer.{name} must be a finite number >= 0, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if self.eps <= 0:
-            raise ConfigError(f"optimizer.eps must be > 0, got {self.eps}")
+        if not (self.eps > 0 and math.isfinite(self.eps)):
+            raise ConfigError(f"optimizer.eps must be a finite number > 0, got {self.eps}")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -110,6 +112,11 @@ class ValidationConfig:
         for name in ("interval", "batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"validation.{name} must be >= 1, got {getattr(self, name)}")
+        if self.image_roots and not self.paths:
+            raise ConfigError(
+                f"validation.image_roots needs validation.paths, got image roots {', '.join(self.image_roots)} and no "
+                "paths: name the records, or unset it"
+            )
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -135,7 +142,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LoggingConfig:
-    """What a run writes down: OUTPUT/metrics.jsonl always, TensorBoard events on request."""
+    """What a run writes down: OUTPUT/metrics.jsonl always, and TensorBoard events unless they are switched off."""
 
     interval: int = 10
     """Steps between records."""
@@ -188,7 +195,7 @@ class TrainConfig:
     cache_image_features: bool = False
     """Run the frozen vision tower once over every image before training and keep its outputs on disk."""
     seed: int = 42
-    """Seed of weights, order of the data and everything random."""
+    """Seed of new weights and of everything random but the order of the data, which `data.seed` decides."""
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -203,9 +210,15 @@ class TrainConfig:
             raise ConfigError(f"global_batch_size must be >= 1, got {self.global_batch_size}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps must be >= 1, got {self.max_steps}")
-        if self.epochs <= 0:
-            raise ConfigError(f"epochs must be > 0, got {self.epochs}")
+        if not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise ConfigError(f"epochs must be a finite number > 0, got {self.epochs}")
+        if self.model.max_seq_len > (positions := self.model.llm.max_position_embeddings):
+            raise ConfigError(
+                f"model.max_seq_len must be <= model.llm.max_position_embeddings={positions}, "
+                f"got {self.model.max_seq_len}"
+            )
         self._check_moe()
+        self._check_component_lrs()
         self._check_layout()
         if self.cache_image_features and self.trainable.vision:
             raise ConfigError(
@@ -229,6 +242,13 @@ class TrainConfig:
                 f"model.moe.num_experts={experts}: switch the experts on or train another part"
             )
 
+    def _check_component_lrs(self) -> None:
+        for part, learns in self.trainable.as_dict().items():
+            if not learns and (lr := getattr(self.optimizer, f"{part}_lr")) is not None:
+                raise ConfigError(
+                    f"optimizer.{part}_lr={lr} has no effect with trainable.{part}=false: unset it, or train that part"
+                )
+
     def _check_layout(self) -> None:
         for name in ("pipeline_model", "context", "expert_model"):
             if (size := getattr(self.parallel, f"{name}_parallel_size")) != 1:
@@ -236,3 +256,8 @@ class TrainConfig:
                     f"parallel.{name}_parallel_size must be 1 in training, got {size}: "
                     "training runs on tensor- and data-parallel ranks"
                 )
+        if (size := self.parallel.expert_tensor_parallel_size) not in (None, 1):
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size must be 1 or unset in training, got {size}: "
+                "experts are not cut over ranks yet"
+            )

@@ -11,9 +11,11 @@ from parrot_sys.training.config import TrainConfig
 
 DESCRIPTION = """Trains Parrot in one process, or in several under torchrun.
 
-Example: parrot train --config parrot_tiny_cpu --config parrot_instruct --data.paths train.json --output runs/first
+Example, after `parrot data build --output data/default`: parrot train --config parrot_tiny_cpu --config tiny_instruct
+--data.paths data/default/instruct.json --checkpoint.load-from data/default/decoder
+--model.tokenizer-path data/default/tokenizer --output runs/first
 
-Example: torchrun --nproc-per-node 2 train/train.py --config parrot_tiny_cpu --data.paths train.json --output runs/first
+In two processes: torchrun --nproc-per-node 2 -m parrot_sys train ..., with the same options.
 
 The same command again goes on from the last checkpoint."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +15,9 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ParrotError
 from parrot_sys.megatron.optimizer import data_parallel_group, data_parallel_world_size, tensor_parallel_rank
-from parrot_sys.megatron.parrot_model import ParrotOutput
+from parrot_sys.megatron.parrot_model import ParrotModel, ParrotOutput
 from parrot_sys.megatron.schedules import forward_backward, optimizer_step
+from parrot_sys.modules.text_guided_moe import RoutingTotals, TextGuidedMoE
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 
 
@@ -87,16 +90,32 @@ class StepRunner:
             if output.routing is not None:
                 for extra in (output.routing.aux_loss, output.routing.z_loss):
                     if extra is not None:
-                        # The value is that of all ranks together, its gradient the share of this one.
-                        loss = loss + extra / len(batches)
-                        metrics.add_aux_loss(extra.detach() / (len(batches) * data_parallel_world_size()))
+                        loss = loss + extra
+                        metrics.add_aux_loss(extra.detach() / copies)
             return loss, None
 
         weight = iter(weights)
         on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
-        forward_backward(self.model, on_device, loss_function, backward=backward)
+        moe = self._balanced_moe() if backward else None
+        # A lone micro-batch is the rank's whole step: the MoE itself gathers its counts, and its losses come out the
+        # same on every rank (their gradients are each rank's share). Otherwise they are the micro-batch's share.
+        copies = data_parallel_world_size()
+        over_step: AbstractContextManager[None] = nullcontext()
+        if moe is not None and len(batches) > 1:
+            totals, on_device = _routing_totals(self.model.module, moe, on_device)
+            copies, over_step = 1, moe.over_step(totals)
+        with over_step:
+            forward_backward(self.model, on_device, loss_function, backward=backward)
         metrics.reduce(contribute=tensor_parallel_rank() == 0)
         return metrics
+
+    def _balanced_moe(self) -> TextGuidedMoE | None:
+        """The MoE if it has auxiliary losses."""
+        model = self.model.module
+        if model.moe is None or not model.use_moe:
+            return None
+        config = model.moe.config
+        return model.moe if config.aux_loss_coeff or config.z_loss_coeff else None
 
     def _weights(self, batches: Sequence[PackedBatch]) -> list[float]:
         """Factor of each micro-batch's summed loss; needs the number of labels, or of micro-batches, on all ranks."""
@@ -126,6 +145,39 @@ class StepRunner:
             f"step {step}: the loss is not finite for {len(records)} records: {_listed(records)}. "
             "The parameters were not updated; look at these records, lower optimizer.lr or use precision fp32"
         )
+
+
+@torch.no_grad()
+def _routing_totals(
+    model: ParrotModel, moe: TextGuidedMoE, batches: Sequence[PackedBatch]
+) -> tuple[RoutingTotals, list[PackedBatch]]:
+    """Counts over all images of the step, and the micro-batches to train on.
+
+    The share of images that chose an expert multiplies the gradient of every micro-batch, so it has to be known before
+    the first backward pass. Only top-k routing with a load-balancing loss has to look (the number of images is known,
+    and dense routing always chooses every expert): it runs the router once without gradients on the CLS rows. Features
+    of a frozen vision tower stay in the micro-batches, so that it runs once; a trainable tower runs forward twice.
+    """
+    config = moe.config
+    images = sum(batch.num_images for batch in batches)
+    counts = torch.full((config.num_experts,), images, dtype=torch.int64, device=moe.router_weight.device)
+    batches = list(batches)
+    if config.aux_loss_coeff and config.routing == "topk":
+        counts.zero_()
+        frozen = model.vision_tower is None or not any(p.requires_grad for p in model.vision_tower.parameters())
+        for index, batch in enumerate(batches):
+            if not batch.num_images:
+                continue
+            features = model._image_features(batch)
+            if frozen:
+                batches[index] = dataclasses.replace(batch, pixel_values=None, image_features=features)
+            assert model.projector is not None, "training runs without pipeline stages"
+            text = model.decoder.embed(batch.input_ids.index_select(0, batch.guidance_rows))
+            cls_rows = model.projector(features[:, 0])
+            counts += moe.count_choices(cls_rows, text, batch.guidance_start, batch.guidance_end)
+    sums = torch.cat((counts, counts.new_tensor([images])))
+    dist.all_reduce(sums, group=data_parallel_group())
+    return RoutingTotals(num_images=sums[-1], tokens_per_expert=sums[:-1]), batches
 
 
 def _gather(values: list[str]) -> list[str]:

@@ -73,7 +73,6 @@ def test_fixture() -> None:
                 type="efficientnet_lite0",
                 image_size=128,
                 hidden_size=1280,
-                num_layers=0,
                 select_layer=-1,
                 activation="relu6",
             ),

@@ -11,6 +11,7 @@ from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_co
 from parrot_sys.errors import ConfigError
 from parrot_sys.training.config import TrainConfig
 
+NAN, INFINITY = float("nan"), float("inf")
 NEEDED = {"output": "run", "data": {"paths": ["a.json"]}, "model": {"tokenizer_path": "t"}}
 FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", "t"]
 
@@ -37,6 +38,19 @@ FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", 
         ({"parallel": {"pipeline_model_parallel_size": 2}}, "pipeline_model_parallel_size"),
         ({"precision": "fp16"}, "precision"),
         ({"optimizer": {"learning_rate": 1.0}}, "learning_rate"),
+        ({"optimizer": {"vision_lr": 1e-5}}, "vision_lr.* has no effect with trainable.vision=false"),
+        ({"optimizer": {"moe_lr": 1e-5}, "trainable": {"moe": False}}, "moe_lr.* has no effect"),
+        *(
+            ({"optimizer": {name: NAN}}, name)
+            for name in ("lr", "llm_lr", "min_lr", "weight_decay", "clip_grad", "eps")
+        ),
+        ({"optimizer": {"lr": INFINITY}}, "optimizer.lr"),
+        ({"epochs": NAN}, "epochs"),
+        ({"epochs": INFINITY}, "epochs"),
+        ({"model": {"tokenizer_path": "t", "max_seq_len": 0}}, "max_seq_len must be >= 1"),
+        ({"model": {"tokenizer_path": "t", "max_seq_len": 32769}}, "max_position_embeddings=32768, got 32769"),
+        ({"validation": {"image_roots": ["images"]}}, "validation.image_roots needs validation.paths"),
+        ({"parallel": {"expert_tensor_parallel_size": 2}}, "expert_tensor_parallel_size must be 1"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
@@ -57,6 +71,7 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
         assert config.trainable.as_dict() == trainable
         assert (config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (0.03, 0.0)
         assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
+        assert config.optimizer.distributed, "the papers used ZeRO"
         assert (config.epochs, config.precision, config.model.max_seq_len) == (1.0, "bf16", 2048)
 
 

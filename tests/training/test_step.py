@@ -16,7 +16,7 @@ from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model, component_parameters, set_trainable
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.metrics import FlopCounter
 from parrot_sys.training.step import StepRunner, TrainingError
@@ -32,9 +32,11 @@ FROZEN = {"vision": False, "projector": True, "moe": True, "llm": True}
 State = dict[str, Tensor]
 
 
-def _model(config: ParrotConfig, dtype: torch.dtype, recompute: str, parallel: ParallelConfig) -> ParrotModel:
+def _model(
+    config: ParrotConfig, dtype: torch.dtype, recompute: str, parallel: ParallelConfig, tower: bool = False
+) -> ParrotModel:
     torch.manual_seed(11)
-    return build_parrot_model(config, parallel, dtype=dtype, recompute=recompute, with_vision_tower=False)
+    return build_parrot_model(config, parallel, dtype=dtype, recompute=recompute, with_vision_tower=tower)
 
 
 def _train(
@@ -49,14 +51,18 @@ def _train(
     distributed: bool = False,
     overlap: bool = False,
     tensor_parallel: int = 1,
+    with_vision_tower: bool = False,
     steps: int = 1,
     clip: float = 1.0,
     **optimizer: Any,
 ) -> tuple[list[float], list[float], State, State]:
-    """Losses and norms of `steps` steps, gradients of the first (before clipping only with clip=0), parameters."""
+    """Losses (with auxiliary ones) and norms of `steps` steps, gradients of the first, parameters.
+
+    The gradients are those before clipping only with clip=0.
+    """
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
     initialize(parallel)
-    model = _model(config, dtype, recompute, parallel)
+    model = _model(config, dtype, recompute, parallel, with_vision_tower)
     set_trainable(model, trainable)
     wrapped = wrap_data_parallel(model, distributed_optimizer=distributed, overlap=overlap)
     adam = build_optimizer(wrapped, lr=LR, clip_grad=clip, **optimizer)
@@ -74,7 +80,7 @@ def _train(
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         result = runner.train(per_rank[rank // tensor_parallel], step + 1)
-        losses.append(result.metrics.loss)
+        losses.append(result.metrics.loss + result.metrics.scalar("aux_loss"))
         norms.append(result.grad_norm)
         gradients = gradients or {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     return losses, norms, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -122,20 +128,25 @@ def _plain(
             loss = total / labels
             if reduction == "micro_batch":
                 loss = sum(output.losses.mean() for output in outputs) / len(outputs)
-            for output in outputs:
-                for extra in (output.routing.aux_loss, output.routing.z_loss):
-                    if extra is not None:
-                        loss = loss + extra / len(outputs)
-            loss.backward()
+            extra = _auxiliary([output.routing for output in outputs], config.moe)
+            (loss + extra).backward()
             gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
-            losses.append((total / labels).item())
+            losses.append((total / labels + extra).item())
             norms.append(norm.item())
             adam.step()
             adam.zero_grad()
         return losses, norms, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
 
     return run_distributed(train, 1)[0]
+
+
+def _auxiliary(routes: Sequence[RoutingOutput], moe: TextGuidedMoEConfig) -> Tensor:
+    """Load-balancing loss and z-loss over the images of all micro-batches, from their definitions."""
+    logits, probs = (torch.cat([getattr(route, name) for route in routes]) for name in ("logits", "probs"))
+    shares = (probs > 0).float().sum(0) / (probs > 0).sum()
+    balance = moe.num_experts * (shares * logits.softmax(-1).mean(0)).sum()
+    return moe.aux_loss_coeff * balance + moe.z_loss_coeff * logits.logsumexp(-1).square().mean()
 
 
 def _assert_same(got: Any, wanted: Any, *, parameters: bool = True) -> None:
@@ -198,6 +209,58 @@ def test_auxiliary_losses_are_over_all_ranks(ranks: int) -> None:
     assert _run([[both]], config=without, clip=0.0)[1] != got[1]
 
 
+BOTH = make_batch((*MIXED, *MIXED), seed=5)
+SPLITS = {
+    "one micro-batch": lambda a, b: [[BOTH]],
+    "two micro-batches": lambda a, b: [[a, b]],
+    "one without images": lambda a, b: [[a, EMPTY, b]],
+    "two ranks": lambda a, b: [[a], [b]],
+    "two ranks, some without images": lambda a, b: [[a, b], [EMPTY, EMPTY]],
+    "two ranks, uneven": lambda a, b: [[EMPTY, a], [b, EMPTY]],
+}
+
+
+@pytest.mark.parametrize("routing", ["dense", "topk"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_auxiliary_losses_are_those_of_the_global_batch(split: str, routing: str) -> None:
+    # Strong enough that the router's gradient is theirs.
+    moe = TextGuidedMoEConfig(
+        num_experts=3, ffn_hidden_size=20, routing=routing, topk=1, aux_loss_coeff=50.0, z_loss_coeff=5.0
+    )
+    config = dataclasses.replace(CONFIG, moe=moe)
+    got = _run(SPLITS[split](*_halves(BOTH)), config=config, clip=0.0)
+    wanted = _plain([BOTH], config=config, clip=0.0)
+    assert got[0] == pytest.approx(wanted[0], rel=1e-6)
+    gradient, router = (result[2]["moe.router_weight"] for result in (got, wanted))
+    assert (gradient - router).abs().max() <= 1e-6 * router.abs().max()
+    _assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("routing", ["dense", "topk"])
+def test_a_micro_batch_of_text_leaves_the_auxiliary_losses_alone(routing: str) -> None:
+    moe = TextGuidedMoEConfig(
+        num_experts=3, ffn_hidden_size=20, routing=routing, topk=1, aux_loss_coeff=5.0, z_loss_coeff=0.5
+    )
+    config = dataclasses.replace(CONFIG, moe=moe)
+    wanted = _plain([FIRST, SECOND, TEXT], config=config, clip=0.0)
+    for layout in LAYOUTS.values():
+        _assert_same(_run(layout, config=config, clip=0.0), wanted)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_auxiliary_losses_from_pixels(trainable: bool) -> None:
+    """A tower that learns runs again for the counts; a frozen one runs once."""
+    moe = TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=20, routing="topk", topk=1, aux_loss_coeff=50.0)
+    both = make_batch((*MIXED, *MIXED), pixels=True, seed=5)
+    settings: dict[str, Any] = {
+        "config": dataclasses.replace(CONFIG, moe=moe),
+        "trainable": FROZEN | {"vision": trainable},
+        "with_vision_tower": True,
+        "clip": 0.0,
+    }
+    _assert_same(_run([[*_halves(both), EMPTY]], **settings), _run([[both]], **settings))
+
+
 def _halves(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
     """A batch of twice the MIXED samples as two of MIXED size, with the same ids and features."""
     rows, images = int(batch.cu_seqlens[3]), 3
@@ -222,7 +285,11 @@ def _halves(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
                 guidance_start=batch.guidance_start[first : first + images] - guide,
                 guidance_end=batch.guidance_end[first : first + images] - guide,
                 image_sample=batch.image_sample[first : first + images] - 3 * half,
-                image_features=batch.image_features[first : first + images],
+                **{
+                    name: value[first : first + images]
+                    for name in ("image_features", "pixel_values")
+                    if (value := getattr(batch, name)) is not None
+                },
             )
         )
     return parts[0], parts[1]

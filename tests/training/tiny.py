@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **setting
         paths=(str(write_records(folder / "records.json", copies)),), image_roots=(str(FIXTURE),), prefetch_steps=1
     )
     defaults: dict[str, Any] = {
-        "model": config_from_hf(read_json(MODEL / "config.json"), MODEL),
+        "model": replace(config_from_hf(read_json(MODEL / "config.json"), MODEL), max_seq_len=512),
         "data": data,
         "precision": "fp32",
         "global_batch_size": 8,
