@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from parrot_sys import platform
+
+# Before anything imports triton: where there is no GPU its kernels run in the interpreter (docs/kernels.md).
+if not platform.cuda_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # More threads than one only add noise here, and ranks forked from this process must not find a used OpenMP pool.
 torch.set_num_threads(1)

@@ -109,7 +109,7 @@ def outputs_and_gradients(
     leaves = {name: value.detach().to(dtype, copy=True).requires_grad_() for name, value in inputs.items()}
     outputs = function(leaves)
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in outputs.values()]
+    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs.values()]
     finite = [out.isfinite() for out in outputs.values()]
     torch.autograd.backward(
         [out[mask] for out, mask in zip(outputs.values(), finite, strict=True)],

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from parrot_sys.ops.expert_mlp import expert_mlp
+from parrot_sys.ops.grouped_gemm import k_grouped_gemm, m_grouped_gemm, m_grouped_swiglu
 from parrot_sys.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_parts
+from parrot_sys.ops.permute import permute, unpermute
 from parrot_sys.ops.registry import force_backend
+from parrot_sys.ops.router_attention import router_attention, router_attention_parts
+from parrot_sys.ops.segment_attention import segment_attention
+from parrot_sys.ops.swiglu import swiglu
 from parrot_sys.ops.text_guided_routing import text_guided_routing
 from parrot_sys.ops.topk_routing import TopKRouting, topk_routing
 
@@ -12,8 +17,17 @@ __all__ = [
     "TopKRouting",
     "expert_mlp",
     "force_backend",
+    "k_grouped_gemm",
     "linear_cross_entropy",
     "linear_cross_entropy_parts",
+    "m_grouped_gemm",
+    "m_grouped_swiglu",
+    "permute",
+    "router_attention",
+    "router_attention_parts",
+    "segment_attention",
+    "swiglu",
     "text_guided_routing",
     "topk_routing",
+    "unpermute",
 ]

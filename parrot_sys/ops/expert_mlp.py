@@ -188,8 +188,7 @@ def expert_mlp(
     Returns:
         [n, V, H], dtype of `x`. Saved for the backward pass: `x` and the up-projection's output.
     """
-    x = x.contiguous()
-    tensors = (x, w_gate_up, w_down, probs)
+    tensors = (x.contiguous(), w_gate_up.contiguous(), w_down.contiguous(), probs.contiguous())
     save_z = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if plan is None:
         return _dense_fwd(*tensors, residual_scale, output_scale, save_z)[0]

@@ -87,11 +87,13 @@ def linear_cross_entropy_parts(
     return _fwd(hidden, weight, targets, vocab_start)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Cross entropy of `hidden @ weight.T` against `targets`, one loss a row, [L] float32 (float64 for float64 inputs).
 
-    At most one block of logits exists at a time, in both passes. Arguments as `linear_cross_entropy_parts`; the form
-    for a vocabulary split over ranks is `parrot_sys.parallel.vocab_parallel_linear_cross_entropy`.
+    At most one block of logits exists at a time, in both passes. Rows whose target is `ignore_index` have the loss 0
+    and no gradients; they cost as much as others, so that whoever has many of them should select the others before.
+    Arguments as `linear_cross_entropy_parts`; the form for a vocabulary split over ranks is
+    `parrot_sys.parallel.vocab_parallel_linear_cross_entropy`.
     """
     lse, target_logits = _fwd(hidden, weight, targets, 0)
-    return lse - target_logits
+    return (lse - target_logits).masked_fill(targets == ignore_index, 0.0)

@@ -1,7 +1,8 @@
 """Which back end runs an op: `parrot_kernels.<op>.{cuda,triton,cpu}_impl` or `.reference`, looked up at each call.
 
 A back end exists when its file exists, so a new one is added by adding the file. `auto` takes the first, in the order
-cuda > triton > cpu > reference, whose `why_not(*args)` is None; a forced one that cannot run raises with its reason.
+cuda > triton > cpu > reference, whose `why_not(*args)` is None, but never Triton's interpreter, which takes CPU tensors
+and is there for tests; a forced one that cannot run raises with its reason.
 The choice may depend on devices, dtypes and shapes, never on values.
 """
 
@@ -15,9 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+
 from parrot_kernels import env
 
-OPS = ("text_guided_routing", "topk_routing", "expert_mlp", "linear_cross_entropy")
+OPS = (
+    "text_guided_routing",
+    "topk_routing",
+    "expert_mlp",
+    "linear_cross_entropy",
+    "router_attention",
+    "segment_attention",
+    "grouped_gemm",
+    "permute",
+    "swiglu",
+)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _log = logging.getLogger(__name__)
@@ -38,6 +51,10 @@ def _why_not(op: str, name: str, args: tuple[object, ...]) -> str | None:
     return f"{op} has no {name} back end" if module is None else module.why_not(*args)
 
 
+def _on_cuda(args: tuple[object, ...]) -> bool:
+    return any(isinstance(arg, torch.Tensor) and arg.is_cuda for arg in args)
+
+
 def select(op: str, *args: object) -> ModuleType:
     """The module whose launchers run `op` on the forward arguments `args`.
 
@@ -51,7 +68,8 @@ def select(op: str, *args: object) -> ModuleType:
             raise NotImplementedError(f"{op}: the forced back end {forced!r} cannot run: {reason}")
         name = forced
     else:
-        name = next(name for name in BACKENDS if _why_not(op, name, args) is None)
+        names = BACKENDS if _on_cuda(args) else ("cpu", "reference")
+        name = next(name for name in names if _why_not(op, name, args) is None)
     if (op, name) not in _logged:
         _logged.add((op, name))
         _log.info("%s runs on the %s back end", op, name)

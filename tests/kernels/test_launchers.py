@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parrot_kernels import _extension
+from parrot_kernels import _extension, triton_support
 from parrot_kernels.expert_mlp import cpu_impl as expert_cpu
 from parrot_kernels.expert_mlp import reference as expert_reference
 from parrot_kernels.linear_cross_entropy import reference as cross_entropy_reference
 from parrot_kernels.testing import MoEShape, make_expert_inputs, make_spans, max_error, poisoned_memory
 from parrot_kernels.text_guided_routing import cpu_impl as routing_cpu
 from parrot_kernels.text_guided_routing import reference as routing_reference
+from parrot_kernels.text_guided_routing import triton_impl as routing_triton
 from parrot_kernels.topk_routing import reference as topk_reference
 
 
@@ -44,10 +45,12 @@ def test_expert_mlp_computes_only_what_is_needed(impl, needs: tuple[bool, ...]) 
             assert torch.equal(own, all_of_it) if wanted else own.shape == (0,)
 
 
-@pytest.mark.parametrize("impl", [routing_reference, routing_cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("impl", [routing_reference, routing_cpu, routing_triton], ids=["reference", "cpu", "triton"])
 @pytest.mark.parametrize("needs", one_hot_needs(3))
 def test_text_guided_routing_computes_only_what_is_needed(impl, needs: tuple[bool, ...]) -> None:
-    args = (torch.randn(3, 8), torch.randn(9, 8), *make_spans([5, 4], [2, 1]), torch.randn(4, 8))
+    device = "cuda" if impl is routing_triton and not triton_support.INTERPRETING else "cpu"
+    inputs = (torch.randn(3, 8), torch.randn(9, 8), *make_spans([5, 4], [2, 1]), torch.randn(4, 8))
+    args = tuple(tensor.to(device) for tensor in inputs)
     logits, lse = impl.text_guided_routing_fwd(*args, 0.3)
     grad = torch.randn_like(logits)
     full = impl.text_guided_routing_bwd(grad, None, *args, logits, lse, 0.3, (True,) * 3)
@@ -99,4 +102,8 @@ def test_cpp_loops_name_what_is_wrong() -> None:
     with pytest.raises(RuntimeError, match=r"z must be contiguous"):
         torch.ops.parrot_ext.swiglu_fwd(z.transpose(0, 1), torch.zeros(3, 1), torch.zeros(2, 3, 1, 4))
     with pytest.raises(RuntimeError, match=r"topk must be in \[1, num_experts=3\], got 4"):
-        torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 4, False)
+        torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 4, False, False, 1.0, 1, 1, None)
+    with pytest.raises(RuntimeError, match=r"num_groups must divide num_experts=3, got 2"):
+        torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 1, False, False, 1.0, 2, 1, None)
+    with pytest.raises(RuntimeError, match=r"bias must have shape \[3\], got \[2\]"):
+        torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 1, False, False, 1.0, 1, 1, torch.zeros(2))

@@ -5,19 +5,51 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from parrot_kernels.testing import poisoned_memory
+from parrot_sys import platform
 from parrot_sys.ops import registry
+from tests import cuda_emulator
 
-BACKEND_MODULES = {"reference": "parrot_kernels.{op}.reference", "cpu": "parrot_kernels.{op}.cpu_impl"}
+BACKEND_MODULES = {
+    "reference": "parrot_kernels.{op}.reference",
+    "cpu": "parrot_kernels.{op}.cpu_impl",
+    "triton": "parrot_kernels.{op}.triton_impl",
+    "cuda": "parrot_kernels.{op}.cuda_impl",
+}
 
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton's kernels run in this process: compiled on a GPU, else interpreted on the CPU."""
+    return torch.device("cuda" if platform.cuda_available() else "cpu")
+
+
+@pytest.fixture
+def cuda_device() -> Iterator[torch.device]:
+    """Where the CUDA kernels run in this process: on a GPU, else their sources compiled for the CPU."""
+    if platform.cuda_available():
+        yield torch.device("cuda")
+        return
+    with cuda_emulator.in_place_of_cuda():
+        yield torch.device("cpu")
+
+
+@pytest.fixture
+def device_of(triton_device: torch.device) -> Callable[[str], torch.device]:
+    """`device_of(backend)`: where its inputs must be."""
+    return lambda backend: triton_device if backend == "triton" else torch.device("cpu")
 
 
 @pytest.fixture
@@ -47,3 +79,28 @@ def ran_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextMana
         )
 
     return force
+
+
+class _WatchedKernel:
+    """A Triton kernel that notes each launch."""
+
+    def __init__(self, name: str, kernel: Any, launched: list[str]) -> None:
+        self._name, self._kernel, self._launched = name, kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._launched.append(self._name)
+        return self._kernel[grid]
+
+
+@pytest.fixture
+def watch_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[str]]:
+    """`watch_launches(triton_impl)`: a list that every launch of a `*_kernel` of the module appends its name to."""
+
+    def watch(module: ModuleType) -> list[str]:
+        launched: list[str] = []
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, _WatchedKernel(name, kernel, launched))
+        return launched
+
+    return watch

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
-from parrot_sys.ops import expert_mlp, topk_routing
+from parrot_sys.ops import TopKRouting, expert_mlp, topk_routing
 
 RESIDUAL, OUTPUT = 0.3, 1.7
 
@@ -23,8 +23,27 @@ CASES = {
     "one_expert": MoEShape(images=3, rows=4, hidden=8, experts=1, ffn=8, topk=1),
     "empty_experts": MoEShape(images=1, rows=6, hidden=8, experts=6, ffn=8, topk=2),  # four experts have no image
     "no_image": MoEShape(images=0, rows=4, hidden=8, experts=3, ffn=8, topk=2),
-    "long": MoEShape(images=2, rows=70, hidden=24, experts=3, ffn=48, topk=2),  # several tasks of the C++ loop an image
+    # Several tasks of the C++ loop an image, and enough rows for Triton to sum over experts within one product.
+    "long": MoEShape(images=2, rows=66, hidden=24, experts=3, ffn=40, topk=2),
+    "long_primes": MoEShape(images=2, rows=67, hidden=13, experts=3, ffn=11, topk=2),
 }
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def runs(backend: str, dtype: torch.dtype, case: str) -> bool:
+    if backend == "triton":  # the interpreter is slow
+        return case == "width_40" if dtype != torch.bfloat16 else case != "plain"
+    return backend != "cpu" or dtype != torch.float16  # (auto takes the reference there)
+
+
+RUNS = [
+    pytest.param(backend, dtype, case, id=f"{backend}-{name}-{case}")
+    for backend in ("reference", "cpu", "triton")
+    for name, dtype in DTYPES.items()
+    for case in CASES
+    if runs(backend, dtype, case)
+]
 
 
 def expression(leaves: dict[str, Tensor], probs: Tensor, residual: float = RESIDUAL, scale: float = OUTPUT) -> Tensor:
@@ -46,34 +65,32 @@ def launchers(sparse: bool) -> tuple[str, ...]:
     return f"expert_mlp_{form}_fwd", f"expert_mlp_{form}_bwd"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def make_inputs(shape: MoEShape, sparse: bool) -> tuple[dict[str, Tensor], TopKRouting | None]:
+    """Tensors of the op with weights of experts as a leaf of its own, and the plan of the top-k form."""
+    inputs = make_expert_inputs(shape)
+    logits = inputs.pop("logits")
+    inputs["probs"] = logits.softmax(-1)
+    return inputs, topk_routing(logits, shape.topk, renormalize=False) if sparse else None
+
+
+def on_device(route: TopKRouting | None, device: torch.device | str) -> TopKRouting | None:
+    return None if route is None else TopKRouting(*(tensor.to(device) for tensor in route))
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("case", CASES)
-def test_matches_float64(ran_on, case: str, backend: str, sparse: bool, dtype: torch.dtype) -> None:
-    shape = CASES[case]
-    inputs = {name: value.to(dtype).double() for name, value in make_expert_inputs(shape).items()}
-    topk = shape.topk if sparse else shape.experts
+@pytest.mark.parametrize(("backend", "dtype", "case"), RUNS)
+def test_matches_float64(ran_on, triton_device, case: str, backend: str, sparse: bool, dtype: torch.dtype) -> None:
+    device = triton_device if backend == "triton" else "cpu"
+    inputs, route = make_inputs(CASES[case], sparse)
+    inputs, route = {name: value.to(device, dtype).double() for name, value in inputs.items()}, on_device(route, device)
 
     def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        route = topk_routing(leaves["logits"], topk, renormalize=True)
-        y = expert_mlp(
-            leaves["x"],
-            leaves["w_gate_up"],
-            leaves["w_down"],
-            route.probs,
-            plan=route if sparse else None,
-            residual_scale=RESIDUAL,
-            output_scale=OUTPUT,
-        )
-        return {"y": y}
+        probs = leaves["probs"].float()
+        tensors = (leaves["x"], leaves["w_gate_up"], leaves["w_down"], probs)
+        return {"y": expert_mlp(*tensors, plan=route, residual_scale=RESIDUAL, output_scale=OUTPUT)}
 
     def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        scores = leaves["logits"].softmax(-1)
-        # The choice is the op's (bfloat16 logits may tie); that it is right is shown in test_topk_routing.
-        chosen = topk_routing(inputs["logits"], topk, renormalize=True).probs > 0
-        probs = scores * chosen
-        return {"y": expression(leaves, probs / probs.sum(-1, keepdim=True))}
+        return {"y": expression(leaves, leaves["probs"] * (1 if route is None else route.probs > 0))}
 
     with ran_on(backend, "expert_mlp", *launchers(sparse)):
         actual = outputs_and_gradients(op, inputs, dtype)
@@ -82,19 +99,21 @@ def test_matches_float64(ran_on, case: str, backend: str, sparse: bool, dtype: t
     assert_all_accurate(actual, exact, outputs_and_gradients(plain, inputs, dtype))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_all_images_to_one_expert(ran_on, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_all_images_to_one_expert(ran_on, triton_device, backend: str) -> None:
     shape = MoEShape(images=4, rows=3, hidden=8, experts=5, ffn=8, topk=1)
-    inputs = make_expert_inputs(shape)
-    inputs["logits"][:, 3] += 100.0
+    device = triton_device if backend == "triton" else "cpu"
+    inputs = {name: value.to(device) for name, value in make_expert_inputs(shape).items()}
+    logits = inputs.pop("logits")
+    logits[:, 3] += 100.0
+    route = topk_routing(logits.float(), 1, renormalize=False)
+    inputs["probs"] = logits.softmax(-1)
 
     def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        route = topk_routing(leaves["logits"], 1, renormalize=False)
-        return {"y": expert_mlp(leaves["x"], leaves["w_gate_up"], leaves["w_down"], route.probs, plan=route)}
+        return {"y": expert_mlp(*leaves.values(), plan=route)}
 
     def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = torch.tensor([0.0, 0, 0, 1, 0])
-        return {"y": expression(leaves, leaves["logits"].softmax(-1) * mask, residual=0.0, scale=1.0)}
+        return {"y": expression(leaves, leaves["probs"] * (route.probs > 0), residual=0.0, scale=1.0)}
 
     with ran_on(backend, "expert_mlp", *launchers(sparse=True)):
         actual = outputs_and_gradients(op, inputs, torch.float32)
@@ -103,8 +122,10 @@ def test_all_images_to_one_expert(ran_on, backend: str) -> None:
     assert_all_accurate(actual, *plain_results)
 
 
-def _op_tensors(shape: MoEShape, *, grad: bool = True) -> tuple[dict[str, Tensor], Tensor]:
-    tensors = make_expert_inputs(shape, torch.float32)
+def _op_tensors(
+    shape: MoEShape, *, grad: bool = True, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], Tensor]:
+    tensors = make_expert_inputs(shape, torch.float32, device)
     probs = topk_routing(tensors.pop("logits"), shape.topk, renormalize=True).probs
     return {name: value.requires_grad_(grad) for name, value in tensors.items()}, probs.requires_grad_(grad)
 
@@ -126,11 +147,11 @@ def _saved_bytes(tensors: dict[str, Tensor], probs: Tensor, plan, recompute: boo
     return sum(saved.values())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
-def test_recompute_saves_only_x_and_gives_the_same(ran_on, backend: str, sparse: bool) -> None:
+def test_recompute_saves_only_x_and_gives_the_same(ran_on, triton_device, backend: str, sparse: bool) -> None:
     shape = CASES["plain"]
-    tensors, probs = _op_tensors(shape)
+    tensors, probs = _op_tensors(shape, device=triton_device if backend == "triton" else "cpu")
     route = topk_routing(probs.detach(), shape.topk, renormalize=True) if sparse else None
     pairs = shape.images * (shape.topk if sparse else shape.experts)
     results = []
@@ -144,12 +165,17 @@ def test_recompute_saves_only_x_and_gives_the_same(ran_on, backend: str, sparse:
         assert torch.equal(again, plain)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "topk"])
+@pytest.mark.parametrize(
+    ("backend", "sparse"),
+    # (Triton's two forms share their backward pass.)
+    [("reference", False), ("reference", True), ("cpu", False), ("cpu", True), ("triton", True)],
+)
 @pytest.mark.parametrize("frozen", ["x", "w_gate_up", "w_down", "probs"])
-def test_frozen_inputs_get_no_gradient_and_change_no_other(ran_on, backend: str, sparse: bool, frozen: str) -> None:
+def test_frozen_inputs_get_no_gradient_and_change_no_other(
+    ran_on, triton_device, backend: str, sparse: bool, frozen: str
+) -> None:
     shape = CASES["plain"]
-    tensors, probs = _op_tensors(shape, grad=False)
+    tensors, probs = _op_tensors(shape, grad=False, device=triton_device if backend == "triton" else "cpu")
     route = topk_routing(probs, shape.topk, renormalize=True) if sparse else None
     grads = []
     for freeze in (None, frozen):

@@ -11,6 +11,7 @@ from torch import Tensor
 from parrot_kernels.testing import assert_all_accurate, make_spans, outputs_and_gradients
 from parrot_sys.ops import text_guided_routing
 
+BACKENDS = ["reference", "cpu", "triton"]
 LAUNCHERS = ("text_guided_routing_fwd", "text_guided_routing_bwd")
 
 # text lengths and images of each sample, hidden, experts
@@ -27,12 +28,20 @@ CASES = {
 }
 
 
-def make_inputs(lengths: list[int], images: list[int], hidden: int, experts: int) -> dict[str, Tensor]:
-    return {
+def make_inputs(
+    lengths: list[int], images: list[int], hidden: int, experts: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    inputs = {
         "query": torch.randn(sum(images), hidden, dtype=torch.float64),
         "text": torch.randn(sum(lengths), hidden, dtype=torch.float64),
         "router_weight": torch.randn(experts, hidden, dtype=torch.float64) * hidden**-0.5,
     }
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def spans_on(device: torch.device, lengths: list[int], images: list[int]) -> tuple[Tensor, Tensor]:
+    start, end = make_spans(lengths, images)
+    return start.to(device), end.to(device)
 
 
 def expression(tensors: dict[str, Tensor], start: Tensor, end: Tensor, scale: float) -> dict[str, Tensor]:
@@ -49,13 +58,14 @@ def expression(tensors: dict[str, Tensor], start: Tensor, end: Tensor, scale: fl
     return {"logits": torch.stack(logits), "lse": torch.stack(lses)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_float64(ran_on, case: str, backend: str, dtype: torch.dtype) -> None:
+def test_matches_float64(ran_on, device_of, case: str, backend: str, dtype: torch.dtype) -> None:
     lengths, images, hidden, experts = CASES[case]
-    inputs = {k: v.to(dtype).double() for k, v in make_inputs(lengths, images, hidden, experts).items()}
-    start, end = make_spans(lengths, images)
+    made = make_inputs(lengths, images, hidden, experts, device_of(backend))
+    inputs = {k: v.to(dtype).double() for k, v in made.items()}
+    start, end = spans_on(device_of(backend), lengths, images)
     scale = 1 / math.sqrt(hidden)
 
     def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,27 +83,29 @@ def test_matches_float64(ran_on, case: str, backend: str, dtype: torch.dtype) ->
     assert_all_accurate(actual, exact, outputs_and_gradients(plain, inputs, dtype))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_empty_span_is_uniform_and_has_no_gradient(ran_on, backend: str) -> None:
-    inputs = {k: v.float().requires_grad_() for k, v in make_inputs([0, 3], [1, 1], 8, 4).items()}
-    start, end = make_spans([0, 3], [1, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_span_is_uniform_and_has_no_gradient(ran_on, device_of, backend: str) -> None:
+    device = device_of(backend)
+    inputs = {k: v.float().requires_grad_() for k, v in make_inputs([0, 3], [1, 1], 8, 4, device).items()}
+    start, end = spans_on(device, [0, 3], [1, 1])
     with ran_on(backend, "text_guided_routing", *LAUNCHERS):
         logits, lse = text_guided_routing(
             inputs["query"], inputs["text"], start, end, inputs["router_weight"], scale=0.5
         )
         logits[0].sum().backward()
-    assert torch.equal(logits[0].softmax(0), torch.full((4,), 0.25))
+    assert logits[0].softmax(0).tolist() == [0.25] * 4
     assert lse[0] == float("-inf")
     for name, tensor in inputs.items():
         assert torch.equal(tensor.grad, torch.zeros_like(tensor)), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_query_may_be_a_strided_view_and_spans_int64(ran_on, backend: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_query_may_be_a_strided_view_and_spans_int64(ran_on, device_of, backend: str) -> None:
     """The module passes features[:, 0]."""
-    inputs = {k: v.float() for k, v in make_inputs([4, 2], [1, 2], 8, 3).items()}
-    start, end = make_spans([4, 2], [1, 2])
-    features = torch.randn(3, 5, 8)
+    device = device_of(backend)
+    inputs = {k: v.float() for k, v in make_inputs([4, 2], [1, 2], 8, 3, device).items()}
+    start, end = spans_on(device, [4, 2], [1, 2])
+    features = torch.randn(3, 5, 8, device=device)
     features[:, 0] = inputs["query"]
     with ran_on(backend, "text_guided_routing", "text_guided_routing_fwd"):
         strided, _ = text_guided_routing(
@@ -103,11 +115,12 @@ def test_query_may_be_a_strided_view_and_spans_int64(ran_on, backend: str) -> No
     assert torch.equal(strided, dense)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", ["query", "text", "router_weight"])
-def test_frozen_inputs_get_no_gradient_and_change_no_other(ran_on, backend: str, frozen: str) -> None:
-    inputs = {k: v.float() for k, v in make_inputs([4, 3], [2, 1], 8, 3).items()}
-    start, end = make_spans([4, 3], [2, 1])
+def test_frozen_inputs_get_no_gradient_and_change_no_other(ran_on, device_of, backend: str, frozen: str) -> None:
+    device = device_of(backend)
+    inputs = {k: v.float() for k, v in make_inputs([4, 3], [2, 1], 8, 3, device).items()}
+    start, end = spans_on(device, [4, 3], [2, 1])
     grads = []
     for freeze in (None, frozen):
         leaves = {k: v.clone().requires_grad_(k != freeze) for k, v in inputs.items()}
@@ -136,6 +149,22 @@ def test_opcheck(lengths: list[int]) -> None:
     inputs = {k: v.float().requires_grad_() for k, v in make_inputs(lengths, [2, 1], 8, 3).items()}
     args = (inputs["query"], inputs["text"], *make_spans(lengths, [2, 1]), inputs["router_weight"], 0.3)
     torch.library.opcheck(torch.ops.parrot.text_guided_routing.default, args)
+
+
+def test_compiles_to_one_graph() -> None:
+    leaves = [v.float().requires_grad_() for v in make_inputs([5, 3], [2, 1], 8, 3).values()]
+    start, end = make_spans([5, 3], [2, 1])
+
+    def loss(query: Tensor, text: Tensor, weight: Tensor) -> Tensor:
+        logits, lse = text_guided_routing(query, text, start, end, weight, scale=0.3)
+        return logits.square().sum() + lse.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(*leaves)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 def test_span_outside_the_text_is_an_error_on_the_cpu() -> None:

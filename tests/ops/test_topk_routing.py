@@ -1,13 +1,15 @@
-"""topk_routing: weights and gradients against softmax + topk in float64; indices, counts and plan exactly."""
+"""topk_routing: weights, statistics and gradients against plain float64; indices, counts and plan exactly."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parrot_kernels.testing import assert_all_accurate, outputs_and_gradients
-from parrot_sys.ops import topk_routing
+from parrot_sys.ops import TopKRouting, topk_routing
 
 LAUNCHERS = ("topk_routing_fwd", "topk_routing_bwd")
 
@@ -24,70 +26,152 @@ CASES = {
 }
 
 
-def expression(leaves: dict[str, Tensor], topk: int, renormalize: bool) -> dict[str, Tensor]:
-    """Plain PyTorch; random logits have no ties, so that torch.topk chooses the same experts."""
-    logits = leaves["logits"]
-    scores = logits.softmax(-1)
-    chosen = torch.zeros_like(scores).scatter(1, logits.topk(topk).indices, 1.0)
-    probs = scores * chosen
-    if renormalize:
-        probs = probs / probs.sum(-1, keepdim=True)
-    return {"probs": probs, "scores": scores, "lse": logits.logsumexp(-1)}
+BACKENDS = ["reference", "cpu", "triton"]
+
+# options of the router, by name; bias stands for random numbers
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {"renormalize": False},
+    "renormalized": {"renormalize": True},
+    "sigmoid": {"renormalize": True, "score_function": "sigmoid", "scaling_factor": 2.5},
+    "bias": {"renormalize": False, "score_function": "sigmoid", "expert_bias": True},
+    "softmax_bias": {"renormalize": True, "expert_bias": True},
+    "deepseek_v3": {
+        "renormalize": True,
+        "score_function": "sigmoid",
+        "scaling_factor": 2.5,
+        "num_groups": 4,
+        "topk_groups": 2,
+        "expert_bias": True,
+    },
+    "deepseek_v2": {"renormalize": False, "scaling_factor": 16.0, "num_groups": 3, "topk_groups": 2},
+    "megatron_post_softmax": {"renormalize": True, "num_groups": 6, "topk_groups": 3},
+    "every_group": {"renormalize": False, "num_groups": 4, "topk_groups": 4},
+}
+
+
+def make_logits(rows: int, experts: int) -> Tensor:
+    """A shuffled ladder of at most 512 steps: distinct in bfloat16 up to 256, where random numbers would tie."""
+    ladder = (torch.arange(experts, dtype=torch.float64) - experts // 2) / 32
+    return torch.stack([ladder[torch.randperm(experts)] for _ in range(rows)] or [ladder])[:rows]
+
+
+def make_options(router: str, experts: int, device: torch.device) -> dict[str, Any]:
+    options = dict(ROUTERS[router])
+    if options.get("expert_bias"):
+        options["expert_bias"] = torch.randn(experts, device=device)
+    return options
+
+
+def chosen_experts(logits: Tensor, topk: int, options: dict[str, Any]) -> Tensor:
+    """Indices, as Megatron-Core's `topk_routing_with_score_function` finds them, with torch.topk."""
+    scores = logits.sigmoid() if options.get("score_function") == "sigmoid" else logits.softmax(-1)
+    bias = options.get("expert_bias")
+    values = logits if bias is None else scores + bias.double()
+    groups, topk_groups = options.get("num_groups", 1), options.get("topk_groups", 1)
+    if groups > 1:
+        after = options["renormalize"] and "score_function" not in options
+        by_group = (values if bias is not None or after else scores).unflatten(1, (groups, -1))
+        best = by_group.topk(max(1, topk // topk_groups)).values.sum(-1).topk(topk_groups).indices
+        outside = torch.ones(len(logits), groups, 1, dtype=torch.bool, device=logits.device)
+        outside = outside.scatter(1, best[:, :, None], False).expand(by_group.shape).flatten(1)
+        values = values.masked_fill(outside, float("-inf"))
+    return values.topk(topk).indices
+
+
+def expression(logits: Tensor, indices: Tensor, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The differentiable outputs in plain PyTorch, given what was chosen."""
+    sigmoid = options.get("score_function") == "sigmoid"
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    probs = scores * torch.zeros_like(scores).scatter(1, indices, 1.0)
+    if options["renormalize"]:
+        probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
+    lse = logits.logsumexp(-1)
+    shares = scores / (scores.sum(-1, keepdim=True) + 1e-20) if sigmoid else scores
+    probs = probs * options.get("scaling_factor", 1.0)
+    return {"probs": probs, "scores": scores, "lse": lse, "score_sums": shares.sum(0), "z_sum": lse.square().sum()}
+
+
+def compare_with_float64(
+    ran_on, backend: str, logits: Tensor, topk: int, options: dict[str, Any], dtype: torch.dtype
+) -> TopKRouting:
+    """Floats and the gradient by the tolerance rule, integers exactly; returns the route."""
+    routes: list[TopKRouting] = []
+
+    def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        routes.append(topk_routing(leaves["logits"], topk, **options))
+        return {name: getattr(routes[0], name) for name in ("probs", "scores", "lse", "score_sums", "z_sum")}
+
+    with ran_on(backend, "topk_routing", *LAUNCHERS):
+        actual = outputs_and_gradients(op, {"logits": logits}, dtype)
+    (route,) = routes
+    assert actual["probs"].dtype == torch.float32
+    assert torch.equal(route.topk_indices, chosen_experts(logits.to(dtype).double(), topk, options))
+    check_plan(route, topk)
+
+    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return expression(leaves["logits"], route.topk_indices, options)
+
+    exact = outputs_and_gradients(plain, {"logits": logits.to(dtype).double()}, torch.float64)
+    assert_all_accurate(actual, exact, outputs_and_gradients(plain, {"logits": logits}, dtype))
+    return route
+
+
+def check_plan(route: TopKRouting, topk: int) -> None:
+    flat = route.topk_indices.flatten().tolist()
+    experts = route.tokens_per_expert.numel()
+    assert all(len(set(row)) == topk for row in route.topk_indices.tolist())
+    assert route.plan.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
+    assert route.tokens_per_expert.tolist() == [flat.count(e) for e in range(experts)]
+    assert route.expert_offsets.tolist() == [sum(e < bound for e in flat) for bound in range(experts + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(ran_on, device_of, case: str, backend: str, dtype: torch.dtype) -> None:
+    rows, experts, topk = CASES[case]
+    logits = make_logits(rows, experts).to(device_of(backend))
+    for router in ("softmax", "renormalized"):
+        compare_with_float64(ran_on, backend, logits, topk, make_options(router, experts, logits.device), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("case", CASES)
-def test_matches_float64(ran_on, case: str, backend: str, renormalize: bool, dtype: torch.dtype) -> None:
-    rows, experts, topk = CASES[case]
-    # A shuffled ladder of at most 256 steps is exact in bfloat16, where random numbers would tie.
-    ladder = torch.arange(experts, dtype=torch.float64) / 32
-    inputs = {"logits": torch.stack([ladder[torch.randperm(experts)] for _ in range(rows)] or [ladder])[:rows]}
-
-    def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(
-            zip(("probs", "scores", "lse"), topk_routing(leaves["logits"], topk, renormalize=renormalize), strict=False)
-        )
-
-    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return expression(leaves, topk, renormalize)
-
-    with ran_on(backend, "topk_routing", *LAUNCHERS):
-        actual = outputs_and_gradients(op, inputs, dtype)
-    assert actual["probs"].dtype == torch.float32
-    exact = outputs_and_gradients(plain, inputs, torch.float64)
-    assert_all_accurate(actual, exact, outputs_and_gradients(plain, inputs, dtype))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_match_float64(ran_on, device_of, router: str, backend: str, dtype: torch.dtype) -> None:
+    logits = make_logits(19, 24).to(device_of(backend))
+    compare_with_float64(ran_on, backend, logits, 6, make_options(router, 24, logits.device), dtype)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("case", CASES)
-def test_plan_groups_every_choice_by_expert(ran_on, case: str, backend: str) -> None:
-    rows, experts, topk = CASES[case]
-    logits = torch.randn(rows, experts)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_smaller_index(ran_on, device_of, backend: str) -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, -0.0, 0.0, -0.0], [3.0, 1.0, 3.0, 5.0]])
     with ran_on(backend, "topk_routing", "topk_routing_fwd"):
-        route = topk_routing(logits, topk, renormalize=True)
-    assert torch.equal(route.topk_indices, logits.topk(topk).indices)
-    flat = route.topk_indices.flatten().tolist()
-    assert route.plan.tolist() == sorted(range(rows * topk), key=lambda i: (flat[i], i))
-    assert route.tokens_per_expert.tolist() == [flat.count(e) for e in range(experts)]
-    assert route.expert_offsets.tolist() == [sum(e < bound for e in flat) for bound in range(experts + 1)]
-    assert torch.equal((route.probs > 0).sum(1), torch.full((rows,), topk))
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_ties_go_to_the_smaller_index(ran_on, backend: str) -> None:
-    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [3.0, 1.0, 3.0, 5.0]])
-    with ran_on(backend, "topk_routing", "topk_routing_fwd"):
-        route = topk_routing(logits, 2, renormalize=True)
+        route = topk_routing(logits.to(device_of(backend)), 2, renormalize=True)
     assert route.topk_indices.tolist() == [[1, 2], [0, 1], [3, 0]]
     assert route.probs[1].tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_distinct_logits_with_equal_scores_are_no_tie(ran_on, backend: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_groups_go_to_the_first(ran_on, device_of, backend: str) -> None:
+    """Two groups sum to the same; the third group's best expert is better than any of theirs."""
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.5, -9.0]], device=device_of(backend))
+    with ran_on(backend, "topk_routing", "topk_routing_fwd"):
+        route = topk_routing(logits, 2, renormalize=True, num_groups=3, topk_groups=1)
+    assert route.topk_indices.tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_counts_as_the_largest(ran_on, device_of, backend: str) -> None:
+    logits = torch.tensor([[1.0, float("nan"), float("inf"), -float("nan")]], device=device_of(backend))
+    with ran_on(backend, "topk_routing", "topk_routing_fwd"):
+        assert topk_routing(logits, 3, renormalize=False).topk_indices.tolist() == [[1, 3, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distinct_logits_with_equal_scores_are_no_tie(ran_on, device_of, backend: str) -> None:
     """Both small scores underflow to zero; the larger logit is still the second choice, and gradients stay finite."""
-    logits = torch.tensor([[-400.0, -300.0, 0.0]], requires_grad=True)
+    logits = torch.tensor([[-400.0, -300.0, 0.0]], device=device_of(backend), requires_grad=True)
     with ran_on(backend, "topk_routing", *LAUNCHERS):
         route = topk_routing(logits, 2, renormalize=True)
         route.probs[0, 1].backward()
@@ -95,35 +179,69 @@ def test_distinct_logits_with_equal_scores_are_no_tie(ran_on, backend: str) -> N
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("output", ["probs", "scores", "lse"])
-def test_gradient_of_one_output_alone(ran_on, backend: str, output: str) -> None:
-    inputs = {"logits": torch.randn(4, 5, dtype=torch.float64)}
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", ["probs", "scores", "lse", "score_sums", "z_sum"])
+@pytest.mark.parametrize("router", ["renormalized", "sigmoid"])
+def test_gradient_of_one_output_alone(ran_on, device_of, backend: str, output: str, router: str) -> None:
+    inputs = {"logits": torch.randn(4, 5, dtype=torch.float64).to(device_of(backend))}
+    options = ROUTERS[router]
     with ran_on(backend, "topk_routing", *LAUNCHERS):
         actual = outputs_and_gradients(
-            lambda leaves: {output: getattr(topk_routing(leaves["logits"], 2, renormalize=True), output)},
+            lambda leaves: {output: getattr(topk_routing(leaves["logits"], 2, **options), output)},
             inputs,
             torch.float32,
         )
-    plain = [
-        outputs_and_gradients(lambda leaves: {output: expression(leaves, 2, True)[output]}, inputs, dtype)
-        for dtype in (torch.float64, torch.float32)
-    ]
-    assert_all_accurate(actual, *plain)
+
+    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {output: expression(leaves["logits"], leaves["logits"].topk(2).indices, options)[output]}
+
+    inputs["logits"] = inputs["logits"].float().double()
+    assert_all_accurate(actual, *(outputs_and_gradients(plain, inputs, d) for d in (torch.float64, torch.float32)))
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("router", ["renormalized", "sigmoid"])
+def test_gradcheck(router: str) -> None:
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: topk_routing(x, 3, renormalize=True)[:3], logits)
+    assert torch.autograd.gradcheck(lambda x: topk_routing(x, 3, **ROUTERS[router])[:5], logits)
 
 
 @pytest.mark.parametrize("rows", [3, 0])
 def test_opcheck(rows: int) -> None:
-    logits = torch.randn(rows, 5, requires_grad=True)
-    torch.library.opcheck(torch.ops.parrot.topk_routing.default, (logits, 2, True))
+    logits = torch.randn(rows, 6, requires_grad=True)
+    for options in ((True, "softmax", 1.0, 1, 1, None), (False, "sigmoid", 2.5, 3, 2, torch.randn(6))):
+        torch.library.opcheck(torch.ops.parrot.topk_routing.default, (logits, 2, *options))
+
+
+def test_compiles_to_one_graph() -> None:
+    logits = torch.randn(7, 12, requires_grad=True)
+
+    def loss(logits: Tensor) -> Tensor:
+        route = topk_routing(logits, 3, **ROUTERS["sigmoid"], num_groups=4, topk_groups=2)
+        return route.probs.square().sum() + route.z_sum + route.score_sums[0] * route.tokens_per_expert[0]
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        value = function(logits)
+        results.append((value, *torch.autograd.grad(value, logits)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 @pytest.mark.parametrize("topk", [0, 5])
 def test_topk_out_of_range(topk: int) -> None:
     with pytest.raises(ValueError, match=rf"topk must be in \[1, num_experts=4\], got {topk}"):
         topk_routing(torch.randn(2, 4), topk, renormalize=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_groups": 3}, r"num_groups must divide num_experts=4, got 3"),
+        ({"num_groups": 2, "topk_groups": 3}, r"topk_groups must be in \[1, num_groups=2\], got 3"),
+        ({"num_groups": 2, "topk_groups": 1}, r"topk must be in \[1, experts of 1 groups=2\], got 3"),
+        ({"score_function": "relu"}, r"score_function must be 'softmax' or 'sigmoid', got 'relu'"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        topk_routing(torch.randn(2, 4), 3, renormalize=False, **options)

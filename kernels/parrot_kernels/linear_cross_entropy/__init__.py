@@ -16,8 +16,7 @@ Shapes: L label rows, H hidden_size, N rows of the vocabulary held here.
 Logits are formed in blocks of columns, all rows at once: every row of `weight` is read once in each pass and every row
 of its gradient is written once. (Blocks of rows would read and write all of the weight's gradient for each block.) The
 backward pass forms each block again from hidden and lse: the weight's gradient cannot be had in the forward pass, where
-the gradients of the losses are not known yet. At most BLOCK_BYTES of logits (at least MIN_BLOCK columns) exist at a
-time.
+the gradients of the losses are not known yet. One block of logits, or of their gradients, exists at a time.
 
 Rules every back end keeps: logits and sums in float32 (float64); L = 0 is valid; deterministic; gradients that are not
 needed are neither computed nor allocated (an empty [0] tensor stands for them).

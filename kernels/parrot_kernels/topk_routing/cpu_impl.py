@@ -21,21 +21,41 @@ def why_not(*args: object) -> str | None:
 
 
 def topk_routing_fwd(
-    logits: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    topk: int,
+    renormalize: bool,
+    score_function: str = "softmax",
+    scaling_factor: float = 1.0,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    expert_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the contract in the package docstring."""
-    return torch.ops.parrot_ext.topk_routing_fwd(logits.float().contiguous(), topk, renormalize)
+    logits, bias = logits.float().contiguous(), None if expert_bias is None else expert_bias.float().contiguous()
+    options = (renormalize, score_function == "sigmoid", scaling_factor, num_groups, topk_groups, bias)
+    return torch.ops.parrot_ext.topk_routing_fwd(logits, topk, *options)
 
 
 def topk_routing_bwd(
     grad_probs: Tensor | None,
     grad_scores: Tensor | None,
     grad_lse: Tensor | None,
-    probs: Tensor,
-    scores: Tensor,
+    grad_score_sums: Tensor | None,
+    grad_z_sum: Tensor | None,
+    logits: Tensor,
     topk_indices: Tensor,
     renormalize: bool,
+    score_function: str,
+    scaling_factor: float,
 ) -> Tensor:
     """See the contract in the package docstring."""
-    grads = [None if grad is None else grad.contiguous() for grad in (grad_probs, grad_scores, grad_lse)]
-    return torch.ops.parrot_ext.topk_routing_bwd(*grads, probs, scores, topk_indices, renormalize)
+    grads = (grad_probs, grad_scores, grad_lse, grad_score_sums, grad_z_sum)
+    grad_logits = torch.ops.parrot_ext.topk_routing_bwd(
+        *(None if grad is None else grad.contiguous() for grad in grads),
+        logits.float().contiguous(),
+        topk_indices,
+        renormalize,
+        score_function == "sigmoid",
+        scaling_factor,
+    )
+    return grad_logits.to(logits.dtype)

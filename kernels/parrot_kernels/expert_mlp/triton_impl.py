@@ -1,0 +1,302 @@
+"""Triton `expert_mlp`: three kernels serve both forms, since dense is top-k with every (expert, image) segment chosen.
+
+    up-projection    `grouped_gemm`: gate and up products, SwiGLU and weight in the epilogue; rows of x in place or
+                     through the plan, the product's rows sorted by expert
+    down-projection  `_combine_kernel`: one product over K * I for the rows of an image, whose operands change at the
+                     edges between experts, with the residual in its epilogue. Nothing H-wide is stored per expert.
+    backward         the gradient of h with SwiGLU's backward pass in its epilogue, then the down-projection's kernel
+                     for x and `k_grouped_gemm` for the weights
+Images of few rows would leave the tiles of `_combine_kernel` mostly empty; their top-k form writes [n * K, V, H] by a
+grouped product and adds up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parrot_kernels import triton_support
+from parrot_kernels.grouped_gemm import tiles
+from parrot_kernels.grouped_gemm import triton_impl as grouped
+from parrot_kernels.grouped_gemm.tiles import (
+    config,
+    load_plane,
+    load_tile,
+    load_weights,
+    plane_descriptor,
+    tile_position,
+)
+from parrot_kernels.permute.triton_impl import combine_rows
+
+# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J segments: n * K, or E * n (dense)
+
+Scales = tuple[float, float]
+Needs = tuple[bool, bool, bool, bool]
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# Images with fewer rows go by way of [n * K, V, H] in the top-k form.
+COMBINE_ROWS = 64
+
+
+def why_not(*args: object) -> str | None:
+    """Needs a CUDA device (or the interpreter) and at most 32 bits; any width."""
+    return triton_support.why_not(*args)
+
+
+@triton.jit
+def _route_kernel(
+    plan_ptr, topk_indices_ptr, probs_ptr, places_ptr, targets_ptr, weights_ptr,
+    segments, topk, num_experts, scale, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each place of the plan: where its weight stands in probs, the weight times scale, and the plan's inverse."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < segments
+    position = tl.load(plan_ptr + place, mask=mask, other=0)
+    target = position // topk * num_experts + tl.load(topk_indices_ptr + position, mask=mask, other=0)
+    tl.store(targets_ptr + place, target, mask=mask)
+    tl.store(weights_ptr + place, scale * tl.load(probs_ptr + target, mask=mask, other=0.0), mask=mask)
+    tl.store(places_ptr + position, place.to(tl.int64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["images"])
+def _combine_kernel(
+    a_ptr, w_ptr, places_ptr, experts_ptr, residual_ptr, y_ptr,
+    residual_scale, images, rows_per_image, segments, topk, num_experts, N, K,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[i] = residual_scale * residual[i] + sum over k of a[place(i, k)] @ w[expert(i, k)].
+
+    a [segments, V, K], w [E, K, N], residual and y [images, V, N]. Without `places` (dense) place and expert are k.
+    """
+    a_desc = None
+    w_desc = None
+    if TMA:
+        a_desc = plane_descriptor(a_ptr, segments, rows_per_image, K, BLOCK_M, BLOCK_K)
+        w_desc = plane_descriptor(w_ptr, num_experts, K, N, BLOCK_K, BLOCK_N)
+    tiles_v, tiles_n, steps = tl.cdiv(rows_per_image, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    for tile in range(tl.program_id(0), images * tiles_v * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, images * tiles_v, tiles_n)
+        image, v, n = tile_m // tiles_v, tile_m % tiles_v * BLOCK_M, tile_n * BLOCK_N
+        own = v + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(0, topk * steps):
+            choice, k = step // steps, step % steps * BLOCK_K
+            if places_ptr is None:
+                place, expert = choice, choice
+            else:
+                place = tl.load(places_ptr + image * topk + choice).to(tl.int32)
+                expert = tl.load(experts_ptr + image * topk + choice).to(tl.int32)
+            # Past the edge of an expert's K columns, and of an image's rows, both ways to load give zeros.
+            if TMA:
+                a = load_plane(a_desc, place, v, k, BLOCK_M, BLOCK_K)
+            else:
+                rows = tl.cast(place, tl.int64) * rows_per_image + own
+                a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), own < rows_per_image, K)
+            b = load_weights(w_ptr, w_desc, expert, n, k, N, K, False, TMA, BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        cols = n + tl.arange(0, BLOCK_N)
+        mask = (own < rows_per_image)[:, None] & (cols < N)[None, :]
+        at = (tl.cast(image, tl.int64) * rows_per_image + own)[:, None] * N + cols[None, :]
+        acc += residual_scale * tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+_combine = tiles.autotuned(
+    _combine_kernel,
+    {
+        "tma": [config(128, 256, 64, warps=8, stages=3), config(128, 128, 64, warps=8, stages=4)],
+        # One stage goes to looking up place and expert.
+        "planned": [config(128, 256, 64, warps=8, stages=4), config(128, 128, 64, warps=8, stages=5)],
+        "pointer": [config(128, 128, 64, warps=8, stages=3), config(64, 128, 64, warps=4, stages=4)],
+        "unaligned": [config(64, 64, 32, warps=8, stages=2)],
+        "fp32": [config(64, 64, 16, warps=8, stages=3)],
+    },
+    ["N", "K", "topk", "rows_per_image"],
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Route:
+    """Which expert runs on which image, by segment: chosen pairs in the order of the plan, or E times all images."""
+
+    weights: Tensor
+    """[J] float32, times output_scale."""
+    offsets: Tensor | None = None
+    """[E + 1]; None in the dense form, as all that follow."""
+    plan: Tensor | None = None
+    """[J]"""
+    places: Tensor | None = None
+    """[n * K], the inverse of the plan."""
+    experts: Tensor | None = None
+    """[n, K]"""
+    targets: Tensor | None = None
+    """[J], where in the flattened probs each segment's weight stands."""
+    topk: int
+
+
+def _dense_route(probs: Tensor, scale: float) -> _Route:
+    return _Route(weights=(probs * scale).T.contiguous().flatten(), topk=probs.shape[1])
+
+
+def _topk_route(probs: Tensor, topk_indices: Tensor, offsets: Tensor, plan: Tensor, scale: float) -> _Route:
+    segments, topk = len(plan), topk_indices.shape[1]
+    places, targets = torch.empty_like(plan), torch.empty_like(plan)
+    weights = probs.new_empty(segments)
+    if segments:
+        _route_kernel[(triton.cdiv(segments, 128),)](
+            plan, topk_indices, probs, places, targets, weights, segments, topk, probs.shape[1], scale, BLOCK=128
+        )
+    return _Route(
+        weights=weights, offsets=offsets, plan=plan, places=places, experts=topk_indices, targets=targets, topk=topk
+    )
+
+
+def _up(x: Tensor, w_gate_up: Tensor, route: _Route, save_z: bool) -> tuple[Tensor, Tensor | None]:
+    """Weighted h [J, V, I], and z [J, V, 2, I] or None."""
+    rows = (len(route.weights), x.shape[1])
+    h = x.new_empty(*rows, w_gate_up.shape[2])
+    z = x.new_empty(*rows, *w_gate_up.shape[1:3]) if save_z else None
+    grouped.launch_m_grouped(
+        x, w_gate_up, (h, z, None, None), offsets=route.offsets, plan=route.plan, topk=route.topk,
+        weights=route.weights, rows_per_segment=x.shape[1], epilogue=grouped.SWIGLU.value, trans_w=True,
+    )  # fmt: skip
+    return h, z
+
+
+def _combine_experts(a: Tensor, w: Tensor, route: _Route, residual: Tensor, residual_scale: float) -> Tensor:
+    """residual_scale * residual [n, V, N] + the sum of a [J, V, K] @ w [E, K, N] over the segments of each image."""
+    y = torch.empty_like(residual)
+    images, rows = residual.shape[:2]
+    if not residual.numel():
+        return y
+    if route.offsets is None:  # all rows have the same experts, as if they were one image
+        images, rows = 1, images * rows
+    elif rows < COMBINE_ROWS:
+        assert route.places is not None, "a route with offsets has places"
+        each = grouped.m_grouped_gemm(a, w, route.offsets, None, 1, False)
+        combine_rows(each.flatten(1), None, route.places, route.topk, y.flatten(1), residual.flatten(1), residual_scale)
+        return y
+    a = a.view(-1, rows, a.shape[-1])
+    kind = tiles.product_kind(w.shape[2], a, w)
+    tma = kind == "tma"
+    if tma and route.places is not None:
+        kind = "planned"
+    tiles.set_tma_allocator(a.device)
+    processors = triton_support.num_processors(a.device)
+    _combine[kind][
+        lambda meta: (
+            min(processors, images * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(w.shape[2], meta["BLOCK_N"])),
+        )
+    ](
+        a, w, route.places, route.experts, residual, y,
+        residual_scale, images, rows, len(a), route.topk, len(w), w.shape[2], w.shape[1], TMA=tma,
+    )  # fmt: skip
+    return y
+
+
+def _fwd(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, route: _Route, residual_scale: float, save_z: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and z [J, V, 2, I] or an empty tensor."""
+    h, z = _up(x, w_gate_up, route, save_z)
+    return _combine_experts(h, w_down, route, x, residual_scale), x.new_empty(0) if z is None else z
+
+
+def _bwd(
+    grad: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    route: _Route,
+    z: Tensor,
+    residual_scale: float,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first three gradients, and the sums [J] that make that of probs; `z` as `_fwd` returned it."""
+    needs_x, needs_gate_up, needs_down, _ = needs
+    none = x.new_empty(0)  # cloned for each use: outputs of an op must not alias
+    # By the kernel of the forward pass, so that the gradients are the same to the last bit.
+    own_z = z if z.dim() > 1 else _up(x, w_gate_up, route, save_z=True)[1]
+    assert own_z is not None, "save_z was set"
+    weighted_h, grad_z, sums = grouped.swiglu_bwd_of_product(
+        grad, w_down, own_z, offsets=route.offsets, plan=route.plan, topk=route.topk, weights=route.weights
+    )
+    grad_z = grad_z.flatten(2)
+    w = w_gate_up.flatten(1, 2)
+    grad_x = _combine_experts(grad_z, w, route, grad, residual_scale) if needs_x else none.clone()
+    grads = []
+    for needed, a, b, weight in ((needs_gate_up, grad_z, x, w_gate_up), (needs_down, weighted_h, grad, w_down)):
+        out = torch.empty_like(weight) if needed else none.clone()
+        if needed:
+            grouped.launch_k_grouped(
+                a, b, out.view(len(weight), -1, weight.shape[-1]), offsets=route.offsets, plan=route.plan,
+                topk=route.topk, rows_per_segment=x.shape[1],
+            )  # fmt: skip
+        grads.append(out)
+    return grad_x, grads[0], grads[1], sums
+
+
+def expert_mlp_dense_fwd(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor, scales: Scales, save_z: bool
+) -> tuple[Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    residual_scale, output_scale = scales
+    y, z = _fwd(x, w_gate_up, w_down, _dense_route(probs, output_scale), residual_scale, save_z)
+    return y, z.view(len(w_down), *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else z
+
+
+def expert_mlp_dense_bwd(
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor, z: Tensor, scales: Scales, needs: Needs
+) -> Grads:
+    """See the contract in the package docstring."""
+    residual_scale, output_scale = scales
+    route = _dense_route(probs, output_scale)
+    z = z.flatten(0, 1) if z.dim() > 1 else z
+    *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
+    grad_probs = (sums.view(probs.shape[1], -1).T * output_scale).contiguous() if needs[3] else probs.new_empty(0)
+    return grads[0], grads[1], grads[2], grad_probs
+
+
+def expert_mlp_topk_fwd(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    probs: Tensor,
+    topk_indices: Tensor,
+    expert_offsets: Tensor,
+    plan: Tensor,
+    scales: Scales,
+    save_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    residual_scale, output_scale = scales
+    route = _topk_route(probs, topk_indices, expert_offsets, plan, output_scale)
+    return _fwd(x, w_gate_up, w_down, route, residual_scale, save_z)
+
+
+def expert_mlp_topk_bwd(
+    grad: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    probs: Tensor,
+    topk_indices: Tensor,
+    expert_offsets: Tensor,
+    plan: Tensor,
+    z: Tensor,
+    scales: Scales,
+    needs: Needs,
+) -> Grads:
+    """See the contract in the package docstring."""
+    residual_scale, output_scale = scales
+    route = _topk_route(probs, topk_indices, expert_offsets, plan, output_scale)
+    *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
+    grad_probs = probs.new_empty(0)
+    if needs[3]:
+        assert route.targets is not None, "a top-k route has targets"
+        grad_probs = torch.zeros_like(probs).flatten().scatter_(0, route.targets, sums * output_scale).view_as(probs)
+    return grads[0], grads[1], grads[2], grad_probs

@@ -1,0 +1,207 @@
+"""What the Triton kernels of `grouped_gemm` and `expert_mlp` share: tiles of ragged groups, loads by TMA or pointers.
+
+A kernel walks output tiles in a persistent loop. Group bounds are read on the device: every program counts the tiles of
+all groups once and finds the group of each of its tiles by comparing with the running total.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from parrot_kernels import triton_support
+
+# How a row of the product finds its row of x: in place; every group reads all rows (dense experts); through the plan.
+IN_PLACE = tl.constexpr(0)
+EVERY_ROW = tl.constexpr(1)
+PLANNED = tl.constexpr(2)
+
+# Tile rows that share their columns of w before the next columns come: both then stay in the L2 cache.
+TILE_GROUP = tl.constexpr(8)
+
+
+@triton.jit
+def group_bounds(group, offsets_ptr, num_groups, rows, x_rows, rows_per_segment, SOURCE: tl.constexpr):
+    """First row of `group` and one past its last; group number `num_groups` is the padding, later ones are empty."""
+    group = tl.cast(group, tl.int64)
+    if SOURCE == EVERY_ROW:
+        lo = group * x_rows
+        hi = lo + x_rows
+    else:
+        lo = tl.load(offsets_ptr + group, mask=group <= num_groups, other=0).to(tl.int64) * rows_per_segment
+        hi = tl.load(offsets_ptr + group + 1, mask=group < num_groups, other=0).to(tl.int64) * rows_per_segment
+        hi = tl.where(group == num_groups, rows, hi)
+    return lo, tl.where(group <= num_groups, tl.minimum(hi, rows), lo)
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n):
+    """Row and column of a tile in a grid [tiles_m, tiles_n], TILE_GROUP tile rows at a time."""
+    width = TILE_GROUP * tiles_n
+    first = tile // width * TILE_GROUP
+    height = tl.minimum(tiles_m - first, TILE_GROUP)
+    return first + tile % width % height, tile % width // height
+
+
+@triton.jit
+def source_rows(rows, lo, hi, plan_ptr, topk, rows_per_segment, SOURCE: tl.constexpr):
+    """Rows of x behind the given rows of the product (int64); any valid row for those past `hi`."""
+    if SOURCE == EVERY_ROW:
+        source = rows - lo
+    elif SOURCE == PLANNED:
+        segment = tl.load(plan_ptr + rows // rows_per_segment, mask=rows < hi, other=0).to(tl.int64) // topk
+        source = segment * rows_per_segment + rows % rows_per_segment
+    else:
+        source = rows
+    return source
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, row_mask, width):
+    """[rows, cols] of a matrix of `width` columns, zeros past its columns and where `row_mask` is false."""
+    mask = row_mask[:, None] & (cols < width)[None, :]
+    return tl.load(ptr + rows[:, None] * width + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def plane_descriptor(ptr, planes, height, width, BLOCK_HEIGHT: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """TMA over [planes, height, width]; a block stays inside its plane, zeros past its edges."""
+    return tl.make_tensor_descriptor(
+        ptr, [planes, height, width], [height * width, width, 1], [1, BLOCK_HEIGHT, BLOCK_WIDTH]
+    )
+
+
+@triton.jit
+def load_plane(desc, plane, row, col, BLOCK_HEIGHT: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Block at (row, col) of one plane, by TMA."""
+    return desc.load([plane, row, col]).reshape(BLOCK_HEIGHT, BLOCK_WIDTH)
+
+
+@triton.jit
+def load_weights(ptr, desc, plane, n, k, N, K, TRANS: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """Tile [BLOCK_K, BLOCK_N] at (k, n) of one plane of w: [K, N], or [N, K] with TRANS. Zeros past K (and N)."""
+    ks, ns = k + tl.arange(0, BLOCK_K), n + tl.arange(0, BLOCK_N)
+    base = ptr + tl.cast(plane, tl.int64) * N * K
+    if TMA and TRANS:
+        tile = load_plane(desc, plane, n, k, BLOCK_N, BLOCK_K).T
+    elif TMA:
+        tile = load_plane(desc, plane, k, n, BLOCK_K, BLOCK_N)
+    elif TRANS:
+        tile = load_tile(base, ns.to(tl.int64), ks, ns < N, K).T
+    else:
+        tile = load_tile(base, ks.to(tl.int64), ns, ks < K, N)
+    return tile
+
+
+@triton.jit
+def ragged_descriptor(ptr, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """TMA over the rows before any `hi` of a matrix of `width` columns: see `load_ragged`."""
+    # Pointers wrap around at 2**64 bytes, so 2**30 steps of (2**34 - width) and 2**30 steps of width cancel.
+    step = tl.cast(width, tl.int64)
+    return tl.make_tensor_descriptor(
+        ptr,
+        [0x7FFF0000, 0x7FFF0000, 0x40000000, width],
+        [tl.full([], 2**34, tl.int64) - step, step, step, 1],
+        [1, 1, BLOCK_ROWS, BLOCK_WIDTH],
+    )
+
+
+@triton.jit
+def load_ragged(desc, hi, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Block at (row, col), zeros in rows past `hi`: the hardware's bound, counted back from 2**30, is put at hi."""
+    hi, row = hi.to(tl.int32), row.to(tl.int32)
+    block = desc.load([0x40000000, hi, 0x40000000 - hi + row, col])
+    return block.reshape(BLOCK_ROWS, BLOCK_WIDTH)
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four parts of the columns, from left to right."""
+    left, right = halves(tile, ROWS, COLUMNS)
+    first, second = halves(left, ROWS, COLUMNS // 2)
+    third, fourth = halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def eighths(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Eight parts of the columns, from left to right."""
+    left, right = halves(tile, ROWS, COLUMNS)
+    a, b, c, d = quarters(left, ROWS, COLUMNS // 2)
+    e, f, g, h = quarters(right, ROWS, COLUMNS // 2)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def sigmoid(x):
+    """Of float32; exp overflows to infinity for very negative x, which gives the right limit 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+def _aligned(width: int) -> bool:
+    """Whether rows of so many two-byte elements are multiples of 16 bytes."""
+    return width % 8 == 0
+
+
+def use_tma(*matrices: Tensor) -> bool:
+    """Whether TMA can read these row-major tensors: the hardware has it, two bytes an element, rows aligned to 16."""
+    if not triton_support.INTERPRETING and driver.active.get_current_target().arch < 90:
+        return False
+    # (float32 products run without tensor cores; TMA would gain nothing.)
+    return all(
+        t.element_size() == 2
+        and _aligned(t.shape[-1])
+        and t.numel() > 0
+        and (t.device.type == "meta" or t.data_ptr() % 16 == 0)
+        for t in matrices
+    )
+
+
+def set_tma_allocator(device: torch.device) -> None:
+    """Descriptors that a kernel makes need scratch memory, which Triton asks of the host at each launch."""
+
+    def allocate(size: int, alignment: int, stream: Any) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
+
+
+def tile_kind(*matrices: Tensor) -> str:
+    """Which list of configurations fits: "fp32", "tma" (see `use_tma`) or "pointer"."""
+    if matrices[0].element_size() == 4:
+        return "fp32"
+    return "tma" if use_tma(*matrices) else "pointer"
+
+
+def product_kind(out_width: int, *matrices: Tensor) -> str:
+    """As `tile_kind`, and "unaligned" for two-byte rows, also stored ones, that are no multiple of 16 bytes.
+
+    Single elements are moved then, each with an address of its own: large tiles would need too many registers.
+    """
+    kind = tile_kind(*matrices)
+    aligned = all(map(_aligned, (out_width, *(t.shape[-1] for t in matrices))))
+    return kind if aligned or kind == "fp32" else "unaligned"
+
+
+def config(rows: int, columns: int, depth: int, *, warps: int, stages: int) -> triton.Config:
+    """One choice of BLOCK_M, BLOCK_N and BLOCK_K."""
+    return triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+
+
+def autotuned(kernel: Any, configs: dict[str, list[triton.Config]], key: list[str]) -> dict[str, Any]:
+    """One autotuned form of `kernel` for each kind of tile; in the interpreter small ones, so that tests meet edges."""
+    if triton_support.INTERPRETING:
+        configs = {kind: [config(32, 32, 32, warps=4, stages=1)] for kind in configs}
+    return {kind: triton.autotune(choices, key=key)(kernel) for kind, choices in configs.items()}

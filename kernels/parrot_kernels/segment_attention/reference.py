@@ -1,0 +1,47 @@
+"""Plain PyTorch `segment_attention` with the whole [n, T, M] matrix; any device, no host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parrot_kernels.ranged_attention import Grads, attention_bwd, attention_fwd, gradients
+
+# T query rows, M key rows
+
+
+def why_not(*args: object) -> str | None:
+    """The reference runs everywhere."""
+    return None
+
+
+def segment_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See the contract in the package docstring."""
+    dtype, acc = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    columns = query.new_empty(key.shape[0], 0, dtype=acc)
+    out, _, lse = attention_fwd(query.to(acc), key.to(acc), value.to(acc), columns, kv_start, kv_end, scale)
+    return out.to(dtype).contiguous(), lse
+
+
+def segment_attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> Grads:
+    """See the contract in the package docstring."""
+    acc = lse.dtype
+    # No extra value columns: their outputs and gradients are zero wide.
+    columns, grad_extra = lse.new_empty(key.shape[0], 0), lse.new_empty(*lse.shape, 0)
+    inputs = (query.to(acc), key.to(acc), value.to(acc), columns, kv_start, kv_end)
+    *grads, _ = attention_bwd(grad_out.to(acc), grad_extra, grad_lse, *inputs, scale, (*needs, False))
+    return gradients(grads, (query, key, value))

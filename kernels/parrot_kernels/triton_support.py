@@ -1,0 +1,175 @@
+"""What Triton launchers share: when they can run, what size of machine they plan for, and a correct interpreter.
+
+Importing this under TRITON_INTERPRET=1 repairs Triton's interpreter, so a `triton_impl` that imports it cannot be
+tested without the repairs. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from parrot_kernels import env
+
+INTERPRETING = env.triton_interpret()
+# What launches are planned for where there is no GPU to ask: an H100 or H200 when compiling only; in the interpreter a
+# few, since its programs run one after the other.
+_COMPILE_ONLY_PROCESSORS, _INTERPRETER_PROCESSORS = 132, 4
+
+_Config = TypeVar("_Config")
+
+
+def why_not(*args: object) -> str | None:
+    """None when Triton kernels can run on these arguments, else the reason; every `triton_impl.why_not` asks it first.
+
+    They take CUDA tensors where there is a GPU, and CPU tensors in the interpreter. (The registry adds that `auto`
+    never picks Triton for CPU tensors.) Kernels accumulate in float32, so float64 is refused.
+    """
+    wanted = "cpu" if INTERPRETING else "cuda"
+    hint = "TRITON_INTERPRET=1 is set" if INTERPRETING else "TRITON_INTERPRET=1 runs it on CPU tensors, for tests"
+    for tensor in args:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type != wanted:
+            return f"it needs {wanted} tensors, got {tensor.device.type} ({hint})"
+        if tensor.dtype == torch.float64:
+            return "it computes in float32, got float64"
+    return None if INTERPRETING or torch.cuda.is_available() else f"it needs a CUDA device ({hint})"
+
+
+def first_only_when_interpreting(configs: list[_Config]) -> list[_Config]:
+    """The autotune configurations; only the first in the interpreter, which cannot time kernels."""
+    return configs[:1] if INTERPRETING else configs
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`: how many programs run at the same time when each fills one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _INTERPRETER_PROCESSORS if INTERPRETING else _COMPILE_ONLY_PROCESSORS
+
+
+_semaphores: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+def semaphores(count: int, device: torch.device) -> Tensor:
+    """[count] int32 zeros that a kernel counts arriving programs in and must leave at zero again.
+
+    Kept for each stream, so that no launch is spent on clearing them. A CUDA graph gets its own, cleared at each
+    replay, since nobody knows which streams it will be replayed on.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    buffers = _semaphores.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    if not buffers or buffers[-1].numel() < count:
+        # Smaller ones stay: kernels already in the stream may still count in them.
+        buffers.append(torch.zeros(max(1024, 2 * count), dtype=torch.int32, device=device))
+    return buffers[-1]
+
+
+# Repairs of the interpreter. It keeps bfloat16 as uint16, and Triton 3.6 and 3.9 then multiply, add and compare those
+# integers and truncate where they should round: wrong results without a word.
+
+_Handle = interpreter.TensorHandle
+_ARITHMETIC = ("create_f", "create_min", "create_max", "create_clampf", "create_precise")
+_NOT_ARITHMETIC = ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc", "create_fp_to_si", "create_fp_to_ui")
+
+
+def _is_bf16(value: object) -> bool:
+    return isinstance(value, _Handle) and value.dtype.scalar == tl.bfloat16
+
+
+def _to_float32(handle: Any) -> Any:
+    """A bfloat16 handle as float32, exactly; any other as it is."""
+    if not _is_bf16(handle):
+        return handle
+    return _Handle((handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+
+
+def _round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, to nearest even as the hardware does; NaN becomes the quiet NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16)).reshape(np.shape(values))
+
+
+def _refusing_bf16(name: str, operation: Any) -> Any:
+    """`operation` with a TypeError in place of wrong bfloat16 results: kernels here compute in float32."""
+
+    @functools.wraps(operation)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(map(_is_bf16, args)):
+            raise TypeError(f"{name} on bfloat16: convert to float32 first")
+        return operation(self, *args, **kwargs)
+
+    return checked
+
+
+def _repair_casts(builder: Any) -> None:
+    cast, fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if dst_type.scalar == tl.bfloat16:
+            data = src.data if _is_bf16(src) else _round_to_bf16(src.data.astype(np.float32))
+            return _Handle(data, tl.bfloat16)
+        src = _to_float32(src)
+        return src if dst_type.scalar == src.dtype.scalar else cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return cast_impl(self, src, dst_type)
+        return fp_to_fp(self, src, dst_type, rounding_mode)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+
+
+def _repair_reductions(interface: Any) -> None:
+    apply = interface.apply
+
+    def checked(self: Any, values: Any) -> Any:
+        if any(_is_bf16(value.handle) for value in (values if isinstance(values, tuple) else (values,))):
+            raise TypeError(f"{type(self).__name__} on bfloat16: convert to float32 first")
+        return apply(self, values)
+
+    interface.apply = checked
+
+
+def _repair_range() -> None:
+    """`range(tensor)` on Triton 3.6 with numpy >= 2.4, where int() of an array with one element raises."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+@functools.cache
+def install_interpreter_fixes() -> None:
+    """Makes bfloat16 right in Triton's interpreter: casts, constants and `tl.dot`; other arithmetic on it raises.
+
+    Raising, not widening, keeps the rule that kernels follow: bfloat16 is a storage format, arithmetic is float32.
+    """
+    builder = interpreter.InterpreterBuilder
+    for name in dir(builder):
+        if name.startswith(_ARITHMETIC) and name not in _NOT_ARITHMETIC:
+            setattr(builder, name, _refusing_bf16(name, getattr(builder, name)))
+    dot = builder.create_dot
+    builder.create_dot = lambda self, a, b, *rest: dot(self, _to_float32(a), _to_float32(b), *rest)
+    builder.get_bf16 = lambda self, value: _Handle(_round_to_bf16(np.array([value], np.float32)), tl.bfloat16)
+    _repair_casts(builder)
+    _repair_reductions(interpreter.ReduceOps)
+    _repair_reductions(interpreter.ScanOps)
+    _repair_range()
+
+
+if INTERPRETING:
+    install_interpreter_fixes()
