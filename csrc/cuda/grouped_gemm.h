@@ -1,0 +1,42 @@
+// Launchers of the grouped matrix products: plain pointers, no torch. Names of sizes as in the contract
+// (kernels/parrot_kernels/grouped_gemm): G groups, J segments of V rows, S segments before a gather.
+#pragma once
+
+#include <stdint.h>
+
+namespace parrot::cuda {
+
+struct RaggedRows {
+  const void* offsets;  // [G + 1], int32, or int64 when wide_offsets
+  const int64_t* plan;  // [J], or null: segments are read in place
+  int32_t wide_offsets, topk;
+  int32_t groups, segments, segment_rows, source_segments;  // G, J, V, S
+};
+
+struct MGroupedGemm {
+  RaggedRows rows;
+  const void* x;         // [J, V, K] in place, or [S, V, K]
+  const void* w;         // [G, N, K] when trans_w, else [G, K, N]; SwiGLU: [G, 2, N, K]
+  void* y;               // [J, V, N]
+  void* z;               // SwiGLU: [J, V, 2, N] or null
+  const float* weights;  // SwiGLU: [J] or null
+  int32_t n, k;
+  int32_t bfloat16, trans_w;
+};
+
+struct KGroupedGemm {
+  RaggedRows rows;
+  const void* a;  // [J, V, N]
+  const void* b;  // [J, V, K] in place, or [S, V, K]
+  void* c;        // [G, N, K]
+  int32_t n, k;
+  int32_t bfloat16;
+};
+
+// Each returns 0, a cudaError_t, or a CUresult of the tensor maps. Widths are multiples of 8, pointers of 16 bytes; no
+// size is zero, except that k_grouped_gemm takes J = 0.
+extern "C" int parrot_m_grouped_gemm(const MGroupedGemm* problem, void* stream);
+extern "C" int parrot_m_grouped_swiglu(const MGroupedGemm* problem, void* stream);
+extern "C" int parrot_k_grouped_gemm(const KGroupedGemm* problem, void* stream);
+
+}  // namespace parrot::cuda

@@ -1,0 +1,109 @@
+// The device primitives as instructions of Hopper (sm_90a), and launches through the CUDA runtime.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace parrot::cuda::device {
+
+// The dynamic shared memory of this block as one object.
+template <typename Storage>
+__device__ __forceinline__ Storage& shared_storage() {
+  extern __shared__ __align__(1024) unsigned char parrot_shared_bytes[];
+  return *reinterpret_cast<Storage*>(parrot_shared_bytes);
+}
+
+// Waits for every block of a cooperative launch; what they wrote before is visible afterwards.
+__device__ __forceinline__ void grid_sync() {
+  cooperative_groups::this_grid().sync();
+}
+
+// 16 bytes that will not be needed again: they leave no trace in the first-level cache.
+__device__ __forceinline__ uint4 load_streaming(const void* address) {
+  uint4 out;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(address));
+  return out;
+}
+
+__device__ __forceinline__ void unpack_half2(uint32_t word, float& low, float& high) {
+  asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat2(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// c += a . b for a [16, 16] (row-major), b [16, 8] (column-major): the fragments of PTX mma.m16n8k16.
+#define PARROT_MMA(name, type)                                                                                         \
+  __device__ __forceinline__ void name(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, \
+                                       uint32_t b1) {                                                                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                         \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                         \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                               \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                                       \
+  }
+PARROT_MMA(mma_bfloat16, "bf16")
+PARROT_MMA(mma_float16, "f16")
+#undef PARROT_MMA
+
+constexpr size_t kSharedBytesOfEveryKernel = 48 * 1024;
+constexpr int kLaunchFailure = cudaErrorLaunchOutOfResources;
+
+struct Launch {
+  dim3 grid;
+  int threads;
+  size_t shared_bytes;
+  void* stream;
+  bool cooperative = false;
+};
+
+// Returns a cudaError_t.
+template <typename... Parameters>
+int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&... arguments) {
+  if (shape.shared_bytes > kSharedBytesOfEveryKernel) {
+    const int error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (error) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(shape.stream);
+  config.attrs = &attribute;
+  config.numAttrs = shape.cooperative ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// How many blocks of `kernel` fit on the device at the same time.
+template <typename Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int per_multiprocessor = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
+  return per_multiprocessor * multiprocessors();
+}
+
+}  // namespace parrot::cuda::device

@@ -1,0 +1,72 @@
+// Forward pass of text_guided_routing in one cooperative launch.
+#pragma once
+
+#include <math.h>
+
+#include "text_guided_routing.cuh"
+
+namespace parrot::cuda {
+
+template <int kExpertTiles>
+struct ForwardShared {
+  union {
+    ProjectShared<kExpertTiles> project;
+    struct {
+      float top[kWarps];
+      float sums[kWarps][8 * kExpertTiles + 1];
+    } attend;
+  };
+};
+
+// logits and lse of one image from the scores of its span.
+template <int kExpertTiles>
+__device__ __forceinline__ void attend(const RoutingInputs& in, const RoutingForward& out, int image,
+                                       ForwardShared<kExpertTiles>& shared) {
+  constexpr int kExperts = 8 * kExpertTiles;
+  const int thread = threadIdx.x;
+  const Span span = span_of(in, image);
+  const float* scores = out.scores + static_cast<int64_t>(image) * in.rows;
+  float top = -INFINITY;
+  for (int64_t t = span.begin + thread; t < span.end; t += kThreads) top = fmaxf(top, scores[t]);
+  top = block_reduce(top, shared.attend.top, Max());
+
+  float sums[kExperts + 1] = {};  // of the weighted projections, and of the weights
+#pragma unroll 2
+  for (int64_t t = span.begin + thread; t < span.end; t += kThreads) {
+    const float weight = expf(scores[t] - top);
+    const float* projected = out.projected + t * in.experts;
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      if (e < in.experts) sums[e] = fmaf(weight, projected[e], sums[e]);
+    }
+    sums[kExperts] += weight;
+  }
+#pragma unroll
+  for (int e = 0; e <= kExperts; ++e) {
+    const float sum = warp_sum(sums[e]);
+    if (thread % 32 == 0) shared.attend.sums[thread / 32][e] = sum;
+  }
+  __syncthreads();
+  if (thread < in.experts) {
+    float sum = 0.0f, total = 0.0f;
+    for (int w = 0; w < kWarps; ++w) {
+      sum += shared.attend.sums[w][thread];
+      total += shared.attend.sums[w][kExperts];
+    }
+    const bool empty = span.begin >= span.end;
+    out.logits[static_cast<int64_t>(image) * in.experts + thread] = empty ? 0.0f : sum / total;
+    if (thread == 0) out.lse[image] = empty ? -INFINITY : top + logf(total);
+  }
+  __syncthreads();  // the next image writes the same shared memory
+}
+
+template <typename T, int kExpertTiles>
+__global__ void __launch_bounds__(kThreads, kExpertTiles == 1 ? 2 : 1)
+    routing_fwd_kernel(const RoutingInputs in, const RoutingForward out) {
+  auto& shared = device::shared_storage<ForwardShared<kExpertTiles>>();
+  project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project);
+  device::grid_sync();
+  for (int image = blockIdx.x; image < in.images; image += gridDim.x) attend<kExpertTiles>(in, out, image, shared);
+}
+
+}  // namespace parrot::cuda

@@ -1,0 +1,163 @@
+// Hopper's asynchronous machinery for device_emulator.h: barriers in shared memory, tensor copies, products of a warp
+// group. What is asynchronous on the device happens as late as the program allows: copies arrive after a random while,
+// products read shared memory only when they are waited for. Formats are those of the PTX ISA.
+#pragma once
+
+#include "device_emulator.h"
+
+#define __grid_constant__
+
+namespace parrot::cuda::device {
+
+using Barrier = uint64_t;  // only its address counts, see emulator::Transactions
+
+struct TensorMap {
+  const uint16_t* base;
+  int64_t width, rows, depth;
+  int box_rows;
+};
+
+inline emulator::Block& block() {
+  return *emulator::grid->running->block;
+}
+
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block().shared);
+}
+
+inline void barrier_init(Barrier* barrier, int arrivals) {
+  block().transactions[barrier] = {arrivals, arrivals, 0, 0};
+}
+
+inline void fence_barrier_init() {}
+inline void fence_shared_writes() {}
+
+inline void barrier_arrive(Barrier* barrier) {
+  block().transactions.at(barrier).change(1, 0);
+}
+
+inline void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
+  block().transactions.at(barrier).change(1, static_cast<int64_t>(bytes));
+}
+
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  emulator::wait_until([&state = block().transactions.at(barrier), parity] { return (state.phase & 1) != parity; });
+}
+
+inline void named_barrier(int name, int threads) {
+  emulator::Barrier& barrier = block().named[name];
+  barrier.wanted = threads;
+  emulator::wait(barrier);
+}
+
+template <int kRegisters>
+void raise_registers() {}
+template <int kRegisters>
+void lower_registers() {}
+
+// The swizzle exchanges the 16-byte parts of a 128-byte row by the row's place among eight.
+inline uint32_t swizzled(uint32_t address) {
+  return address ^ ((address >> 7 & 7) << 4);
+}
+
+inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z) {
+  emulator::Block& own = block();
+  const uint32_t start = shared_address(shared);
+  emulator::check(start % 1024 == 0, "a box must start at a multiple of 1024 bytes");
+  emulator::check(start + map.box_rows * 128 <= own.shared_bytes, "a box must end within shared memory");
+  emulator::grid->copies.push_back([=, &own] {
+    for (int row = 0; row < map.box_rows; ++row) {
+      for (int column = 0; column < 64; ++column) {
+        const int64_t at = x + column, line = y + row;
+        const bool inside = at >= 0 && at < map.width && line >= 0 && line < map.rows && z >= 0 && z < map.depth;
+        const uint16_t value = inside ? map.base[(z * map.rows + line) * map.width + at] : 0;
+        memcpy(own.shared + swizzled(start + row * 128 + column * 2), &value, 2);
+      }
+    }
+    own.transactions.at(barrier).change(0, -static_cast<int64_t>(map.box_rows) * 128);
+  });
+}
+
+inline void products_begin() {}
+
+inline void products_commit() {
+  emulator::Fiber& fiber = *emulator::grid->running;
+  fiber.committed.push_back(std::move(fiber.products));
+  fiber.products.clear();
+}
+
+template <int kPending>
+void products_wait() {
+  auto& committed = emulator::grid->running->committed;
+  while (committed.size() > kPending) {
+    for (auto& product : committed.front()) product();
+    committed.erase(committed.begin());
+  }
+}
+
+inline void pin(float (&)[128]) {}
+
+// An operand in shared memory. K-major: 8 rows of 128 bytes, then the stride. M- or N-major ("transposed"): 64 columns,
+// then the leading offset; 8 rows of the reduction, then the stride.
+struct Operand {
+  const emulator::Block& block;
+  uint64_t descriptor;
+  bool transposed;
+
+  uint16_t operator()(int index, int k) const {
+    emulator::check(descriptor >> 62 == 1, "only the 128-byte swizzle is known");
+    const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+    const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
+    const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    const uint32_t offset = transposed ? index % 64 * 2 + index / 64 * leading + k % 8 * 128 + k / 8 * stride
+                                       : index % 8 * 128 + index / 8 * stride + k * 2;
+    uint16_t value;
+    memcpy(&value, block.shared + swizzled(start + offset), 2);
+    return value;
+  }
+};
+
+template <typename ToFloat>
+void wgmma_any(float (&c)[128], uint64_t a, bool transposed_a, uint64_t b, bool transposed_b, bool accumulate,
+               ToFloat to_float) {
+  emulator::Fiber& fiber = *emulator::grid->running;
+  fiber.products.push_back([=, &fiber, out = &c[0]] {
+    const Operand left{*fiber.block, a, transposed_a}, right{*fiber.block, b, transposed_b};
+    const int lane = fiber.thread % 32, warp = fiber.thread / 32 % 4;
+    float rows[2][16];
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 16; ++k) rows[half][k] = to_float(left(16 * warp + lane / 4 + 8 * half, k));
+    }
+    for (int j = 0; j < 64; ++j) {
+      const int column = j / 2 * 8 + lane % 4 * 2 + j % 2;
+      float values[16];
+      for (int k = 0; k < 16; ++k) values[k] = to_float(right(column, k));
+      for (int half = 0; half < 2; ++half) {
+        float& sum = out[j / 2 * 4 + 2 * half + j % 2];
+        if (!accumulate) sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += rows[half][k] * values[k];
+      }
+    }
+  });
+}
+
+template <bool kTransposedA, bool kTransposedB>
+void wgmma_bfloat16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_any(c, a, kTransposedA, b, kTransposedB, accumulate, bfloat_to_float);
+}
+
+template <bool kTransposedA, bool kTransposedB>
+void wgmma_float16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
+  wgmma_any(c, a, kTransposedA, b, kTransposedB, accumulate, half_to_float);
+}
+
+inline int make_tensor_map(TensorMap* map, const void* base, bool, int64_t width, int64_t rows, int64_t depth,
+                           int box_rows) {
+  // What cuTensorMapEncodeTiled refuses.
+  const bool valid = width > 0 && rows > 0 && depth > 0 && width % 8 == 0 && box_rows <= 256 &&
+                     reinterpret_cast<uintptr_t>(base) % 16 == 0;
+  *map = {static_cast<const uint16_t*>(base), width, rows, depth, box_rows};
+  return valid ? 0 : 1;
+}
+
+}  // namespace parrot::cuda::device

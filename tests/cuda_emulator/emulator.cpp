@@ -1,0 +1,11 @@
+// What the emulated library has in the place of the CUDA runtime, and the switches that tests turn.
+#include "device_emulator.h"
+
+extern "C" const char* parrot_cuda_error_string(int error) {
+  return error == parrot::cuda::device::kDeadlock ? "deadlock: every thread waits" : "unknown error";
+}
+
+extern "C" void parrot_emulator_set(unsigned seed, int multiprocessors) {
+  emulator_seed = seed;
+  emulator_multiprocessors = multiprocessors;
+}
