@@ -25,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import ROOT, interleaved_times, parse_arguments, ratio, report
+from benchmarks.peers import library
+from benchmarks.shapes import CPU_HEADS, HEADS, HeadShape
+from benchmarks.workload import Contender, Cost, Inputs, Run, Workload, itemsize
 from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.ops import linear_cross_entropy
 
@@ -131,6 +134,59 @@ def measure(case: Case, repeats: int, threads: int) -> dict[str, Any]:
         "label_rows_peak_mb": peaks["label_rows"],
         "peak_ratio": peaks["label_rows"] / peaks["full"],
     }
+
+
+def _ours(inputs: Inputs) -> Run:
+    return lambda: (linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["targets"]).sum(),)
+
+
+def _full(inputs: Inputs) -> Run:
+    def run() -> tuple[Tensor, ...]:
+        logits = inputs["hidden"] @ inputs["weight"].T
+        return (F.cross_entropy(logits.float(), inputs["targets"], reduction="sum"),)
+
+    return run
+
+
+def _liger(inputs: Inputs) -> Run:
+    """Liger's forms the gradients in its forward pass, for a loss whose own gradient is one."""
+    function = library("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    tensors = [inputs[name] for name in ("hidden", "weight", "targets")]
+    return lambda: (function.apply(*tensors, None, None, IGNORE_ID, 0.0, 0.0, "sum")[0],)
+
+
+def _cut(inputs: Inputs) -> Run:
+    """Apple's cut cross entropy, without its filter, which drops small gradients."""
+    function = library("cut_cross_entropy").linear_cross_entropy
+    tensors = [inputs[name] for name in ("hidden", "weight", "targets")]
+    return lambda: (function(*tensors, reduction="sum", filter_eps=None),)
+
+
+def _workload(name: str, shape: HeadShape, device: str) -> Workload:
+    labels, hidden, vocabulary = shape.labels, shape.hidden, shape.vocabulary
+    numbers = 2 * (labels * hidden + vocabulary * hidden)
+    return Workload(
+        op="linear_cross_entropy",
+        name=name,
+        sizes={"L": labels, "H": hidden, "N": vocabulary},
+        weights=lambda make: {"weight": make.normal(vocabulary, hidden, scale=hidden**-0.5)},
+        data=lambda make: {"hidden": make.normal(labels, hidden), "targets": make.integers(vocabulary, labels)},
+        ours=_ours,
+        peers={
+            "full_logits": Contender(build=_full),
+            "liger": Contender(build=_liger),
+            "cut_cross_entropy": Contender(build=_cut),
+        },
+        costs={"fwd_bwd": Cost(flops=6 * labels * hidden * vocabulary, bytes=itemsize(device) * numbers)},
+        leaves=("hidden", "weight"),
+        terms=vocabulary,
+        roundings=8,
+    )
+
+
+def workloads(device: str) -> list[Workload]:
+    """Label rows of a micro-batch of Parrot, for `benchmarks.gpu_suite`; nothing but label rows on either side."""
+    return [_workload(name, shape, device) for name, shape in (CPU_HEADS if device == "cpu" else HEADS).items()]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,129 @@
+"""Command line of the suite; see the package's docstring.
+
+Exit code 0: what could run passed; 1: something failed; 3: nothing failed, but the budget ended before the last row
+(the same command goes on from there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# Runs from a checkout as it is, installed or not, and so do the programs that the sanitizer and the profiler start.
+FOLDERS = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [folder for folder in FOLDERS if folder not in sys.path]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
+# Before Triton is imported: what is tuned once is not tuned again by the next worker, or the next run.
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+# cuBLAS is deterministic with it, which the correctness stage asks of every result.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from benchmarks.gpu_suite import bench, correctness, machine, profile, render, sanitize, wheels  # noqa: E402
+from benchmarks.gpu_suite.crew import Row, run_rows  # noqa: E402
+from benchmarks.gpu_suite.store import OtherRun, Store  # noqa: E402
+
+STAGES: dict[str, ModuleType] = {
+    "correctness": correctness,
+    "sanitize": sanitize,
+    "bench": bench,
+    "profile": profile,
+}
+FAILED, INCOMPLETE = 1, 3
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in STAGES.items():
+        stage = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+        stage.add_argument("--json", type=Path, required=True, help="results file; an existing one is gone on with")
+        stage.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, as a rehearsal")
+        stage.add_argument("--budget", type=float, default=450, help="seconds in all (default 450)")
+        stage.add_argument(
+            "--row-limit", type=float, default=150, help="seconds after which a row failed (default 150)"
+        )
+        stage.add_argument("--workers", type=int, default=module.WORKERS, help=f"default {module.WORKERS}")
+        stage.add_argument(
+            "--only", action="append", default=[], help="only rows whose name holds this; may be repeated"
+        )
+        stage.add_argument("--retry", action="store_true", help="also rows that failed or were unavailable before")
+        stage.add_argument("--fresh", action="store_true", help="forget what the file holds, all stages of it")
+        stage.add_argument("--wheels", type=Path, help="folder of wheels to install peers from (see wheels.txt)")
+        stage.add_argument("--commit", help="names the sources where there is no git")
+    drawing = commands.add_parser("render", help=(render.__doc__ or "").splitlines()[0])
+    drawing.add_argument("file", type=Path)
+    drawing.add_argument("--out", type=Path, help="folder of the table and the plots (default: that of the file)")
+    return parser.parse_args(argv)
+
+
+def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
+    """In a process of its own, since this one must not touch CUDA.
+
+    Raises:
+        SystemExit: there is no such device.
+    """
+    found: list[Row] = []
+
+    def work(_: str) -> Row:
+        return {"machine": machine.describe(device, commit)}
+
+    run_rows([device], work, lambda _, row: found.append(row), workers=1, seconds=120, row_seconds=110)
+    if not found or found[0]["status"] != "passed":
+        sys.exit(f"no device {device!r}: {found[0]['error'] if found else 'it does not answer'}")
+    return found[0]["machine"]
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Runs one stage within its budget; returns the exit code."""
+    start, module = time.monotonic(), STAGES[args.command]
+    installed = None
+    if args.wheels:
+        installed = wheels.install(args.wheels, Path(tempfile.gettempdir()) / f"gpu_suite_peers_{os.getuid()}")
+    try:
+        store = Store(args.json, describe_machine(args.device, args.commit), fresh=args.fresh)
+    except (OtherRun, ValueError) as error:
+        sys.exit(f"{error}; give another --json, or --fresh to replace it")
+    if installed is not None:
+        store.content["wheels"] = installed
+    again = ("not_run", "failed", "unavailable") if args.retry else ("not_run",)
+    known = store.rows(args.command)
+    wanted = [name for name in module.rows(args.device) if not args.only or any(part in name for part in args.only)]
+    todo = [name for name in wanted if name not in known or known[name]["status"] in again]
+
+    def record(name: str, row: Row) -> None:
+        store.record(args.command, name, row)
+        error = str(row.get("error", "")).splitlines()
+        print(f"{row['status']:12} {name} {error[0][:150] if error else ''}", flush=True)
+
+    work = functools.partial(module.run_row, device=args.device)
+    left = max(0.0, args.budget - (time.monotonic() - start))
+    not_run = run_rows(todo, work, record, workers=args.workers, seconds=left, row_seconds=args.row_limit)
+    seconds = round(time.monotonic() - start, 1)
+    store.end_run(args.command, {"seconds": seconds, "budget": args.budget, "begun": len(todo) - len(not_run)}, not_run)
+    counts = Counter(store.rows(args.command)[name]["status"] for name in wanted)
+    print(f"{args.command}: {', '.join(f'{count} {status}' for status, count in counts.items())}; {seconds:.0f} s")
+    return FAILED if counts["failed"] else INCOMPLETE if counts["not_run"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a stage, or renders a results file."""
+    args = parse(argv)
+    if args.command == "render":
+        for path in render.render(args.file, args.out or args.file.parent):
+            print(path)
+        return 0
+    return run_stage(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
