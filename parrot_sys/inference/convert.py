@@ -82,6 +82,6 @@ def _save_training_checkpoint(
 ) -> None:
     from parrot_sys.megatron.checkpointing import save_distributed
 
-    save_distributed(directory, model.model, None, {"step": 0, "world_size": 1})
+    save_distributed(directory, [model.model], None, {"step": 0, "world_size": 1})
     save_config(model.config, directory / MODEL_CONFIG)
     processor.save_pretrained(directory / PROCESSOR)

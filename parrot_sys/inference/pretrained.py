@@ -156,7 +156,7 @@ def _load_training(
     model = build_parrot_model(
         config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
     )
-    load_model_weights(directory, model)
+    load_model_weights(directory, [model])
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
     model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
     return _ready(model, processor, directory / PROCESSOR), processor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,17 @@ _COMMON = "common"
 
 
 def save_distributed(
-    folder: str | Path, model: ParrotModel, optimizer: MegatronOptimizer | None, common: dict[str, Any]
+    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer | None, common: dict[str, Any]
 ) -> None:
     """Writes one checkpoint into the existing, empty `folder`; every rank calls it with the same `common`.
 
     Args:
         folder: seen by every rank.
-        model: without its data-parallel wrapper.
+        chunks: the parts of the model on this rank, without their data-parallel wrappers.
         optimizer: saved with its state when given.
         common: numbers, strings, lists and dicts that are the same on all ranks.
     """
-    state = _sharded_model(model)
+    state = _sharded_model(chunks)
     if optimizer is not None:
         state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
         state[_RANDOM] = _sharded_random()
@@ -44,33 +45,35 @@ def save_distributed(
     dist_checkpointing.save(state, str(folder))
 
 
-def load_model_weights(folder: str | Path, model: ParrotModel) -> dict[str, Any]:
-    """Loads the weights of a checkpoint into `model` and returns its `common`.
+def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel]) -> dict[str, Any]:
+    """Loads the weights of a checkpoint into the parts of a model on this rank and returns its `common`.
 
     Raises:
         CheckpointError: names the keys that are missing or have another shape.
     """
-    state = _sharded_model(model)
+    state = _sharded_model(chunks)
     _check_tensors(folder, state[_MODEL])
     loaded = dist_checkpointing.load(state, str(folder))
-    model.load_state_dict(loaded[_MODEL])
+    _load_chunks(chunks, loaded)
     return loaded[_COMMON]
 
 
-def load_training_state(folder: str | Path, model: ParrotModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+def load_training_state(
+    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer
+) -> dict[str, Any]:
     """Loads weights, optimizer and, on as many ranks as saved them, the random state; returns `common`.
 
     Raises:
         CheckpointError: the checkpoint was made with other shapes or other trainable parts.
     """
-    state = _sharded_model(model)
+    state = _sharded_model(chunks)
     _check_tensors(folder, state[_MODEL])
     state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], is_loading=True, metadata=_metadata())
     _check_tensors(folder, state[_OPTIMIZER], hint="; resume with the trainable parts it was saved with")
     if same_ranks := read_common(folder)["world_size"] == dist.get_world_size():
         state[_RANDOM] = _sharded_random()
     loaded = dist_checkpointing.load(state, str(folder))
-    model.load_state_dict(loaded[_MODEL])
+    _load_chunks(chunks, loaded)
     # The state is copied into leaves that require gradients.
     with torch.no_grad():
         optimizer.load_state_dict(loaded[_OPTIMIZER])
@@ -98,8 +101,13 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_model(model: ParrotModel) -> dict[str, Any]:
-    return {_MODEL: model.sharded_state_dict(metadata=_metadata())}
+def _sharded_model(chunks: Sequence[ParrotModel]) -> dict[str, Any]:
+    return {_MODEL: {f"chunk{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}}
+
+
+def _load_chunks(chunks: Sequence[ParrotModel], loaded: dict[str, Any]) -> None:
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_MODEL][f"chunk{i}"])
 
 
 def _sharded_random() -> ShardedObject:

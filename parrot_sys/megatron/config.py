@@ -88,6 +88,7 @@ def to_transformer_config(
     return TransformerConfig(
         **common_fields(parallel, dtype, initialize_weights=initialize_weights),
         **recompute_fields(recompute),
+        pipeline_model_parallel_layout=_stage_layout(llm.num_layers, parallel),
         num_layers=llm.num_layers,
         hidden_size=llm.hidden_size,
         num_attention_heads=llm.num_attention_heads,
@@ -104,6 +105,16 @@ def to_transformer_config(
     )
 
 
+def _stage_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in Megatron's words; None without a pipeline."""
+    stages = [["decoder"] * count for count in parallel.layers_of_stages(num_layers)]
+    if len(stages) == 1:
+        return None
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def _check_divisible(llm: LLMConfig, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor_model_parallel_size
     sizes = {
@@ -117,12 +128,6 @@ def _check_divisible(llm: LLMConfig, parallel: ParallelConfig) -> None:
                 f"llm.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: "
                 f"{_nearest(size, tensor)}"
             )
-    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    if llm.num_layers % stages:
-        raise ConfigError(
-            f"llm.num_layers must be a multiple of the {stages} pipeline stages (pipeline x virtual), "
-            f"got {llm.num_layers}: {_nearest(llm.num_layers, stages)}"
-        )
 
 
 def _nearest(size: int, parts: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ class ReleasedSource:
     """Write each tensor in the dtype it had in the checkpoint (no dtype was asked for on loading)."""
 
 
-def export_tensors(model: ParrotModel, source: ReleasedSource | None) -> Iterator[tuple[str, Tensor]]:
-    """(released name, tensor) of everything that an export holds; every tensor-parallel rank must iterate.
+def export_tensors(
+    model: ParrotModel | Sequence[ParrotModel], source: ReleasedSource | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(released name, tensor) of everything that an export holds; every rank with a part of this copy must iterate.
 
     With a source, the set of names is the source's: the tower is inside if it was, and tensors that the model does not
     use are read from the source again. Without one the tower is inside whenever the model has it.
@@ -45,6 +47,7 @@ def export_tensors(model: ParrotModel, source: ReleasedSource | None) -> Iterato
     if source is None:
         yield from released_tensors(model)
         return
+    parrot = model.parrot if isinstance(model, ParrotModel) else model[0].parrot
     with TensorFiles(source.directory) as files:
         keys = files.names()
         dtypes = {key: files.dtype(key) for key in keys}
@@ -52,12 +55,12 @@ def export_tensors(model: ParrotModel, source: ReleasedSource | None) -> Iterato
         for key, tensor in released_tensors(model, with_vision_tower=inside):
             yield key, tensor.to(dtypes[key]) if source.keep_dtypes and key in dtypes else tensor
         for key in keys:
-            if is_carried(key, model.parrot):
+            if is_carried(key, parrot):
                 yield key, files.tensor(key)
 
 
 def export_released(
-    model: ParrotModel,
+    model: ParrotModel | Sequence[ParrotModel],
     directory: str | Path,
     *,
     source: ReleasedSource | None = None,
@@ -67,11 +70,11 @@ def export_released(
 ) -> None:
     """Write the model as a complete checkpoint: config.json, safetensors, tokenizer and image preprocessing.
 
-    The directory appears only when everything is in it. Every tensor-parallel rank of one replica calls this; the first
-    one writes.
+    The directory appears only when everything is in it. Every rank with a part of one copy of the model calls this; the
+    first one writes.
 
     Args:
-        model: without pipeline parallelism.
+        model: the model, or all the parts that this rank holds.
         directory: to be created.
         source: checkpoint it came from; its other files are copied and its unknown settings kept.
         save_processor: writes tokenizer and preprocessor_config.json into a directory; not needed with a source.
@@ -84,11 +87,26 @@ def export_released(
     tensors = export_tensors(model, source)
     if dtype is not None:
         tensors = ((key, tensor.to(dtype) if tensor.is_floating_point() else tensor) for key, tensor in tensors)
-    if model.tp_group.rank() > 0:
+    first = model if isinstance(model, ParrotModel) else model[0]
+    if first.tp_group.rank() > 0 or first.pg_collection.pp.rank() > 0:
         for _ in tensors:  # takes part in gathering the tensors
             pass
         return
-    with new_directory(Path(directory), overwrite=overwrite) as target:
+    _write(first, tensors, Path(directory), source, save_processor, dtype, overwrite=overwrite)
+
+
+def _write(
+    model: ParrotModel,
+    tensors: Iterator[tuple[str, Tensor]],
+    directory: Path,
+    source: ReleasedSource | None,
+    save_processor: Callable[[Path], None] | None,
+    dtype: torch.dtype | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """`model` is what the first pipeline stage holds first: vision tower, projector and experts."""
+    with new_directory(directory, overwrite=overwrite) as target:
         if source is not None:
             _copy_files(source.directory, target)
         if save_processor is not None:

@@ -24,6 +24,9 @@ class ParallelConfig:
     """Ranks that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Chunks of layers a pipeline rank holds (interleaved schedule)."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Decoder layers of each stage, in the order in which rows pass them (first chunks of all ranks, then second ones);
+    evenly spread when not set."""
     context_parallel_size: int = 1
     """Ranks that share the rows of a sample."""
     expert_model_parallel_size: int = 1
@@ -35,6 +38,36 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the decoder together."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages, each chunk of a rank counted."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of each stage: as `pipeline_layers` says, else even, with the rest on the middle stages.
+
+        The first stage also has the vision tower and the experts, the last one the LM head.
+
+        Raises:
+            ConfigError: the layers do not add up, or there are fewer than stages.
+        """
+        stages = self.num_stages
+        if self.pipeline_layers:
+            if sum(self.pipeline_layers) != num_layers:
+                raise ConfigError(
+                    f"parallel.pipeline_layers must add up to the {num_layers} layers of the decoder, "
+                    f"got {list(self.pipeline_layers)}, which are {sum(self.pipeline_layers)}"
+                )
+            return self.pipeline_layers
+        if num_layers < stages:
+            raise ConfigError(
+                f"llm.num_layers must be >= the {stages} pipeline stages (pipeline x virtual), got {num_layers}: "
+                f"use at most {num_layers} stages"
+            )
+        each, rest = divmod(num_layers, stages)
+        first = (stages - rest + 1) // 2
+        return tuple(each + (first <= stage < first + rest) for stage in range(stages))
 
     def __post_init__(self) -> None:
         for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
@@ -48,6 +81,12 @@ class ParallelConfig:
             raise ConfigError(
                 "parallel.sequence_parallel needs parallel.tensor_model_parallel_size >= 2, got 1: "
                 "raise it or set sequence_parallel to false"
+            )
+        layers = self.pipeline_layers
+        if layers and (len(layers) != self.num_stages or min(layers) < 0):
+            raise ConfigError(
+                f"parallel.pipeline_layers must name the layers (>= 0) of each of the {self.num_stages} stages "
+                f"(pipeline x virtual), got {list(layers)}"
             )
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
@@ -122,7 +161,8 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1234, time
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout / 60)),
     )
-    torch.manual_seed(seed)
+    # Stages draw the weights of different layers; ranks of one stage must draw alike.
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model_parallel_cuda_manual_seed(seed)
     return parallel
 

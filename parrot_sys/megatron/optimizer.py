@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,28 +16,34 @@ from parrot_sys.megatron.parrot_model import COMPONENTS, ParrotModel
 
 
 def wrap_data_parallel(
-    model: ParrotModel, *, distributed_optimizer: bool = False, overlap: bool = False
-) -> DistributedDataParallel:
-    """The model with gradient buffers for its trainable parameters; frozen ones get none.
+    chunks: Sequence[ParrotModel], *, distributed_optimizer: bool = False, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """The parts of the model with gradient buffers for their trainable parameters; frozen ones get none.
 
     Gradients are SUMMED over the data-parallel ranks: the loss has to be divided by a count over all of them
     (`calculate_per_token_loss` is Megatron's name for that).
 
     Args:
-        model: with its final `requires_grad` flags.
+        chunks: from `build_parrot_chunks`, with their final `requires_grad` flags.
         distributed_optimizer: the optimizer's state will be split over the data-parallel ranks.
         overlap: reduce a bucket of gradients while the rest of the backward pass runs; on the CPU both would fight for
             the same cores.
     """
-    model.config.calculate_per_token_loss = True
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
         use_distributed_optimizer=distributed_optimizer,
     )
-    wrapped = DistributedDataParallel(model.config, settings, model)
-    model.config.finalize_model_grads_func = _finalize
-    model.config.no_sync_func = wrapped.no_sync if overlap else None
+    wrapped = []
+    for index, model in enumerate(chunks):
+        model.config.calculate_per_token_loss = True
+        # Only the first chunk's gradients are reduced while later ones are computed (Megatron's own training does so).
+        wrapped.append(DistributedDataParallel(model.config, settings, model, disable_bucketing=index > 0))
+    # The schedules read these from the first chunk.
+    config = chunks[0].config
+    config.finalize_model_grads_func = _finalize
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    config.no_sync_func = (no_sync if len(no_sync) > 1 else no_sync[0]) if overlap else None
     return wrapped
 
 
@@ -47,7 +53,7 @@ def _finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs
 
 
 def build_optimizer(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     *,
     lr: float,
     min_lr: float = 0.0,
@@ -60,7 +66,7 @@ def build_optimizer(
     """AdamW over the trainable parameters; every group carries `max_lr` and `min_lr` for the schedule.
 
     Args:
-        model: from `wrap_data_parallel`.
+        chunks: from `wrap_data_parallel`.
         lr: peak learning rate.
         min_lr: final learning rate.
         component_lrs: component (`vision`, `projector`, `moe`, `llm`) -> its own peak.
@@ -70,7 +76,7 @@ def build_optimizer(
         clip_grad: largest norm of all gradients together; 0 does not clip.
     """
     install_adam()
-    dtype = model.config.params_dtype
+    dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -82,13 +88,13 @@ def build_optimizer(
         clip_grad=clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
     )
     overrides: dict[Any, Any] = {_no_decay_key(): {"wd_mult": 0.0}}
     for component, peak in (component_lrs or {}).items():
         # `lr_mult` has no effect on our schedule; Megatron tells groups apart by it when it loads a checkpoint.
         overrides[_component_key(component)] = {"max_lr": peak, "min_lr": min_lr, "lr_mult": peak / lr}
-    optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay * group["wd_mult"]
     return optimizer

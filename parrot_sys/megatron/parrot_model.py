@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from parrot_sys.megatron.decoder import Qwen2Decoder
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 
@@ -46,8 +47,8 @@ class ParrotOutput:
 class ParrotModel(MegatronModule):
     """The whole model for packed micro-batches.
 
-    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Auxiliary losses are
-    returned in `ParrotOutput.routing`, already times their coefficients; whoever forms the loss adds them.
+    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Under `mode="loss"` the
+    backward pass includes the auxiliary losses; `ParrotOutput.routing` holds their values, to be reported only.
     """
 
     def __init__(
@@ -118,6 +119,10 @@ class ParrotModel(MegatronModule):
         if kv_cache is not None:
             kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
         embeddings, routing = self._embed(batch, routing_override) if self.pre_process else (None, None)
+        if embeddings is not None and routing is not None and mode == "loss":
+            for loss in (routing.aux_loss, routing.z_loss):
+                if loss is not None:
+                    embeddings = attach_loss(embeddings, loss)
         output = self.decoder(
             embeddings,
             batch.position_ids,
@@ -141,7 +146,7 @@ class ParrotModel(MegatronModule):
             return embeddings, None
         # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
         assert self.projector is not None, "the first stage holds the projector"
-        features = self.projector(self._image_features(batch))  # [n, V, H]
+        features = self.projector(self.image_features(batch))  # [n, V, H]
         routing = None
         if self.moe is not None and self.use_moe:
             text = embeddings.index_select(0, batch.guidance_rows)
@@ -149,8 +154,8 @@ class ParrotModel(MegatronModule):
         visual = features.flatten(0, 1).index_select(0, batch.visual_source)
         return embeddings.index_copy(0, batch.visual_rows, visual), routing
 
-    def _image_features(self, batch: PackedBatch) -> Tensor:
-        """[n, V, C] from the tower, or as cached."""
+    def image_features(self, batch: PackedBatch) -> Tensor:
+        """[n, V, C] from the tower, or as cached; the first pipeline stage has them."""
         vision, dtype = self.parrot.vision, self.config.params_dtype
         trainable = self.vision_tower is not None and any(p.requires_grad for p in self.vision_tower.parameters())
         if batch.image_features is not None:
@@ -218,13 +223,31 @@ def build_parrot_model(
     return model if device.type == "meta" else model.to(device)
 
 
-def component_parameters(model: ParrotModel) -> dict[str, list[nn.Parameter]]:
+def build_parrot_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settings: Any) -> list[ParrotModel]:
+    """All parts of the model that this rank holds: several under the interleaved pipeline schedule, else one.
+
+    Args:
+        parrot: sizes and options.
+        parallel: layout, as given to `initialize`.
+        **settings: see `build_parrot_model`.
+    """
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual is None else range(virtual)
+    return [build_parrot_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]
+
+
+def component_parameters(model: ParrotModel | Sequence[ParrotModel]) -> dict[str, list[nn.Parameter]]:
     """Parameters of each part that this rank holds: `vision`, `projector`, `moe`, `llm`."""
-    parts: Iterable[tuple[str, Any]] = ((name, getattr(model, attribute)) for name, attribute in COMPONENTS.items())
-    return {name: list(part.parameters()) if part is not None else [] for name, part in parts}
+    chunks = [model] if isinstance(model, ParrotModel) else model
+    parts: dict[str, list[nn.Parameter]] = {name: [] for name in COMPONENTS}
+    for chunk in chunks:
+        for name, attribute in COMPONENTS.items():
+            if (part := getattr(chunk, attribute)) is not None:
+                parts[name] += part.parameters()
+    return parts
 
 
-def set_trainable(model: ParrotModel, trainable: Mapping[str, bool]) -> None:
+def set_trainable(model: ParrotModel | Sequence[ParrotModel], trainable: Mapping[str, bool]) -> None:
     """Freeze and unfreeze parts by name; parts that are not named stay as they are.
 
     Raises:

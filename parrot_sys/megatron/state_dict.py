@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
@@ -161,28 +162,73 @@ def load_tower(
         fill(dict([*tower.named_parameters(), *tower.named_buffers()]), maps, files.tensor, rank=rank, size=size)
 
 
+def tower_tensors(model: ParrotModel) -> dict[str, Tensor]:
+    """Whole weights of the vision tower, by name; every tensor-parallel rank of the first pipeline stage calls this."""
+    tower = model.vision_tower
+    if tower is None:
+        return {}
+    parts = dict([*tower.named_parameters(), *tower.named_buffers()])
+    maps = tower_maps(model.parrot.vision)
+    return {entry.name: whole_tensor(entry, parts[entry.name].detach(), model.tp_group) for entry in maps}
+
+
 def released_tensors(
-    model: ParrotModel,
+    model: ParrotModel | Sequence[ParrotModel],
     *,
     with_vision_tower: bool = True,
     value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(released name, whole tensor) one after the other; every tensor-parallel rank must iterate.
+    """(released name, whole tensor) one after the other; every rank that holds a part of this copy must iterate.
 
     Args:
-        model: all its layers must be on this rank (no pipeline parallelism).
+        model: the model, or all the parts that this rank holds.
         with_vision_tower: also the tower's, by their names inside the checkpoint.
         value: what to take for each parameter or buffer, such as its gradient; None leaves it out.
-
-    Raises:
-        CheckpointError: this rank holds only some of the layers.
     """
-    if not (model.pre_process and model.post_process):
-        raise CheckpointError(
-            "a model cut into pipeline stages cannot be exported; load its checkpoint without pipelining"
-        )
-    tensors = model_tensors(model)
-    for entry in parrot_maps(model.parrot, with_vision_tower=with_vision_tower and model.vision_tower is not None):
-        if (part := value(tensors[entry.name])) is not None:
-            whole = whole_tensor(entry, part.detach(), model.tp_group)
-            yield from zip(entry.keys, entry.unpack(whole), strict=True)
+    chunks = [model] if isinstance(model, ParrotModel) else model
+    config, groups = chunks[0].parrot, chunks[0].pg_collection
+    parts = {}
+    for chunk in chunks:
+        for name, tensor in model_tensors(chunk).items():
+            if (part := value(tensor)) is not None:
+                parts[name] = part.detach()
+    owners = _owners(parts, groups.pp)
+    with_vision_tower = with_vision_tower and any(name.startswith("vision_tower.") for name in owners)
+    for entry in parrot_maps(config, with_vision_tower=with_vision_tower):
+        if entry.name in owners:
+            own = parts.get(entry.name)
+            whole = None if own is None else whole_tensor(entry, own, groups.tp)
+            yield from zip(entry.keys, entry.unpack(_from_stage(entry, whole, owners, groups.pp)), strict=True)
+
+
+def _owners(parts: Mapping[str, Tensor], stages: ProcessGroup) -> dict[str, tuple[int, torch.dtype]]:
+    """For each tensor the first pipeline stage that holds it, and its dtype."""
+    names: list[dict[str, torch.dtype]] = [{} for _ in range(stages.size())]
+    own = {name: part.dtype for name, part in parts.items()}
+    if stages.size() == 1:
+        names = [own]
+    else:
+        dist.all_gather_object(names, own, group=stages)
+    owners: dict[str, tuple[int, torch.dtype]] = {}
+    for stage, held in enumerate(names):
+        for name, dtype in held.items():
+            owners.setdefault(name, (stage, dtype))
+    return owners
+
+
+def _from_stage(
+    entry: TensorMap, whole: Tensor | None, owners: Mapping[str, tuple[int, torch.dtype]], stages: ProcessGroup
+) -> Tensor:
+    """The tensor as its owner has it, on every pipeline stage."""
+    if stages.size() == 1:
+        assert whole is not None, "the only stage holds every tensor"
+        return whole
+    stage, dtype = owners[entry.name]
+    if stages.rank() == stage:
+        assert whole is not None, "the owner holds the tensor"
+        tensor = whole.contiguous()
+    else:
+        shape = entry.pack([torch.empty(shape, device="meta") for shape in entry.shapes]).shape
+        tensor = torch.empty(shape, dtype=dtype, device=platform.device())
+    dist.broadcast(tensor, group=stages, group_src=stage)
+    return tensor

@@ -7,6 +7,8 @@ this package's trainer does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -42,3 +44,22 @@ def router_z_loss(lse: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
     """
     statistics = reduce_from_group(torch.stack((lse.square().sum(), lse.new_tensor(float(lse.shape[0])))), group)
     return statistics[0] / statistics[1].clamp(min=1)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_dtype = loss.dtype
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.new_ones((), dtype=ctx.loss_dtype)
+
+
+def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
+    """`tensor`; its backward pass also runs that of the scalar `loss`, as if `loss` were added to the final loss.
+
+    For losses that arise where the final loss is out of reach: on an earlier pipeline stage.
+    """
+    return _AttachLoss.apply(tensor, loss)

@@ -75,13 +75,13 @@ class CheckpointStore:
         return found[0]
 
     def save(
-        self, step: int, model: Any, optimizer: Any, common: dict[str, Any], processor: ParrotProcessor | None
+        self, step: int, chunks: Any, optimizer: Any, common: dict[str, Any], processor: ParrotProcessor | None
     ) -> Path:
         """Writes the checkpoint of `step` and removes the oldest beyond `checkpoint.keep_last`.
 
         Args:
             step: steps done.
-            model: without its data-parallel wrapper.
+            chunks: the parts of the model on this rank, without their data-parallel wrappers.
             optimizer: Megatron's.
             common: what all ranks agree on (progress, loader state).
             processor: tokenizer and image preprocessing; lies inside the checkpoint.
@@ -92,7 +92,7 @@ class CheckpointStore:
         final = self.directory / f"step-{step:08d}"
         temporary = self.directory / f"{_UNFINISHED}{final.name}"
         _on_first_rank(lambda: _fresh(temporary))
-        save_distributed(temporary, model, optimizer, {**common, "step": step, "world_size": dist.get_world_size()})
+        save_distributed(temporary, chunks, optimizer, {**common, "step": step, "world_size": dist.get_world_size()})
         _on_first_rank(lambda: self._finish(temporary, final, processor))
         return final
 

@@ -54,9 +54,9 @@ class StepMetrics:
         return self._scalars[_SCALARS.index(name)].item()
 
     @torch.no_grad()
-    def add(self, batch: PackedBatch, losses: Tensor, routing: RoutingOutput | None, num_visual_rows: int) -> None:
-        """Adds one micro-batch: float32 [L] losses of its label rows and the routes of its images."""
-        samples = torch.tensor(_language_indices(batch.languages, batch.num_samples), device=losses.device)
+    def add_losses(self, batch: PackedBatch, losses: Tensor) -> None:
+        """Adds one micro-batch and the float32 [L] losses of its label rows; where the losses are, last stages."""
+        samples = _sample_languages(batch, losses.device)
         losses = losses.detach().double()
         self._scalars[0] += losses.sum()
         self.count(
@@ -72,15 +72,16 @@ class StepMetrics:
         if batch.num_images:
             images = samples[batch.image_sample]
             self._languages[:, 2].index_add_(0, images, torch.ones_like(images, dtype=torch.float64))
-            if routing is not None and self.num_experts:
-                self._add_routes(images, routing, num_visual_rows)
 
     @torch.no_grad()
     def add_aux_loss(self, value: Tensor) -> None:
         """Adds a share of the auxiliary losses, 0-d."""
         self._scalars[1] += value
 
-    def _add_routes(self, images: Tensor, routing: RoutingOutput, num_visual_rows: int) -> None:
+    @torch.no_grad()
+    def add_routes(self, batch: PackedBatch, routing: RoutingOutput, num_visual_rows: int) -> None:
+        """Adds the routes of a micro-batch's images; where the MoE is, on first stages."""
+        images = _sample_languages(batch, routing.probs.device)[batch.image_sample]
         probs = routing.probs.detach().double()
         self._probabilities.index_add_(0, images, probs)
         chosen = torch.ones_like(probs)
@@ -136,9 +137,11 @@ class StepMetrics:
         return math.isfinite(self.sums.sum().item())
 
 
-def _language_indices(languages: Sequence[str], num_samples: int) -> list[int]:
+def _sample_languages(batch: PackedBatch, device: torch.device) -> Tensor:
+    """int64 [S], index of each sample's language."""
     other = _LANGUAGE_INDEX["other"]
-    return [_LANGUAGE_INDEX.get(name, other) for name in languages] if languages else [other] * num_samples
+    names: Sequence[str] = batch.languages or ["other"] * batch.num_samples
+    return torch.tensor([_LANGUAGE_INDEX.get(name, other) for name in names], dtype=torch.int64, device=device)
 
 
 class FlopCounter:

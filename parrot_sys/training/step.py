@@ -15,9 +15,9 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ParrotError
 from parrot_sys.megatron.optimizer import data_parallel_group, data_parallel_world_size, tensor_parallel_rank
-from parrot_sys.megatron.parrot_model import ParrotModel, ParrotOutput
+from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.schedules import forward_backward, optimizer_step
-from parrot_sys.modules.text_guided_moe import RoutingTotals, TextGuidedMoE
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 
 
@@ -37,7 +37,7 @@ class StepResult:
 class StepRunner:
     """Runs steps of one model; `optimizer` and `flops` are not needed for validation."""
 
-    model: Any
+    chunks: Sequence[Any]
     """From `wrap_data_parallel`."""
     device: torch.device
     num_experts: int
@@ -78,23 +78,21 @@ class StepRunner:
 
     def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
         metrics = StepMetrics(self.num_experts, self.device)
-        if self.flops is not None and backward:
+        if self.flops is not None and backward and self.chunks[-1].module.post_process:
             metrics.count(flops=sum(self.flops.count(batch) for batch in batches))
         metrics.count(stop=stop)
-        weights = self._weights(batches)
+        weights = iter(self._weights(batches))
 
-        def loss_function(batch: PackedBatch, output: ParrotOutput) -> tuple[Tensor, None]:
-            assert output.losses is not None, "training runs without pipeline stages"
-            metrics.add(batch, output.losses, output.routing, self.num_visual_rows)
-            loss = output.losses.sum() * next(weight)
-            if output.routing is not None:
-                for extra in (output.routing.aux_loss, output.routing.z_loss):
-                    if extra is not None:
-                        loss = loss + extra
-                        metrics.add_aux_loss(extra.detach() / copies)
-            return loss, None
+        def loss_function(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, None]:
+            metrics.add_losses(batch, losses)
+            return losses.sum() * next(weights, 0.0), None  # behind the last there are only empty ones
 
-        weight = iter(weights)
+        def on_routing(batch: PackedBatch, routing: RoutingOutput) -> None:
+            metrics.add_routes(batch, routing, self.num_visual_rows)
+            for loss in (routing.aux_loss, routing.z_loss):
+                if loss is not None:
+                    metrics.add_aux_loss(loss.detach() / copies)
+
         on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
         moe = self._balanced_moe() if backward else None
         # A lone micro-batch is the rank's whole step: the MoE itself gathers its counts, and its losses come out the
@@ -102,16 +100,16 @@ class StepRunner:
         copies = data_parallel_world_size()
         over_step: AbstractContextManager[None] = nullcontext()
         if moe is not None and len(batches) > 1:
-            totals, on_device = _routing_totals(self.model.module, moe, on_device)
+            totals, on_device = _routing_totals(self.chunks[0].module, moe, on_device)
             copies, over_step = 1, moe.over_step(totals)
         with over_step:
-            forward_backward(self.model, on_device, loss_function, backward=backward)
+            forward_backward(self.chunks, on_device, loss_function, on_routing=on_routing, backward=backward)
         metrics.reduce(contribute=tensor_parallel_rank() == 0)
         return metrics
 
     def _balanced_moe(self) -> TextGuidedMoE | None:
-        """The MoE if it has auxiliary losses."""
-        model = self.model.module
+        """The MoE if it is on this pipeline stage and has auxiliary losses."""
+        model = self.chunks[0].module
         if model.moe is None or not model.use_moe:
             return None
         config = model.moe.config
@@ -132,14 +130,13 @@ class StepRunner:
         """Message that names the records whose losses are no numbers; runs each micro-batch once more."""
         bad: list[str] = []
 
-        def find(batch: PackedBatch, output: ParrotOutput) -> tuple[Tensor, None]:
-            assert output.losses is not None, "training runs without pipeline stages"
-            rows = batch.label_rows[~output.losses.isfinite()]
+        def find(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, None]:
+            rows = batch.label_rows[~losses.isfinite()]
             owners = (torch.searchsorted(batch.cu_seqlens, rows, right=True) - 1).unique().tolist()
             bad.extend(batch.record_ids[i] if batch.record_ids else f"sample {i}" for i in owners)
-            return output.losses.sum(), None
+            return losses.sum(), None
 
-        forward_backward(self.model, [batch.to(self.device) for batch in batches], find, backward=False)
+        forward_backward(self.chunks, [batch.to(self.device) for batch in batches], find, backward=False)
         records = _gather(bad)
         return (
             f"step {step}: the loss is not finite for {len(records)} records: {_listed(records)}. "
@@ -168,10 +165,10 @@ def _routing_totals(
         for index, batch in enumerate(batches):
             if not batch.num_images:
                 continue
-            features = model._image_features(batch)
+            features = model.image_features(batch)
             if frozen:
                 batches[index] = dataclasses.replace(batch, pixel_values=None, image_features=features)
-            assert model.projector is not None, "training runs without pipeline stages"
+            assert model.projector is not None, "the stage with the MoE holds the projector"
             text = model.decoder.embed(batch.input_ids.index_select(0, batch.guidance_rows))
             cls_rows = model.projector(features[:, 0])
             counts += moe.count_choices(cls_rows, text, batch.guidance_start, batch.guidance_end)
@@ -181,10 +178,9 @@ def _routing_totals(
 
 
 def _gather(values: list[str]) -> list[str]:
-    """The values of all data-parallel ranks."""
-    group = data_parallel_group()
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, values, group=group)
+    """The values of all ranks."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, values)
     return sorted({value for each in everyone for value in each})
 
 

@@ -27,8 +27,8 @@ from parrot_sys.megatron import optimizer as megatron_optimizer
 from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model, set_trainable
-from parrot_sys.megatron.state_dict import load_released, load_tower
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks, set_trainable
+from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
 from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, find_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.feature_cache import fill_store, open_store
@@ -67,9 +67,9 @@ class Trainer:
         settings = config.optimizer
         warmup = warmup_steps(self.total_steps, settings.warmup_fraction, settings.warmup_steps)
         self.schedule = CosineSchedule(self.total_steps, warmup)
-        self.model = self._build_model(load=resume_from is None)
+        self.chunks = self._build_model(load=resume_from is None)
         self.wrapped = megatron_optimizer.wrap_data_parallel(
-            self.model, distributed_optimizer=settings.distributed, overlap=self.device.type == "cuda"
+            self.chunks, distributed_optimizer=settings.distributed, overlap=self.device.type == "cuda"
         )
         self.optimizer = megatron_optimizer.build_optimizer(
             self.wrapped,
@@ -117,26 +117,28 @@ class Trainer:
         trainable = self._trainable()
         return {name: lr for name, lr in self.config.optimizer.component_lrs().items() if trainable[name]}
 
-    def _build_model(self, *, load: bool) -> ParrotModel:
+    def _build_model(self, *, load: bool) -> list[ParrotModel]:
         """The model of this rank, frozen where it should be; `load` fills it with the weights to start from."""
         config = self.config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        model = build_parrot_model(
+        chunks = build_parrot_chunks(
             config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
         )
-        if load:
-            if self.source is not None:
-                load_model_weights(self.source, model)
-            elif config.checkpoint.load_from is not None:
-                load_released(model, config.checkpoint.load_from)
-            elif model.vision_tower is not None and not config.trainable.vision:
-                load_tower(model.vision_tower, config.model.vision)
-        set_trainable(model, self._trainable())
-        model.use_moe = self._uses_moe()
-        model.train()
-        if model.vision_tower is not None and not config.trainable.vision:
-            model.vision_tower.eval()  # batch statistics of a frozen tower stay as they are
-        return model
+        if load and self.source is not None:
+            load_model_weights(self.source, chunks)
+        for model in chunks:
+            tower = model.vision_tower
+            if load and self.source is None:
+                if config.checkpoint.load_from is not None:
+                    load_released(model, config.checkpoint.load_from)
+                elif tower is not None and not config.trainable.vision:
+                    load_tower(tower, config.model.vision)
+            set_trainable(model, self._trainable())
+            model.use_moe = self._uses_moe()
+            model.train()
+            if tower is not None and not config.trainable.vision:
+                tower.eval()  # batch statistics of a frozen tower stay as they are
+        return chunks
 
     def _make_loader(self, data: DataConfig) -> ParrotDataLoader:
         model = self.config.model
@@ -154,7 +156,7 @@ class Trainer:
     def _make_runner(self) -> StepRunner:
         config = self.config
         return StepRunner(
-            model=self.wrapped,
+            chunks=self.wrapped,
             device=self.device,
             num_experts=config.model.moe.num_experts,
             num_visual_rows=config.model.vision.num_visual_rows,
@@ -165,7 +167,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         self._check_same_model(folder)
-        common = load_training_state(folder, self.model, self.optimizer)
+        common = load_training_state(folder, self.chunks, self.optimizer)
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
         if common["total_steps"] != self.total_steps:
@@ -299,27 +301,28 @@ class Trainer:
         loader = [self.loader.state_dict()]
         dist.broadcast_object_list(loader, src=0)
         common = {"loader": loader[0], "total_steps": self.total_steps}
-        self.checkpoints.save(self.step, self.model, self.optimizer, common, self.processor)
+        self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor)
 
     def _export(self) -> None:
         if megatron_optimizer.data_parallel_rank() == 0:
             export_released(
-                self.model, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True
+                self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True
             )
         dist.barrier()
 
     def _cache_features(self) -> None:
         config = self.config
-        assert self.model.vision_tower is not None, "every rank holds the tower"
         directory = Path(config.data.cache_dir or self.output) / "features"
-        store = open_store(directory, self.model.vision_tower, config.model.vision, self.processor)
+        store = open_store(directory, tower_tensors(self.chunks[0]), config.model.vision, self.processor)
         loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
         fill_store(
             store,
             sorted({path for loader in loaders for path in loader.image_paths()}),
-            self.model.vision_tower,
+            self.chunks[0].vision_tower,
             self.processor,
             device=self.device,
+            part=(megatron_optimizer.data_parallel_rank(), megatron_optimizer.data_parallel_world_size()),
+            write=megatron_optimizer.tensor_parallel_rank() == 0,
             on_bad_image=config.data.on_bad_sample,
             num_workers=config.data.num_workers,
             progress=config.logging.progress,

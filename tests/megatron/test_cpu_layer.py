@@ -147,8 +147,22 @@ def test_decoders_that_cannot_be_cut() -> None:
         ConfigError, match=r"num_attention_heads must be a multiple of .*=4, got 6: the nearest size that fits is 3"
     ):
         to_transformer_config(llm, ParallelConfig(tensor_model_parallel_size=4))
-    with pytest.raises(ConfigError, match="num_layers must be a multiple of the 4 pipeline stages"):
-        to_transformer_config(llm, ParallelConfig(pipeline_model_parallel_size=4))
+    with pytest.raises(ConfigError, match=r"num_layers must be >= the 8 pipeline stages .* use at most 6 stages"):
+        to_transformer_config(llm, ParallelConfig(pipeline_model_parallel_size=8))
+    with pytest.raises(ConfigError, match=r"pipeline_layers must add up to the 6 layers .* got \[1, 2\], which are 3"):
+        to_transformer_config(llm, ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=(1, 2)))
+    with pytest.raises(ConfigError, match=r"pipeline_layers must name the layers .* of each of the 4 stages"):
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, pipeline_layers=(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "wanted"),
+    [(6, 4, (1, 2, 2, 1)), (7, 3, (2, 3, 2)), (8, 4, (2, 2, 2, 2)), (5, 4, (1, 1, 2, 1)), (7, 4, (1, 2, 2, 2))],
+)
+def test_layers_are_spread_evenly_and_the_middle_gets_the_rest(
+    layers: int, stages: int, wanted: tuple[int, ...]
+) -> None:
+    assert ParallelConfig(pipeline_model_parallel_size=stages).layers_of_stages(layers) == wanted
 
 
 def test_translation_of_names() -> None:

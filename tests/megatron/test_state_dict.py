@@ -51,7 +51,7 @@ def _two_ranks(rank: int, world_size: int, out: Path) -> tuple[torch.Tensor, flo
     export_released(model.model, out, source=model.source)
     folder = out.parent / "distributed"
     folder.mkdir(exist_ok=True)
-    save_distributed(folder, model.model, None, {"step": 0})
+    save_distributed(folder, [model.model], None, {"step": 0})
     name = "model.layers.0.self_attn.q_proj.weight"
     return (
         output.logits[0, :20].detach().numpy(),
@@ -78,7 +78,7 @@ def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
     initialize()
     single = parrot_sys.load_pretrained(FIXTURE / "model")[0].model
     again = build_parrot_model(single.parrot)
-    assert load_model_weights(tmp_path / "distributed", again) == {"step": 0}
+    assert load_model_weights(tmp_path / "distributed", [again]) == {"step": 0}
     saved, released = model_tensors(again), model_tensors(single)
     assert saved.keys() == released.keys()
     assert all(torch.equal(saved[name], released[name]) for name in released)

@@ -35,7 +35,9 @@ def _batch() -> PackedBatch:
 def _reduced(batches: list[PackedBatch], outputs: list[tuple[torch.Tensor, RoutingOutput | None]]) -> StepMetrics:
     metrics = StepMetrics(E)
     for batch, (losses, routing) in zip(batches, outputs, strict=True):
-        metrics.add(batch, losses, routing, V)
+        metrics.add_losses(batch, losses)
+        if routing is not None:
+            metrics.add_routes(batch, routing, V)
     metrics.count(flops=2.0)
     metrics.reduce()
     return metrics
@@ -90,7 +92,7 @@ def test_one_nan_shows() -> None:
     metrics = StepMetrics(E)
     assert metrics.is_finite()
     batch = make_batch(MIXED)
-    metrics.add(batch, torch.full((batch.label_rows.numel(),), float("nan")), None, V)
+    metrics.add_losses(batch, torch.full((batch.label_rows.numel(),), float("nan")))
     assert not metrics.is_finite()
 
 

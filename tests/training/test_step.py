@@ -64,12 +64,12 @@ def _train(
     initialize(parallel)
     model = _model(config, dtype, recompute, parallel, with_vision_tower)
     set_trainable(model, trainable)
-    wrapped = wrap_data_parallel(model, distributed_optimizer=distributed, overlap=overlap)
+    wrapped = wrap_data_parallel([model], distributed_optimizer=distributed, overlap=overlap)
     adam = build_optimizer(wrapped, lr=LR, clip_grad=clip, **optimizer)
     for group in adam.param_groups:
         group["lr"] = group["max_lr"]
     runner = StepRunner(
-        model=wrapped,
+        chunks=wrapped,
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
         num_visual_rows=V,
@@ -111,7 +111,9 @@ def _plain(
 
     def train(rank: int, size: int) -> tuple[list[float], list[float], State, State]:
         initialize()
-        model = _model(config, torch.float32, "none", ParallelConfig())
+        # Without auxiliary losses of its own: they are added from their definitions.
+        moe = dataclasses.replace(config.moe, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+        model = _model(dataclasses.replace(config, moe=moe), torch.float32, "none", ParallelConfig())
         groups = []
         for component, parameters in component_parameters(model).items():
             for parameter in parameters:

@@ -1,0 +1,193 @@
+"""Trains the same tiny model on the same samples under any layout, for comparison with one process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch._dynamo  # every optimizer imports it: once here instead of a second in each forked rank
+from megatron.core import parallel_state
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.export import export_released
+from parrot_sys.megatron.initialize import ParallelConfig, initialize
+from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
+from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model, set_trainable
+from parrot_sys.megatron.state_dict import load_released, released_tensors
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.step import StepRunner
+from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
+
+MODEL = replace(
+    CONFIG,
+    vision=replace(CONFIG.vision, num_attention_heads=4),
+    moe=TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=20, aux_loss_coeff=0.1, z_loss_coeff=0.01),
+    llm=replace(CONFIG.llm, num_layers=4),
+)
+"""Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
+TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
+TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
+
+ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
+LR = 1e-2
+
+
+def micro_batches(pixels: bool) -> list[PackedBatch]:
+    """A step: packed samples with one, no and two images; one long sample; text only; nothing."""
+    return [
+        make_batch(MIXED, pixels=pixels, seed=1),
+        make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2),
+        make_batch((Sample(prompt=4, images=0, answer=3), Sample(prompt=2, images=0, answer=5)), seed=3),
+        PackedBatch.empty(),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a layout trains to; tensors by their released names, whole."""
+
+    losses: list[float]
+    aux_losses: list[float]
+    norms: list[float]
+    gradients: dict[str, np.ndarray]
+    """Those of the first step; none with the distributed optimizer, where each rank has those of its own share only."""
+    parameters: dict[str, np.ndarray]
+    metrics: list[float]
+
+
+@contextmanager
+def checkpoint(config: ParrotConfig) -> Iterator[Path]:
+    """A released-layout checkpoint of `config` with random weights, from one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+
+        def write(rank: int, size: int) -> None:
+            initialize(ParallelConfig())
+            torch.manual_seed(11)
+            export_released(build_parrot_model(config), path)
+
+        run_distributed(write, 1)
+        yield path
+
+
+def train(
+    config: ParrotConfig,
+    parallel: ParallelConfig | None = None,
+    *,
+    data_parallel: int = 1,
+    trainable: dict[str, bool] = ALL,
+    steps: int = 3,
+    sgd: bool = True,
+    recompute: str = "none",
+    distributed: bool = False,
+    overlap: bool = False,
+) -> Run:
+    """`steps` steps under a layout; every rank must report the same losses, norms and metrics.
+
+    Args:
+        config: of the model.
+        parallel: layout; one process when not given.
+        data_parallel: copies of the model, which share the micro-batches.
+        trainable: parts that learn; others are frozen.
+        steps: all with the same samples.
+        sgd: make Adam linear in the gradients (huge epsilon, no momentum), so that parameters can be compared: Adam
+            itself turns rounding errors of tiny gradients into steps of full size.
+        recompute: see `build_parrot_model`.
+        distributed: use the distributed optimizer.
+        overlap: reduce gradients while the backward pass runs.
+    """
+    parallel = parallel or ParallelConfig()
+    world_size = parallel.model_parallel_size * data_parallel
+    with checkpoint(config) as path:
+        runs = run_distributed(
+            lambda rank, size: _train(config, parallel, path, trainable, steps, sgd, recompute, distributed, overlap),
+            world_size,
+        )
+    first = runs[0]
+    for run in runs[1:]:
+        assert (run.losses, run.aux_losses, run.norms) == (first.losses, first.aux_losses, first.norms)
+        assert run.metrics == first.metrics
+    return first
+
+
+def _train(
+    config: ParrotConfig,
+    parallel: ParallelConfig,
+    path: Path,
+    trainable: dict[str, bool],
+    steps: int,
+    sgd: bool,
+    recompute: str,
+    distributed: bool,
+    overlap: bool,
+) -> Run:
+    initialize(parallel)
+    chunks = build_parrot_chunks(config, parallel, recompute=recompute)
+    for chunk in chunks:
+        load_released(chunk, path)
+    set_trainable(chunks, trainable)
+    wrapped = wrap_data_parallel(chunks, distributed_optimizer=distributed, overlap=overlap)
+    settings: dict[str, Any] = {"lr": LR * 1e3, "eps": 1e3, "betas": (0.0, 0.999)} if sgd else {"lr": LR}
+    optimizer = build_optimizer(wrapped, clip_grad=1.0, **settings)
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]
+    runner = StepRunner(
+        chunks=wrapped,
+        device=torch.device("cpu"),
+        num_experts=config.moe.num_experts,
+        num_visual_rows=config.vision.num_visual_rows,
+        optimizer=optimizer,
+    )
+    mine = micro_batches(trainable["vision"])[
+        parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
+    ]
+    losses, aux_losses, norms, gradients, metrics = [], [], [], {}, []
+    for step in range(steps):
+        result = runner.train(mine, step + 1)
+        losses.append(result.metrics.loss)
+        aux_losses.append(result.metrics.scalar("aux_loss"))
+        norms.append(result.grad_norm)
+        metrics = result.metrics.sums.tolist()
+        if not step and not distributed:
+            gradients = _whole(chunks, lambda parameter: getattr(parameter, "main_grad", None))
+    return Run(
+        losses=losses,
+        aux_losses=aux_losses,
+        norms=norms,
+        gradients=gradients,
+        parameters=_whole(chunks, lambda parameter: parameter),
+        metrics=metrics,
+    )
+
+
+def _whole(chunks: Sequence[Any], value: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().clone().numpy() for name, tensor in released_tensors(chunks, value=value)}
+
+
+def assert_same(run: Run, reference: Run, *, tolerance: float = 1e-5) -> None:
+    """Losses, norms, gradients and parameters within `tolerance` of the largest value of each tensor.
+
+    Gradients that are zero but for rounding (biases of keys, say) are measured by the model's largest gradient, and
+    parameters that only they have moved by the step that it makes.
+    """
+    for name in ("losses", "aux_losses", "norms"):
+        np.testing.assert_allclose(getattr(run, name), getattr(reference, name), rtol=tolerance, err_msg=name)
+    np.testing.assert_allclose(run.metrics, reference.metrics, rtol=tolerance, atol=1e-12, err_msg="metrics")
+    scale = max(np.abs(gradient).max() for gradient in reference.gradients.values())
+    for kind, floor in (("gradients", 1e-2 * scale), ("parameters", 1e-2 * LR * scale)):
+        ours, theirs = getattr(run, kind), getattr(reference, kind)
+        if kind == "gradients" and not ours:
+            continue
+        assert ours.keys() == theirs.keys()
+        for name, wanted in theirs.items():
+            error = np.abs(ours[name] - wanted).max(initial=0)
+            bound = tolerance * max(np.abs(wanted).max(initial=0), floor)
+            assert error <= bound, f"{kind} of {name}: error {error:.2e}, allowed {bound:.2e}"

@@ -1,0 +1,61 @@
+"""Every layout trains like one process: losses, every gradient, and parameters after three steps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.parrot import ParrotConfig
+from tests.training.layouts import ALL, MODEL, TIED, TOPK, Run, assert_same, train
+
+STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
+
+
+@functools.cache
+def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = True) -> Run:
+    return train(config, trainable={name: name not in frozen for name in ALL}, sgd=sgd)
+
+
+def layout(
+    tensor: int = 1, pipeline: int = 1, chunks: int | None = None, sequence: bool = False, **sizes: Any
+) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
+        sequence_parallel=sequence,
+        **sizes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "settings"),
+    [
+        pytest.param(MODEL, layout(pipeline=2), {}, id="pp2"),
+        pytest.param(TIED, layout(pipeline=2), {}, id="pp2-tied"),
+        pytest.param(TOPK, layout(pipeline=2), {"data_parallel": 2, "distributed": True}, id="pp2-dp2-topk-zero1"),
+        pytest.param(MODEL, layout(pipeline=4), {"recompute": "full"}, id="pp4-recompute"),
+        pytest.param(TOPK, layout(pipeline=2, chunks=2), {}, id="pp2-vpp2-topk"),
+        pytest.param(TIED, layout(pipeline=2, chunks=2), {"data_parallel": 2}, id="pp2-vpp2-dp2-tied"),
+        pytest.param(MODEL, layout(tensor=2, pipeline=2), {}, id="tp2-pp2"),
+        pytest.param(TOPK, layout(tensor=2, pipeline=2, sequence=True), {}, id="tp2-sp-pp2-topk"),
+        pytest.param(MODEL, layout(pipeline=2, pipeline_layers=(3, 1)), {}, id="pp2-3-and-1-layers"),
+    ],
+)
+def test_trains_like_one_process(config: ParrotConfig, parallel: ParallelConfig, settings: dict[str, Any]) -> None:
+    assert_same(train(config, parallel, **settings), one_process(config))
+
+
+def test_frozen_stages_without_optimizer() -> None:
+    frozen = tuple(name for name, learns in STAGE_1.items() if not learns)
+    run = train(MODEL, layout(pipeline=2), trainable=STAGE_1)
+    assert set(run.gradients) == {name for name in run.gradients if "mm_projector" in name}
+    assert_same(run, one_process(MODEL, frozen))
+
+
+def test_adam_on_pipeline_stages() -> None:
+    run, reference = train(MODEL, layout(pipeline=2), sgd=False), one_process(MODEL, sgd=False)
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
