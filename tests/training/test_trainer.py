@@ -28,10 +28,7 @@ from parrot_sys.training.config import (
 )
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import MetricsWriter, read_metrics
-from tests.training.tiny import FIXTURE, MODEL, tiny_config
-
-Hook = Callable[[Trainer], None]
-
+from tests.training.tiny import FIXTURE, MODEL, Hook, signal_before, tiny_config
 
 def _run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
     def rank_main(rank: int, size: int) -> dict[str, Any]:
@@ -49,23 +46,6 @@ def _losses(config: TrainConfig) -> list[tuple[int, float, float]]:
 
 def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "hf" / "model.safetensors")
-
-
-def _signal_before(step: int, number: int, rank: int = 0) -> Hook:
-    """Sends this process a signal when `step` is about to run."""
-
-    def hook(trainer: Trainer) -> None:
-        batches = trainer._batches
-
-        def interrupted() -> Iterator[list[PackedBatch]]:
-            for batch in batches():
-                if trainer.step + 1 == step and torch.distributed.get_rank() == rank:
-                    os.kill(os.getpid(), number)
-                yield batch
-
-        trainer._batches = interrupted
-
-    return hook
 
 
 def _kill_in_save(step: int) -> Hook:
@@ -91,9 +71,9 @@ def test_killed_run_goes_on_bit_equal(ranks: int, tmp_path: Path) -> None:
     killed = tiny_config(tmp_path, output="killed")
     # Checkpoints stand at steps 3 and 6; an epoch has 4 steps, so both lie in mid-epoch.
     for hook in (
-        _signal_before(6, signal.SIGKILL, rank=ranks - 1),
+        signal_before(6, signal.SIGKILL, rank=ranks - 1),
         _kill_in_save(6),
-        _signal_before(8, signal.SIGKILL),
+        signal_before(8, signal.SIGKILL),
     ):
         with pytest.raises(RuntimeError, match="ranks failed"):
             _run(killed, ranks, hook)
@@ -113,7 +93,7 @@ def test_bf16_goes_on_bit_equal(ranks: int, distributed: bool, tmp_path: Path) -
         for name in ("whole", "stopped")
     )
     _run(whole, ranks)
-    _run(stopped, ranks, _signal_before(2, signal.SIGTERM))
+    _run(stopped, ranks, signal_before(2, signal.SIGTERM))
     _run(stopped, ranks)
     assert _losses(stopped) == _losses(whole)
 
@@ -133,7 +113,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(distributed: bool, tmp_path: P
     whole = tiny_config(tmp_path, output="whole", optimizer=optimizer)
     moved = tiny_config(tmp_path, output="moved", optimizer=optimizer)
     _run(whole, 1)
-    _run(moved, 2, _signal_before(5, signal.SIGTERM))
+    _run(moved, 2, signal_before(5, signal.SIGTERM))
     assert [step for step, *_ in _losses(moved)] == [1, 2, 3, 4, 5]
     _run(moved, 1)
     assert [loss for _, loss, _ in _losses(moved)] == pytest.approx([loss for _, loss, _ in _losses(whole)], rel=1e-5)
@@ -141,7 +121,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(distributed: bool, tmp_path: P
 
 def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    for summary in _run(config, 2, _signal_before(2, signal.SIGTERM, rank=1)):
+    for summary in _run(config, 2, signal_before(2, signal.SIGTERM, rank=1)):
         assert (summary["finished"], summary["steps"]) == (False, 2)
     assert checkpoint.latest_checkpoint(Path(config.output) / "checkpoints").name == "step-00000002"
     (summary, _) = _run(config, 2)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
 
+from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.training.config import (
@@ -18,9 +22,11 @@ from parrot_sys.training.config import (
     TrainConfig,
     ValidationConfig,
 )
+from parrot_sys.training.trainer import Trainer
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 MODEL = FIXTURE / "model"
+Hook = Callable[[Trainer], None]
 
 
 def write_records(path: Path, copies: int = 4) -> Path:
@@ -55,3 +61,20 @@ def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **setting
         "validation": ValidationConfig(),
     }
     return TrainConfig(output=str(folder / output), **(defaults | settings))
+
+
+def signal_before(step: int, number: int, rank: int = 0) -> Hook:
+    """Sends this process a signal when `step` is about to run."""
+
+    def hook(trainer: Trainer) -> None:
+        batches = trainer._batches
+
+        def interrupted() -> Iterator[list[PackedBatch]]:
+            for batch in batches():
+                if trainer.step + 1 == step and torch.distributed.get_rank() == rank:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        trainer._batches = interrupted
+
+    return hook

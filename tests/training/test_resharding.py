@@ -1,0 +1,73 @@
+"""A run goes on under another layout: the same losses, and the same weights in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from parrot_sys.training.trainer import Trainer
+from parrot_sys.training.writer import read_metrics
+from tests.training.tiny import MODEL, signal_before, tiny_config
+
+ONE = ParallelConfig()
+TP2 = ParallelConfig(tensor_model_parallel_size=2)
+PP2 = ParallelConfig(pipeline_model_parallel_size=2)
+TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
+VPP = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+
+
+def _config(folder: Path, output: str, parallel: ParallelConfig = ONE, *, distributed: bool = False) -> TrainConfig:
+    base = tiny_config(folder, output=output)
+    # Four layers, so that there is something to interleave; they start from random weights, the same in every run.
+    model = dataclasses.replace(
+        base.model, llm=dataclasses.replace(base.model.llm, num_layers=4), tokenizer_path=str(MODEL)
+    )
+    # Adam takes a step of full size on gradients that are nothing but rounding; a large epsilon makes it look at sizes.
+    optimizer = OptimizerConfig(lr=1e-1, eps=1e-2, distributed=distributed)
+    start = folder / "start" / "hf"
+    checkpoint = CheckpointConfig(interval=3, load_from=str(start) if start.is_dir() else None, export=True)
+    return dataclasses.replace(
+        base, model=model, parallel=parallel, optimizer=optimizer, checkpoint=checkpoint, max_steps=6
+    )
+
+
+def _train(config: TrainConfig, ranks: int, *, stop_at: int | None = None) -> None:
+    def rank_main(rank: int, size: int) -> None:
+        trainer = Trainer(config)
+        if stop_at is not None:
+            signal_before(stop_at, signal.SIGTERM)(trainer)
+        trainer.run()
+
+    run_distributed(rank_main, ranks, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "distributed"),
+    [
+        pytest.param((PP2, 2), (ONE, 1), False, id="pp2-one"),
+        pytest.param((ONE, 1), (TP2_PP2, 4), True, id="one-tp2-sp-pp2-zero1"),
+        pytest.param((TP2, 2), (VPP, 2), False, id="tp2-vpp2"),
+        pytest.param((VPP, 2), (ONE, 4), True, id="vpp2-dp4-zero1"),
+    ],
+)
+def test_goes_on_under_another_layout(
+    before: tuple[ParallelConfig, int], after: tuple[ParallelConfig, int], distributed: bool, tmp_path: Path
+) -> None:
+    _train(dataclasses.replace(_config(tmp_path, "start"), max_steps=1), 1)
+    _train(_config(tmp_path, "whole", distributed=distributed), 1)
+    _train(_config(tmp_path, "moved", before[0], distributed=distributed), before[1], stop_at=3)
+    _train(_config(tmp_path, "moved", after[0], distributed=distributed), after[1])
+    losses = [[record["loss"] for record in read_metrics(tmp_path / run, "train")] for run in ("whole", "moved")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ours, theirs = (load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("moved", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-5), name
