@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from parrot_sys import platform
 from parrot_sys.cli import parse_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.extraction import Rules
@@ -29,7 +30,11 @@ from parrot_sys.evaluation.runner import (
 )
 from parrot_sys.evaluation.tsv import QuestionSet
 from parrot_sys.logging import setup_logging
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.platform import DtypeName
+
+if TYPE_CHECKING:
+    from parrot_sys.evaluation.predictor import ModelPredictor
 
 logger = logging.getLogger(__name__)
 _PROBED = 8
@@ -69,6 +74,8 @@ class EvalConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over the processes of torchrun, for models that need several."""
     overwrite: bool = False
     """Delete what `output` holds of another checkpoint, name or other settings, and start anew."""
 
@@ -99,20 +106,29 @@ def main(argv: Sequence[str]) -> int:
     setup_logging()
     tables = load_tables(config.data, (), None)  # what is wrong with the tables shows before the model is loaded
     select_tables(tables, config.languages)
-    evaluate(config, load_predictor(config), tables)
-    build_report(ReportInput(evaluation=config.output, output=config.output))
-    print(summary(config.output))
-    print(f"\nReport: {config.output / 'report.md'}; predictions for the public kit: {config.output}/*/*/*.xlsx")
-    return 0
+    predictor = load_predictor(config)
+
+    def program() -> int:
+        evaluate(config, predictor, tables)
+        build_report(ReportInput(evaluation=config.output, output=config.output))
+        print(summary(config.output))
+        print(f"\nReport: {config.output / 'report.md'}; predictions for the public kit: {config.output}/*/*/*.xlsx")
+        return 0
+
+    return predictor.lockstep.run(program)
 
 
-def load_predictor(config: EvalConfig) -> Predictor:
+def load_predictor(config: EvalConfig) -> ModelPredictor:
     """The checkpoint, ready to answer."""
     # Imported late: Megatron takes seconds, and a wrong command line should not.
     from parrot_sys.evaluation.predictor import ModelPredictor
+    from parrot_sys.inference.lockstep import check_processes
     from parrot_sys.inference.pretrained import load_pretrained
 
-    model, processor = load_pretrained(config.checkpoint, device=config.device, dtype=config.dtype)
+    check_processes(config.parallel, platform.launch().world_size)
+    model, processor = load_pretrained(
+        config.checkpoint, device=config.device, dtype=config.dtype, parallel=config.parallel
+    )
     return ModelPredictor(
         model, processor, checkpoint=config.checkpoint, mode=config.mode, max_new_tokens=config.max_new_tokens
     )

@@ -46,6 +46,7 @@ class ModelPredictor:
                 option whose text is the most likely answer.
             max_new_tokens: longest answer in tokens (`generate` only).
         """
+        self.lockstep = model.lockstep
         self.model = model.model
         self.eos_token_ids = frozenset(model.eos_token_ids)
         self.processor = processor
@@ -77,7 +78,7 @@ class ModelPredictor:
             return self._by_text(items, override)
         tokenizer, samples = self.processor.tokenizer, self._samples(items)
         tokens, routes = generate_tokens(
-            self.model,
+            self.lockstep,
             samples,
             SamplingConfig(),
             max_new_tokens=self._room(samples),
@@ -95,8 +96,8 @@ class ModelPredictor:
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
         samples = self._samples(items)
-        own, _, _ = prefill(self.model, samples, 0)
-        changed, _, _ = prefill(self.model, samples, 0, self._override(items, routing))
+        own, _, _ = prefill(self.lockstep, samples, 0)
+        changed, _, _ = prefill(self.lockstep, samples, 0, self._override(items, routing))
         return (own - changed).abs().max().item()
 
     def _room(self, samples: Sequence[Sample]) -> int:
@@ -107,7 +108,7 @@ class ModelPredictor:
         return min(self.max_new_tokens, max(1, positions - longest))
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.model, self._samples(items), 0, override)
+        logits, _, routes = prefill(self.lockstep, self._samples(items), 0, override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, len(items)), strict=True):
@@ -123,7 +124,7 @@ class ModelPredictor:
             [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in options.values()]
             for options in (item.question.options for item in items)
         ]
-        sums, routes = continuation_log_probs(self.model, self._samples(items), answers, override)
+        sums, routes = continuation_log_probs(self.lockstep, self._samples(items), answers, override)
         return [
             _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts)
             for item, scores, experts in zip(items, sums, self._experts(routes, len(items)), strict=True)
@@ -143,7 +144,7 @@ class ModelPredictor:
         assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
-        _, _, routes = prefill(self.model, self._samples(items, guidance=True), 0)
+        _, _, routes = prefill(self.lockstep, self._samples(items, guidance=True), 0)
         assert routes is not None, "every item has an image"
         return RoutingOverride(probs=routes.probs)
 
@@ -163,15 +164,13 @@ class ModelPredictor:
         keys = [hashlib.sha256(item.table.images[item.question.image_key].encode()).hexdigest() for item in items]
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._features}
         if new:
-            tower = self.model.vision_tower
-            if tower is None:
+            pixels = self.processor.images(item.table.image(item.question.image_key) for item in new.values())
+            features = self.lockstep.encode(pixels)
+            if features is None:
                 raise CheckpointError(
                     "the checkpoint was loaded without its vision tower, so it cannot see the questions' images"
                 )
-            device, dtype = next(self.model.parameters()).device, self.model.config.params_dtype
-            pixels = self.processor.images(item.table.image(item.question.image_key) for item in new.values())
-            features = tower(pixels.to(device, dtype)).cpu()
-            self._features.update(zip(new, features.split(1), strict=True))
+            self._features.update(zip(new, features.cpu().split(1), strict=True))
         return [self._features[key] for key in keys]
 
     def _experts(self, routes: RoutingOutput | None, count: int) -> list[list[float]]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from parrot_sys import platform
 from parrot_sys.cli import parse_config
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.platform import DtypeName
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class ChatConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over the processes of torchrun, for models that need several."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -164,6 +168,10 @@ def main(argv: Sequence[str]) -> int:
         if not path.is_file():
             raise DataError(f"--image {path} does not exist; wanted an image file")
     session = _open_session(config)
+    return session.model.lockstep.run(lambda: _talk(session, config))
+
+
+def _talk(session: ChatSession, config: ChatConfig) -> int:
     for path in config.image:
         session.add_image(path)
     if config.message:
@@ -176,9 +184,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _open_session(config: ChatConfig) -> ChatSession:
     # Imported late: Megatron takes seconds, and a wrong command line should not.
+    from parrot_sys.inference.lockstep import check_processes
     from parrot_sys.inference.pretrained import load_pretrained
 
-    model, processor = load_pretrained(config.checkpoint, device=config.device, dtype=config.dtype)
+    check_processes(config.parallel, platform.launch().world_size)
+    model, processor = load_pretrained(
+        config.checkpoint, device=config.device, dtype=config.dtype, parallel=config.parallel
+    )
     return ChatSession(
         model=model,
         processor=processor,

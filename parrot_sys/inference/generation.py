@@ -13,9 +13,9 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.data.packing import Sample, expanded_lengths, pack_samples
 from parrot_sys.errors import DataError
+from parrot_sys.inference.lockstep import Lockstep
 from parrot_sys.inference.sampling import SamplingConfig, next_tokens
 from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
 
@@ -30,12 +30,12 @@ class Streamer(Protocol):
 
 
 def prefill(
-    model: ParrotModel, samples: Sequence[Sample], new_tokens: int, override: RoutingOverride | None = None
+    model: Lockstep, samples: Sequence[Sample], new_tokens: int, override: RoutingOverride | None = None
 ) -> tuple[Tensor, KVCache, RoutingOutput | None]:
     """Run the prompts.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: in evaluation mode.
         samples: prompts without labels, so that all their text guides routing.
         new_tokens: rows to leave room for after each prompt.
         override: replaces the routes.
@@ -46,7 +46,7 @@ def prefill(
     Raises:
         DataError: a prompt with its images is longer than the decoder's positions.
     """
-    parrot = model.parrot
+    parrot = model.model.parrot
     limit = parrot.llm.max_position_embeddings
     rows = parrot.vision.num_visual_rows
     for index, sample in enumerate(samples):
@@ -56,18 +56,21 @@ def prefill(
                 f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the "
                 f"{limit} positions of the decoder (max_position_embeddings): shorten it or lower max_new_tokens"
             )
-    device = next(model.parameters()).device
+    device = model.device
     batch = pack_samples(samples, num_visual_rows=rows, guidance=parrot.moe.guidance).to(device)
     cache = KVCache(len(samples), batch.max_seqlen + new_tokens, device=device)
     last_rows = batch.cu_seqlens[1:].long() - 1
-    output = model(batch, mode="logits", logits_rows=last_rows, routing_override=override, kv_cache=cache)
+    output = model.forward(batch, logits_rows=last_rows, override=override, cache=cache)
+    assert output.logits is not None, "logits come back to every rank"
     return output.logits.float(), cache, output.routing
 
 
-def decode(model: ParrotModel, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode(model: Lockstep, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary]."""
     batch = _step_batch(tokens, cache.lengths)
-    return model(batch, mode="logits", kv_cache=cache).logits.float()
+    logits = model.forward(batch, cache=cache).logits
+    assert logits is not None, "logits come back to every rank"
+    return logits.float()
 
 
 def _step_batch(tokens: Tensor, positions: Tensor) -> PackedBatch:
@@ -91,7 +94,7 @@ def _step_batch(tokens: Tensor, positions: Tensor) -> PackedBatch:
 
 
 def generate_tokens(
-    model: ParrotModel,
+    model: Lockstep,
     samples: Sequence[Sample],
     config: SamplingConfig,
     *,
@@ -145,7 +148,7 @@ def _seen_tokens(samples: Sequence[Sample], logits: Tensor) -> Tensor:
 
 
 def continuation_log_probs(
-    model: ParrotModel,
+    model: Lockstep,
     samples: Sequence[Sample],
     continuations: Sequence[Sequence[Sequence[int]]],
     override: RoutingOverride | None = None,
@@ -153,7 +156,7 @@ def continuation_log_probs(
     """Summed log-probabilities of given continuations; each prompt runs once for all of its own.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: in evaluation mode.
         samples: S prompts.
         continuations: for each prompt its K_s continuations, at least one token each.
         override: replaces the routes.

@@ -15,6 +15,7 @@ from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
 from parrot_sys.inference.inputs import Images, pad_rows, split_batch
+from parrot_sys.inference.lockstep import Lockstep
 from parrot_sys.inference.sampling import SamplingConfig
 from parrot_sys.megatron.export import ReleasedSource, export_tensors
 from parrot_sys.megatron.parrot_model import ParrotModel
@@ -33,7 +34,7 @@ class CausalOutput:
 
 
 class ParrotForConditionalGeneration(nn.Module):
-    """Parrot for one process (or the ranks of one tensor-parallel group): forward, generate, score and export.
+    """Parrot for one process, or for the ranks of one layout, which all call it alike (or follow one: `lockstep`).
 
     B samples, N ids, n images. `input_ids` hold -200 once for each image.
     """
@@ -57,6 +58,7 @@ class ParrotForConditionalGeneration(nn.Module):
         """
         super().__init__()
         self.model = model
+        self.lockstep = Lockstep(model)
         self.answer_header = tuple(answer_header)
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
@@ -107,7 +109,8 @@ class ParrotForConditionalGeneration(nn.Module):
         )
         lengths = batch.cu_seqlens.diff().tolist()
         batch = batch.to(self.device)
-        output = self.model(batch, mode="logits", routing_override=routing_override)
+        output = self.lockstep.forward(batch, override=routing_override)
+        assert output.logits is not None, "logits come back to every rank"
         logits = output.logits.float()
         loss = None
         if labels is not None:
@@ -188,7 +191,7 @@ class ParrotForConditionalGeneration(nn.Module):
         if streamer is not None:
             streamer.put(input_ids.cpu())
         answers, routing = generate_tokens(
-            self.model,
+            self.lockstep,
             samples,
             sampling,
             max_new_tokens=max_new_tokens,
@@ -225,7 +228,7 @@ class ParrotForConditionalGeneration(nn.Module):
             For each prompt float32 [K_b] on the CPU.
         """
         samples = self._split(input_ids, attention_mask, images)
-        return continuation_log_probs(self.model, samples, continuations, routing_override)[0]
+        return continuation_log_probs(self.lockstep, samples, continuations, routing_override)[0]
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """Everything that an export holds, by its released name."""

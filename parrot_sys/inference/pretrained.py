@@ -129,11 +129,10 @@ def _load_released(
     config, stored = released_config(directory)
     processor = ParrotProcessor.from_pretrained(directory)
     from parrot_sys.megatron.export import ReleasedSource
-    from parrot_sys.megatron.initialize import initialize
     from parrot_sys.megatron.parrot_model import build_parrot_model
     from parrot_sys.megatron.state_dict import load_released
 
-    parallel = initialize(parallel)
+    parallel = _initialize(parallel)
     model = build_parrot_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
     load_released(model, directory)
     source = ReleasedSource(
@@ -148,11 +147,10 @@ def _load_training(
     config = load_config(ParrotConfig, directory / MODEL_CONFIG)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     from parrot_sys.megatron.checkpointing import load_model_weights
-    from parrot_sys.megatron.initialize import initialize
     from parrot_sys.megatron.parrot_model import build_parrot_model
     from parrot_sys.megatron.state_dict import stored_dtype
 
-    parallel = initialize(parallel)
+    parallel = _initialize(parallel)
     model = build_parrot_model(
         config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
     )
@@ -160,6 +158,13 @@ def _load_training(
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
     model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
     return _ready(model, processor, directory / PROCESSOR), processor
+
+
+def _initialize(parallel: ParallelConfig | None) -> ParallelConfig:
+    from parrot_sys.inference.lockstep import inference_layout
+    from parrot_sys.megatron.initialize import initialize
+
+    return initialize(inference_layout(parallel))
 
 
 def _ready(

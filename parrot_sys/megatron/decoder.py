@@ -189,6 +189,11 @@ class Qwen2Decoder(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, targets, weight)
 
+    def hidden_shape(self, num_rows: int) -> tuple[int, int, int]:
+        """Shape of the hidden states between pipeline stages for a micro-batch of `num_rows` rows."""
+        parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return (num_rows + self._padding(num_rows)) // parts, 1, self.config.hidden_size
+
     def _padding(self, num_rows: int) -> int:
         """Rows to add at the end, as a sample of their own.
 

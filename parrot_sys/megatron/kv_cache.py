@@ -28,6 +28,7 @@ class KVCache:
         self.max_length = 0
         """Longest of `lengths`, known without asking the device."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: list[Tensor] = []
 
     @property
     def num_samples(self) -> int:
@@ -78,8 +79,14 @@ class KVCache:
 
     def keep(self, samples: Tensor) -> None:
         """Keep only these requests, in this order: int64 [S']."""
+        self._kept.append(samples)
         self.lengths = self.lengths.index_select(0, samples)
         self._layers = {
             layer: (keys.index_select(0, samples), values.index_select(0, samples))
             for layer, (keys, values) in self._layers.items()
         }
+
+    def take_kept(self) -> list[Tensor]:
+        """What `keep` was called with since the last time, for caches on other ranks that must follow this one."""
+        kept, self._kept = self._kept, []
+        return kept

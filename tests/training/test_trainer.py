@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import checkpoint
@@ -29,6 +27,7 @@ from parrot_sys.training.config import (
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import MetricsWriter, read_metrics
 from tests.training.tiny import FIXTURE, MODEL, Hook, signal_before, tiny_config
+
 
 def _run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
     def rank_main(rank: int, size: int) -> dict[str, Any]:

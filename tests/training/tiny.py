@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
+import torch._dynamo
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
