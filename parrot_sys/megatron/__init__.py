@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import warnings
 
+from parrot_sys import platform
 from parrot_sys.megatron import cpu_layer
 
 # Neither is needed here, and `python -m parrot_sys.info` says whether they are there.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning, module="megatron")
 # A default of Megatron's own configuration.
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning, module="megatron")
+if not platform.cuda_available():
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning, module="megatron")
 # The decoder stands on GPTModel by choice: Megatron-Core 0.16 has no other.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()

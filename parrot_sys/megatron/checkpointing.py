@@ -38,6 +38,7 @@ def save_distributed(
     """
     state = _sharded_model(chunks)
     if optimizer is not None:
+        _align_steps(optimizer)
         state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
         state[_RANDOM] = _sharded_random()
     state[_COMMON] = common
@@ -108,6 +109,17 @@ def _sharded_model(chunks: Sequence[ParrotModel]) -> dict[str, Any]:
 def _load_chunks(chunks: Sequence[ParrotModel], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_MODEL][f"chunk{i}"])
+
+
+def _align_steps(optimizer: MegatronOptimizer) -> None:
+    """Gives every group its count of steps: Adam has none for a group whose parameters are all on other stages.
+
+    Groups are saved as rank 0 has them, and a count that is missing would start bias correction anew.
+    """
+    steps = [group["step"] for group in optimizer.param_groups if group["params"] and "step" in group]
+    for group in optimizer.param_groups:
+        if steps and not group["params"]:
+            group["step"] = max(steps)
 
 
 def _sharded_random() -> ShardedObject:
