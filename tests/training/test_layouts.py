@@ -39,7 +39,9 @@ def layout(
         pytest.param(TOPK, layout(pipeline=2), {"data_parallel": 2, "distributed": True}, id="pp2-dp2-topk-zero1"),
         pytest.param(MODEL, layout(pipeline=4), {"recompute": "full"}, id="pp4-recompute"),
         pytest.param(TOPK, layout(pipeline=2, chunks=2), {}, id="pp2-vpp2-topk"),
-        pytest.param(TIED, layout(pipeline=2, chunks=2), {"data_parallel": 2}, id="pp2-vpp2-dp2-tied"),
+        pytest.param(
+            TIED, layout(pipeline=2, chunks=2), {"data_parallel": 2, "overlap": True}, id="pp2-vpp2-dp2-tied-overlap"
+        ),
         pytest.param(MODEL, layout(tensor=2, pipeline=2), {}, id="tp2-pp2"),
         pytest.param(TOPK, layout(tensor=2, pipeline=2, sequence=True), {}, id="tp2-sp-pp2-topk"),
         pytest.param(MODEL, layout(pipeline=2, pipeline_layers=(3, 1)), {}, id="pp2-3-and-1-layers"),
