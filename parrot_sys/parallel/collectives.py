@@ -35,6 +35,21 @@ class _CopyToGroup(torch.autograd.Function):
         return grad, None
 
 
+class _GatherFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(whole, tensor.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        part = grads[0].new_empty(grads[0].shape[0] // ctx.group.size(), *grads[0].shape[1:])
+        dist.reduce_scatter_tensor(part, grads[0].contiguous(), group=ctx.group)
+        return part, None
+
+
 def reduce_from_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of `group`; the gradient passes unchanged.
 
@@ -49,6 +64,14 @@ def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     For a tensor that all ranks hold alike and each uses in a part of its own.
     """
     return tensor if group is None else _CopyToGroup.apply(tensor, group)
+
+
+def gather_from_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The tensors of all ranks of `group`, one behind the other along dim 0; they must have the same shape.
+
+    For parts that each rank then uses in its own way: the gradient of a part is the sum of what all ranks give for it.
+    """
+    return tensor if group is None else _GatherFromGroup.apply(tensor, group)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from parrot_sys.parallel import (
     all_reduce_max,
     copy_to_group,
+    gather_from_group,
     reduce_from_group,
     vocab_parallel_linear_cross_entropy,
 )
@@ -19,6 +20,7 @@ def test_one_process_sends_nothing() -> None:
     x = torch.randn(3, requires_grad=True)
     assert reduce_from_group(x, None) is x
     assert copy_to_group(x, None) is x
+    assert gather_from_group(x, None) is x
     assert torch.equal(all_reduce_max(x, None), x)
 
 
@@ -31,6 +33,8 @@ def test_values_and_gradients_on_two_ranks() -> None:
         (results["reduce_grad"],) = torch.autograd.grad((results["reduced"] * factor).sum(), x)
         results["copied"] = copy_to_group(x, group)
         (results["copy_grad"],) = torch.autograd.grad((results["copied"] * factor).sum(), x)
+        results["gathered"] = gather_from_group(x, group)
+        (results["gather_grad"],) = torch.autograd.grad((results["gathered"] * torch.cat((factor, factor))).sum(), x)
         return {name: value.detach() for name, value in results.items()}
 
     for rank, results in enumerate(run_distributed(on_rank, 2)):
@@ -38,6 +42,8 @@ def test_values_and_gradients_on_two_ranks() -> None:
         assert results["reduced"].tolist() == [3.0, 9.0]
         assert results["reduce_grad"].tolist() == [2.0, 3.0 + rank]
         assert results["copied"].tolist() == [1.0 + rank, 5.0 - rank]
+        assert results["gathered"].tolist() == [1.0, 5.0, 2.0, 4.0]
+        assert results["gather_grad"].tolist() == [4.0, 7.0]
         assert results["copy_grad"].tolist() == [4.0, 7.0]
 
 
