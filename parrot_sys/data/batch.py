@@ -20,8 +20,8 @@ class ContextShare:
     """Number of the rank in its group."""
     rows: RowSplit
     """How the rows of the pack are dealt over the ranks."""
-    images_per_rank: int
-    """Most images of a rank; a rank's first one has this number times `rank` in the whole micro-batch."""
+    image_counts: tuple[int, ...]
+    """Images of each rank, in the order of the whole micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

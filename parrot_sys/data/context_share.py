@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from parrot_sys.data.batch import ContextShare, PackedBatch
-from parrot_sys.parallel import RowSplit
+from parrot_sys.parallel import RowSplit, split_counts
 
 
 def share_of_rank(batch: PackedBatch, rank: int, size: int, *, multiple_of: int = 1) -> PackedBatch:
@@ -22,17 +22,17 @@ def share_of_rank(batch: PackedBatch, rank: int, size: int, *, multiple_of: int 
         multiple_of: of how many rows each rank must hold a multiple (sequence parallelism cuts them again).
     """
     split = RowSplit.of(batch.num_rows, size, multiple_of=multiple_of)
-    per_rank = -(-batch.num_images // size)
-    mine = slice(rank * per_rank, (rank + 1) * per_rank)
-    image_sample = batch.image_sample[mine]
-    has_images = image_sample.numel() > 0
+    image_counts = split_counts(batch.num_images, size)
+    first = sum(image_counts[:rank])
+    mine = slice(first, first + image_counts[rank])
+    has_images = image_counts[rank] > 0
     return dataclasses.replace(
         batch,
         label_rows=batch.label_rows[split.owner(batch.label_rows) == rank],
         guidance_start=batch.guidance_start[mine],
         guidance_end=batch.guidance_end[mine],
-        image_sample=image_sample,
+        image_sample=batch.image_sample[mine],
         pixel_values=batch.pixel_values[mine] if batch.pixel_values is not None and has_images else None,
         image_features=batch.image_features[mine] if batch.image_features is not None and has_images else None,
-        context=ContextShare(rank=rank, rows=split, images_per_rank=per_rank),
+        context=ContextShare(rank=rank, rows=split, image_counts=tuple(image_counts)),
     )

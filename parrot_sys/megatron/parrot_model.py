@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -31,7 +30,7 @@ from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
-from parrot_sys.parallel import gather_from_group
+from parrot_sys.parallel import all_gather_rows
 
 COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
 """Names of the parts in configurations -> attributes of `ParrotModel`."""
@@ -166,8 +165,8 @@ class ParrotModel(MegatronModule):
     def _embed(self, batch: PackedBatch, override: RoutingOverride | None) -> tuple[Tensor, RoutingOutput | None]:
         """Embeddings [T, H] with the visual rows in place, and the routes of the images."""
         embeddings = self.decoder.embed(batch.input_ids)
-        most_images = batch.num_images if batch.context is None else batch.context.images_per_rank
-        if most_images == 0 and not torch.is_grad_enabled():
+        all_images = batch.num_images if batch.context is None else sum(batch.context.image_counts)
+        if all_images == 0 and not torch.is_grad_enabled():
             return embeddings, None
         # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
         assert self.projector is not None, "the first stage holds the projector"
@@ -176,10 +175,9 @@ class ParrotModel(MegatronModule):
         if self.moe is not None and self.use_moe:
             text = embeddings.index_select(0, batch.guidance_rows)
             features, routing = self.moe(features, text, batch.guidance_start, batch.guidance_end, override=override)
-        if batch.context is not None and most_images:
+        if batch.context is not None:
             # Each rank has routed its own images; any rank may hold rows of any image.
-            missing = most_images - features.shape[0]
-            features = gather_from_group(F.pad(features, (0, 0, 0, 0, 0, missing)), self.pg_collection.cp)
+            features = all_gather_rows(features, batch.context.image_counts, self.pg_collection.cp)
         visual = features.flatten(0, 1).index_select(0, batch.visual_source)
         return embeddings.index_copy(0, batch.visual_rows, visual), routing
 
