@@ -61,9 +61,7 @@ def _train(
 
     The gradients are those before clipping only with clip=0.
     """
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel
-    )
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel)
     initialize(parallel)
     model = _model(config, dtype, recompute, parallel, with_vision_tower)
     set_trainable(model, trainable)
