@@ -28,7 +28,7 @@ from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.compat import mlp_submodule
-from parrot_sys.megatron.core_attention import CoreAttention, make_context, rotary_cos_sin
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.llm import LLMConfig
@@ -183,13 +183,7 @@ class Qwen2Decoder(GPTModel):
             position_ids = F.pad(position_ids, (0, padding))
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + padding))
             max_seqlen = max(max_seqlen, padding)
-        shared = None
-        if split is not None:
-            shared = share_pack(split, self.pg_collection.cp, cu_seqlens)
-            position_ids = split.take(position_ids, self.pg_collection.cp.rank())
-        dtype = self.config.params_dtype
-        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
-        context = make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache, shared=shared)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split)
         hidden = None if embeddings is None else self._to_layers(embeddings, padding, split)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if cache is not None:
@@ -234,6 +228,23 @@ class Qwen2Decoder(GPTModel):
                 f"context parallelism gives losses for training only, got context_parallel_size={size} for "
                 f"{'a KV cache' if cached else 'logits'}: evaluate and generate with context_parallel_size 1"
             )
+
+    def _context(
+        self,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+        split: RowSplit | None,
+    ) -> AttentionContext:
+        """What all layers need to know about the padded pack; made once."""
+        shared = None
+        if split is not None:
+            shared = share_pack(split, self.pg_collection.cp, cu_seqlens)
+            position_ids = split.take(position_ids, self.pg_collection.cp.rank())
+        dtype = self.config.params_dtype
+        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
+        return make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache, shared=shared)
 
     def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:
         hidden = F.pad(embeddings, (0, 0, 0, padding)) if padding else embeddings

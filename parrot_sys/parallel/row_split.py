@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,11 @@ class RowSplit:
 
     @staticmethod
     def of(num_rows: int, size: int, *, multiple_of: int = 1) -> RowSplit:
-        """The split of `num_rows` rows over `size` ranks; chunks hold a multiple of `multiple_of` rows."""
+        """The split of `num_rows` rows over `size` ranks, each of which holds a multiple of `multiple_of` rows."""
         rounds = max(1, num_rows // (2 * size * _CHUNK_ROWS))
         chunk = max(1, -(-num_rows // (2 * size * rounds)))
-        return RowSplit(size=size, num_rows=num_rows, rounds=rounds, chunk=-(-chunk // multiple_of) * multiple_of)
+        unit = multiple_of // math.gcd(multiple_of, 2 * rounds)
+        return RowSplit(size=size, num_rows=num_rows, rounds=rounds, chunk=-(-chunk // unit) * unit)
 
     @property
     def local_rows(self) -> int:

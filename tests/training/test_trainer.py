@@ -118,7 +118,7 @@ def test_context_parallel_run_is_that_of_one_process(tmp_path: Path) -> None:
     both, one = (dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, export=True)) for c in (both, one))
     _run(one)
     _run(both, 2)
-    _run(moved, 2, _signal_before(2, signal.SIGTERM, rank=1))
+    _run(moved, 2, signal_before(2, signal.SIGTERM, rank=1))
     _run(dataclasses.replace(moved, parallel=ParallelConfig()))
     wanted = _losses(one)
     for config in (both, moved):
