@@ -9,12 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parrot_sys.parallel import RowSplit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextShare:
+    """Which part of a micro-batch a rank of context parallelism works on; see `data.context_share`."""
+
+    rank: int
+    """Number of the rank in its group."""
+    rows: RowSplit
+    """How the rows of the pack are dealt over the ranks."""
+    image_counts: tuple[int, ...]
+    """Images of each rank, in the order of the whole micro-batch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
     """One packed micro-batch. T rows, S samples, n images, V visual rows an image, G guidance rows, L label rows.
 
     Shapes and dtypes: docs/architecture.md. At most one of `pixel_values` and `image_features` is set, none when n = 0.
+    With `context` set, label rows and images are those of one rank, and `visual_source` counts the images of all ranks.
     """
 
     input_ids: Tensor  # [T] int64
@@ -33,6 +48,7 @@ class PackedBatch:
     image_features: Tensor | None = None  # [n, V, C]
     languages: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
+    context: ContextShare | None = None
 
     @property
     def num_samples(self) -> int:

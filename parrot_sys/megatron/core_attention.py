@@ -26,6 +26,7 @@ from parrot_sys.megatron.packed_attention import (
     supports_varlen,
     varlen_attention,
 )
+from parrot_sys.parallel import SharedPack, context_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,9 +47,10 @@ class AttentionContext(PackedSeqParams):
 
     cu_seqlens: Tensor  # [S + 1] int32
     max_seqlen: int
-    plan: SegmentPlan | None  # None where the variable-length kernel runs
+    plan: SegmentPlan | None  # None where it is not needed
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
     cached: CachedRows | None = None
+    shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
 
 
 def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,6 +83,7 @@ def make_context(
     dtype: torch.dtype,
     rotary: tuple[Tensor, Tensor] | None = None,
     cache: KVCache | None = None,
+    shared: SharedPack | None = None,
 ) -> AttentionContext:
     """Everything about a micro-batch that its attention layers share, computed once.
 
@@ -90,14 +93,17 @@ def make_context(
         dtype: of queries, keys and values.
         rotary: from `rotary_cos_sin`.
         cache: keys and values of earlier rows.
+        shared: from `share_pack` under context parallelism.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
+    planned = not (varlen or decoding or shared is not None)
     return AttentionContext(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
-        plan=None if varlen or decoding else plan_segments(cu_seqlens),
+        plan=plan_segments(cu_seqlens) if planned else None,
         rotary=rotary,
+        shared=shared,
         cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
 
@@ -125,14 +131,16 @@ class CoreAttention(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                f"parallel.context_parallel_size must be 1 with this core attention, got {config.context_parallel_size}"
-            )
         if (config.attention_dropout if attention_dropout is None else attention_dropout) > 0:
             raise ConfigError("attention dropout is not supported: set it to 0")
         self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.causal
+        self.context_parallel_size = config.context_parallel_size
+        if self.context_parallel_size > 1 and not self.causal:
+            raise ConfigError(
+                f"context parallelism needs causal attention, got {attn_mask_type.name} with "
+                f"context_parallel_size={self.context_parallel_size}: build such layers with context_parallel_size 1"
+            )
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -157,6 +165,11 @@ class CoreAttention(nn.Module):
         if attention_mask is not None or attention_bias is not None:
             raise ConfigError("CoreAttention takes no attention_mask and no attention_bias")
         context = packed_seq_params
+        if self.context_parallel_size > 1 and (context is None or context.shared is None):
+            raise ConfigError(
+                f"with context_parallel_size={self.context_parallel_size} the rows of a pack are dealt over ranks: "
+                "give make_context(..., shared=share_pack(...)) as packed_seq_params"
+            )
         if context is None:
             batch_first = (rows.transpose(0, 1) for rows in (query, key, value))
             output = dense_attention(*batch_first, scale=self.scale, causal=self.causal).transpose(0, 1)
@@ -168,6 +181,8 @@ class CoreAttention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         cached = context.cached
+        if context.shared is not None:
+            return context_attention(query, key, value, context.shared, scale=self.scale)
         if cached is not None:
             keys, values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
             if cached.cache.max_length > 0:

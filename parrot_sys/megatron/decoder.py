@@ -26,12 +26,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.compat import mlp_submodule
-from parrot_sys.megatron.core_attention import CoreAttention, make_context, rotary_cos_sin
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
+from parrot_sys.parallel import RowSplit, share_pack
 
 
 def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
@@ -152,38 +154,48 @@ class Qwen2Decoder(GPTModel):
         targets: Tensor | None = None,
         logits_rows: Tensor | None = None,
         cache: KVCache | None = None,
+        split: RowSplit | None = None,
     ) -> Tensor:
         """Losses of the label rows, or logits when there are no targets.
+
+        Under context parallelism each rank is given the whole pack and runs its layers on its own rows.
 
         Args:
             embeddings: [T, H] on the first pipeline stage, None on the others.
             position_ids: int64 [T].
             cu_seqlens: int32 [S + 1].
             max_seqlen: longest sample.
-            label_rows: int64 [L], rows whose losses are wanted.
+            label_rows: int64 [L], rows whose losses are wanted; all on this rank when there is a `split`.
             targets: int64 [L].
             logits_rows: int64 rows whose logits are wanted; all rows when None.
             cache: keys and values of earlier rows; written to and moved on.
+            split: how the rows are dealt over the context-parallel ranks; None without them.
 
         Returns:
             float32 [L], or logits [rows, vocabulary], or the hidden states [T, 1, H] before the last pipeline stage.
+
+        Raises:
+            ConfigError: logits or a cache are asked for under context parallelism.
         """
+        self._check_split(split, wants_losses=targets is not None, cached=cache is not None)
         num_rows = position_ids.numel()
-        if padding := self._padding(num_rows):
+        if padding := self._padding(num_rows) if split is None else split.padding:
             position_ids = F.pad(position_ids, (0, padding))
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + padding))
             max_seqlen = max(max_seqlen, padding)
-        dtype = self.config.params_dtype
-        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
-        context = make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache)
-        hidden = None if embeddings is None else self._to_layers(embeddings, padding)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split)
+        hidden = None if embeddings is None else self._to_layers(embeddings, padding, split)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if cache is not None:
             cache.advance(cu_seqlens.diff().long(), max_seqlen)
         if not self.post_process:
             return hidden
-        hidden = self._from_layers(hidden)[:num_rows]
+        hidden = self._from_layers(hidden)
         rows = label_rows if targets is not None else logits_rows
+        if split is None:
+            hidden = hidden[:num_rows]
+        elif rows is not None:
+            rows = split.local_index(rows)
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -203,8 +215,41 @@ class Qwen2Decoder(GPTModel):
         unit = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         return -num_rows % unit if num_rows else unit
 
-    def _to_layers(self, embeddings: Tensor, padding: int) -> Tensor:
+    def _check_split(self, split: RowSplit | None, *, wants_losses: bool, cached: bool) -> None:
+        size = self.pg_collection.cp.size()
+        if size != (1 if split is None else split.size):
+            raise ConfigError(
+                f"the rows of the pack must be dealt over {size} context-parallel ranks, got "
+                f"{'a whole pack' if split is None else f'a split over {split.size}'}: give the decoder RowSplit.of("
+                "rows, ranks)"
+            )
+        if size > 1 and (cached or not wants_losses):
+            raise ConfigError(
+                f"context parallelism gives losses for training only, got context_parallel_size={size} for "
+                f"{'a KV cache' if cached else 'logits'}: evaluate and generate with context_parallel_size 1"
+            )
+
+    def _context(
+        self,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+        split: RowSplit | None,
+    ) -> AttentionContext:
+        """What all layers need to know about the padded pack; made once."""
+        shared = None
+        if split is not None:
+            shared = share_pack(split, self.pg_collection.cp, cu_seqlens)
+            position_ids = split.take(position_ids, self.pg_collection.cp.rank())
+        dtype = self.config.params_dtype
+        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
+        return make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache, shared=shared)
+
+    def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:
         hidden = F.pad(embeddings, (0, 0, 0, padding)) if padding else embeddings
+        if split is not None:
+            hidden = split.take(hidden, self.pg_collection.cp.rank())
         hidden = hidden.unsqueeze(1)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)

@@ -28,7 +28,7 @@ class ParallelConfig:
     """Decoder layers of each stage, in the order in which rows pass them (first chunks of all ranks, then second ones);
     evenly spread when not set."""
     context_parallel_size: int = 1
-    """Ranks that share the rows of a sample."""
+    """Ranks that share the rows of each micro-batch, for long samples (training only)."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts."""
     expert_tensor_parallel_size: int | None = None

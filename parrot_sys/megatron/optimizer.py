@@ -130,6 +130,14 @@ def data_parallel_world_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def replica_group() -> torch.distributed.ProcessGroup:
+    """Ranks that hold copies of this rank's part of the model, whatever rows they see: data and context parallel.
+
+    Gradients, losses and counts are summed over them.
+    """
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
 def tensor_parallel_rank() -> int:
     """Number of this rank among those that share its samples."""
     return parallel_state.get_tensor_model_parallel_rank()

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder
@@ -29,6 +30,7 @@ from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
+from parrot_sys.parallel import all_gather_rows
 
 COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
 """Names of the parts in configurations -> attributes of `ParrotModel`."""
@@ -96,6 +98,15 @@ class ParrotModel(MegatronModule):
         """Weight that the first and the last pipeline stage share when embeddings are tied."""
         return self.decoder.shared_embedding_or_output_weight()
 
+    def share_of_rank(self, batch: PackedBatch) -> PackedBatch:
+        """What `forward` takes for a micro-batch on the CPU: under context parallelism the labels and images of this
+        rank, else the batch itself."""
+        size = self.pg_collection.cp.size()
+        if size == 1:
+            return batch
+        multiple = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        return share_of_rank(batch, self.pg_collection.cp.rank(), size, multiple_of=multiple)
+
     def forward(
         self,
         batch: PackedBatch,
@@ -107,7 +118,8 @@ class ParrotModel(MegatronModule):
     ) -> ParrotOutput:
         """
         Args:
-            batch: packed micro-batch on the device of the model; may be empty or without images.
+            batch: packed micro-batch on the device of the model; may be empty or without images. Under context
+                parallelism from `share_of_rank`; losses and routes are then those of this rank's rows and images.
             mode: `loss` gives one loss per label row, `logits` the logits of `logits_rows`.
             logits_rows: int64 rows of the pack; all rows when None.
             routing_override: replaces the routes of the images (evaluation only).
@@ -116,6 +128,7 @@ class ParrotModel(MegatronModule):
         Raises:
             ConfigError, DataError: if batch and model or cache do not fit together.
         """
+        self._check_share(batch)
         if kv_cache is not None:
             kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
         embeddings, routing = self._embed(batch, routing_override) if self.pre_process else (None, None)
@@ -132,6 +145,7 @@ class ParrotModel(MegatronModule):
             targets=batch.labels.index_select(0, batch.label_rows) if mode == "loss" else None,
             logits_rows=logits_rows,
             cache=kv_cache,
+            split=None if batch.context is None else batch.context.rows,
         )
         if not self.post_process:
             return ParrotOutput(hidden=output, routing=routing)
@@ -139,10 +153,20 @@ class ParrotModel(MegatronModule):
             return ParrotOutput(losses=output, routing=routing)
         return ParrotOutput(logits=output, routing=routing)
 
+    def _check_share(self, batch: PackedBatch) -> None:
+        group, share = self.pg_collection.cp, batch.context
+        if (group.rank(), group.size()) != ((0, 1) if share is None else (share.rank, share.rows.size)):
+            got = "a whole micro-batch" if share is None else f"that of rank {share.rank} of {share.rows.size}"
+            raise DataError(
+                f"the model wants the share of context-parallel rank {group.rank()} of {group.size()}, got {got}: "
+                "pass model.share_of_rank(batch)"
+            )
+
     def _embed(self, batch: PackedBatch, override: RoutingOverride | None) -> tuple[Tensor, RoutingOutput | None]:
         """Embeddings [T, H] with the visual rows in place, and the routes of the images."""
         embeddings = self.decoder.embed(batch.input_ids)
-        if batch.num_images == 0 and not torch.is_grad_enabled():
+        all_images = batch.num_images if batch.context is None else sum(batch.context.image_counts)
+        if all_images == 0 and not torch.is_grad_enabled():
             return embeddings, None
         # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
         assert self.projector is not None, "the first stage holds the projector"
@@ -151,6 +175,9 @@ class ParrotModel(MegatronModule):
         if self.moe is not None and self.use_moe:
             text = embeddings.index_select(0, batch.guidance_rows)
             features, routing = self.moe(features, text, batch.guidance_start, batch.guidance_end, override=override)
+        if batch.context is not None:
+            # Each rank has routed its own images; any rank may hold rows of any image.
+            features = all_gather_rows(features, batch.context.image_counts, self.pg_collection.cp)
         visual = features.flatten(0, 1).index_select(0, batch.visual_source)
         return embeddings.index_copy(0, batch.visual_rows, visual), routing
 

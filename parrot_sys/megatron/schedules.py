@@ -78,7 +78,7 @@ def _missing_batches(chunks: Sequence[DistributedDataParallel], num_batches: int
     if len(chunks) == 1:
         return []
     module = chunks[0].module
-    empty = PackedBatch.empty().to(next(module.parameters()).device)
+    empty = module.share_of_rank(PackedBatch.empty()).to(next(module.parameters()).device)
     return [empty] * (-num_batches % module.pg_collection.pp.size())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,49 @@ class _CopyToGroup(torch.autograd.Function):
         return grad, None
 
 
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.counts = group, counts
+        return _gathered(rows, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered_sum(grad, ctx.counts, ctx.group), None, None
+
+
+def _gathered(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """All ranks' rows, one after the other; rank r has `counts[r]`."""
+    if not (longest := max(counts)):
+        return rows.new_empty(rows.shape)
+    everyone = rows.new_empty((len(counts) * longest, *rows.shape[1:]))
+    # gloo takes equal parts only, and so does the fast path of NCCL: padded to the longest.
+    dist.all_gather_into_tensor(everyone, _padded(rows, longest), group=group)
+    if min(counts) == longest:
+        return everyone
+    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+
+
+def _scattered_sum(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The reverse of `_gathered`: the sum over the ranks of the part of `rows` that belongs to this one."""
+    longest, own = max(counts), counts[group.rank()]
+    if not longest:
+        return rows.new_empty(rows.shape)
+    total = rows.new_empty((longest, *rows.shape[1:]))
+    if min(counts) < longest:
+        rows = torch.cat([_padded(part, longest) for part in rows.split(list(counts))])
+    dist.reduce_scatter_tensor(total, rows.contiguous(), group=group)
+    return total[:own]
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    if len(rows) == length:
+        return rows.contiguous()
+    padded = rows.new_zeros((length, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    return padded
+
+
 def reduce_from_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of `group`; the gradient passes unchanged.
 
@@ -49,6 +93,19 @@ def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     For a tensor that all ranks hold alike and each uses in a part of its own.
     """
     return tensor if group is None else _CopyToGroup.apply(tensor, group)
+
+
+def split_counts(num_rows: int, parts: int) -> list[int]:
+    """How many rows each of `parts` ranks gets of `num_rows`: as equal as can be, the first ones more."""
+    return [num_rows // parts + (part < num_rows % parts) for part in range(parts)]
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Rows of all ranks, of which rank r has `counts[r]`; every rank uses them in its own way.
+
+    The gradients of a rank's rows are summed over the ranks.
+    """
+    return rows if group is None else _AllGatherRows.apply(rows, counts, group)
 
 
 @torch.no_grad()

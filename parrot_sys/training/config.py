@@ -251,11 +251,11 @@ class TrainConfig:
 
     def _check_layout(self) -> None:
         self.parallel.layers_of_stages(self.model.llm.num_layers)
-        for name in ("context", "expert_model"):
+        for name in ("expert_model",):
             if (size := getattr(self.parallel, f"{name}_parallel_size")) != 1:
                 raise ConfigError(
                     f"parallel.{name}_parallel_size must be 1 in training, got {size}: "
-                    "training runs on tensor-, pipeline- and data-parallel ranks"
+                    "training runs on tensor-, pipeline-, context- and data-parallel ranks"
                 )
         if (size := self.parallel.expert_tensor_parallel_size) not in (None, 1):
             raise ConfigError(

@@ -59,12 +59,10 @@ class StepMetrics:
         samples = _sample_languages(batch, losses.device)
         losses = losses.detach().double()
         self._scalars[0] += losses.sum()
-        self.count(
-            labels=batch.label_rows.numel(),
-            rows=batch.num_rows,
-            samples=batch.num_samples,
-            images=batch.num_images,
-        )
+        self.count(labels=batch.label_rows.numel(), images=batch.num_images)
+        # Of context-parallel ranks, which have labels and images of their own, one counts what they share.
+        if batch.context is None or batch.context.rank == 0:
+            self.count(rows=batch.num_rows, samples=batch.num_samples)
         if losses.numel():
             owner = torch.searchsorted(batch.cu_seqlens, batch.label_rows, right=True) - 1
             pairs = torch.stack((losses, torch.ones_like(losses)), dim=1)
@@ -171,10 +169,14 @@ class FlopCounter:
             gradient = gradient or trainable[name]
 
     def count(self, batch: PackedBatch) -> float:
-        """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU."""
+        """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU.
+
+        Of the share of a context-parallel rank, those of that rank.
+        """
         lengths = batch.cu_seqlens.diff().double()
         rows = batch.num_images * self._visual_rows
         llm = batch.num_rows * self._llm_row + lengths.square().sum().item() * self._llm_pair
+        llm /= 1 if batch.context is None else batch.context.rows.size
         flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
         flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
         if batch.pixel_values is not None:

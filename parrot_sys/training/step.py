@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ParrotError
-from parrot_sys.megatron.optimizer import data_parallel_group, data_parallel_world_size, tensor_parallel_rank
+from parrot_sys.megatron.optimizer import data_parallel_group, replica_group, tensor_parallel_rank
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.schedules import forward_backward, optimizer_step
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
@@ -50,7 +50,8 @@ class StepRunner:
         """Forward, backward, clip, update.
 
         Args:
-            batches: micro-batches of this rank; as many on every rank, some may be empty.
+            batches: micro-batches of this rank, the same on those that share them (tensor and context parallel); as
+                many on every rank, some may be empty.
             step: number of the step, for messages.
             stop: this rank wants to end; any rank's wish shows in `metrics.scalar("stop")` on all of them.
 
@@ -78,10 +79,11 @@ class StepRunner:
 
     def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
         metrics = StepMetrics(self.num_experts, self.device)
+        weights = iter(self._weights(batches))
+        batches = [self.chunks[0].module.share_of_rank(batch) for batch in batches]
         if self.flops is not None and backward and self.chunks[-1].module.post_process:
             metrics.count(flops=sum(self.flops.count(batch) for batch in batches))
         metrics.count(stop=stop)
-        weights = iter(self._weights(batches))
 
         def loss_function(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, None]:
             metrics.add_losses(batch, losses)
@@ -97,7 +99,7 @@ class StepRunner:
         moe = self._balanced_moe() if backward else None
         # A lone micro-batch is the rank's whole step: the MoE itself gathers its counts, and its losses come out the
         # same on every rank (their gradients are each rank's share). Otherwise they are the micro-batch's share.
-        copies = data_parallel_world_size()
+        copies = dist.get_world_size(replica_group())
         over_step: AbstractContextManager[None] = nullcontext()
         if moe is not None and len(batches) > 1:
             totals, on_device = _routing_totals(self.chunks[0].module, moe, on_device)
@@ -136,7 +138,8 @@ class StepRunner:
             bad.extend(batch.record_ids[i] if batch.record_ids else f"sample {i}" for i in owners)
             return losses.sum(), None
 
-        forward_backward(self.chunks, [batch.to(self.device) for batch in batches], find, backward=False)
+        shares = [self.chunks[0].module.share_of_rank(batch).to(self.device) for batch in batches]
+        forward_backward(self.chunks, shares, find, backward=False)
         records = _gather(bad)
         return (
             f"step {step}: the loss is not finite for {len(records)} records: {_listed(records)}. "
@@ -173,7 +176,7 @@ def _routing_totals(
             cls_rows = model.projector(features[:, 0])
             counts += moe.count_choices(cls_rows, text, batch.guidance_start, batch.guidance_end)
     sums = torch.cat((counts, counts.new_tensor([images])))
-    dist.all_reduce(sums, group=data_parallel_group())
+    dist.all_reduce(sums, group=replica_group())
     return RoutingTotals(num_images=sums[-1], tokens_per_expert=sums[:-1]), batches
 
 

@@ -304,7 +304,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor)
 
     def _export(self) -> None:
-        if megatron_optimizer.data_parallel_rank() == 0:
+        if dist.get_rank(megatron_optimizer.replica_group()) == 0:
             export_released(
                 self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True
             )

@@ -130,5 +130,7 @@ def test_what_it_cannot_do_is_an_error() -> None:
     rows = torch.zeros(2, 1, 4, D)
     with pytest.raises(ConfigError, match="no attention_mask"):
         _module(AttnMaskType.causal)(rows, rows, rows, attention_mask=torch.ones(1))
-    with pytest.raises(ConfigError, match="context_parallel_size must be 1"):
-        _module(AttnMaskType.causal, context_parallel_size=2)
+    with pytest.raises(ConfigError, match="needs causal attention, got no_mask with context_parallel_size=2"):
+        _module(AttnMaskType.no_mask, context_parallel_size=2)
+    with pytest.raises(ConfigError, match="give make_context"):
+        _module(AttnMaskType.causal, context_parallel_size=2)(rows, rows, rows)

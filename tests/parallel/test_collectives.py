@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from parrot_sys.parallel import (
+    all_gather_rows,
     all_reduce_max,
     copy_to_group,
     reduce_from_group,
@@ -19,6 +20,7 @@ def test_one_process_sends_nothing() -> None:
     x = torch.randn(3, requires_grad=True)
     assert reduce_from_group(x, None) is x
     assert copy_to_group(x, None) is x
+    assert all_gather_rows(x, [3], None) is x
     assert torch.equal(all_reduce_max(x, None), x)
 
 
@@ -38,7 +40,22 @@ def test_values_and_gradients_on_two_ranks() -> None:
         assert results["reduced"].tolist() == [3.0, 9.0]
         assert results["reduce_grad"].tolist() == [2.0, 3.0 + rank]
         assert results["copied"].tolist() == [1.0 + rank, 5.0 - rank]
-        assert results["copy_grad"].tolist() == [4.0, 7.0]
+
+
+def test_uneven_rows_are_gathered_and_their_gradients_summed() -> None:
+    def on_rank(rank: int, _: int) -> list[list[float]]:
+        group, results = dist.group.WORLD, []
+        for counts in ([2, 1], [0, 3], [1, 1], [0, 0]):
+            start = sum(counts[:rank])
+            rows = torch.arange(start, start + counts[rank], dtype=torch.float32, requires_grad=True)
+            whole = all_gather_rows(rows, counts, group)
+            (grad,) = torch.autograd.grad((whole * (1 + torch.arange(sum(counts))) * (1 + rank)).sum(), rows)
+            results += [whole.tolist(), grad.tolist()]
+        return results
+
+    first, second = run_distributed(on_rank, 2)
+    assert first == [[0, 1, 2], [3, 6], [0, 1, 2], [], [0, 1], [3], [], []]
+    assert second == [[0, 1, 2], [9], [0, 1, 2], [3, 6, 9], [0, 1], [6], [], []]
 
 
 def test_vocabulary_over_two_ranks_gives_the_loss_of_one_process() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,14 +40,15 @@ ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
 LR = 1e-2
 
 
-def micro_batches(pixels: bool) -> list[PackedBatch]:
+def micro_batches(pixels: bool, count: int = 4) -> list[PackedBatch]:
     """A step: packed samples with one, no and two images; one long sample; text only; nothing."""
-    return [
+    batches = [
         make_batch(MIXED, pixels=pixels, seed=1),
         make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2),
         make_batch((Sample(prompt=4, images=0, answer=3), Sample(prompt=2, images=0, answer=5)), seed=3),
         PackedBatch.empty(),
     ]
+    return batches[:count]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ def train(
     recompute: str = "none",
     distributed: bool = False,
     overlap: bool = False,
+    reduction: Literal["global", "micro_batch"] = "global",
+    num_batches: int = 4,
 ) -> Run:
     """`steps` steps under a layout; every rank must report the same losses, norms and metrics.
 
@@ -103,14 +106,14 @@ def train(
         recompute: see `build_parrot_model`.
         distributed: use the distributed optimizer.
         overlap: reduce gradients while the backward pass runs.
+        reduction: see `StepRunner`.
+        num_batches: how many of `micro_batches` make a step.
     """
     parallel = parallel or ParallelConfig()
     world_size = parallel.model_parallel_size * data_parallel
     with checkpoint(config) as path:
-        runs = run_distributed(
-            lambda rank, size: _train(config, parallel, path, trainable, steps, sgd, recompute, distributed, overlap),
-            world_size,
-        )
+        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches)
+        runs = run_distributed(lambda rank, size: _train(config, parallel, path, *settings), world_size)
     first = runs[0]
     for run in runs[1:]:
         assert (run.losses, run.aux_losses, run.norms) == (first.losses, first.aux_losses, first.norms)
@@ -128,6 +131,8 @@ def _train(
     recompute: str,
     distributed: bool,
     overlap: bool,
+    reduction: Literal["global", "micro_batch"],
+    num_batches: int,
 ) -> Run:
     initialize(parallel)
     chunks = build_parrot_chunks(config, parallel, recompute=recompute)
@@ -144,9 +149,10 @@ def _train(
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
         num_visual_rows=config.vision.num_visual_rows,
+        reduction=reduction,
         optimizer=optimizer,
     )
-    mine = micro_batches(trainable["vision"])[
+    mine = micro_batches(trainable["vision"], num_batches)[
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
     losses, aux_losses, norms, gradients, metrics = [], [], [], {}, []

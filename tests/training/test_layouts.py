@@ -20,12 +20,18 @@ def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = 
 
 
 def layout(
-    tensor: int = 1, pipeline: int = 1, chunks: int | None = None, sequence: bool = False, **sizes: Any
+    tensor: int = 1,
+    pipeline: int = 1,
+    chunks: int | None = None,
+    context: int = 1,
+    sequence: bool = False,
+    **sizes: Any,
 ) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=chunks,
+        context_parallel_size=context,
         sequence_parallel=sequence,
         **sizes,
     )
@@ -44,11 +50,36 @@ def layout(
         ),
         pytest.param(MODEL, layout(tensor=2, pipeline=2), {}, id="tp2-pp2"),
         pytest.param(TOPK, layout(tensor=2, pipeline=2, sequence=True), {}, id="tp2-sp-pp2-topk"),
+        pytest.param(MODEL, layout(context=2), {}, id="cp2"),
+        pytest.param(TOPK, layout(context=2), {"recompute": "full"}, id="cp2-topk-recompute"),
+        pytest.param(TIED, layout(context=4), {}, id="cp4-tied"),
+        pytest.param(MODEL, layout(tensor=2, context=2), {}, id="tp2-cp2"),
+        pytest.param(TOPK, layout(tensor=2, context=2, sequence=True), {}, id="tp2-sp-cp2-topk"),
+        pytest.param(TOPK, layout(context=2), {"data_parallel": 2, "overlap": True}, id="cp2-dp2-topk-overlap"),
+        pytest.param(MODEL, layout(context=2), {"data_parallel": 2, "distributed": True}, id="cp2-dp2-zero1"),
+        pytest.param(MODEL, layout(pipeline=2, context=2), {}, id="pp2-cp2"),
+        pytest.param(TOPK, layout(pipeline=2, chunks=2, context=2), {}, id="pp2-vpp2-cp2-topk"),
         pytest.param(MODEL, layout(pipeline=2, pipeline_layers=(3, 1)), {}, id="pp2-3-and-1-layers"),
     ],
 )
 def test_trains_like_one_process(config: ParrotConfig, parallel: ParallelConfig, settings: dict[str, Any]) -> None:
     assert_same(train(config, parallel, **settings), one_process(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "data_parallel"),
+    [
+        # A rank with one micro-batch leaves the auxiliary losses to the MoE itself.
+        pytest.param(TOPK, {"num_batches": 1}, 1, id="one-micro-batch"),
+        pytest.param(TOPK, {"num_batches": 2}, 2, id="one-micro-batch-a-rank"),
+        pytest.param(MODEL, {"reduction": "micro_batch"}, 1, id="micro-batch-means"),
+    ],
+)
+def test_context_parallel_steps_like_one_process(
+    config: ParrotConfig, settings: dict[str, Any], data_parallel: int
+) -> None:
+    run = train(config, layout(context=2), data_parallel=data_parallel, **settings)
+    assert_same(run, train(config, **settings))
 
 
 def test_frozen_stages_without_optimizer() -> None:

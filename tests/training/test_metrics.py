@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
@@ -76,6 +77,30 @@ def test_ranks_and_steps_add_up() -> None:
     for record, flops in run_distributed(rank_of_two, 2):
         assert record == one
         assert flops == 4.0
+
+
+def test_shares_of_context_parallel_ranks_add_up() -> None:
+    batch = _batch()
+    losses, routing = torch.rand(batch.label_rows.numel()), _routing(batch.num_images, True)
+
+    def rank_of_two(rank: int, size: int) -> dict:
+        share = share_of_rank(batch, rank, size)
+        own = torch.isin(batch.label_rows, share.label_rows)
+        images = slice(0, 2) if rank == 0 else slice(2, 3)
+        routes = RoutingOutput(
+            logits=routing.logits[images], probs=routing.probs[images], topk_indices=routing.topk_indices[images]
+        )
+        return _reduced([share], [(losses[own], routes)]).record()
+
+    (one,) = run_distributed(lambda rank, size: _reduced([batch], [(losses, routing)]).record(), 1)
+    for record in run_distributed(rank_of_two, 2):
+        assert record.keys() == one.keys()
+        for name, value in one.items():
+            assert record[name] == pytest.approx(value), name
+    counter = FlopCounter(CONFIG, dict.fromkeys(("vision", "projector", "moe", "llm"), True), use_moe=True)
+    pixels = make_batch(MIXED, pixels=True)
+    shares = [counter.count(share_of_rank(pixels, rank, 4)) for rank in range(4)]
+    assert sum(shares) == pytest.approx(counter.count(pixels))
 
 
 def test_only_contributing_ranks_count_but_any_may_stop() -> None:

@@ -51,6 +51,7 @@ def _train(
     distributed: bool = False,
     overlap: bool = False,
     tensor_parallel: int = 1,
+    context_parallel: int = 1,
     with_vision_tower: bool = False,
     steps: int = 1,
     clip: float = 1.0,
@@ -60,7 +61,7 @@ def _train(
 
     The gradients are those before clipping only with clip=0.
     """
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel)
     initialize(parallel)
     model = _model(config, dtype, recompute, parallel, with_vision_tower)
     set_trainable(model, trainable)
@@ -79,7 +80,7 @@ def _train(
     )
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        result = runner.train(per_rank[rank // tensor_parallel], step + 1)
+        result = runner.train(per_rank[rank // parallel.model_parallel_size], step + 1)
         losses.append(result.metrics.loss + result.metrics.scalar("aux_loss"))
         norms.append(result.grad_norm)
         gradients = gradients or {n: p.main_grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -88,7 +89,7 @@ def _train(
 
 def _run(per_rank: Sequence[Sequence[PackedBatch]], **settings: Any) -> tuple[list[float], list[float], State, State]:
     """`_train` on as many ranks as `per_rank` has lists; checks that they agree and returns the first one's results."""
-    size = len(per_rank) * settings.get("tensor_parallel", 1)
+    size = len(per_rank) * settings.get("tensor_parallel", 1) * settings.get("context_parallel", 1)
     results = run_distributed(lambda rank, size: _train(rank, per_rank, **settings), size)
     for losses, norms, _, parameters in results[1:]:
         assert (losses, norms) == (results[0][0], results[0][1])
@@ -319,9 +320,10 @@ def test_tensor_parallel_ranks_give_the_same_losses() -> None:
     assert got[1] == pytest.approx(wanted[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_bf16_follows_fp32(distributed: bool) -> None:
-    half = _run(LAYOUTS["two ranks"], dtype=torch.bfloat16, distributed=distributed, steps=3)
+@pytest.mark.parametrize(("distributed", "context_parallel"), [(False, 1), (True, 1), (True, 2)])
+def test_bf16_follows_fp32(distributed: bool, context_parallel: int) -> None:
+    settings = {"distributed": distributed, "context_parallel": context_parallel}
+    half = _run(LAYOUTS["two ranks"], dtype=torch.bfloat16, steps=3, **settings)
     full = _run(LAYOUTS["two ranks"], steps=3)
     assert half[3]["projector.0.weight"].dtype == torch.bfloat16
     assert half[2]["projector.0.weight"].dtype == torch.float32
@@ -344,3 +346,20 @@ def test_nan_stops_every_rank_before_the_update_and_names_the_record(bad_rank: i
 
     for message in run_distributed(train, 2):
         assert message.startswith("step 1: the loss is not finite for 1 records: set:bad.")
+
+
+def test_nan_in_the_share_of_one_context_parallel_rank_stops_both() -> None:
+    features = FIRST.image_features.clone()
+    features[0, 0, 0] = float("nan")
+    batch = dataclasses.replace(FIRST, image_features=features, record_ids=("set:bad", "set:b", "set:c"))
+
+    def train(rank: int, size: int) -> str:
+        with pytest.raises(TrainingError) as error:
+            _train(rank, [[batch]], context_parallel=size)
+        return str(error.value)
+
+    # Records in one tile of the attention kernel share its NaN, so others may be named beside it.
+    first, second = run_distributed(train, 2)
+    assert first == second
+    assert first.startswith("step 1: the loss is not finite for")
+    assert "set:bad" in first

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import checkpoint
 from parrot_sys.training.config import (
@@ -104,6 +105,35 @@ def test_two_ranks_train_like_one(tmp_path: Path) -> None:
     for (_, loss, norm), (_, other_loss, other_norm) in zip(_losses(one), _losses(two), strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
+
+
+def test_context_parallel_run_is_that_of_one_process(tmp_path: Path) -> None:
+    """Validation, a checkpoint in the middle that one process goes on from and ends with, and the export."""
+    context = ParallelConfig(context_parallel_size=2)
+    one, both, moved = (
+        tiny_config(tmp_path, output=name, max_steps=4, parallel=parallel, validation=validation)
+        for name, parallel in (("one", ParallelConfig()), ("both", context), ("moved", context))
+        for validation in [ValidationConfig(paths=(str(tmp_path / "records.json"),), image_roots=(str(FIXTURE),))]
+    )
+    both, one = (dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, export=True)) for c in (both, one))
+    _run(one)
+    _run(both, 2)
+    _run(moved, 2, signal_before(2, signal.SIGTERM, rank=1))
+    _run(dataclasses.replace(moved, parallel=ParallelConfig()))
+    wanted = _losses(one)
+    for config in (both, moved):
+        for (step, loss, norm), (_, other_loss, other_norm) in zip(wanted, _losses(config), strict=True):
+            assert other_loss == pytest.approx(loss, rel=1e-5), step
+            assert other_norm == pytest.approx(norm, rel=1e-4), step
+    for kind in ("train", "validation"):
+        ours, theirs = read_metrics(both.output, kind)[-1], read_metrics(one.output, kind)[-1]
+        for name in ("samples", "rows", "labels", "images"):
+            assert ours[name] == theirs[name]
+        assert {name: v for name, v in ours.items() if name.startswith("experts/")}.keys() == {
+            name for name in theirs if name.startswith("experts/")
+        }
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert _weights(both).keys() == _weights(one).keys()
 
 
 @pytest.mark.parametrize("distributed", [False, True])

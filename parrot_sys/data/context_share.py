@@ -1,0 +1,38 @@
+"""What one rank of a context-parallel group works on, of a micro-batch that all of them see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from parrot_sys.data.batch import ContextShare, PackedBatch
+from parrot_sys.parallel import RowSplit, split_counts
+
+
+def share_of_rank(batch: PackedBatch, rank: int, size: int, *, multiple_of: int = 1) -> PackedBatch:
+    """The micro-batch with the label rows and the images of one rank only.
+
+    All else stays: every rank needs the ids of the whole pack, for the text that guides its images. Each label row and
+    each image belongs to exactly one rank, so that losses and counts of the ranks add up. To be called while the batch
+    is on the CPU: how many label rows a rank has follows from their values.
+
+    Args:
+        batch: micro-batch, the same on every rank of the group.
+        rank: this rank's number in the group.
+        size: ranks of the group.
+        multiple_of: of how many rows each rank must hold a multiple (sequence parallelism cuts them again).
+    """
+    split = RowSplit.of(batch.num_rows, size, multiple_of=multiple_of)
+    image_counts = split_counts(batch.num_images, size)
+    first = sum(image_counts[:rank])
+    mine = slice(first, first + image_counts[rank])
+    has_images = image_counts[rank] > 0
+    return dataclasses.replace(
+        batch,
+        label_rows=batch.label_rows[split.owner(batch.label_rows) == rank],
+        guidance_start=batch.guidance_start[mine],
+        guidance_end=batch.guidance_end[mine],
+        image_sample=batch.image_sample[mine],
+        pixel_values=batch.pixel_values[mine] if batch.pixel_values is not None and has_images else None,
+        image_features=batch.image_features[mine] if batch.image_features is not None and has_images else None,
+        context=ContextShare(rank=rank, rows=split, image_counts=tuple(image_counts)),
+    )
