@@ -10,6 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 warns of the old names, 2.11 does not know the new ones.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
@@ -53,7 +57,7 @@ def _gathered(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tenso
         return rows.new_empty(rows.shape)
     everyone = rows.new_empty((len(counts) * longest, *rows.shape[1:]))
     # gloo takes equal parts only, and so does the fast path of NCCL: padded to the longest.
-    dist.all_gather_into_tensor(everyone, _padded(rows, longest), group=group)
+    all_gather_single(everyone, _padded(rows, longest), group=group)
     if min(counts) == longest:
         return everyone
     return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
@@ -67,7 +71,7 @@ def _scattered_sum(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> 
     total = rows.new_empty((longest, *rows.shape[1:]))
     if min(counts) < longest:
         rows = torch.cat([_padded(part, longest) for part in rows.split(list(counts))])
-    dist.reduce_scatter_tensor(total, rows.contiguous(), group=group)
+    reduce_scatter_single(total, rows.contiguous(), group=group)
     return total[:own]
 
 

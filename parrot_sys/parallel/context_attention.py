@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parrot_sys.ops import segment_attention
+from parrot_sys.parallel.collectives import all_gather_single, reduce_scatter_single
 from parrot_sys.parallel.row_split import RowSplit
 
 # T' rows of the padded pack, M of them on this rank; n query heads, g key/value heads, d width of a head
@@ -63,7 +63,7 @@ def context_attention(query: Tensor, key: Tensor, value: Tensor, pack: SharedPac
 def _gather(key_value: Tensor, pack: SharedPack) -> tuple[Tensor, Tensor]:
     """Keys and values of the whole pack, [T', g, d] each, from [M, 2, g, d] of each rank: one message for both."""
     by_rank = key_value.new_empty(pack.split.size * key_value.shape[0], *key_value.shape[1:])
-    dist.all_gather_into_tensor(by_rank, key_value.contiguous(), group=pack.group)
+    all_gather_single(by_rank, key_value.contiguous(), group=pack.group)
     key, value = pack.split.join(by_rank).unbind(1)
     return key, value
 
@@ -97,5 +97,5 @@ class _ContextAttention(torch.autograd.Function):
         if needs_key_value:
             by_rank = pack.split.deal(torch.stack((grad_key, grad_value), dim=1))
             grad_key_value = torch.empty_like(key_value)
-            dist.reduce_scatter_tensor(grad_key_value, by_rank.contiguous(), group=pack.group)
+            reduce_scatter_single(grad_key_value, by_rank.contiguous(), group=pack.group)
         return (grad_query if needs_query else None), grad_key_value, None, None

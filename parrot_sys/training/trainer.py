@@ -315,13 +315,14 @@ class Trainer:
         directory = Path(config.data.cache_dir or self.output) / "features"
         store = open_store(directory, tower_tensors(self.chunks[0]), config.model.vision, self.processor)
         loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
+        copies = megatron_optimizer.replica_group()
         fill_store(
             store,
             sorted({path for loader in loaders for path in loader.image_paths()}),
             self.chunks[0].vision_tower,
             self.processor,
             device=self.device,
-            part=(megatron_optimizer.data_parallel_rank(), megatron_optimizer.data_parallel_world_size()),
+            part=(dist.get_rank(copies), dist.get_world_size(copies)),
             write=megatron_optimizer.tensor_parallel_rank() == 0,
             on_bad_image=config.data.on_bad_sample,
             num_workers=config.data.num_workers,

@@ -198,10 +198,11 @@ def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
     assert all(torch.equal(changed[name], exported[name]) for name in tower)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_cached_features_train_like_images(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "context"), [(1, 1), (2, 1), (2, 2)])
+def test_cached_features_train_like_images(ranks: int, context: int, tmp_path: Path) -> None:
+    parallel = ParallelConfig(context_parallel_size=context)
     plain, cached = (
-        tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached")
+        tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached", parallel=parallel)
         for name in ("plain", "cached")
     )
     _run(plain, ranks)
