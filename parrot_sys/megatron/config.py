@@ -19,6 +19,8 @@ Recompute = Literal["none", "full"]
 def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_weights: bool) -> dict[str, Any]:
     """The fields that hold for any transformer of ours: layout, precision, initialisation and what is switched off.
 
+    Expert parallelism is not among them: these transformers have no experts, and Megatron would ask how many.
+
     Weights are initialised on the host, so that they do not depend on the layout; kernels that need apex or Transformer
     Engine are off (we bring norm and attention by ModuleSpec).
     """
@@ -28,8 +30,6 @@ def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_we
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         # Packed micro-batches differ in their number of rows.
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.megatron.parrot_model import ParrotModel
@@ -70,8 +71,7 @@ def export_released(
 ) -> None:
     """Write the model as a complete checkpoint: config.json, safetensors, tokenizer and image preprocessing.
 
-    The directory appears only when everything is in it. Every rank with a part of one copy of the model calls this; the
-    first one writes.
+    The directory appears only when everything is in it. Every rank calls this; the first one writes.
 
     Args:
         model: the model, or all the parts that this rank holds.
@@ -87,11 +87,11 @@ def export_released(
     tensors = export_tensors(model, source)
     if dtype is not None:
         tensors = ((key, tensor.to(dtype) if tensor.is_floating_point() else tensor) for key, tensor in tensors)
-    first = model if isinstance(model, ParrotModel) else model[0]
-    if first.tp_group.rank() > 0 or first.pg_collection.pp.rank() > 0:
+    if dist.get_rank() > 0:
         for _ in tensors:  # takes part in gathering the tensors
             pass
         return
+    first = model if isinstance(model, ParrotModel) else model[0]
     _write(first, tensors, Path(directory), source, save_processor, dtype, overwrite=overwrite)
 
 

@@ -40,6 +40,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert, as set or by default."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def num_stages(self) -> int:
         """Pipeline stages, each chunk of a rank counted."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
@@ -101,8 +106,7 @@ class ParallelConfig:
         Raises:
             ConfigError: if the ranks cannot be dealt out; names the nearest numbers of ranks that can.
         """
-        expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
-        experts = expert_tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        experts = self.expert_tensor_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
         for unit, product in (
             (self.model_parallel_size, "tensor x pipeline x context"),
             (experts, "expert tensor x expert x pipeline"),
@@ -175,11 +179,15 @@ def _check_same_layout(parallel: ParallelConfig) -> None:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
     for name, size in in_use.items():
-        if getattr(parallel, name) != size:
+        wanted = getattr(parallel, name)
+        if name == "expert_tensor_parallel_size":
+            wanted = parallel.expert_tensor_size
+        if wanted != size:
             raise ConfigError(
-                f"parallel.{name}={getattr(parallel, name)} was asked for, "
+                f"parallel.{name}={wanted} was asked for, "
                 f"but this process already runs with {size}: call shutdown() first"
             )
 

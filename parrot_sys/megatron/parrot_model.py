@@ -24,6 +24,14 @@ from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder
+from parrot_sys.megatron.experts import (
+    expert_groups,
+    mark_experts,
+    mark_projector,
+    several,
+    sharded_experts,
+    sharded_projector,
+)
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.models.parrot import ParrotConfig
@@ -77,9 +85,19 @@ class ParrotModel(MegatronModule):
         self.moe: TextGuidedMoE | None = None
         hidden_size, dtype = parrot.llm.hidden_size, config.params_dtype
         if self.pre_process:
-            self.projector = Projector(parrot.projector, parrot.vision.hidden_size, hidden_size, dtype=dtype)
+            self.projector = Projector(
+                parrot.projector, parrot.vision.hidden_size, hidden_size, dtype=dtype, group=several(self.tp_group)
+            )
+            mark_projector(self.projector)
             if parrot.moe.num_experts:
-                self.moe = TextGuidedMoE(parrot.moe, hidden_size, dtype=dtype, statistics_group=pg_collection.dp_cp)
+                self.moe = TextGuidedMoE(
+                    parrot.moe,
+                    hidden_size,
+                    dtype=dtype,
+                    statistics_group=pg_collection.dp_cp,
+                    groups=expert_groups(pg_collection),
+                )
+                mark_experts(self.moe, pg_collection)
         self.decoder = Qwen2Decoder(
             parrot.llm,
             config,
@@ -107,6 +125,15 @@ class ParrotModel(MegatronModule):
         multiple = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         return share_of_rank(batch, self.pg_collection.cp.rank(), size, multiple_of=multiple)
 
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every tensor with its place in the whole model, for distributed checkpoints that load on any layout."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.projector is not None:
+            state |= sharded_projector(self.projector, f"{prefix}projector.", self.pg_collection)
+        if self.moe is not None:
+            state |= sharded_experts(self.moe, f"{prefix}moe.", self.pg_collection)
+        return state
+
     def forward(
         self,
         batch: PackedBatch,
@@ -131,7 +158,11 @@ class ParrotModel(MegatronModule):
         self._check_share(batch)
         if kv_cache is not None:
             kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
-        embeddings, routing = self._embed(batch, routing_override) if self.pre_process else (None, None)
+        embeddings, routing = None, None
+        if self.pre_process:
+            # (Rows behind the prefill are text, on every rank.)
+            decoding = kv_cache is not None and kv_cache.max_length > 0
+            embeddings, routing = self._embed(batch, routing_override, decoding=decoding)
         if embeddings is not None and routing is not None and mode == "loss":
             for loss in (routing.aux_loss, routing.z_loss):
                 if loss is not None:
@@ -162,13 +193,17 @@ class ParrotModel(MegatronModule):
                 "pass model.share_of_rank(batch)"
             )
 
-    def _embed(self, batch: PackedBatch, override: RoutingOverride | None) -> tuple[Tensor, RoutingOutput | None]:
+    def _embed(
+        self, batch: PackedBatch, override: RoutingOverride | None, *, decoding: bool
+    ) -> tuple[Tensor, RoutingOutput | None]:
         """Embeddings [T, H] with the visual rows in place, and the routes of the images."""
         embeddings = self.decoder.embed(batch.input_ids)
         all_images = batch.num_images if batch.context is None else sum(batch.context.image_counts)
-        if all_images == 0 and not torch.is_grad_enabled():
+        awaited = self.moe is not None and self.use_moe and self.moe.needs_other_ranks and not decoding
+        if all_images == 0 and not torch.is_grad_enabled() and not awaited:
             return embeddings, None
         # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
+        # So they do whenever the experts of this rank may be wanted by another.
         assert self.projector is not None, "the first stage holds the projector"
         features = self.projector(self.image_features(batch))  # [n, V, H]
         routing = None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -31,6 +33,7 @@ from parrot_sys.models.hf_checkpoint import (
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.parallel import ExpertGroups
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,18 @@ def model_tensors(model: ParrotModel) -> dict[str, Tensor]:
     if shared is not None:  # a last pipeline stage holds its own copy of the tied embedding
         tensors.setdefault("decoder.embedding.word_embeddings.weight", shared)
     return tensors
+
+
+def is_expert(entry: TensorMap) -> bool:
+    """Whether a tensor holds experts, which are shared by groups of their own."""
+    return entry.name.startswith("moe.w_")
+
+
+def local_experts(entry: TensorMap, rank: int, size: int) -> TensorMap:
+    """The part of an expert tensor that expert-parallel rank `rank` of `size` holds, all inner columns."""
+    count = len(entry.keys) // size
+    mine = slice(rank * count, (rank + 1) * count)
+    return replace(entry, keys=entry.keys[mine], shapes=entry.shapes[mine])
 
 
 def _cut_dim(whole: Sequence[int], part: Sequence[int]) -> int | None:
@@ -111,6 +126,7 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
     config = model.parrot
     tensors = model_tensors(model)
     rank, size = model.tp_group.rank(), model.tp_group.size()
+    experts = model.moe.groups if model.moe is not None else ExpertGroups()
     with TensorFiles(directory) as files:
         keys = files.names()
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
@@ -120,7 +136,9 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
             maps = llm_maps(config.llm, "decoder.")
             logger.info("%s is a bare language model: projector and experts keep their initial values", directory)
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
-        fill(tensors, maps, files.tensor, rank=rank, size=size)
+        fill(tensors, [entry for entry in maps if not is_expert(entry)], files.tensor, rank=rank, size=size)
+        own = [local_experts(entry, experts.ep_rank, experts.ep_size) for entry in maps if is_expert(entry)]
+        fill(tensors, own, files.tensor, rank=experts.etp_rank, size=experts.etp_size)
     if model.vision_tower is not None and not inside:
         load_tower(model.vision_tower, config.vision, find_tower_directory(hf, directory), rank=rank, size=size)
 
@@ -196,9 +214,26 @@ def released_tensors(
     with_vision_tower = with_vision_tower and any(name.startswith("vision_tower.") for name in owners)
     for entry in parrot_maps(config, with_vision_tower=with_vision_tower):
         if entry.name in owners:
-            own = parts.get(entry.name)
-            whole = None if own is None else whole_tensor(entry, own, groups.tp)
-            yield from zip(entry.keys, entry.unpack(_from_stage(entry, whole, owners, groups.pp)), strict=True)
+            for each, whole in _gathered(entry, parts.get(entry.name), groups):
+                yield from zip(each.keys, each.unpack(_from_stage(each, whole, owners, groups.pp)), strict=True)
+
+
+def _gathered(
+    entry: TensorMap, part: Tensor | None, groups: ProcessGroupCollection
+) -> Iterator[tuple[TensorMap, Tensor | None]]:
+    """The whole tensor from a stage's ranks, None on other stages; experts come in parts, so that no rank holds all."""
+    if not is_expert(entry):
+        yield entry, None if part is None else whole_tensor(entry, part, groups.tp)
+        return
+    ranks = [local_experts(entry, rank, groups.ep.size()) for rank in range(groups.ep.size())]
+    if part is not None:
+        part = whole_tensor(ranks[groups.ep.rank()], part, groups.expt_tp)
+    for rank, each in enumerate(ranks):
+        experts = part
+        if part is not None and len(ranks) > 1:
+            experts = part.clone() if rank == groups.ep.rank() else torch.empty_like(part)
+            dist.broadcast(experts, group=groups.ep, group_src=rank)
+        yield each, experts
 
 
 def _owners(parts: Mapping[str, Tensor], stages: ProcessGroup) -> dict[str, tuple[int, torch.dtype]]:

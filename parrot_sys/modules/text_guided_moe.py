@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.modules.losses import load_balancing_loss, router_z_loss
 from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_routing, topk_routing
+from parrot_sys.parallel import ExpertGroups, check_experts, dispatch_images
 
 # n images, V visual rows an image (row 0 is the CLS row), H hidden_size, E num_experts, I ffn_hidden_size, K topk,
 # G guidance rows of text
@@ -114,6 +115,9 @@ class TextGuidedMoE(nn.Module):
         router_weight  [E, H]
         w_gate_up      [E, 2, I, H], `[:, 0]` gate_proj.weight, `[:, 1]` up_proj.weight
         w_down         [E, I, H], down_proj.weight transposed
+    With `groups` each rank holds E / ep whole experts or, of these, I / etp inner columns; whole images go to the ranks
+    of their experts (`parrot_sys.parallel.dispatch_images`). Router and results are the same on all ranks of
+    `groups.tp`, and so are their gradients. Gradients of the experts are those of all images that any rank sent here.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class TextGuidedMoE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         statistics_group: ProcessGroup | None = None,
+        groups: ExpertGroups | None = None,
     ) -> None:
         """
         Args:
@@ -132,6 +137,10 @@ class TextGuidedMoE(nn.Module):
             device: where the parameters are made (`meta` allocates nothing).
             dtype: of the parameters.
             statistics_group: ranks whose images count together in the auxiliary losses.
+            groups: ranks that share the experts; one rank holds them all when not given.
+
+        Raises:
+            ConfigError: the experts cannot be shared by `groups`.
         """
         super().__init__()
         if config.num_experts < 1:
@@ -139,27 +148,50 @@ class TextGuidedMoE(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.statistics_group = statistics_group
+        self.groups = groups or ExpertGroups()
         self._step_totals: RoutingTotals | None = None
-        num_experts, ffn_size = config.num_experts, config.ffn_hidden_size
-        self.router_weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        self.w_gate_up = nn.Parameter(torch.empty(num_experts, 2, ffn_size, hidden_size, device=device, dtype=dtype))
-        self.w_down = nn.Parameter(torch.empty(num_experts, ffn_size, hidden_size, device=device, dtype=dtype))
+        check_experts(config.num_experts, config.ffn_hidden_size, self.groups.ep_size, self.groups.etp_size)
+        num_local, ffn_size = config.num_experts // self.groups.ep_size, config.ffn_hidden_size // self.groups.etp_size
+        self.router_weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, device=device, dtype=dtype))
+        self.w_gate_up = nn.Parameter(torch.empty(num_local, 2, ffn_size, hidden_size, device=device, dtype=dtype))
+        self.w_down = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @property
+    def needs_other_ranks(self) -> bool:
+        """Whether the images of other ranks may come here: then a rank without any has to take part as well."""
+        return not self.groups.same_images
+
     def reset_parameters(self) -> None:
-        """Each matrix as `torch.nn.Linear` does by default (uniform in +-1/sqrt(fan_in)), as the released code."""
-        for weight, fan_in in (
-            (self.router_weight, self.hidden_size),
-            (self.w_gate_up, self.hidden_size),
-            (self.w_down, self.config.ffn_hidden_size),
-        ):
-            bound = 1 / math.sqrt(fan_in)
-            nn.init.uniform_(weight, -bound, bound)
+        """Each matrix as `torch.nn.Linear` does by default (uniform in +-1/sqrt(fan_in)), as the released code.
+
+        The same random numbers are drawn however the experts are shared.
+        """
+        bound = 1 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(self.router_weight, -bound, bound)
+        if self.w_gate_up.is_meta:
+            return
+        self._reset_experts(self.w_gate_up, bound, columns=1)
+        self._reset_experts(self.w_down, 1 / math.sqrt(self.config.ffn_hidden_size), columns=0)
+
+    @torch.no_grad()
+    def _reset_experts(self, weight: Tensor, bound: float, *, columns: int) -> None:
+        """Draws every expert, one whole after the other, and keeps what this rank holds; `columns` is cut by `etp`."""
+        groups, ffn_size = self.groups, self.config.ffn_hidden_size
+        shape = list(weight.shape[1:])
+        shape[columns] = ffn_size
+        first = groups.ep_rank * len(weight)
+        for e in range(self.config.num_experts):
+            expert = weight.new_empty(shape).uniform_(-bound, bound)
+            if first <= e < first + len(weight):
+                weight[e - first] = expert.chunk(groups.etp_size, dim=columns)[groups.etp_rank]
 
     def extra_repr(self) -> str:
         """Sizes and rules, for `print(model)`."""
         config = self.config
         experts = f"{config.num_experts} experts of {config.ffn_hidden_size}"
+        if self.w_down.shape[:2] != (config.num_experts, config.ffn_hidden_size):
+            experts += f" ({self.w_down.shape[0]} of {self.w_down.shape[1]} here)"
         routing = config.routing if config.routing == "dense" else f"top-{config.topk}"
         return f"hidden_size={self.hidden_size}, {experts}, routing={routing}, residual={config.residual}"
 
@@ -200,20 +232,37 @@ class TextGuidedMoE(nn.Module):
             probs = (
                 torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
             )
-        residual_scale, output_scale = _residual_scales(config)
-        output = expert_mlp(
-            features,
-            self.w_gate_up,
-            self.w_down,
-            probs,
-            plan=plan,
-            residual_scale=residual_scale,
-            output_scale=output_scale,
-            recompute=config.recompute,
-        )
+        output = self._run_experts(features, probs, plan)
         aux_loss, z_loss = self._auxiliary_losses(routing)
         indices = routing.topk_indices if plan is not None else None
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)
+
+    def _run_experts(self, features: Tensor, probs: Tensor, plan: TopKRouting | None) -> Tensor:
+        """[n, V, H], the experts' weighted sum with the residual."""
+        residual_scale, output_scale = _residual_scales(self.config)
+        recompute = self.config.recompute
+        if self.groups == ExpertGroups():
+            return expert_mlp(
+                features,
+                self.w_gate_up,
+                self.w_down,
+                probs,
+                plan=plan,
+                residual_scale=residual_scale,
+                output_scale=output_scale,
+                recompute=recompute,
+            )
+        sent = dispatch_images(features, probs, plan, self.groups)
+        output = expert_mlp(
+            sent.images,
+            self.w_gate_up,
+            self.w_down,
+            sent.probs,
+            plan=sent.plan,
+            output_scale=output_scale,
+            recompute=recompute,
+        )
+        return sent.combine(output, residual_scale=residual_scale)
 
     def _route(
         self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor

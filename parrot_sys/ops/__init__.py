@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parrot_sys.ops.expert_mlp import expert_mlp
+from parrot_sys.ops.expert_mlp import ExpertPlan, expert_mlp
 from parrot_sys.ops.grouped_gemm import k_grouped_gemm, m_grouped_gemm, m_grouped_swiglu
 from parrot_sys.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.ops.permute import permute, unpermute
@@ -14,6 +14,7 @@ from parrot_sys.ops.text_guided_routing import text_guided_routing
 from parrot_sys.ops.topk_routing import TopKRouting, topk_routing
 
 __all__ = [
+    "ExpertPlan",
     "TopKRouting",
     "expert_mlp",
     "force_backend",

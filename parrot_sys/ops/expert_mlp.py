@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from parrot_sys.ops.topk_routing import TopKRouting
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk
 
 _Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class ExpertPlan(NamedTuple):
+    """The (image, expert) pairs to run, by expert: the part of a `TopKRouting` that `expert_mlp` needs."""
+
+    topk_indices: Tensor  # [n, K] int64, the expert of each slot; slots that the plan lacks may name any expert
+    expert_offsets: Tensor  # [E + 1] int32, leading 0
+    plan: Tensor  # [J <= n * K] int64, positions image * K + slot sorted by expert, ascending within an expert
 
 
 @torch.library.custom_op("parrot::expert_mlp_dense", mutates_args=())
@@ -168,7 +176,7 @@ def expert_mlp(
     w_down: Tensor,
     probs: Tensor,
     *,
-    plan: TopKRouting | None = None,
+    plan: TopKRouting | ExpertPlan | None = None,
     residual_scale: float = 0.0,
     output_scale: float = 1.0,
     recompute: bool = False,

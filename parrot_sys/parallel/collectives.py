@@ -83,6 +83,56 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     return padded
 
 
+def _exchanged(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
+    return received
+
+
+class _SplitToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.counts = group, split_counts(len(rows), group.size())
+        return rows.split(ctx.counts)[group.rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.counts, ctx.group), None
+
+
+class _GatherFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.counts = group, list(counts)
+        return _gathered(rows, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.split(ctx.counts)[ctx.group.rank()].contiguous(), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.counts = group, counts
+        return _scattered_sum(rows, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad, ctx.counts, ctx.group), None, None
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return _exchanged(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
 def reduce_from_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of `group`; the gradient passes unchanged.
 
@@ -119,3 +169,35 @@ def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is not None:
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
     return result
+
+
+def split_to_group(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part (`split_counts`) of rows that all ranks of `group` hold alike; its gradients are gathered."""
+    return rows if group is None else _SplitToGroup.apply(rows, group)
+
+
+def gather_from_group(rows: Tensor, num_rows: int, group: ProcessGroup | None) -> Tensor:
+    """The reverse of `split_to_group`: [num_rows, ...] on every rank, which all use alike from here on.
+
+    Each rank's gradient is then already the whole one, and the part of its own rows is taken.
+    """
+    if group is None:
+        return rows
+    return _GatherFromGroup.apply(rows, split_counts(num_rows, group.size()), group)
+
+
+def reduce_scatter_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Sum over the ranks; rank r gets `counts[r]` rows of it. The reverse of `all_gather_rows`."""
+    return rows if group is None else _ReduceScatterRows.apply(rows, counts, group)
+
+
+def all_to_all_rows(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    """Rows for other ranks to these and theirs back, both in the order of the ranks.
+
+    Args:
+        rows: `send[r]` rows for rank r.
+        send: one count a rank.
+        receive: how many rows each rank has for this one.
+        group: None for one process, which keeps its rows.
+    """
+    return rows if group is None else _AllToAllRows.apply(rows, send, receive, group)

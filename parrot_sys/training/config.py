@@ -10,6 +10,7 @@ from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.parallel import check_experts
 
 COMPONENTS = ("vision", "projector", "moe", "llm")
 """Parts of the model that can be frozen and have learning rates of their own."""
@@ -251,14 +252,15 @@ class TrainConfig:
 
     def _check_layout(self) -> None:
         self.parallel.layers_of_stages(self.model.llm.num_layers)
-        for name in ("expert_model",):
-            if (size := getattr(self.parallel, f"{name}_parallel_size")) != 1:
-                raise ConfigError(
-                    f"parallel.{name}_parallel_size must be 1 in training, got {size}: "
-                    "training runs on tensor-, pipeline-, context- and data-parallel ranks"
-                )
-        if (size := self.parallel.expert_tensor_parallel_size) not in (None, 1):
+        moe = self.model.moe
+        if moe.num_experts:
+            check_experts(
+                moe.num_experts,
+                moe.ffn_hidden_size,
+                self.parallel.expert_model_parallel_size,
+                self.parallel.expert_tensor_size,
+            )
+        elif (size := self.parallel.expert_model_parallel_size) != 1:
             raise ConfigError(
-                f"parallel.expert_tensor_parallel_size must be 1 or unset in training, got {size}: "
-                "experts are not cut over ranks yet"
+                f"parallel.expert_model_parallel_size must be 1 without experts (model.moe.num_experts=0), got {size}"
             )

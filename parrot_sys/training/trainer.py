@@ -132,7 +132,8 @@ class Trainer:
                 if config.checkpoint.load_from is not None:
                     load_released(model, config.checkpoint.load_from)
                 elif tower is not None and not config.trainable.vision:
-                    load_tower(tower, config.model.vision)
+                    group = model.tp_group
+                    load_tower(tower, config.model.vision, rank=group.rank(), size=group.size())
             set_trainable(model, self._trainable())
             model.use_moe = self._uses_moe()
             model.train()
@@ -304,10 +305,7 @@ class Trainer:
         self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor)
 
     def _export(self) -> None:
-        if dist.get_rank(megatron_optimizer.replica_group()) == 0:
-            export_released(
-                self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True
-            )
+        export_released(self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True)
         dist.barrier()
 
     def _cache_features(self) -> None:

@@ -40,8 +40,10 @@ def _groups() -> Iterator[None]:
     shutdown()
 
 
-def _two_ranks(rank: int, world_size: int, out: Path) -> tuple[torch.Tensor, float, list[int], dict[str, torch.Tensor]]:
-    model, _ = parrot_sys.load_pretrained(FIXTURE / "model", parallel=ParallelConfig(tensor_model_parallel_size=2))
+def _rank(
+    rank: int, world_size: int, parallel: ParallelConfig, out: Path
+) -> tuple[torch.Tensor, float, list[int], dict[str, torch.Tensor]]:
+    model, _ = parrot_sys.load_pretrained(FIXTURE / "model", parallel=parallel)
     expected = load_file(FIXTURE / "expected.safetensors")
     ids, images, labels = (expected[f"batch0.{name}"] for name in ("input_ids", "images", "labels"))
     output = model(ids, ids != PAD, images, labels)
@@ -61,11 +63,21 @@ def _two_ranks(rank: int, world_size: int, out: Path) -> tuple[torch.Tensor, flo
     )
 
 
-def test_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [
+        pytest.param(2, {"tensor_model_parallel_size": 2}, id="tp2-etp2"),
+        pytest.param(2, {"expert_model_parallel_size": 2}, id="ep2"),
+        pytest.param(4, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}, id="tp2-ep2-etp2"),
+    ],
+)
+def test_ranks_that_share_the_model(ranks: int, sizes: dict[str, int], tmp_path: Path) -> None:
     expected = load_file(FIXTURE / "expected.safetensors")
     facts = json.loads((FIXTURE / "expected.json").read_text())
     wanted = expected["batch0.logits"][0, :20]
-    for logits, loss, tokens, gradients in run_distributed(_two_ranks, 2, tmp_path / "out", timeout=120):
+    for logits, loss, tokens, gradients in run_distributed(
+        _rank, ranks, ParallelConfig(**sizes), tmp_path / "out", timeout=120
+    ):
         assert (torch.from_numpy(logits) - wanted).abs().max() < 1e-4 * wanted.abs().max()
         assert abs(loss - facts["batches"][0]["loss"]) < 1e-4
         assert tokens == facts["generate"][0]["output_ids"][: len(tokens)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
-from parrot_sys.ops import TopKRouting, expert_mlp, topk_routing
+from parrot_sys.ops import ExpertPlan, TopKRouting, expert_mlp, topk_routing
 
 RESIDUAL, OUTPUT = 0.3, 1.7
 
@@ -118,6 +118,33 @@ def test_all_images_to_one_expert(ran_on, triton_device, backend: str) -> None:
     with ran_on(backend, "expert_mlp", *launchers(sparse=True)):
         actual = outputs_and_gradients(op, inputs, torch.float32)
     assert not actual["grad_w_down"][[0, 1, 2, 4]].any()
+    plain_results = [outputs_and_gradients(plain, inputs, dtype) for dtype in (torch.float64, torch.float32)]
+    assert_all_accurate(actual, *plain_results)
+
+
+@pytest.mark.parametrize("rows", [5, 66])  # few rows an image and many take different ways in Triton
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_plan_that_lacks_pairs(ran_on, triton_device, backend: str, rows: int) -> None:
+    """Experts of one rank: an image may have none of them here, or fewer than K."""
+    shape = MoEShape(images=4, rows=rows, hidden=16, experts=3, ffn=24, topk=2)
+    device = triton_device if backend == "triton" else "cpu"
+    inputs = {name: value.to(device) for name, value in make_expert_inputs(shape).items()}
+    inputs["probs"] = inputs.pop("logits").softmax(-1)
+    # Image 0 chose experts 2 and 0, image 1 none, image 2 expert 2, image 3 expert 0 in its second slot.
+    indices = torch.tensor([[2, 0], [1, 1], [2, 0], [1, 0]], device=device)
+    offsets = torch.tensor([0, 2, 2, 4], dtype=torch.int32, device=device)
+    route = ExpertPlan(indices, offsets, torch.tensor([1, 7, 0, 4], device=device))
+    chosen = torch.zeros(4, 3, device=device)
+    chosen[[0, 0, 2, 3], [2, 0, 2, 0]] = 1
+
+    def op(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": expert_mlp(*leaves.values(), plan=route, residual_scale=RESIDUAL, output_scale=OUTPUT)}
+
+    def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": expression(leaves, leaves["probs"] * chosen)}
+
+    with ran_on(backend, "expert_mlp", *launchers(sparse=True)):
+        actual = outputs_and_gradients(op, inputs, torch.float32)
     plain_results = [outputs_and_gradients(plain, inputs, dtype) for dtype in (torch.float64, torch.float32)]
     assert_all_accurate(actual, *plain_results)
 

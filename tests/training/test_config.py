@@ -50,7 +50,15 @@ FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", 
         ({"model": {"tokenizer_path": "t", "max_seq_len": 0}}, "max_seq_len must be >= 1"),
         ({"model": {"tokenizer_path": "t", "max_seq_len": 32769}}, "max_position_embeddings=32768, got 32769"),
         ({"validation": {"image_roots": ["images"]}}, "validation.image_roots needs validation.paths"),
-        ({"parallel": {"expert_tensor_parallel_size": 2}}, "expert_tensor_parallel_size must be 1"),
+        ({"parallel": {"expert_model_parallel_size": 4}}, "num_experts must be .*expert_model_parallel_size=4, got 6"),
+        ({"parallel": {"expert_tensor_parallel_size": 3}}, "ffn_hidden_size must be .*expert_tensor_.*=3, got 4096"),
+        (
+            {
+                "model": {"tokenizer_path": "t", "moe": {"num_experts": 0}},
+                "parallel": {"expert_model_parallel_size": 2},
+            },
+            "expert_model_parallel_size must be 1 without experts",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:

@@ -11,7 +11,9 @@ Shapes: n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, 
     w_down         [E, I, H], dtype of x: row i is what inner unit i writes, so that all experts together are one
                    [E * I, H] matrix and one expert is a slice
     probs          [n, E], float32 (float64 for float64 x)
-    topk_indices   [n, K], expert_offsets [E + 1], plan [n * K]: as `topk_routing` returns them
+    topk_indices   [n, K], expert_offsets [E + 1], plan [J]: as `topk_routing` returns them, or fewer pairs: a plan of
+                   J <= n * K positions runs only these (an image may have no expert here, or fewer than K); slots that
+                   it lacks may name any expert
 
 Two forms. Dense runs every expert, all together one fat SwiGLU MLP: up-projection [n*V, H] x [H, E*2*I], the weight
 multiplied in its SwiGLU epilogue, a down-projection that sums over experts by its inner dimension E*I and adds the
@@ -19,7 +21,7 @@ residual. Top-k computes only the chosen (image, expert) segments, sorted by exp
 
 Saved for the backward pass: x and `z` only, the pre-activations of the up-projection, in the dtype of x:
     dense  z [E, n, V, 2, I]
-    topk   z [n * K, V, 2, I], segment j belongs to position plan[j]
+    topk   z [J, V, 2, I], segment j belongs to position plan[j]
 With save_z false z is an empty [0] tensor, and a backward pass that gets such a z computes it again from x.
 Nothing E-fold and H-wide is ever formed: with h the UNWEIGHTED silu(g) * u and dh' = output_scale * dy @ down.T taken
 BEFORE the weight, d probs[i, e] is the sum of h * dh' over the rows of image i and the columns of expert e.

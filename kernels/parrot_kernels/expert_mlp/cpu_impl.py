@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parrot_kernels import _extension
 
-# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J = n * K chosen segments
+# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J <= n * K chosen segments
 
 Scales = tuple[float, float]
 Needs = tuple[bool, bool, bool, bool]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J = n * K chosen segments
+# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J <= n * K chosen segments
 
 Scales = tuple[float, float]
 Needs = tuple[bool, bool, bool, bool]

@@ -32,7 +32,8 @@ from parrot_kernels.grouped_gemm.tiles import (
 )
 from parrot_kernels.permute.triton_impl import combine_rows
 
-# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J segments: n * K, or E * n (dense)
+# n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk,
+# J segments: at most n * K, or E * n (dense)
 
 Scales = tuple[float, float]
 Needs = tuple[bool, bool, bool, bool]
@@ -71,6 +72,7 @@ def _combine_kernel(
     """y[i] = residual_scale * residual[i] + sum over k of a[place(i, k)] @ w[expert(i, k)].
 
     a [segments, V, K], w [E, K, N], residual and y [images, V, N]. Without `places` (dense) place and expert are k.
+    Place -1 adds nothing.
     """
     a_desc = None
     w_desc = None
@@ -90,12 +92,12 @@ def _combine_kernel(
             else:
                 place = tl.load(places_ptr + image * topk + choice).to(tl.int32)
                 expert = tl.load(experts_ptr + image * topk + choice).to(tl.int32)
-            # Past the edge of an expert's K columns, and of an image's rows, both ways to load give zeros.
+            # Past the edge of an expert's K columns, of an image's rows, and at place -1, both ways to load give zeros.
             if TMA:
                 a = load_plane(a_desc, place, v, k, BLOCK_M, BLOCK_K)
             else:
                 rows = tl.cast(place, tl.int64) * rows_per_image + own
-                a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), own < rows_per_image, K)
+                a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), (own < rows_per_image) & (place >= 0), K)
             b = load_weights(w_ptr, w_desc, expert, n, k, N, K, False, TMA, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b, acc, input_precision="ieee")
         cols = n + tl.arange(0, BLOCK_N)
@@ -130,7 +132,7 @@ class _Route:
     plan: Tensor | None = None
     """[J]"""
     places: Tensor | None = None
-    """[n * K], the inverse of the plan."""
+    """[n * K], the inverse of the plan; -1 at positions that it lacks."""
     experts: Tensor | None = None
     """[n, K]"""
     targets: Tensor | None = None
@@ -144,7 +146,10 @@ def _dense_route(probs: Tensor, scale: float) -> _Route:
 
 def _topk_route(probs: Tensor, topk_indices: Tensor, offsets: Tensor, plan: Tensor, scale: float) -> _Route:
     segments, topk = len(plan), topk_indices.shape[1]
-    places, targets = torch.empty_like(plan), torch.empty_like(plan)
+    targets = torch.empty_like(plan)
+    places = targets.new_empty(topk_indices.numel())
+    if segments < len(places):
+        places.fill_(-1)
     weights = probs.new_empty(segments)
     if segments:
         _route_kernel[(triton.cdiv(segments, 128),)](
