@@ -25,6 +25,8 @@ def layout(
     chunks: int | None = None,
     context: int = 1,
     sequence: bool = False,
+    experts: int = 1,
+    expert_tensor: int | None = None,
     **sizes: Any,
 ) -> ParallelConfig:
     return ParallelConfig(
@@ -33,6 +35,8 @@ def layout(
         virtual_pipeline_model_parallel_size=chunks,
         context_parallel_size=context,
         sequence_parallel=sequence,
+        expert_model_parallel_size=experts,
+        expert_tensor_parallel_size=expert_tensor,
         **sizes,
     )
 
@@ -60,46 +64,26 @@ def layout(
         pytest.param(MODEL, layout(pipeline=2, context=2), {}, id="pp2-cp2"),
         pytest.param(TOPK, layout(pipeline=2, chunks=2, context=2), {}, id="pp2-vpp2-cp2-topk"),
         pytest.param(MODEL, layout(pipeline=2, pipeline_layers=(3, 1)), {}, id="pp2-3-and-1-layers"),
-        pytest.param(TOPK, layout(context=2, expert_model_parallel_size=2), {}, id="cp2-ep2-topk"),
-        pytest.param(MODEL, layout(expert_model_parallel_size=2), {"data_parallel": 2}, id="ep2"),
-        pytest.param(TOPK, layout(expert_model_parallel_size=2), {"data_parallel": 2, "overlap": True}, id="ep2-topk"),
-        pytest.param(
-            TOPK,
-            layout(expert_model_parallel_size=2),
-            {"data_parallel": 4, "distributed": True},
-            id="ep2-dp2-topk-zero1",
-        ),
-        pytest.param(TOPK, layout(expert_model_parallel_size=4), {"data_parallel": 4}, id="ep4-topk"),
+        pytest.param(TOPK, layout(context=2, experts=2), {}, id="cp2-ep2-topk"),
+        pytest.param(MODEL, layout(experts=2), {"data_parallel": 2}, id="ep2"),
+        pytest.param(TOPK, layout(experts=2), {"data_parallel": 2, "overlap": True}, id="ep2-topk-overlap"),
+        pytest.param(TOPK, layout(experts=2), {"data_parallel": 4, "distributed": True}, id="ep2-dp2-topk-zero1"),
+        pytest.param(TOPK, layout(experts=4), {"data_parallel": 4}, id="ep4-topk"),
+        pytest.param(TOPK, layout(expert_tensor=2), {"data_parallel": 2}, id="etp2-topk"),
         pytest.param(MODEL, layout(tensor=2), {}, id="tp2-etp2"),
         pytest.param(TOPK, layout(tensor=2, sequence=True), {}, id="tp2-sp-etp2-topk"),
-        pytest.param(TOPK, layout(tensor=2, expert_tensor_parallel_size=1), {}, id="tp2-topk"),
-        pytest.param(
-            TOPK, layout(tensor=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1), {}, id="tp2-ep2-topk"
-        ),
+        pytest.param(TOPK, layout(tensor=2, expert_tensor=1), {}, id="tp2-etp1-topk"),
+        pytest.param(TOPK, layout(tensor=2, experts=2, expert_tensor=1), {}, id="tp2-ep2-etp1-topk"),
         pytest.param(
             MODEL,
-            layout(tensor=2, sequence=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+            layout(tensor=2, sequence=True, experts=2, expert_tensor=1),
             {"data_parallel": 2},
-            id="tp2-sp-ep2-dp2",
+            id="tp2-sp-ep2-etp1-dp2",
         ),
+        pytest.param(MODEL, layout(tensor=2, experts=2), {"data_parallel": 2}, id="tp2-ep2-etp2"),
+        pytest.param(TOPK, layout(tensor=2, sequence=True, experts=2), {"data_parallel": 2}, id="tp2-sp-ep2-etp2-topk"),
         pytest.param(
-            TOPK,
-            layout(tensor=2, sequence=True, expert_model_parallel_size=2),
-            {"data_parallel": 2},
-            id="tp2-sp-ep2-etp2-topk",
-        ),
-        pytest.param(MODEL, layout(tensor=2, expert_model_parallel_size=2), {"data_parallel": 2}, id="tp2-ep2-etp2"),
-        pytest.param(
-            TOPK,
-            layout(pipeline=2, expert_model_parallel_size=2),
-            {"data_parallel": 2, "distributed": True},
-            id="pp2-ep2-topk-zero1",
-        ),
-        pytest.param(
-            TOPK,
-            layout(expert_tensor_parallel_size=2),
-            {"data_parallel": 2},
-            id="etp2-topk",
+            TOPK, layout(pipeline=2, experts=2), {"data_parallel": 2, "distributed": True}, id="pp2-ep2-topk-zero1"
         ),
     ],
 )
@@ -133,7 +117,7 @@ def test_frozen_stages_without_optimizer() -> None:
 def test_frozen_experts_are_shared_all_the_same() -> None:
     trainable = {"vision": False, "projector": True, "moe": False, "llm": False}
     frozen = tuple(name for name, learns in trainable.items() if not learns)
-    run = train(TOPK, layout(expert_model_parallel_size=2), data_parallel=2, trainable=trainable)
+    run = train(TOPK, layout(experts=2), data_parallel=2, trainable=trainable)
     assert_same(run, one_process(TOPK, frozen))
 
 
