@@ -19,6 +19,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.ops import ExpertPlan, TopKRouting, permute, unpermute
 from parrot_sys.parallel.collectives import (
     all_gather_rows,
+    all_gather_single,
     all_to_all_rows,
     copy_to_group,
     gather_from_group,
@@ -272,6 +273,6 @@ def _gather_counts(values: Tensor | list[int], device: torch.device, group: Proc
     """The integers of every rank, on the host."""
     own = torch.as_tensor(values, dtype=torch.int64, device=device)
     everyone = own.new_empty(group.size() * len(own))
-    dist.all_gather_into_tensor(everyone, own, group=group)
+    all_gather_single(everyone, own, group=group)
     counts: list[list[int]] = everyone.view(group.size(), -1).tolist()
     return counts
