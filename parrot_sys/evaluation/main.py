@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nReport: {config.output / 'report.md'}; predictions for the public kit: {config.output}/*/*/*.xlsx")
         return 0
 
-    return predictor.lockstep.run(program)
+    return predictor.run(program)
 
 
 def load_predictor(config: EvalConfig) -> ModelPredictor:

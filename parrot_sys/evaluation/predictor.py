@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class ModelPredictor:
                 "with use_moe false, so that pictures go past them.",
             )
             logger.warning(self.notes[0])
+
+    def run(self, program: Callable[[], int]) -> int:
+        """Runs a program of these predictions on rank 0, while the other ranks repeat its model calls; its exit status."""
+        return self.lockstep.run(program)
         self.settings: Mapping[str, Any] = {
             "checkpoint": checkpoint_digest(checkpoint),
             "mode": mode,

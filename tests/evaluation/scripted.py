@@ -31,6 +31,9 @@ class Scripted:
         weights = {"en": [0.5, 0.5], "zh": [0.25, 0.75], "pt": [1.0, 0.0]}
         return [Prediction(response=self.answer(item, routing), experts=weights[item.table.language]) for item in items]
 
+    def run(self, program: Callable[[], int]) -> int:
+        return program()
+
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         assert all((item.guidance_prompt is not None) == (routing == "other-language") for item in items)
         return self.change
