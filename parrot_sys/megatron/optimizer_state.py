@@ -1,8 +1,8 @@
 """Optimizer state of a checkpoint in the shape that this process's optimizer has.
 
-Megatron keeps one optimizer for dense and one for expert parameters, but only on ranks whose experts are split (EP > 1).
-The tensors of a checkpoint do not depend on that, its parameter groups and (in other people's checkpoints) prefixes of
-its keys do. Rank 0 alone writes the groups, which need not be those of another pipeline stage either.
+Megatron keeps an optimizer for dense and one for expert parameters, but only on ranks whose experts are split (EP > 1).
+A checkpoint's tensors do not depend on that, but its parameter groups do, and in other people's checkpoints prefixes of
+its keys. Rank 0 alone writes the groups, which need not be those of another pipeline stage either.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def with_saved_groups(template: Any, loaded: Any, saved: list[Group]) -> Any:
             f"the optimizer of the checkpoint must have parameter groups at one step, it has {len(saved)} at steps "
             f"{sorted(steps)}"
         )
-    return _fill(template, loaded, saved, {"step": step for step in steps})
+    return _fill(template, loaded, saved, {"step": steps.pop()} if steps else {})
 
 
 def _fill(template: Any, loaded: Any, saved: list[Group], step: Group) -> Any:

@@ -19,6 +19,7 @@ HUNG = 75
 """Exit code of a process that its watchdog ended. When not even the watchdog can run it is 1."""
 
 _STDERR = 2
+_PY_SPY_SECONDS = 30
 _generation = 0
 
 
@@ -78,14 +79,17 @@ class Watchdog:
 
     def _end(self, silence: float, grace: float) -> None:
         rank = dist.get_rank()
-        _say(
-            f"[rank {rank}] no progress for {silence:.0f} s while {self._doing} (pid {os.getpid()} on "
-            f"{socket.gethostname()}). Stacks of all its threads, the current call first:\n{_stacks()}"
-        )
-        if silent := self._peers.report(grace):
-            _say(f"[rank {rank}] " + "; ".join(silent))
-        _say(f"[rank {rank}] ended by the watchdog (faults.hang_timeout={self.timeout:g}) with exit code {HUNG}")
-        os._exit(HUNG)
+        faulthandler.dump_traceback_later(grace + 2 * _PY_SPY_SECONDS, exit=True, file=_STDERR)  # should this get stuck
+        try:
+            _say(
+                f"[rank {rank}] no progress for {silence:.0f} s while {self._doing} (pid {os.getpid()} on "
+                f"{socket.gethostname()}). Stacks of all its threads, the current call first:\n{_stacks()}"
+            )
+            if silent := self._peers.report(grace):
+                _say(f"[rank {rank}] " + "; ".join(silent))
+            _say(f"[rank {rank}] ended by the watchdog (faults.hang_timeout={self.timeout:g}) with exit code {HUNG}")
+        finally:
+            os._exit(HUNG)
 
 
 class _Peers:
@@ -127,9 +131,11 @@ def _foreign_stack(pid: str) -> str:
     """The Python stack of another process if py-spy is installed."""
     if (py_spy := shutil.which("py-spy")) is None:
         return " (with py-spy installed its stack would stand here)"
-    done = subprocess.run(
-        [py_spy, "dump", "--nonblocking", "--pid", pid], capture_output=True, text=True, timeout=30, check=False
-    )
+    command = [py_spy, "dump", "--nonblocking", "--pid", pid]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f" (py-spy did not work: {error})"
     return f"; its stack by py-spy:\n{done.stdout or done.stderr}"
 
 

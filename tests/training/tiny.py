@@ -14,6 +14,7 @@ import torch._dynamo
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
+from parrot_sys.logging import setup_logging
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import (
@@ -69,7 +70,10 @@ Hook = Callable[[Trainer], None]
 
 
 def run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
+    """Trains in forked processes; the summary of each rank."""
+
     def rank_main(rank: int, size: int) -> dict[str, Any]:
+        setup_logging()
         trainer = Trainer(config)
         if hook is not None:
             hook(trainer)
