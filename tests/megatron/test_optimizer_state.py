@@ -1,4 +1,4 @@
-"""Optimizer state between layouts that split expert parameters and such that do not, on a Megatron GPT with MoE layers."""
+"""Optimizer state between layouts that split experts and such that do not, on a Megatron GPT with MoE layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
+from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron import checkpointing
 from parrot_sys.megatron.adam import install_adam
 from parrot_sys.megatron.initialize import ParallelConfig, initialize
+from parrot_sys.megatron.optimizer_state import groups_of, with_saved_groups
 from parrot_sys.testing.distributed import run_distributed
 
 SEQUENCES, LENGTH, VOCABULARY, EXPERTS = 4, 8, 32, 4
@@ -135,10 +137,7 @@ def test_prefixes_of_other_programs_are_removed(tmp_path: Path) -> None:
     assert any(key.startswith("chained_1.") for key in keys), "the checkpoint has the prefixes"
 
 
-def test_names_of_groups(tmp_path: Path) -> None:
-    from parrot_sys.errors import CheckpointError
-    from parrot_sys.megatron.optimizer_state import groups_of, with_saved_groups
-
+def test_groups_are_found_by_what_they_are() -> None:
     dense: dict[str, Any] = {"wd_mult": 1.0, "lr_mult": 1.0, "is_decoupled_lr": False, "is_expert_parallel": False}
     saved = groups_of({0: {"param_groups": [dense | {"step": 3, "eps": 1e-3}]}, 1: [{"param_groups": []}]})
     template = {"param_groups": [dense | {"eps": 1.0, "params": [7]}, dense | {"wd_mult": 0.0, "eps": 1.0}]}
