@@ -17,3 +17,7 @@ class DataError(ParrotError, ValueError):
 
 class CheckpointError(ParrotError, ValueError):
     """A checkpoint is missing, damaged or does not fit the model; the message lists the keys."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written, for example onto a full disk; those before it are as they were."""

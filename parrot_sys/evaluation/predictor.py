@@ -60,10 +60,6 @@ class ModelPredictor:
                 "with use_moe false, so that pictures go past them.",
             )
             logger.warning(self.notes[0])
-
-    def run(self, program: Callable[[], int]) -> int:
-        """Runs a program of these predictions on rank 0, while the other ranks repeat its model calls; its exit status."""
-        return self.lockstep.run(program)
         self.settings: Mapping[str, Any] = {
             "checkpoint": checkpoint_digest(checkpoint),
             "mode": mode,
@@ -71,6 +67,10 @@ class ModelPredictor:
             **({"max_new_tokens": max_new_tokens} if mode == "generate" else {}),
         }
         self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [1, V, C]
+
+    def run(self, program: Callable[[], int]) -> int:
+        """Runs a program of these predictions on rank 0 while the others repeat its model calls; its exit status."""
+        return self.lockstep.run(program)
 
     @torch.inference_mode()
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:

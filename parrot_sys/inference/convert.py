@@ -80,8 +80,10 @@ def convert(config: ConvertConfig) -> None:
 def _save_training_checkpoint(
     model: ParrotForConditionalGeneration, processor: ParrotProcessor, directory: Path
 ) -> None:
-    from parrot_sys.megatron.checkpointing import save_distributed
+    from parrot_sys.megatron.checkpointing import begin_save
 
-    save_distributed(directory, [model.model], None, {"step": 0, "world_size": 1})
-    save_config(model.config, directory / MODEL_CONFIG)
-    processor.save_pretrained(directory / PROCESSOR)
+    def add_files() -> None:
+        save_config(model.config, directory / MODEL_CONFIG)
+        processor.save_pretrained(directory / PROCESSOR)
+
+    begin_save(directory, [model.model], None, {"step": 0, "world_size": 1}).complete(add_files)

@@ -16,42 +16,71 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.compat import wait_for_writers_locally
+from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
+from parrot_sys.megatron.checksums import verify_checksums
+from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_groups
 from parrot_sys.megatron.parrot_model import ParrotModel
 
 _MODEL = "model"
 _OPTIMIZER = "optimizer"
+_WANTED = "wanted_optimizer"
 _RANDOM = "random"
 _COMMON = "common"
 
 
-def save_distributed(
-    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer | None, common: dict[str, Any]
-) -> None:
-    """Writes one checkpoint into the existing, empty `folder`; every rank calls it with the same `common`.
+def begin_save(
+    folder: str | Path,
+    chunks: Sequence[ParrotModel],
+    optimizer: MegatronOptimizer | None,
+    common: dict[str, Any],
+    *,
+    copy: bool = False,
+) -> CheckpointWrite:
+    """Starts to write one checkpoint into the existing, empty `folder`; every rank calls it with the same `common`.
 
     Args:
         folder: seen by every rank.
         chunks: the parts of the model on this rank, without their data-parallel wrappers.
         optimizer: saved with its state when given.
         common: numbers, strings, lists and dicts that are the same on all ranks.
+        copy: write from a copy in host memory; otherwise nothing may change until the writer is done.
+
+    Returns:
+        The write, which its `complete` ends: until then the folder is no checkpoint.
     """
     state = _sharded_model(chunks)
     if optimizer is not None:
-        _align_steps(optimizer)
         state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
         state[_RANDOM] = _sharded_random()
     state[_COMMON] = common
-    wait_for_writers_locally()
-    dist_checkpointing.save(state, str(folder))
+    return CheckpointWrite(Path(folder), state, copy=copy)
 
 
-def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel]) -> dict[str, Any]:
-    """Loads the weights of a checkpoint into the parts of a model on this rank and returns its `common`.
+def save_distributed(
+    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer | None, common: dict[str, Any]
+) -> None:
+    """Writes one checkpoint to its end; arguments as in `begin_save`.
 
     Raises:
-        CheckpointError: names the keys that are missing or have another shape.
+        CheckpointWriteError: it could not be written; the folder is gone.
     """
+    begin_save(folder, chunks, optimizer, common).complete()
+
+
+def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, verify: bool = True) -> dict[str, Any]:
+    """Loads the weights of a checkpoint into the parts of a model on this rank and returns its `common`.
+
+    Args:
+        folder: the checkpoint.
+        chunks: to be filled.
+        verify: compare the files with their checksums first.
+
+    Raises:
+        CheckpointError: names the files that are damaged, or the keys that are missing or have another shape.
+    """
+    if verify:
+        _check_complete(folder)
+        verify_checksums(folder)
     state = _sharded_model(chunks)
     _check_tensors(folder, state[_MODEL])
     loaded = dist_checkpointing.load(state, str(folder))
@@ -64,20 +93,25 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Loads weights, optimizer and, on as many ranks as saved them, the random state; returns `common`.
 
+    The files are taken as they are: `verify_checksums` is the caller's to call, who may have another checkpoint.
+
     Raises:
         CheckpointError: the checkpoint was made with other shapes or other trainable parts.
     """
     state = _sharded_model(chunks)
     _check_tensors(folder, state[_MODEL])
-    state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], is_loading=True, metadata=_metadata())
-    _check_tensors(folder, state[_OPTIMIZER], hint="; resume with the trainable parts it was saved with")
+    wanted = optimizer.sharded_state_dict(state[_MODEL], is_loading=True, metadata=_metadata())
+    use_saved_keys(wanted, dist_checkpointing.load_tensors_metadata(str(folder)))
+    _check_tensors(folder, wanted, hint="; resume with the trainable parts it was saved with")
+    # Under another name than it was saved with: what is not a tensor stays apart, and finds its place below.
+    state[_WANTED] = wanted
     if same_ranks := read_common(folder)["world_size"] == dist.get_world_size():
         state[_RANDOM] = _sharded_random()
     loaded = dist_checkpointing.load(state, str(folder))
     _load_chunks(chunks, loaded)
     # The state is copied into leaves that require gradients.
     with torch.no_grad():
-        optimizer.load_state_dict(loaded[_OPTIMIZER])
+        optimizer.load_state_dict(with_saved_groups(wanted, loaded[_WANTED], groups_of(loaded[_OPTIMIZER])))
     if same_ranks:
         _set_random_state(loaded[_RANDOM])
     return loaded[_COMMON]
@@ -91,6 +125,11 @@ def read_common(folder: str | Path) -> dict[str, Any]:
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` holds a checkpoint that was written to its end (Megatron writes `metadata.json` last)."""
     return all((Path(folder) / name).is_file() for name in ("metadata.json", ".metadata"))
+
+
+def _check_complete(folder: str | Path) -> None:
+    if not is_complete(folder):
+        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json or .metadata is missing")
 
 
 def _metadata() -> dict[str, Any]:
@@ -109,17 +148,6 @@ def _sharded_model(chunks: Sequence[ParrotModel]) -> dict[str, Any]:
 def _load_chunks(chunks: Sequence[ParrotModel], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_MODEL][f"chunk{i}"])
-
-
-def _align_steps(optimizer: MegatronOptimizer) -> None:
-    """Gives every group its count of steps: Adam has none for a group whose parameters are all on other stages.
-
-    Groups are saved as rank 0 has them, and a count that is missing would start bias correction anew.
-    """
-    steps = [group["step"] for group in optimizer.param_groups if group["params"] and "step" in group]
-    for group in optimizer.param_groups:
-        if steps and not group["params"]:
-            group["step"] = max(steps)
 
 
 def _sharded_random() -> ShardedObject:
@@ -153,8 +181,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
     """Compares names and shapes before Megatron does, whose messages do not list them."""
-    if not is_complete(folder):
-        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json or .metadata is missing")
+    _check_complete(folder)
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     missing, other_shape = set(), set()
     for tensor in _sharded_tensors(wanted):

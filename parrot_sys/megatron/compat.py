@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -70,12 +73,43 @@ def mlp_submodule(submodules: Any) -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def wait_for_writers_locally() -> None:
-    """Checkpoints are written to their end before training goes on, so results need not cross processes.
+def plan_save(state: dict[str, Any], folder: Path, strategy: Any) -> Any:
+    """Megatron's request to write a sharded state dict, not started yet. A collective.
 
-    Megatron otherwise starts a helper process for them, which takes seconds at the first save and hangs without psutil.
+    Up to 0.16 the part that is equal on all ranks is written right here, unless `catch_common_state` is active.
     """
+    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Results do not cross processes here. Megatron otherwise starts a helper process for them, which takes seconds at
+    # the first save and hangs without psutil.
     if getattr(filesystem_async, "_results_queue", queue) is None:
         filesystem_async._results_queue = queue.Queue()
+    known = inspect.signature(dist_checkpointing.save).parameters
+    choice = {"async_strategy": "mcore"} if "async_strategy" in known else {}
+    return dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, async_sharded_save=True, **choice)
+
+
+@contextlib.contextmanager
+def catch_common_state() -> Iterator[dict[str, Any]]:
+    """File name -> values that Megatron up to 0.16 would write on rank 0 alone, where a failure hangs the others.
+
+    Later versions plan these values like tensors; nothing is caught then.
+    """
+    from megatron.core.dist_checkpointing.strategies import base, common
+
+    caught: dict[str, Any] = {}
+    if not hasattr(common, "TorchCommonSaveStrategy"):
+        yield caught
+        return
+
+    class Caught(common.TorchCommonSaveStrategy):
+        def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
+            caught[common.COMMON_STATE_FNAME] = common_state_dict
+
+    usual = base.get_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1)
+    base.register_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1, Caught("torch", 1))
+    try:
+        yield caught
+    finally:
+        base.register_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1, usual)

@@ -100,6 +100,15 @@ def build_optimizer(
     return optimizer
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of all gradients that the next `optimizer.step()` will use, over all ranks; nothing is clipped or updated.
+
+    Megatron computes it again in that step: gradients are read twice, so that a bad one can be left out.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def _no_decay_key() -> ParamKey:
     return ParamKey(
         with_name_predicate=ParamWithNamePredicate(

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from parrot_sys.cli import save_config
+from parrot_sys.config_values import config_to_dict, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.checkpointing import is_complete, save_distributed
+from parrot_sys.errors import CheckpointError, CheckpointWriteError, ConfigError
+from parrot_sys.megatron.checkpoint_writer import CheckpointWrite, guarded_write
+from parrot_sys.megatron.checkpointing import begin_save, is_complete
+from parrot_sys.megatron.checksums import sync_directory, verify_checksums
+from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished-"
+_DAMAGED = "damaged-"
 PROCESSOR = "processor"
 """Folder inside a checkpoint with the tokenizer and the image preprocessing."""
+_MAY_CHANGE = ("model.tokenizer_path", "model.vision.path", "model.moe.recompute")
+"""Settings of the model that a resumed run may change: they move files or trade time for memory."""
 
 
 def checkpoint_folders(directory: Path) -> dict[int, Path]:
@@ -53,31 +65,86 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
 
 
-class CheckpointStore:
-    """The checkpoints of one run; every rank calls its methods."""
+def check_same_model(config: TrainConfig, folder: Path) -> None:
+    """Whether the run of `config` can go on from the checkpoint in `folder`.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Raises:
+        ConfigError: the checkpoint belongs to a model or a stage with other settings.
+    """
+    saved = dict(_leaves(read_yaml(folder / "config.yaml")))
+    for name, wanted in _leaves(config_to_dict(config)):
+        decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "loss_reduction")
+        if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
+            raise ConfigError(
+                f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
+                "or another --output with --checkpoint.load-from for a new run"
+            )
+
+
+class CheckpointStore:
+    """The checkpoints of one run; every rank calls its methods, in the same order."""
+
+    def __init__(self, config: TrainConfig, *, on_progress: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            config: of the run.
+            on_progress: called while the store waits for a writer that is getting on.
+        """
         self.config = config
         self.directory = Path(config.output) / "checkpoints"
+        self.failure: CheckpointWriteError | None = None
+        """Why the last checkpoint could not be written; None when it could."""
+        self._on_progress = on_progress
+        self._pending: tuple[CheckpointWrite, Path, ParrotProcessor | None] | None = None
 
     def clean(self) -> None:
         """Creates the directory and removes what interrupted runs left half-written."""
-        if dist.get_rank() == 0:
+
+        def clean() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path)
-        dist.barrier()
+
+        on_first_rank(clean)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, as rank 0 sees it."""
-        found = [latest_checkpoint(self.directory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        """The newest valid checkpoint; newer ones that are damaged get another name, and a warning names their files.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is valid.
+        """
+        problems = []
+        for folder in on_first_rank(lambda: list(checkpoint_folders(self.directory).values()))[::-1]:
+            try:
+                if self.config.checkpoint.verify:
+                    verify_checksums(folder)
+            except CheckpointError as error:
+                problems.append((folder, error))
+                continue
+            for damaged, problem in problems:
+                _log(f"{problem}. Training goes on from {folder.name}; {_DAMAGED}{damaged.name} can be removed")
+                on_first_rank(functools.partial(self._set_aside, damaged))
+            return folder
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint below {self.directory} is valid: {'; '.join(str(error) for _, error in problems)}. "
+                "Fix: copy one again, set checkpoint.verify=false to load it as it is, or give another --output"
+            )
+        return None
 
     def save(
-        self, step: int, chunks: Any, optimizer: Any, common: dict[str, Any], processor: ParrotProcessor | None
-    ) -> Path:
-        """Writes the checkpoint of `step` and removes the oldest beyond `checkpoint.keep_last`.
+        self,
+        step: int,
+        chunks: Any,
+        optimizer: Any,
+        common: dict[str, Any],
+        processor: ParrotProcessor | None,
+        *,
+        wait: bool = True,
+    ) -> None:
+        """Writes the checkpoint of `step`, after the one before it, and removes those that the run need not keep.
+
+        When it cannot be written, a warning says why, `failure` holds it, and earlier checkpoints are as they were.
 
         Args:
             step: steps done.
@@ -85,31 +152,83 @@ class CheckpointStore:
             optimizer: Megatron's.
             common: what all ranks agree on (progress, loader state).
             processor: tokenizer and image preprocessing; lies inside the checkpoint.
-
-        Returns:
-            The folder.
+            wait: come back when the checkpoint is there. Otherwise `advance` has to be called until it is.
         """
+        self.advance(wait=True)
         final = self.directory / f"step-{step:08d}"
         temporary = self.directory / f"{_UNFINISHED}{final.name}"
-        _on_first_rank(lambda: _fresh(temporary))
-        save_distributed(temporary, chunks, optimizer, {**common, "step": step, "world_size": dist.get_world_size()})
-        _on_first_rank(lambda: self._finish(temporary, final, processor))
-        return final
+        values = {**common, "step": step, "world_size": dist.get_world_size()}
+        with self._reported():
+            on_first_rank(lambda: guarded_write(temporary, lambda: _fresh(temporary)))
+            write = begin_save(temporary, chunks, optimizer, values, copy=not wait)
+            self._pending = write, final, processor
+        self.advance(wait=wait)
 
-    def _finish(self, temporary: Path, final: Path, processor: ParrotProcessor | None) -> None:
+    def advance(self, *, wait: bool = False) -> None:
+        """Gives a checkpoint its name once every rank has written its part; `wait` for that. Nothing if none is due."""
+        if self._pending is None:
+            return
+        write, final, processor = self._pending
+        if wait:
+            write.wait(self._on_progress)
+        elif not write.is_done():
+            return
+        self._pending = None
+        with self._reported():
+            write.complete(lambda: self._add_files(write.folder, processor))
+            on_first_rank(lambda: guarded_write(write.folder, lambda: self._finish(write.folder, final)))
+            self.failure = None
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Training goes on when a checkpoint cannot be written; nobody may overlook it."""
+        try:
+            yield
+        except CheckpointWriteError as error:
+            self.failure = error
+            kept = checkpoint_folders(self.directory)
+            _log(
+                f"NO CHECKPOINT WAS SAVED: {error}. The next is due in {self.config.checkpoint.interval} steps; until "
+                f"then a crash falls back to {kept[max(kept)].name if kept else 'the start'}. Make room!",
+                logging.ERROR,
+            )
+
+    def _add_files(self, temporary: Path, processor: ParrotProcessor | None) -> None:
         save_config(self.config, temporary / "config.yaml")
         save_config(self.config.model, temporary / "model_config.yaml")
         if processor is not None:
             processor.save_pretrained(temporary / PROCESSOR)
+
+    def _finish(self, temporary: Path, final: Path) -> None:
+        """On rank 0: the checkpoint appears under its name, then old ones go."""
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         os.replace(temporary, final)
+        sync_directory(self.directory)
+        try:
+            self._prune()
+        except OSError as error:
+            _log(f"old checkpoints could not be removed: {error}")
+
+    def _prune(self) -> None:
         folders = checkpoint_folders(self.directory)
+        every = self.config.checkpoint.keep_every
         for step in list(folders)[: -self.config.checkpoint.keep_last]:
-            # Renamed first: a folder that is half removed must not look like a checkpoint.
-            doomed = self.directory / f"{_UNFINISHED}{folders[step].name}"
-            os.replace(folders[step], doomed)
-            shutil.rmtree(doomed)
+            if every is None or step % every:
+                self._remove(folders[step])
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: a folder that is half removed must not look like a checkpoint.
+        doomed = self.directory / f"{_UNFINISHED}{folder.name}.old"
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+    def _set_aside(self, folder: Path) -> None:
+        """A damaged checkpoint must neither be found again nor count among those that are kept."""
+        target = folder.with_name(f"{_DAMAGED}{folder.name}")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(folder, target)
 
 
 def _fresh(folder: Path) -> None:
@@ -117,7 +236,15 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _on_first_rank(action: Callable[[], None]) -> None:
+def _log(text: str, level: int = logging.WARNING) -> None:
     if dist.get_rank() == 0:
-        action()
-    dist.barrier()
+        logger.log(level, text)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

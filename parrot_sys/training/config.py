@@ -127,7 +127,13 @@ class CheckpointConfig:
     interval: int = 1000
     """Steps between checkpoints; one more follows the last step."""
     keep_last: int = 2
-    """Checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that are kept; older ones are removed."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this number of steps are never removed; a multiple of `interval`."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory that is as large as a rank's share."""
+    verify: bool = True
+    """Compare every file with its checksum before a checkpoint is loaded; a damaged one is left out."""
     load_from: str | None = None
     """Weights to start from: a model in the released layout, a training checkpoint, or the output of another run."""
     resume: bool = True
@@ -139,6 +145,41 @@ class CheckpointConfig:
         for name in ("interval", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"checkpoint.{name} must be >= 1, got {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.interval):
+            below = self.keep_every // self.interval * self.interval
+            near = f"{below} or {below + self.interval}" if below > 0 else f"{self.interval}"
+            raise ConfigError(
+                f"checkpoint.keep_every must be a multiple of checkpoint.interval={self.interval}, "
+                f"got {self.keep_every}: set {near}"
+            )
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class FaultConfig:
+    """What happens when a step or a process goes wrong (docs/fault_tolerance.md)."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When the loss or the gradient of a step is no number: end the run, or go on without the step's update."""
+    spike_factor: float | None = None
+    """A loss above this many times the median of the last `spike_window` steps is a spike; unset looks for none."""
+    spike_window: int = 64
+    """Steps whose median a loss is compared with; nothing is a spike before half of them are done."""
+    on_spike: Literal["stop", "skip"] = "skip"
+    """At a spike: end the run, or go on without the step's update."""
+    max_consecutive_skips: int = 10
+    """Steps left out one after the other before the run ends."""
+    hang_timeout: float | None = 600.0
+    """Seconds without a step, a validation batch or a byte of a checkpoint after which a rank logs the stacks of its
+    threads and ends with an error, so that torchrun starts the run again; unset leaves it to the collectives."""
+
+    def __post_init__(self) -> None:
+        if self.spike_factor is not None and not (self.spike_factor > 1 and math.isfinite(self.spike_factor)):
+            raise ConfigError(f"faults.spike_factor must be a finite number > 1, got {self.spike_factor}")
+        for name in ("spike_window", "max_consecutive_skips"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"faults.{name} must be >= 1, got {getattr(self, name)}")
+        if self.hang_timeout is not None and not (self.hang_timeout > 0 and math.isfinite(self.hang_timeout)):
+            raise ConfigError(f"faults.hang_timeout must be a finite number > 0 or unset, got {self.hang_timeout}")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -177,6 +218,8 @@ class TrainConfig:
     """Loss on held-out records."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving, resuming and initial weights."""
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    """Steps that go wrong, processes that hang."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics and progress."""
     use_moe: bool = True

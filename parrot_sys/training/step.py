@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,16 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.errors import ParrotError
-from parrot_sys.megatron.optimizer import data_parallel_group, replica_group, tensor_parallel_rank
+from parrot_sys.megatron.optimizer import data_parallel_group, gradient_norm, replica_group, tensor_parallel_rank
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.schedules import forward_backward, optimizer_step
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
+from parrot_sys.training.faults import BadStep, RunningStatistics, StepGuard
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
-
-
-class TrainingError(ParrotError, ArithmeticError):
-    """Training cannot go on: a loss or gradient is no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +28,7 @@ class StepResult:
 
     metrics: StepMetrics  # summed over all ranks
     grad_norm: float
+    skipped: bool = False  # nothing was updated: loss or gradient are bad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +43,7 @@ class StepRunner:
     reduction: Literal["global", "micro_batch"] = "global"
     optimizer: Any = None
     flops: FlopCounter | None = None
+    guard: StepGuard = field(default_factory=StepGuard)
 
     def train(self, batches: Sequence[PackedBatch], step: int, *, stop: bool = False) -> StepResult:
         """Forward, backward, clip, update.
@@ -56,21 +55,26 @@ class StepRunner:
             stop: this rank wants to end; any rank's wish shows in `metrics.scalar("stop")` on all of them.
 
         Raises:
-            TrainingError: the loss or the gradient is no number, on every rank; the message names step and records. A
-                bad loss is found before the update, so that the parameters are still good.
+            TrainingError: the loss or the gradient is no number or spikes, on every rank, and `guard` says stop; the
+                message names step and records. Nothing has been updated.
         """
+        kept = RunningStatistics(self.chunks)
         metrics = self._run(batches, backward=True, stop=stop)
-        if not metrics.is_finite():
-            raise TrainingError(self._blame(batches, step))
-        grad_norm = optimizer_step(self.optimizer)
-        if not torch.isfinite(torch.tensor(grad_norm)):
-            records = _gather([record for batch in batches for record in batch.record_ids])
-            raise TrainingError(
-                f"step {step}: the gradient norm is {grad_norm} although the loss is {metrics.loss:.4g}; the last "
-                "checkpoint is not affected. Lower optimizer.lr or look at the records of this step: "
-                f"{_listed(records)}"
-            )
-        return StepResult(metrics, grad_norm)
+        grad_norm, guilty = math.nan, []
+        if metrics.is_finite():
+            grad_norm = gradient_norm(self.optimizer)
+            bad = self.guard.judge(step, metrics.loss, grad_norm, self.device)
+        else:
+            guilty = self._guilty(batches)
+            message = "the loss is not finite" + (f" for {len(guilty)} records" if guilty else "")
+            bad = BadStep(step=step, reason="loss is no number", message=message, loss=metrics.loss)
+        if bad is None:
+            optimizer_step(self.optimizer)
+            return StepResult(metrics, grad_norm)
+        self.optimizer.zero_grad()
+        kept.restore()
+        self.guard.handle(bad, _gather([record for batch in batches for record in batch.record_ids]), guilty)
+        return StepResult(metrics, grad_norm, skipped=True)
 
     @torch.no_grad()
     def validate(self, batches: Sequence[PackedBatch]) -> StepMetrics:
@@ -128,8 +132,8 @@ class StepRunner:
         return [1.0 / (max(count, 1) * all_batches) for count in labels]
 
     @torch.no_grad()
-    def _blame(self, batches: Sequence[PackedBatch], step: int) -> str:
-        """Message that names the records whose losses are no numbers; runs each micro-batch once more."""
+    def _guilty(self, batches: Sequence[PackedBatch]) -> list[str]:
+        """Records of all ranks whose losses are no numbers; runs each micro-batch once more."""
         bad: list[str] = []
 
         def find(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, None]:
@@ -140,11 +144,7 @@ class StepRunner:
 
         shares = [self.chunks[0].module.share_of_rank(batch).to(self.device) for batch in batches]
         forward_backward(self.chunks, shares, find, backward=False)
-        records = _gather(bad)
-        return (
-            f"step {step}: the loss is not finite for {len(records)} records: {_listed(records)}. "
-            "The parameters were not updated; look at these records, lower optimizer.lr or use precision fp32"
-        )
+        return _gather(bad)
 
 
 @torch.no_grad()
@@ -185,8 +185,3 @@ def _gather(values: list[str]) -> list[str]:
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, values)
     return sorted({value for each in everyone for value in each})
-
-
-def _listed(records: list[str], limit: int = 20) -> str:
-    rest = f" and {len(records) - limit} more" if len(records) > limit else ""
-    return (", ".join(records[:limit]) or "(without ids)") + rest

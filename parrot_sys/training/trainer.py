@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch.distributed as dist
 
 from parrot_sys import platform
 from parrot_sys.cli import save_config
-from parrot_sys.config_values import config_to_dict, read_yaml
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
@@ -29,18 +29,17 @@ from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks, set_trainable
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
-from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, find_checkpoint
+from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import fill_store, open_store
 from parrot_sys.training.metrics import FlopCounter, StepMetrics, peak_flops
 from parrot_sys.training.schedule import CosineSchedule, warmup_steps
 from parrot_sys.training.step import StepRunner
+from parrot_sys.training.watchdog import Watchdog
 from parrot_sys.training.writer import MetricsWriter
 
 logger = logging.getLogger(__name__)
-
-_MAY_CHANGE = ("model.tokenizer_path", "model.vision.path", "model.moe.recompute")
-"""Settings of the model that a resumed run may change: they move files or trade time for memory."""
 
 
 class Trainer:
@@ -55,9 +54,12 @@ class Trainer:
         self.output = Path(config.output)
         self.source = find_checkpoint(config.checkpoint.load_from) if config.checkpoint.load_from else None
         platform.set_cpu_threads()
-        initialize(config.parallel, seed=config.seed)
+        # Later than the watchdog: a collective that gives up ends its rank before that has logged where it stands.
+        patience = {} if config.faults.hang_timeout is None else {"timeout": max(600.0, 2 * config.faults.hang_timeout)}
+        initialize(config.parallel, seed=config.seed, **patience)
         self.device = platform.device()
-        self.checkpoints = CheckpointStore(config)
+        self.watchdog = Watchdog(config.faults.hang_timeout)
+        self.checkpoints = CheckpointStore(config, on_progress=lambda: self.watchdog.beat("saving a checkpoint"))
         resume_from = self._resume_from()
         # Data come before the model: their errors are cheap to find.
         self.processor = self._load_processor()
@@ -82,8 +84,12 @@ class Trainer:
             clip_grad=settings.clip_grad,
         )
         self.step = 0
+        saved_guard = None
         if resume_from is not None:
-            self._resume(resume_from)
+            saved_guard = self._resume(resume_from)
+        self.guard = StepGuard(config.faults, self.output, start_step=self.step)
+        if saved_guard is not None:
+            self.guard.load_state_dict(saved_guard)
         self.runner = self._make_runner()
         self._stop = False
 
@@ -125,7 +131,7 @@ class Trainer:
             config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
         )
         if load and self.source is not None:
-            load_model_weights(self.source, chunks)
+            load_model_weights(self.source, chunks, verify=config.checkpoint.verify)
         for model in chunks:
             tower = model.vision_tower
             if load and self.source is None:
@@ -164,10 +170,12 @@ class Trainer:
             reduction=config.loss_reduction,
             optimizer=self.optimizer,
             flops=FlopCounter(config.model, self._trainable(), use_moe=self._uses_moe()),
+            guard=self.guard,
         )
 
-    def _resume(self, folder: Path) -> None:
-        self._check_same_model(folder)
+    def _resume(self, folder: Path) -> dict[str, Any]:
+        """Goes on from a checkpoint; the state that it has of `StepGuard`."""
+        check_same_model(self.config, folder)
         common = load_training_state(folder, self.chunks, self.optimizer)
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
@@ -178,20 +186,7 @@ class Trainer:
                 self.total_steps,
             )
         logger.info("going on behind step %d from %s", self.step, folder)
-
-    def _check_same_model(self, folder: Path) -> None:
-        """
-        Raises:
-            ConfigError: the checkpoint belongs to a model or a stage with other settings.
-        """
-        saved = dict(_leaves(read_yaml(folder / "config.yaml")))
-        for name, wanted in _leaves(config_to_dict(self.config)):
-            decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "loss_reduction")
-            if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
-                raise ConfigError(
-                    f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
-                    "or another --output with --checkpoint.load-from for a new run"
-                )
+        return common["guard"]
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -204,7 +199,8 @@ class Trainer:
             The summary that is also the last record of metrics.jsonl; `finished` is False after SIGTERM.
 
         Raises:
-            TrainingError: a loss or gradient is no number.
+            TrainingError: a loss or gradient is no number or spikes, and the configuration says stop.
+            CheckpointWriteError: the last checkpoint could not be written.
         """
         if dist.get_rank() == 0:
             save_config(self.config, self.output / "config.yaml")
@@ -223,8 +219,12 @@ class Trainer:
             self._cache_features()
         settings = self.config.logging
         writer = MetricsWriter(self.output, settings, total_steps=self.total_steps, start_step=self.step)
-        with writer, self._stop_on_sigterm():
-            summary = self._train(writer)
+        with writer, self._stop_on_sigterm(), self.watchdog:
+            try:
+                summary = self._train(writer)
+            except TrainingError:  # raised on every rank: the checkpoint that is being written can be completed
+                self.checkpoints.advance(wait=True)
+                raise
             writer.write("summary", self.step, summary)
         return summary
 
@@ -232,36 +232,44 @@ class Trainer:
         config, started, first = self.config, time.perf_counter(), self.step
         window, window_start = StepMetrics(config.model.moe.num_experts, self.device), started
         last: dict[str, Any] = {}
-        rows = 0.0
+        rows, skipped = 0.0, 0
         batches = self._batches()
         while self.step < self.total_steps:
             self.schedule.apply(self.step, self.optimizer.param_groups)
             result = self.runner.train(next(batches), self.step + 1, stop=self._stop)
-            window.merge(result.metrics)
             self.step += 1
+            self.watchdog.beat(f"training behind step {self.step}")
+            if result.skipped:
+                skipped += 1
+            else:
+                window.merge(result.metrics)
             stopping = result.metrics.scalar("stop") > 0
             done = self.step == self.total_steps
             if self.step % config.logging.interval == 0 or done or stopping:
                 now = time.perf_counter()
-                last = self._record(window, result.grad_norm, now - window_start)
-                writer.write("train", self.step, last)
+                record = self._record(window, result.grad_norm, now - window_start, skipped)
+                last = record if window.steps else last
+                writer.write("train", self.step, record)
                 rows += window.scalar("rows")
-                window, window_start = StepMetrics(config.model.moe.num_experts, self.device), now
+                window, window_start, skipped = StepMetrics(config.model.moe.num_experts, self.device), now, 0
             writer.advance(**_shown(last, result.metrics.loss))
             if self.validation_loader is not None and (self.step % config.validation.interval == 0 or done):
                 writer.write("validation", self.step, self.validate())
             if self.step % config.checkpoint.interval == 0 or done or stopping:
-                self._save()
+                self._save(wait=done or stopping or not config.checkpoint.asynchronous)
+            self.checkpoints.advance()
             if stopping and not done:
                 logger.warning("stopped by SIGTERM behind step %d; start the same command again to go on", self.step)
                 break
+        if self.checkpoints.failure is not None:
+            raise self.checkpoints.failure
         seconds = time.perf_counter() - started
         summary = {
             "finished": self.step == self.total_steps,
             "steps": self.step - first,
             "seconds": seconds,
             "tokens_per_second": rows / seconds,
-            "loss": last["loss"],
+            "loss": last.get("loss"),
         }
         writer.say(_summary_line(summary, self.step, self.total_steps))
         return summary
@@ -271,13 +279,15 @@ class Trainer:
         while True:
             yield from self.loader
 
-    def _record(self, window: StepMetrics, grad_norm: float, seconds: float) -> dict[str, Any]:
+    def _record(self, window: StepMetrics, grad_norm: float, seconds: float, skipped: int) -> dict[str, Any]:
         settings = self.config.optimizer
-        record = window.record()
+        record: dict[str, Any] = window.record() if window.steps else {"rows": 0}
+        if skipped:
+            record["skipped_steps"] = skipped
         lrs = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
         record |= {name: self.schedule.lr(self.step - 1, lr, settings.min_lr) for name, lr in lrs.items()}
         record |= {
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "epoch": self.loader.epoch,
             "seconds": seconds,
             "tokens_per_second": record["rows"] / seconds,
@@ -294,15 +304,17 @@ class Trainer:
         total = StepMetrics(self.config.model.moe.num_experts, self.device)
         for batches in itertools.islice(loader, self.config.validation.batches):
             total.merge(self.runner.validate(batches))
+            self.watchdog.beat("validating")
         loader.load_state_dict(start)
         return total.record()
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool) -> None:
         # Ranks differ in the samples they left out: what rank 0 says is saved.
         loader = [self.loader.state_dict()]
         dist.broadcast_object_list(loader, src=0)
-        common = {"loader": loader[0], "total_steps": self.total_steps}
-        self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor)
+        common = {"loader": loader[0], "total_steps": self.total_steps, "guard": self.guard.state_dict()}
+        self.watchdog.beat("saving a checkpoint")
+        self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor, wait=wait)
 
     def _export(self) -> None:
         export_released(self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True)
@@ -364,16 +376,8 @@ def _shown(record: dict[str, Any], loss: float) -> dict[str, str]:
 
 
 def _summary_line(summary: dict[str, Any], step: int, total: int) -> str:
+    loss = "every step left out" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
     return (
         f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, loss {summary['loss']:.4f}"
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
     )
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of nested settings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

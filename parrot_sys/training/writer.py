@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from parrot_sys.errors import DataError
 from parrot_sys.training.config import LoggingConfig
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,8 +35,9 @@ class MetricsWriter:
             return
         folder = Path(output)
         self._path = folder / METRICS_FILE
-        _cut(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        cut_records(self._path, start_step)
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
         self._board = None
         if config.tensorboard:
             # Imported late: it takes a second, and not every rank or run needs it.
@@ -50,9 +57,11 @@ class MetricsWriter:
         if not self._active:
             return
         self._bar.close()
+        self._append("")
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # was said when it failed
+                self._board.close()
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         """Appends one record; its numbers, and lists of numbers one by one, also go to TensorBoard.
@@ -64,15 +73,23 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
-        self._file.flush()
-        if self._board is None:
-            return
-        for name, value in record.items():
-            for index, number in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(number, int | float):
-                    tag = f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}"
-                    self._board.add_scalar(tag, number, step)
+        self._append(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        if self._board is not None:
+            try:
+                _add_to_board(self._board, kind, step, record)
+            except OSError as error:  # raised by its writing thread, which has ended then
+                logger.error("no more TensorBoard events are written: %s", error)
+                self._board = None
+
+    def _append(self, line: str) -> None:
+        """A full disk does not end the run: what could not be written is tried again with the next record."""
+        was_behind, self._unwritten = bool(self._unwritten), self._unwritten + line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not was_behind:
+                logger.error("%s cannot be written (%s); records are kept in memory until it can", self._path, error)
 
     def advance(self, **shown: str) -> None:
         """Moves the bar by a step; `shown` stands behind it."""
@@ -115,8 +132,13 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _cut(path: Path, last_step: int) -> None:
-    """Drops records behind `last_step`, and a line that a killed process left half-written."""
+def cut_records(path: Path, last_step: int) -> None:
+    """Drops records behind `last_step`, and a line that a killed process left half-written.
+
+    Args:
+        path: file with one JSON object a line, each with a `step`; nothing happens when there is none.
+        last_step: the last step that stays.
+    """
     if not path.is_file():
         return
     kept = []
@@ -130,3 +152,11 @@ def _cut(path: Path, last_step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def _add_to_board(board: SummaryWriter, kind: str, step: int, record: dict[str, Any]) -> None:
+    for name, value in record.items():
+        for index, number in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(number, int | float):
+                tag = f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}"
+                board.add_scalar(tag, number, step)

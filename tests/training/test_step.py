@@ -18,8 +18,9 @@ from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model, co
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.faults import TrainingError
 from parrot_sys.training.metrics import FlopCounter
-from parrot_sys.training.step import StepRunner, TrainingError
+from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 
 FIRST = make_batch(MIXED, seed=1)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,60 +25,32 @@ from parrot_sys.training.config import (
 )
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import MetricsWriter, read_metrics
-from tests.training.tiny import FIXTURE, MODEL, Hook, signal_before, tiny_config
-
-
-def _run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
-    def rank_main(rank: int, size: int) -> dict[str, Any]:
-        trainer = Trainer(config)
-        if hook is not None:
-            hook(trainer)
-        return trainer.run()
-
-    return run_distributed(rank_main, ranks)
-
-
-def _losses(config: TrainConfig) -> list[tuple[int, float, float]]:
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(config.output, "train")]
+from tests.training.tiny import FIXTURE, MODEL, kill_in_save, losses, run, signal_before, tiny_config
 
 
 def _weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "hf" / "model.safetensors")
 
 
-def _kill_in_save(step: int) -> Hook:
-    """Kills the first rank when the tensors of a checkpoint are written but it does not have its name yet."""
-
-    def hook(trainer: Trainer) -> None:
-        finish = trainer.checkpoints._finish
-
-        def killed(temporary: Path, final: Path, *rest: Any) -> None:
-            if trainer.step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            finish(temporary, final, *rest)
-
-        trainer.checkpoints._finish = killed
-
-    return hook
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_run_goes_on_bit_equal(ranks: int, tmp_path: Path) -> None:
     whole = tiny_config(tmp_path, output="whole")
-    _run(whole, ranks)
-    killed = tiny_config(tmp_path, output="killed")
+    run(whole, ranks)
+    # Written before training goes on, so that it is known which checkpoint a start finds.
+    checkpoints = CheckpointConfig(interval=3, load_from=str(MODEL), export=False, asynchronous=False)
+    killed = tiny_config(tmp_path, output="killed", checkpoint=checkpoints)
     # Checkpoints stand at steps 3 and 6; an epoch has 4 steps, so both lie in mid-epoch.
     for hook in (
         signal_before(6, signal.SIGKILL, rank=ranks - 1),
-        _kill_in_save(6),
+        kill_in_save(6),
         signal_before(8, signal.SIGKILL),
     ):
         with pytest.raises(RuntimeError, match="ranks failed"):
-            _run(killed, ranks, hook)
-    (summary, *_) = _run(killed, ranks)
+            run(killed, ranks, hook)
+    (summary, *_) = run(killed, ranks)
     assert summary["steps"] == 2, "the last start goes on behind step 6"
-    assert _losses(killed) == _losses(whole)
-    assert [step for step, *_ in _losses(whole)] == list(range(1, 9))
+    assert losses(killed) == losses(whole)
+    assert [step for step, *_ in losses(whole)] == list(range(1, 9))
     names = sorted(path.name for path in (Path(killed.output) / "checkpoints").iterdir())
     assert names == ["step-00000006", "step-00000008"], "half-written checkpoints and old ones are gone"
 
@@ -92,17 +62,17 @@ def test_bf16_goes_on_bit_equal(ranks: int, distributed: bool, tmp_path: Path) -
         tiny_config(tmp_path, output=name, precision="bf16", max_steps=4, optimizer=optimizer, recompute="full")
         for name in ("whole", "stopped")
     )
-    _run(whole, ranks)
-    _run(stopped, ranks, signal_before(2, signal.SIGTERM))
-    _run(stopped, ranks)
-    assert _losses(stopped) == _losses(whole)
+    run(whole, ranks)
+    run(stopped, ranks, signal_before(2, signal.SIGTERM))
+    run(stopped, ranks)
+    assert losses(stopped) == losses(whole)
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
     one, two = (tiny_config(tmp_path, output=name) for name in ("one", "two"))
-    _run(one, 1)
-    _run(two, 2)
-    for (_, loss, norm), (_, other_loss, other_norm) in zip(_losses(one), _losses(two), strict=True):
+    run(one, 1)
+    run(two, 2)
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(losses(one), losses(two), strict=True):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_norm == pytest.approx(norm, rel=1e-4)
 
@@ -116,13 +86,13 @@ def test_context_parallel_run_is_that_of_one_process(tmp_path: Path) -> None:
         for validation in [ValidationConfig(paths=(str(tmp_path / "records.json"),), image_roots=(str(FIXTURE),))]
     )
     both, one = (dataclasses.replace(c, checkpoint=dataclasses.replace(c.checkpoint, export=True)) for c in (both, one))
-    _run(one)
-    _run(both, 2)
-    _run(moved, 2, signal_before(2, signal.SIGTERM, rank=1))
-    _run(dataclasses.replace(moved, parallel=ParallelConfig()))
-    wanted = _losses(one)
+    run(one)
+    run(both, 2)
+    run(moved, 2, signal_before(2, signal.SIGTERM, rank=1))
+    run(dataclasses.replace(moved, parallel=ParallelConfig()))
+    wanted = losses(one)
     for config in (both, moved):
-        for (step, loss, norm), (_, other_loss, other_norm) in zip(wanted, _losses(config), strict=True):
+        for (step, loss, norm), (_, other_loss, other_norm) in zip(wanted, losses(config), strict=True):
             assert other_loss == pytest.approx(loss, rel=1e-5), step
             assert other_norm == pytest.approx(norm, rel=1e-4), step
     for kind in ("train", "validation"):
@@ -141,29 +111,29 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(distributed: bool, tmp_path: P
     optimizer = OptimizerConfig(lr=1e-3, moe_lr=5e-4, distributed=distributed)
     whole = tiny_config(tmp_path, output="whole", optimizer=optimizer)
     moved = tiny_config(tmp_path, output="moved", optimizer=optimizer)
-    _run(whole, 1)
-    _run(moved, 2, signal_before(5, signal.SIGTERM))
-    assert [step for step, *_ in _losses(moved)] == [1, 2, 3, 4, 5]
-    _run(moved, 1)
-    assert [loss for _, loss, _ in _losses(moved)] == pytest.approx([loss for _, loss, _ in _losses(whole)], rel=1e-5)
+    run(whole, 1)
+    run(moved, 2, signal_before(5, signal.SIGTERM))
+    assert [step for step, *_ in losses(moved)] == [1, 2, 3, 4, 5]
+    run(moved, 1)
+    assert [loss for _, loss, _ in losses(moved)] == pytest.approx([loss for _, loss, _ in losses(whole)], rel=1e-5)
 
 
 def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    for summary in _run(config, 2, signal_before(2, signal.SIGTERM, rank=1)):
+    for summary in run(config, 2, signal_before(2, signal.SIGTERM, rank=1)):
         assert (summary["finished"], summary["steps"]) == (False, 2)
     assert checkpoint.latest_checkpoint(Path(config.output) / "checkpoints").name == "step-00000002"
-    (summary, _) = _run(config, 2)
+    (summary, _) = run(config, 2)
     assert (summary["finished"], summary["steps"]) == (True, 6)
 
 
 def test_finished_run_starts_again_without_work(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, max_steps=2)
-    _run(config)
-    before = _losses(config)
-    (summary,) = _run(config)
+    run(config)
+    before = losses(config)
+    (summary,) = run(config)
     assert summary == {"finished": True, "steps": 0}
-    assert _losses(config) == before
+    assert losses(config) == before
     assert len(read_metrics(config.output, "summary")) == 1
 
 
@@ -177,7 +147,7 @@ def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
         optimizer=OptimizerConfig(lr=1e-3),
         checkpoint=CheckpointConfig(load_from=str(MODEL)),
     )
-    _run(align)
+    run(align)
     exported, start = _weights(align), load_file(MODEL / "model.safetensors")
     for name, tensor in start.items():
         assert torch.equal(exported[name], tensor) != name.startswith("model.mm_projector."), name
@@ -187,10 +157,10 @@ def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
         tiny_config(tmp_path, output=name, max_steps=1, checkpoint=CheckpointConfig(load_from=f"{align.output}{below}"))
         for name, below in (("by_run", ""), ("by_export", "/hf"))
     )
-    _run(by_run)
-    _run(by_export)
-    assert _losses(by_run) == _losses(by_export)
-    assert _losses(by_run)[0][1] < 7
+    run(by_run)
+    run(by_export)
+    assert losses(by_run) == losses(by_export)
+    assert losses(by_run)[0][1] < 7
     changed = _weights(by_run)
     assert not torch.equal(changed["model.moe_model.gate.weight"], start["model.moe_model.gate.weight"])
     tower = [name for name in changed if "vision_tower" in name]
@@ -205,13 +175,13 @@ def test_cached_features_train_like_images(ranks: int, context: int, tmp_path: P
         tiny_config(tmp_path, output=name, max_steps=3, cache_image_features=name == "cached", parallel=parallel)
         for name in ("plain", "cached")
     )
-    _run(plain, ranks)
-    _run(cached, ranks)
-    assert _losses(cached) == _losses(plain)
+    run(plain, ranks)
+    run(cached, ranks)
+    assert losses(cached) == losses(plain)
     shards = list((Path(cached.output) / "features").rglob("*.npy"))
     assert len(shards) == ranks, "four images, each computed once"
     times = [shard.stat().st_mtime_ns for shard in shards]
-    _run(dataclasses.replace(cached, max_steps=4), ranks)
+    run(dataclasses.replace(cached, max_steps=4), ranks)
     assert [shard.stat().st_mtime_ns for shard in (Path(cached.output) / "features").rglob("*.npy")] == times
 
 
@@ -219,9 +189,9 @@ def test_validation_is_over_the_same_samples_and_leaves_training_alone(tmp_path:
     plain = tiny_config(tmp_path, output="plain", max_steps=5)
     validation = ValidationConfig(paths=plain.data.paths, image_roots=(str(FIXTURE),), interval=2, batches=4)
     config = tiny_config(tmp_path, output="validated", max_steps=5, validation=validation)
-    _run(plain)
-    _run(config)
-    assert _losses(config) == _losses(plain)
+    run(plain)
+    run(config)
+    assert losses(config) == losses(plain)
     records = read_metrics(config.output, "validation")
     assert [record["step"] for record in records] == [2, 4, 5]
     assert {record["samples"] for record in records} == {32}
@@ -233,7 +203,7 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
     logging = LoggingConfig(interval=3, tensorboard=True, progress=False)
     checkpoints = CheckpointConfig(interval=3, load_from=str(MODEL))
     config = tiny_config(tmp_path, logging=logging, checkpoint=checkpoints)
-    _run(config)
+    run(config)
     records = read_metrics(config.output, "train")
     assert [record["step"] for record in records] == [3, 6, 8]
     assert sum(record["samples"] for record in records) == 64
@@ -257,7 +227,7 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
     base = tiny_config(tmp_path, output="base", max_steps=1)
-    _run(base)
+    run(base)
     moe = dataclasses.replace(base.model.moe, ffn_hidden_size=40)
     llm = dataclasses.replace(base.model.llm, num_layers=3)
     wrong = dataclasses.replace(
@@ -284,7 +254,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     assert message.startswith("ConfigError: checkpoint.resume is false")
     frozen = dataclasses.replace(base, max_steps=2, trainable=TrainableConfig(llm=False))
     frozen_first = dataclasses.replace(frozen, output=str(tmp_path / "frozen"), max_steps=1)
-    _run(frozen_first)
+    run(frozen_first)
     (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))
     assert message.startswith("ConfigError")
     assert "was trained with trainable.llm False, now it is True" in message

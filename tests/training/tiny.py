@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch._dynamo
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
+from parrot_sys.logging import setup_logging
 from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import (
     CheckpointConfig,
     LoggingConfig,
@@ -23,6 +25,7 @@ from parrot_sys.training.config import (
     ValidationConfig,
 )
 from parrot_sys.training.trainer import Trainer
+from parrot_sys.training.writer import read_metrics
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 MODEL = FIXTURE / "model"
@@ -63,6 +66,27 @@ def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **setting
     return TrainConfig(output=str(folder / output), **(defaults | settings))
 
 
+Hook = Callable[[Trainer], None]
+
+
+def run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[dict[str, Any]]:
+    """Trains in forked processes; the summary of each rank."""
+
+    def rank_main(rank: int, size: int) -> dict[str, Any]:
+        setup_logging()
+        trainer = Trainer(config)
+        if hook is not None:
+            hook(trainer)
+        return trainer.run()
+
+    return run_distributed(rank_main, ranks)
+
+
+def losses(config: TrainConfig) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of every record."""
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(config.output, "train")]
+
+
 def signal_before(step: int, number: int, rank: int = 0) -> Hook:
     """Sends this process a signal when `step` is about to run."""
 
@@ -76,5 +100,21 @@ def signal_before(step: int, number: int, rank: int = 0) -> Hook:
                 yield batch
 
         trainer._batches = interrupted
+
+    return hook
+
+
+def kill_in_save(step: int) -> Hook:
+    """Kills the first rank when the tensors of a checkpoint are written but it does not have its name yet."""
+
+    def hook(trainer: Trainer) -> None:
+        finish = trainer.checkpoints._finish
+
+        def killed(temporary: Path, final: Path, *rest: Any) -> None:
+            if final.name == f"step-{step:08d}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            finish(temporary, final, *rest)
+
+        trainer.checkpoints._finish = killed
 
     return hook

@@ -1,0 +1,97 @@
+"""Optimizer state of a checkpoint in the shape that this process's optimizer has.
+
+Megatron keeps an optimizer for dense and one for expert parameters, but only on ranks whose experts are split (EP > 1).
+A checkpoint's tensors do not depend on that, but its parameter groups do, and in other people's checkpoints prefixes of
+its keys. Rank 0 alone writes the groups, which need not be those of another pipeline stage either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+
+from parrot_sys.errors import CheckpointError
+
+Group = dict[str, Any]
+
+_PREFIX = re.compile(r"chained_\d+\.")
+_IDENTITY = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
+"""What Megatron tells parameter groups apart by; an expert group without a counterpart takes that of a dense one."""
+
+
+def use_saved_keys(state: Any, saved: Collection[str]) -> None:
+    """Renames the sharded tensors of `state` whose keys the checkpoint has with or without a `chained_N.` in front.
+
+    Args:
+        state: sharded state dict of an optimizer; changed in place.
+        saved: keys of the checkpoint.
+    """
+    plain = {_PREFIX.sub("", key, count=1): key for key in saved}
+    for part in _sharded(state):
+        if part.key not in saved:
+            part.key = plain.get(_PREFIX.sub("", part.key, count=1), part.key)
+
+
+def groups_of(state: Any) -> list[Group]:
+    """All parameter groups in a state dict, however many optimizers they are spread over; copies."""
+    if isinstance(state, dict):
+        own = [dict(group) for group in state.get("param_groups", ())]
+        return own + [group for name, value in state.items() if name != "param_groups" for group in groups_of(value)]
+    if isinstance(state, list | tuple):
+        return [group for value in state for group in groups_of(value)]
+    return []
+
+
+def with_saved_groups(template: Any, loaded: Any, saved: list[Group]) -> Any:
+    """State for `optimizer.load_state_dict`: structure of `template`, tensors of `loaded`, groups of `saved`.
+
+    Args:
+        template: the optimizer's own sharded state dict.
+        loaded: what `dist_checkpointing.load` made of it.
+        saved: from `groups_of` of the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint has no parameter groups, or they are at different steps.
+    """
+    steps = {group["step"] for group in saved if "step" in group}
+    if not saved or len(steps) > 1:
+        raise CheckpointError(
+            f"the optimizer of the checkpoint must have parameter groups at one step, it has {len(saved)} at steps "
+            f"{sorted(steps)}"
+        )
+    return _fill(template, loaded, saved, {"step": steps.pop()} if steps else {})
+
+
+def _fill(template: Any, loaded: Any, saved: list[Group], step: Group) -> Any:
+    if not isinstance(template, dict):
+        return template if loaded is None else loaded
+    loaded = loaded if isinstance(loaded, dict) else {}
+    result = dict(loaded)
+    for name, value in template.items():
+        if name == "param_groups":
+            numbers = loaded.get(name) or [{}] * len(value)
+            result[name] = [_match(g, saved, step) | n for g, n in zip(value, numbers, strict=True)]
+        else:
+            result[name] = _fill(value, loaded.get(name), saved, step)
+    return result
+
+
+def _match(wanted: Group, saved: list[Group], step: Group) -> Group:
+    """The saved group that stands for `wanted`; a group without one keeps its own settings."""
+    identity = {name: wanted.get(name) for name in _IDENTITY}
+    for names in (_IDENTITY, _IDENTITY[:-1]):
+        for group in saved:
+            if all(group.get(name) == identity[name] for name in names):
+                return {**wanted, **step, **group, **identity, "params": wanted.get("params")}
+    return {**wanted, **step}
+
+
+def _sharded(state: Any) -> Iterator[ShardedTensor | ShardedObject | ShardedTensorFactory]:
+    if isinstance(state, ShardedTensor | ShardedObject | ShardedTensorFactory):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _sharded(value)
