@@ -8,7 +8,7 @@ Compilation goes through ninja with dependency files, so that a second build onl
 
     pip install --no-build-isolation -e .        # or, after an edit in csrc: python setup.py build_ext --inplace
 
-Environment (see ENVs.md): PARROT_SKIP_EXTENSION, PARROT_CUDA, PARROT_CUDA_ARCHS, CXX, CXXFLAGS, MAX_JOBS.
+Environment (see ENVs.md): PARROT_SKIP_EXTENSION, PARROT_CUDA, PARROT_CUDA_ARCHS, PARROT_BUILD_DIR, CXX, CXXFLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class NinjaBuild(build_ext):
             import torch
         except ImportError as error:
             sys.exit(f"{error.name} is needed to build; install it and use `pip install --no-build-isolation`")
-        build_dir = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        default = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        build_dir = Path(os.environ.get("PARROT_BUILD_DIR", default)).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         cxx, nvcc = find_cxx(), find_nvcc()
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
