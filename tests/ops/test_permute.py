@@ -125,15 +125,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, (x.requires_grad_(), probs.requires_grad_()))
 
 
-@pytest.mark.parametrize("with_probs", [True, False])
-def test_opcheck(with_probs: bool) -> None:
-    plan = make_plan(5, 2, 2)
-    x, probs = torch.randn(5, 4, requires_grad=True), torch.rand(5, 2, requires_grad=True) if with_probs else None
-    torch.library.opcheck(torch.ops.parrot.permute.default, (x, probs, plan, 2))
-    rows = torch.randn(8, 4, requires_grad=True)
-    torch.library.opcheck(torch.ops.parrot.unpermute.default, (rows, probs, plan, 2, 5))
-
-
 def test_wrong_arguments_are_named() -> None:
     x, plan = torch.zeros(3, 2), torch.arange(6)
     with pytest.raises(ValueError, match=r"probs must be \[num_rows=3, topk=2\], got \[3, 1\]"):
