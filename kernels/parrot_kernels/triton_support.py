@@ -142,15 +142,19 @@ def _repair_reductions(interface: Any) -> None:
 
 
 def _repair_masks(builder: Any) -> None:
-    """A comparison of scalars that is broadcast becomes integers, which loads and stores of Triton 3.9 refuse."""
-
+    """A broadcast comparison of scalars becomes integers, which loads and stores of Triton 3.9 refuse as masks."""
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def as_bool(mask: Any) -> Any:
-        return _Handle(mask.data.astype(bool), tl.int1)
+        return _Handle(mask.data.astype(bool), tl.int1) if isinstance(mask, _Handle) else mask
 
-    builder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, as_bool(mask), *rest)
-    builder.create_masked_store = lambda self, ptrs, value, mask, *rest: store(self, ptrs, value, as_bool(mask), *rest)
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, ptrs, as_bool(mask), *args, **kwargs)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return store(self, ptrs, value, as_bool(mask), *args, **kwargs)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
 
 
 def _repair_range() -> None:
@@ -166,7 +170,7 @@ def _repair_range() -> None:
 
 @functools.cache
 def install_interpreter_fixes() -> None:
-    """Makes bfloat16 right in Triton's interpreter (casts, constants, `tl.dot`; other arithmetic on it raises), and masks.
+    """Repairs the interpreter: bfloat16 in casts, constants and `tl.dot` (other arithmetic on it raises), masks, ranges.
 
     Raising, not widening, keeps the rule that kernels follow: bfloat16 is a storage format, arithmetic is float32.
     """
