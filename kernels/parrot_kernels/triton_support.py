@@ -170,7 +170,7 @@ def _repair_range() -> None:
 
 @functools.cache
 def install_interpreter_fixes() -> None:
-    """Repairs the interpreter: bfloat16 in casts, constants and `tl.dot` (other arithmetic on it raises), masks, ranges.
+    """Repairs the interpreter: bfloat16 in casts, constants, `tl.dot` (other arithmetic on it raises), masks, ranges.
 
     Raising, not widening, keeps the rule that kernels follow: bfloat16 is a storage format, arithmetic is float32.
     """
