@@ -25,12 +25,12 @@ SEGMENTS = OFFSETS[[0, 0, 1, 1]], OFFSETS[[1, 3, 3, 2]]
 SPANS, NO_SPANS = make_spans([4, 5], [2, 1]), make_spans([0], [3])
 TARGETS = torch.tensor([2, -100, 6])
 LENGTHS = {"max_seqlen_q": 5, "max_seqlen_kv": 5, "scale": 0.3}
-GROUPS = {
+GROUPS: dict[str, Any] = {
     "renormalize": True,
     "score_function": "sigmoid",
     "num_groups": 3,
     "topk_groups": 2,
-    "expert_bias": torch.rand(6),
+    "expert_bias": torch.linspace(0, 1, 6),
 }
 EXPERTS = {"x": (3, 2, 8), "w_gate_up": (4, 2, 5, 8), "w_down": (4, 5, 8), "probs": (3, 4)}
 NO_IMAGE = EXPERTS | {"x": (0, 2, 8), "probs": (0, 4)}
@@ -112,7 +112,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     ),
     "topk_routing": (lambda logits: ops.topk_routing(logits, 2, renormalize=True), {"logits": (7, 6)}),
     "topk_routing-no_row": (lambda logits: ops.topk_routing(logits, 2, renormalize=False), {"logits": (0, 6)}),
-    "topk_routing-groups": (lambda logits: ops.topk_routing(logits, 2, renormalize=True, **GROUPS), {"logits": (7, 6)}),
+    "topk_routing-groups": (lambda logits: ops.topk_routing(logits, 2, **GROUPS), {"logits": (7, 6)}),
 }
 
 

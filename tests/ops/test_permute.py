@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from parrot_kernels.testing import assert_all_accurate, outputs_and_gradients
+from parrot_kernels.testing import assert_accurate, assert_all_accurate, outputs_and_gradients
 from parrot_sys.ops import permute, topk_routing, unpermute
 
 BACKENDS = ["reference", "cpu", "triton"]
@@ -111,6 +113,24 @@ def test_round_trip_with_the_plan_of_the_router(ran_on, triton_device, backend: 
     experts = route.topk_indices.flatten()[route.plan]
     assert torch.equal(experts, experts.sort().values)
     torch.testing.assert_close(back, x)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(0, 12), width=st.integers(1, 150), topk=st.integers(1, 4), dropped=st.integers(0, 48))
+def test_ragged_plans_on_triton(ran_on, triton_device, rows: int, width: int, topk: int, dropped: int) -> None:
+    """Copies are exact, and sums of bfloat16 rows are rounded once."""
+    plan = make_plan(rows, topk, min(dropped, rows * topk))
+    x, probs = torch.randn(rows, width).bfloat16(), torch.rand(rows, topk)
+    on = [tensor.to(triton_device) for tensor in (x, plan, probs)]
+    with ran_on("triton", "permute", "permute_fwd", "unpermute_fwd"):
+        moved, row_probs = permute(on[0], on[1], topk=topk, probs=on[2])
+        y = unpermute(moved, on[1], topk=topk, num_rows=rows, probs=on[2])
+    assert row_probs is not None
+    assert torch.equal(moved.cpu(), x[plan // topk])
+    assert torch.equal(row_probs.cpu(), probs.flatten()[plan])
+    parts = x[plan // topk].double() * probs.flatten()[plan, None]
+    exact = torch.zeros(rows, width, dtype=torch.float64).index_add(0, plan // topk, parts)
+    assert_accurate("y", y.cpu(), exact, exact.bfloat16())
 
 
 def test_gradcheck() -> None:
