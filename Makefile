@@ -6,12 +6,13 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help setup test test-all demo experiment lint format bench clean
+.PHONY: help setup test test-all sanitize demo experiment lint format bench clean
 
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, report, talk (five minutes on two cores)"
 	@echo "make experiment   set up and train the variants of the report, three seeds each (an hour; resumable)"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
+	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
 	@echo "make lint         style, types, layers; make format mends the style"
 	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' keeps the result)"
 	@echo "make setup        only create .venv; PYTHON=python3.12 picks the Python"
@@ -28,6 +29,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+sanitize: setup
+	.ci/sanitize $(ARGS)
 
 demo: setup
 	$(BIN)/python train/demo.py $(ARGS)

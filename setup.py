@@ -8,7 +8,8 @@ Compilation goes through ninja with dependency files, so that a second build onl
 
     pip install --no-build-isolation -e .        # or, after an edit in csrc: python setup.py build_ext --inplace
 
-Environment (see ENVs.md): PARROT_SKIP_EXTENSION, PARROT_CUDA, PARROT_CUDA_ARCHS, CXX, CXXFLAGS, MAX_JOBS.
+Environment (see ENVs.md): PARROT_SKIP_EXTENSION, PARROT_CUDA, PARROT_CUDA_ARCHS, PARROT_BUILD_DIR, CXX, CXXFLAGS,
+MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -67,13 +68,16 @@ class Nvcc:
     archs: list[str]
 
 
-def find_nvcc() -> Nvcc | None:
-    """The first nvcc >= 12.3 of CUDACXX, CUDA_HOME, PATH, /usr/local/cuda; PARROT_CUDA=0 wants none, 1 insists."""
+def find_nvcc() -> Nvcc | str:
+    """The first nvcc >= 12.3 of CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, or why CUDA kernels are left out.
+
+    PARROT_CUDA=0 wants none, 1 insists.
+    """
     wish = os.environ.get("PARROT_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         sys.exit(f"PARROT_CUDA must be 0, 1 or auto, got {wish!r}")
     if wish == "0":
-        return None
+        return "PARROT_CUDA=0"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     candidates = (os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc"))
     for path in filter(None, candidates):
@@ -83,9 +87,10 @@ def find_nvcc() -> Nvcc | None:
         if release and (version := (int(release[1]), int(release[2]))) >= MIN_NVCC:
             archs = os.environ.get("PARROT_CUDA_ARCHS", "90a").split(";")
             return Nvcc(path, version, archs)
+    missing = "no nvcc >= 12.3 in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda"
     if wish == "1":
-        sys.exit("PARROT_CUDA=1 needs an nvcc >= 12.3; none in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda")
-    return None
+        sys.exit(f"PARROT_CUDA=1, but there is {missing}")
+    return missing
 
 
 def cuda_library_dirs(nvcc: str, source: Path) -> list[str]:
@@ -164,9 +169,11 @@ class NinjaBuild(build_ext):
             import torch
         except ImportError as error:
             sys.exit(f"{error.name} is needed to build; install it and use `pip install --no-build-isolation`")
-        build_dir = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        default = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
+        build_dir = Path(os.environ.get("PARROT_BUILD_DIR", default)).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
-        cxx, nvcc = find_cxx(), find_nvcc()
+        cxx, found = find_cxx(), find_nvcc()
+        nvcc = found if isinstance(found, Nvcc) else None
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
         ninja = NinjaFile(cxx, nvcc.path if nvcc else "nvcc")
         self.add_torch_library(ninja, Path(torch.__file__).parent, nvcc if cuda_sources else None, cuda_sources)
@@ -183,6 +190,7 @@ class NinjaBuild(build_ext):
             "nvcc": ".".join(map(str, nvcc.version)) if nvcc else None,
             "cuda_archs": nvcc.archs if nvcc and cuda_sources else [],
             "cuda_sources": [source.name for source in cuda_sources],
+            "why_no_cuda": None if isinstance(found, Nvcc) else found,
         }
 
     def add_torch_library(self, ninja: NinjaFile, torch_dir: Path, nvcc: Nvcc | None, cuda_sources: list[Path]) -> None:

@@ -109,7 +109,7 @@ def _build_facts() -> dict[str, Any]:
     if importlib.util.find_spec("parrot_kernels._build_info"):
         module = importlib.import_module("parrot_kernels._build_info")
         for name, value in vars(module).items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and value:
                 facts[name] = " ".join(value) if isinstance(value, list) else value
     return facts
 

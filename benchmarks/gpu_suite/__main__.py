@@ -44,15 +44,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in STAGES.items():
-        stage = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
+    summaries = {name: (module.__doc__ or "").splitlines()[0] for name, module in STAGES.items()}
+    for name, summary in {"all": (run_all.__doc__ or "").splitlines()[0], **summaries}.items():
+        stage = commands.add_parser(name, help=summary)
         stage.add_argument("--json", type=Path, required=True, help="results file; an existing one is gone on with")
         stage.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, as a rehearsal")
-        stage.add_argument("--budget", type=float, default=450, help="seconds in all (default 450)")
+        stage.add_argument("--budget", type=float, default=450, help="seconds of one run of a stage (default 450)")
         stage.add_argument(
             "--row-limit", type=float, default=150, help="seconds after which a row failed (default 150)"
         )
-        stage.add_argument("--workers", type=int, default=module.WORKERS, help=f"default {module.WORKERS}")
+        stage.add_argument("--workers", type=int, help="processes at a time (default: by stage)")
         stage.add_argument(
             "--only", action="append", default=[], help="only rows whose name holds this; may be repeated"
         )
@@ -83,8 +84,8 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     return found[0]["machine"]
 
 
-def run_stage(args: argparse.Namespace) -> int:
-    """Runs one stage within its budget; returns the exit code."""
+def run_stage(args: argparse.Namespace) -> Counter[str]:
+    """Runs one stage within its budget; returns the number of its rows by status."""
     start, module = time.monotonic(), STAGES[args.command]
     installed = None
     if args.wheels:
@@ -107,22 +108,45 @@ def run_stage(args: argparse.Namespace) -> int:
 
     work = functools.partial(module.run_row, device=args.device)
     left = max(0.0, args.budget - (time.monotonic() - start))
-    not_run = run_rows(todo, work, record, workers=args.workers, seconds=left, row_seconds=args.row_limit)
+    workers = args.workers or module.WORKERS
+    not_run = run_rows(todo, work, record, workers=workers, seconds=left, row_seconds=args.row_limit)
     seconds = round(time.monotonic() - start, 1)
     store.end_run(args.command, {"seconds": seconds, "budget": args.budget, "begun": len(todo) - len(not_run)}, not_run)
     counts = Counter(store.rows(args.command)[name]["status"] for name in wanted)
     print(f"{args.command}: {', '.join(f'{count} {status}' for status, count in counts.items())}; {seconds:.0f} s")
-    return FAILED if counts["failed"] else INCOMPLETE if counts["not_run"] else 0
+    return counts
+
+
+def run_all(args: argparse.Namespace) -> Counter[str]:
+    """All stages, each until none of its rows is left, then the table and the plots."""
+    total: Counter[str] = Counter()
+    for command in STAGES:
+        args.command, left = command, -1
+        while True:
+            counts = run_stage(args)
+            args.fresh = args.retry = False  # once
+            if counts["not_run"] in (0, left):  # done, or no progress
+                break
+            left = counts["not_run"]
+        total += counts
+    draw(args.json, args.json.parent)
+    return total
+
+
+def draw(file: Path, folder: Path) -> None:
+    """Writes the table and the plots, and prints where."""
+    for path in render.render(file, folder):
+        print(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a stage, or renders a results file."""
+    """Runs stages, or renders a results file; returns the exit code."""
     args = parse(argv)
     if args.command == "render":
-        for path in render.render(args.file, args.out or args.file.parent):
-            print(path)
+        draw(args.file, args.out or args.file.parent)
         return 0
-    return run_stage(args)
+    counts = run_all(args) if args.command == "all" else run_stage(args)
+    return FAILED if counts["failed"] else INCOMPLETE if counts["not_run"] else 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Stage `correctness`: every back end of every op against its formula in float64, gradients included.
 
-Each row also checks that a second run gives the same bits, and on a GPU that a CUDA graph of the forward pass does.
+Each row also checks that a second run gives the same bits, and on a GPU that a CUDA graph of both passes does.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -85,19 +84,27 @@ def _assert_same(what: str, own: dict[str, Tensor], again: dict[str, Tensor]) ->
 
 
 def _assert_graph(problem: Problem, inputs: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """A captured forward pass, replayed on other inputs, gives what a direct call gives."""
-    fixed = {key: value.to(dtype) for key, value in inputs.items()}
-    run = functools.partial(problem.op, fixed)
+    """A captured forward and backward pass, replayed on other inputs, gives what a direct call gives."""
+    leaves = {key: value.to(dtype).requires_grad_() for key, value in inputs.items()}
+    forward_and_backward(problem, leaves)  # compiles and tunes, which a capture could not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_and_backward(problem, leaves)
     with torch.no_grad():
-        run()  # compiles and tunes, which a capture could not
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
-        for value in fixed.values():
+        for value in leaves.values():
             value.mul_(0.5)
-        graph.replay()
-        _assert_same("a CUDA graph", run(), captured)
+    graph.replay()
+    _assert_same("a CUDA graph", forward_and_backward(problem, leaves), captured)
+
+
+def forward_and_backward(problem: Problem, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients of `leaves`, without a look at any value on the host."""
+    outputs = problem.op(leaves)
+    grads = torch.autograd.grad(
+        list(outputs.values()), list(leaves.values()), list(map(torch.ones_like, outputs.values()))
+    )
+    return outputs | {f"grad_{key}": grad for key, grad in zip(leaves, grads, strict=True)}
 
 
 def _relative(value: Tensor, exact: Tensor) -> float:

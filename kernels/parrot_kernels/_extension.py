@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 
 import torch
@@ -29,4 +30,8 @@ def why_not_cuda() -> str | None:
         return reason
     if torch.ops.parrot_ext.has_cuda_kernels():
         return None
-    return f"the C++ extension was built without CUDA kernels; with an nvcc >= 12.3, {_REBUILD}"
+    # Written by setup.py beside the binary.
+    why = importlib.import_module("parrot_kernels._build_info").why_no_cuda
+    return (
+        f"the C++ extension was built without CUDA kernels ({why}); with an nvcc >= 12.3 and PARROT_CUDA=1, {_REBUILD}"
+    )

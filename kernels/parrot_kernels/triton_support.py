@@ -141,6 +141,22 @@ def _repair_reductions(interface: Any) -> None:
     interface.apply = checked
 
 
+def _repair_masks(builder: Any) -> None:
+    """A broadcast comparison of scalars becomes integers, which loads and stores of Triton 3.9 refuse as masks."""
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        return _Handle(mask.data.astype(bool), tl.int1) if isinstance(mask, _Handle) else mask
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, ptrs, as_bool(mask), *args, **kwargs)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return store(self, ptrs, value, as_bool(mask), *args, **kwargs)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+
+
 def _repair_range() -> None:
     """`range(tensor)` on Triton 3.6 with numpy >= 2.4, where int() of an array with one element raises."""
     patch = interpreter._patch_lang_tensor
@@ -154,7 +170,7 @@ def _repair_range() -> None:
 
 @functools.cache
 def install_interpreter_fixes() -> None:
-    """Makes bfloat16 right in Triton's interpreter: casts, constants and `tl.dot`; other arithmetic on it raises.
+    """Repairs the interpreter: bfloat16 in casts, constants, `tl.dot` (other arithmetic on it raises), masks, ranges.
 
     Raising, not widening, keeps the rule that kernels follow: bfloat16 is a storage format, arithmetic is float32.
     """
@@ -166,6 +182,7 @@ def install_interpreter_fixes() -> None:
     builder.create_dot = lambda self, a, b, *rest: dot(self, _to_float32(a), _to_float32(b), *rest)
     builder.get_bf16 = lambda self, value: _Handle(_round_to_bf16(np.array([value], np.float32)), tl.bfloat16)
     _repair_casts(builder)
+    _repair_masks(builder)
     _repair_reductions(interpreter.ReduceOps)
     _repair_reductions(interpreter.ScanOps)
     _repair_range()

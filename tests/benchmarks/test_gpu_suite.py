@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.gpu_suite import __main__ as suite_main
 from benchmarks.gpu_suite import profile, sanitize
 from benchmarks.gpu_suite.__main__ import main
 from parrot_kernels.swiglu import cpu_impl
@@ -50,6 +51,25 @@ def test_correctness_passes_and_is_not_run_again(tmp_path: Path) -> None:
     assert [run["begun"] for run in content["stages"]["correctness"]["runs"]] == [3, 0]
     assert content["machine"]["torch"] == torch.__version__
     assert set(content["machine"]["packages"]) >= {"numpy", "triton", "liger-kernel", "sgl-deep-gemm"}
+
+
+def test_all_stages_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here each run of a stage has time for one row: what it leaves is done by the next."""
+    run_rows = suite_main.run_rows
+
+    def one_row(names: list[str], *args: Any, **options: Any) -> dict[str, str]:
+        return run_rows(names[:1], *args, **options) | dict.fromkeys(names[1:], "out of time")
+
+    monkeypatch.setattr(suite_main, "run_rows", one_row)
+    path = tmp_path / "r.json"
+    only = ("--only", "swiglu/tokens/cpu", "--only", "swiglu/cpu/cpu")
+    code = main(["all", "--json", str(path), "--device", "cpu", *only])
+    stages = json.loads(path.read_text())["stages"]
+    assert code == 0
+    assert set(stages["correctness"]["rows"]) == {f"swiglu/tokens/cpu/{dtype}" for dtype in ("bf16", "fp32", "fp16")}
+    assert [run["begun"] for run in stages["correctness"]["runs"]] == [1, 1, 1]
+    assert stages["bench"]["rows"]["swiglu/cpu/cpu"]["status"] == "passed"
+    assert (tmp_path / "r.md").exists()
 
 
 def test_a_wrong_kernel_fails_until_it_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ import pytest
 import parrot_kernels
 from parrot_kernels import _extension
 
-HAS_NVCC = any(map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc")))
-pytestmark = pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc: without it the extension has no CUDA kernels")
+# A build without nvcc, or with PARROT_CUDA=0, has no CUDA kernels, and says so; one that does not load is a failure.
+WITHOUT_CUDA = _extension.why_not_cuda() if _extension.why_not() is None else None
+pytestmark = pytest.mark.skipif(WITHOUT_CUDA is not None, reason=str(WITHOUT_CUDA))
 
 # Instructions that kernels of this name must have: wgmma, tensor copies, mma, register budgets.
 REQUIRED = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from parrot_kernels import _extension, triton_support
+from parrot_kernels import _extension, compile_only, triton_support
 from parrot_kernels.expert_mlp import cpu_impl as expert_cpu
 from parrot_kernels.expert_mlp import reference as expert_reference
 from parrot_kernels.linear_cross_entropy import reference as cross_entropy_reference
@@ -107,3 +109,12 @@ def test_cpp_loops_name_what_is_wrong() -> None:
         torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 1, False, False, 1.0, 2, 1, None)
     with pytest.raises(RuntimeError, match=r"bias must have shape \[3\], got \[2\]"):
         torch.ops.parrot_ext.topk_routing_fwd(torch.zeros(2, 3), 1, False, False, 1.0, 1, 1, torch.zeros(2))
+
+
+@pytest.mark.parametrize("op", compile_only.op_names())
+def test_references_read_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """Meta tensors have none, so asking for one raises. (`compile_only` calls the Triton launchers in the same way.)"""
+    cases = importlib.import_module(f"parrot_kernels.{op}.compile_cases")
+    monkeypatch.setattr(cases, "triton_impl", importlib.import_module(f"parrot_kernels.{op}.reference"))
+    for case in cases.CASES:
+        case.run()

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
 from parrot_sys.ops import ExpertPlan, TopKRouting, expert_mlp, topk_routing
@@ -226,32 +225,3 @@ def test_gradcheck(sparse: bool) -> None:
         return expert_mlp(x, w_gate_up, w_down, route.probs, plan=plan, residual_scale=0.5, output_scale=2.0)
 
     assert torch.autograd.gradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("case", ["plain", "no_image"])
-@pytest.mark.parametrize("save_z", [True, False])
-def test_opcheck_dense(case: str, save_z: bool) -> None:
-    tensors, probs = _op_tensors(CASES[case])
-    torch.library.opcheck(torch.ops.parrot.expert_mlp_dense.default, (*tensors.values(), probs, 0.1, 1.0, save_z))
-
-
-@pytest.mark.parametrize("case", ["plain", "no_image"])
-@pytest.mark.parametrize("save_z", [True, False])
-def test_opcheck_topk(case: str, save_z: bool) -> None:
-    tensors, probs = _op_tensors(CASES[case])
-    route = topk_routing(probs.detach(), CASES[case].topk, renormalize=True)
-    plan = (route.topk_indices, route.expert_offsets, route.plan)
-    args = (*tensors.values(), probs, *plan, 0.1, 1.0, save_z)
-    torch.library.opcheck(torch.ops.parrot.expert_mlp_topk.default, args)
-
-
-def test_under_activation_checkpointing() -> None:
-    tensors, probs = _op_tensors(CASES["plain"])
-    results = []
-    for checkpointed in (False, True):
-        leaves = [t.detach().clone().requires_grad_() for t in (*tensors.values(), probs)]
-        y = checkpoint(expert_mlp, *leaves, use_reentrant=False) if checkpointed else expert_mlp(*leaves)
-        y.square().sum().backward()
-        results.append([leaf.grad for leaf in leaves])
-    for plain, again in zip(*results, strict=True):
-        assert torch.equal(plain, again)

@@ -303,22 +303,6 @@ def test_gradcheck(planned: bool) -> None:
     assert torch.autograd.gradcheck(function, (x, w, weights))
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["in_place", "planned"])
-def test_opcheck(planned: bool) -> None:
-    ragged = CASES["tokens"]
-    plan, topk, sources = make_plan(ragged, planned)
-    x = torch.randn(sources, 1, ragged.k, requires_grad=True)
-    w = torch.randn(4, 2, ragged.n, ragged.k, requires_grad=True)
-    weights, a = torch.rand(ragged.segments, requires_grad=True), torch.randn(ragged.segments, 1, ragged.n)
-    offsets, ops = ragged.offsets, torch.ops.parrot
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_autograd_registration")
-    plain = w.detach()[:, 0].contiguous().requires_grad_()
-    torch.library.opcheck(ops.m_grouped_gemm.default, (x, plain, offsets, plan, topk, True), test_utils=tests)
-    args = (x, w, offsets, plan, topk, weights, not planned)
-    torch.library.opcheck(ops.m_grouped_swiglu.default, args, test_utils=tests)
-    torch.library.opcheck(ops.k_grouped_gemm.default, (a.requires_grad_(), x, offsets, plan, topk), test_utils=tests)
-
-
 def test_wrong_shapes_are_named() -> None:
     x, offsets = torch.zeros(4, 3), torch.tensor([0, 4])
     with pytest.raises(ValueError, match=r"x must be \[J, 5\] or \[J, V, 5\], got \[4, 3\]"):

@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from parrot_kernels import ranged_attention
 from parrot_kernels.router_attention import cpu_impl, reference, triton_impl
@@ -274,34 +273,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda *values: tuple(fused(dict(zip(leaves, values, strict=True)), pack).values()), tuple(leaves.values())
     )
-
-
-@pytest.mark.parametrize("rows", [(3, 5), (0,)])
-def test_opcheck(rows: tuple[int, ...]) -> None:
-    leaves = [value.float().requires_grad_() for value in Pack(rows).inputs().values()]
-    positions = torch.zeros(len(rows), 2, dtype=torch.int32)
-    args = (*leaves, boundaries(rows), boundaries(rows), positions, max(rows), max(rows), SCALE)
-    torch.library.opcheck(torch.ops.parrot.router_attention.default, args)
-
-
-def test_compiled_and_checkpointed() -> None:
-    rows = (7, 4)
-    inputs = {name: value.float() for name, value in Pack(rows).inputs().items()}
-    lengths = boundaries(rows), boundaries(rows)
-
-    def function(query: Tensor, key: Tensor, value: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return router_attention(query, key, value, columns, *lengths, max_seqlen_q=7, max_seqlen_kv=7, scale=SCALE)
-
-    def run(function) -> dict[str, Tensor]:
-        names = ("out", "extra", "lse")
-        return outputs_and_gradients(
-            lambda leaves: dict(zip(names, function(*leaves.values()), strict=True)), inputs, torch.float32
-        )
-
-    wanted = run(function)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for other in (compiled, lambda *args: checkpoint(function, *args, use_reentrant=False)):
-        assert all(map(torch.equal, run(other).values(), wanted.values()))
 
 
 def test_errors() -> None:

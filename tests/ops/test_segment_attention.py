@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from parrot_kernels import ranged_attention
 from parrot_kernels.segment_attention import cpu_impl, reference, triton_impl
@@ -152,29 +151,6 @@ def test_gradcheck() -> None:
         return out, lse[:, start < end]  # (the others are infinite)
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
-
-
-@pytest.mark.parametrize("case", ["images", "no_row"])
-def test_opcheck(case: str) -> None:
-    leaves = [value.float().requires_grad_() for value in CASES[case].inputs().values()]
-    torch.library.opcheck(torch.ops.parrot.segment_attention.default, (*leaves, *CASES[case].segments, SCALE))
-
-
-def test_compiled_and_checkpointed() -> None:
-    text = CASES["images"]
-    inputs = {name: value.float() for name, value in text.inputs().items()}
-    start, end = text.segments
-
-    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return segment_attention(query, key, value, start, end, scale=SCALE)[0]
-
-    def run(function) -> dict[str, Tensor]:
-        return outputs_and_gradients(lambda leaves: {"out": function(**leaves)}, inputs, torch.float32)
-
-    wanted = run(function)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for other in (compiled, lambda **leaves: checkpoint(function, *leaves.values(), use_reentrant=False)):
-        assert all(map(torch.equal, run(other).values(), wanted.values()))
 
 
 def test_errors() -> None:

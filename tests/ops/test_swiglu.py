@@ -61,12 +61,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(swiglu, (z.requires_grad_(), weights.requires_grad_()))
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_opcheck(weighted: bool) -> None:
-    weights = torch.randn(3, requires_grad=True) if weighted else None
-    torch.library.opcheck(torch.ops.parrot.swiglu.default, (torch.randn(3, 2, 2, 4, requires_grad=True), weights))
-
-
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"z must be \[J, 2, I\] or \[J, V, 2, I\], got \[3, 4\]"):
         swiglu(torch.zeros(3, 4))

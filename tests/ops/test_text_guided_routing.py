@@ -144,29 +144,6 @@ def test_gradcheck() -> None:
     )
 
 
-@pytest.mark.parametrize("lengths", [[5, 3], [0, 0]], ids=["text", "no_text"])
-def test_opcheck(lengths: list[int]) -> None:
-    inputs = {k: v.float().requires_grad_() for k, v in make_inputs(lengths, [2, 1], 8, 3).items()}
-    args = (inputs["query"], inputs["text"], *make_spans(lengths, [2, 1]), inputs["router_weight"], 0.3)
-    torch.library.opcheck(torch.ops.parrot.text_guided_routing.default, args)
-
-
-def test_compiles_to_one_graph() -> None:
-    leaves = [v.float().requires_grad_() for v in make_inputs([5, 3], [2, 1], 8, 3).values()]
-    start, end = make_spans([5, 3], [2, 1])
-
-    def loss(query: Tensor, text: Tensor, weight: Tensor) -> Tensor:
-        logits, lse = text_guided_routing(query, text, start, end, weight, scale=0.3)
-        return logits.square().sum() + lse.sum()
-
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        value = function(*leaves)
-        results.append((value, *torch.autograd.grad(value, leaves)))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
-
-
 def test_span_outside_the_text_is_an_error_on_the_cpu() -> None:
     inputs = {k: v.float() for k, v in make_inputs([4], [1], 8, 3).items()}
     start, end = torch.tensor([0]), torch.tensor([9])

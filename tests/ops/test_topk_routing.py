@@ -205,28 +205,6 @@ def test_gradcheck(router: str) -> None:
     assert torch.autograd.gradcheck(lambda x: topk_routing(x, 3, **ROUTERS[router])[:5], logits)
 
 
-@pytest.mark.parametrize("rows", [3, 0])
-def test_opcheck(rows: int) -> None:
-    logits = torch.randn(rows, 6, requires_grad=True)
-    for options in ((True, "softmax", 1.0, 1, 1, None), (False, "sigmoid", 2.5, 3, 2, torch.randn(6))):
-        torch.library.opcheck(torch.ops.parrot.topk_routing.default, (logits, 2, *options))
-
-
-def test_compiles_to_one_graph() -> None:
-    logits = torch.randn(7, 12, requires_grad=True)
-
-    def loss(logits: Tensor) -> Tensor:
-        route = topk_routing(logits, 3, **ROUTERS["sigmoid"], num_groups=4, topk_groups=2)
-        return route.probs.square().sum() + route.z_sum + route.score_sums[0] * route.tokens_per_expert[0]
-
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        value = function(logits)
-        results.append((value, *torch.autograd.grad(value, logits)))
-    for eager, compiled in zip(*results, strict=True):
-        assert torch.equal(eager, compiled)
-
-
 @pytest.mark.parametrize("topk", [0, 5])
 def test_topk_out_of_range(topk: int) -> None:
     with pytest.raises(ValueError, match=rf"topk must be in \[1, num_experts=4\], got {topk}"):

@@ -63,6 +63,7 @@ def test_a_second_build_compiles_nothing_and_a_header_only_its_users(project: Pa
     assert "module.cpp" in third.stdout
     assert "registration.cpp" not in third.stdout
     assert has_cuda_kernels(project) == "False"
+    assert "why_no_cuda = 'PARROT_CUDA=0'" in (project / "kernels/parrot_kernels/_build_info.py").read_text()
 
 
 def test_a_broken_source_fails_with_the_message_of_the_compiler(project: Path) -> None:

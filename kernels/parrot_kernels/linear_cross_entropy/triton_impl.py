@@ -29,19 +29,18 @@ MIN_CHUNK = 1024
 _Sizes = tuple[int, int, int, int, int]
 
 
-def _tuned(kernel: Any, choices: dict[str, list[_Sizes]], **options: Any) -> dict[str, Any]:
-    """Autotuned `kernel` for each kind of tile, from (M, N, K, warps, stages); small tiles in the interpreter."""
+def _tuned(kernel: Any, key: list[str], choices: dict[str, list[_Sizes]], **options: Any) -> dict[str, Any]:
+    """`kernel` for each kind of tile, tuned by (M, N, K, warps, stages) for each `key`; small in the interpreter."""
     if triton_support.INTERPRETING:
         choices = {kind: [(16, 32, 32, 4, 1)] for kind in choices}
     configs = {kind: [config(m, n, k, warps=w, stages=s) for m, n, k, w, s in own] for kind, own in choices.items()}
-    return {
-        kind: triton.autotune(own, key=["H", "N", "TRANS_A", "ADD"], **options)(kernel) for kind, own in configs.items()
-    }
+    return {kind: triton.autotune(own, key=key, **options)(kernel) for kind, own in configs.items()}
 
 
 # All of a kind have the same N: the forward pass allocates by the number of tiles along the vocabulary.
 _fwd = _tuned(
     kernels.fwd_kernel,
+    ["H"],
     {
         "tma": [(128, 256, 128, 8, 2)],
         "pointer": [(128, 128, 32, 8, 4)],
@@ -50,6 +49,7 @@ _fwd = _tuned(
 )
 _grad_logits = _tuned(
     kernels.grad_logits_kernel,
+    ["H"],
     {
         "tma": [(128, 256, 64, 8, 4), (64, 256, 64, 4, 4)],
         "pointer": [(128, 128, 32, 8, 4), (64, 128, 32, 4, 4)],
@@ -58,6 +58,7 @@ _grad_logits = _tuned(
 )
 _matmul = _tuned(
     kernels.matmul_kernel,
+    ["N", "TRANS_A", "ADD"],
     {
         "tma": [(128, 128, 128, 8, 2), (128, 128, 64, 8, 4)],
         "pointer": [(64, 128, 32, 4, 4), (64, 64, 32, 4, 4)],
