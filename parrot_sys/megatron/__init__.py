@@ -17,8 +17,13 @@ from parrot_sys.megatron import cpu_layer
 _PUBLIC = {
     "GroupedExperts": "moe_layer",
     "Norm": "norms",
+    "TextGuidance": "text_guided",
+    "TextGuidedLayer": "text_guided",
     "TokenRouter": "moe_layer",
+    "add_text_guidance": "text_guided",
     "moe_layer_spec": "moe_layer",
+    "text_guidance": "text_guided",
+    "text_guided_spec": "text_guided",
     "with_grouped_experts": "moe_layer",
     "with_norms": "norms",
 }
