@@ -176,6 +176,8 @@ def add_text_guidance(
         current.update(signature.bind(*args, **kwargs).arguments)
 
     def route(_: nn.Module, __: Any, visual: Any) -> Any:
+        if not current:
+            raise DataError(f"{projection} was called outside the forward pass of {type(model).__name__}: no guidance")
         rows = visual[0] if isinstance(visual, tuple) else visual
         ids, spans = choose(current)
         if rows.shape[1] != len(spans.start):

@@ -233,12 +233,13 @@ def test_a_model_of_ones_own_says_where_its_guidance_is() -> None:
         guidance=lambda call: (call["tokens"], text_guidance(call["tokens"], image_token_id=IMAGE)),
     )
     features, tokens = torch.randn(5, 1, 4), torch.tensor([[IMAGE, 4, 9]])
-    wanted = moe_reference(
-        dict(layer.moe.named_parameters()), model.projector(features[:, 0]), model.words.weight[[4, 9]], 0.1
-    )
+    projected = torch.nn.functional.linear(features[:, 0], model.projector.weight, model.projector.bias)
+    wanted = moe_reference(dict(layer.moe.named_parameters()), projected, model.words.weight[[4, 9]], 0.1)
     assert (model(features, tokens=tokens)[:, 0] - wanted).abs().max() < 1e-5 * wanted.abs().max()
     with pytest.raises(DataError, match="rows of 2 images, the tokens mark 1"):
         model(torch.randn(5, 2, 4), tokens)
+    with pytest.raises(DataError, match="outside the forward pass of Model"):
+        model.projector(features)
 
 
 def test_what_cannot_serve_is_refused() -> None:
