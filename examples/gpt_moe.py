@@ -19,7 +19,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,13 +187,17 @@ def shared_folder(root: str) -> str:
 
 def compare(peer: list[float], ours: list[float]) -> bool:
     """Prints the table; whether the losses agree."""
-    print(f"\n{'step':>4}  {'Megatron SequentialMLP':>22}  {'parrot_sys GroupedExperts':>25}  {'relative difference':>19}")
+    print(
+        f"\n{'step':>4}  {'Megatron SequentialMLP':>22}  {'parrot_sys GroupedExperts':>25}  {'relative difference':>19}"
+    )
     worst = 0.0
     for step, (a, b) in enumerate(zip(peer, ours, strict=True)):
         worst = max(worst, abs(a - b) / abs(a))
         print(f"{step:4}  {a:22.7f}  {b:25.7f}  {abs(a - b) / abs(a):19.1e}")
     equal = worst <= TOLERANCE
-    print(f"\n{'equal up to rounding' if equal else 'NOT EQUAL'}: largest difference {worst:.1e}, allowed {TOLERANCE:.0e}")
+    print(
+        f"\n{'equal up to rounding' if equal else 'NOT EQUAL'}: largest difference {worst:.1e}, allowed {TOLERANCE:.0e}"
+    )
     return equal
 
 
@@ -206,12 +209,12 @@ def start(args: argparse.Namespace) -> None:
         expert_model_parallel_size=args.expert_parallel,
         expert_tensor_parallel_size=args.expert_tensor_parallel,
     )
-    ranks = parallel.data_parallel_size(platform.launch().world_size)
+    initialize(parallel)
+    ranks = parallel_state.get_data_parallel_world_size()
     if args.global_batch_size % ranks:
         raise ConfigError(
             f"--global-batch-size must be a multiple of the {ranks} data-parallel ranks, got {args.global_batch_size}"
         )
-    initialize(parallel)
 
 
 def main(argv: list[str] | None = None) -> int:

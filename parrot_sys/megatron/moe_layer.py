@@ -25,6 +25,7 @@ from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import expert_weights
+from parrot_sys.megatron.backends import ignore_extra_state
 from parrot_sys.megatron.compat import moe_submodules, with_moe_submodules
 from parrot_sys.ops import TopKRouting, m_grouped_gemm, m_grouped_swiglu, topk_routing
 
@@ -186,11 +187,12 @@ class GroupedExperts(MegatronModule):
         self.w_gate_up, self.w_down = expert_weights.allocate(config, *shape)
         if config.perform_initialization:
             expert_weights.initialize(config, self.w_gate_up, self.w_down, self.ep_group, self.tp_group)
-        # Experts of an expert parallel rank are reduced over the expert data parallel group.
-        for weight, dim in ((self.w_gate_up, 2), (self.w_down, 2)):
-            weight.allreduce = config.expert_model_parallel_size == 1
-            weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
-        self.register_load_state_dict_post_hook(_ignore_extra_state)
+        for weight in (self.w_gate_up, self.w_down):
+            # Gradients of experts that other ranks do not have are reduced over the expert data parallel group.
+            attributes = {"allreduce": config.expert_model_parallel_size == 1}
+            attributes |= {"tensor_model_parallel": True, "partition_dim": 2, "partition_stride": 1}
+            vars(weight).update(attributes)
+        self.register_load_state_dict_post_hook(ignore_extra_state)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -252,12 +254,6 @@ def _check_experts(config: TransformerConfig, ffn_size: int, tensor_parallel: in
             f"moe_ffn_hidden_size must be a multiple of expert_tensor_parallel_size={tensor_parallel}, got {ffn_size}: "
             f"use {ffn_size // tensor_parallel * tensor_parallel or tensor_parallel} or another size"
         )
-
-
-def _ignore_extra_state(_: Any, incompatible_keys: Any) -> None:
-    # They are in checkpoints only because SequentialMLP asks for them.
-    unexpected = incompatible_keys.unexpected_keys
-    unexpected[:] = [key for key in unexpected if not key.endswith("_extra_state")]
 
 
 def moe_layer_spec(*, use_te: bool = False) -> Any:

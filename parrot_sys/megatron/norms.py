@@ -10,9 +10,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from parrot_sys.megatron import backends
+
 
 class Norm:
-    """Builds the `torch.nn.RMSNorm` or `LayerNorm` that `config.normalization` names.
+    """Builds the RMSNorm or LayerNorm that `config.normalization` names: an accelerated one (`backends`) or torch's.
 
     Under sequence parallelism each rank sees a part of the rows, so the gradients of the parameters are partial sums:
     `parameter.sequence_parallel` makes Megatron add them up over the tensor-parallel group.
@@ -27,6 +29,8 @@ class Norm:
             hidden_size: width of the rows.
             eps: added to the mean square or the variance.
         """
+        if fused := backends.fused_norm(config.normalization):
+            return fused(config=config, hidden_size=hidden_size, eps=eps)
         build = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
         norm = build(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():

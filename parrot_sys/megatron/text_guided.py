@@ -195,9 +195,10 @@ def add_text_guidance(
 def _llava_guidance(model: nn.Module, arguments: Arguments) -> tuple[Tensor, TextGuidance]:
     """From the arguments of `LLaVAModel.forward`."""
     ids, marker = arguments["input_ids"], arguments.get("image_token_index")
+    own: Any = model.image_token_index
     spans = text_guidance(
         ids,
-        image_token_id=model.image_token_index if marker is None else marker,
+        image_token_id=own if marker is None else marker,
         loss_mask=arguments.get("loss_mask"),
         tiles=arguments.get("num_image_tiles"),
     )
