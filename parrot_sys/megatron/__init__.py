@@ -40,6 +40,9 @@ if not platform.cuda_available():
 # The decoder stands on GPTModel by choice: Megatron-Core 0.16 has no other.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()
+if cpu_layer.is_installed():
+    # Advice for a GPU, at every layer.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning, module="megatron")
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ def mlp_submodule(submodules: Any) -> Any:
 
 
 def moe_submodules(mlp: Any) -> Any:
-    """`MoESubmodules` of the `mlp` of a layer spec, None without a MoELayer: a ModuleSpec up to 0.16, then a partial."""
+    """`MoESubmodules` of a layer spec's `mlp`, None without a MoELayer: a ModuleSpec up to 0.16, then a partial."""
     import functools
 
     from megatron.core.transformer.moe.moe_layer import MoELayer

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parrot_sys.megatron.adam import install_adam
 from parrot_sys.megatron.compat import wait_for_writers_locally
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.moe_layer import with_grouped_experts
 from parrot_sys.megatron.norms import with_norms
 
@@ -78,29 +78,33 @@ def build(config: TransformerConfig, *, ours: bool) -> GPTModel:
     )
 
 
-def save(model: torch.nn.Module, folder: Path, optimizer: Any = None) -> None:
-    """Writes the weights, and the optimizer's state where there is one, with Megatron's distributed checkpoints."""
+def save(model: torch.nn.Module, folder: Path, optimizer: Any = None, *, apart: bool = False) -> None:
+    """Writes the weights, and the optimizer's state where there is one, with Megatron's distributed checkpoints.
+
+    With `apart` each expert has keys of its own (`singleton_local_shards`).
+    """
     wait_for_writers_locally()
     folder.mkdir(exist_ok=True)
-    dist_checkpointing.save(_state(model, optimizer, loading=False), str(folder))
+    dist_checkpointing.save(_state(model, optimizer, apart, loading=False), str(folder))
 
 
-def load(model: torch.nn.Module, folder: Path, optimizer: Any = None) -> None:
+def load(model: torch.nn.Module, folder: Path, optimizer: Any = None, *, apart: bool = False) -> None:
     """Reads what `save` wrote, on whatever layout and with whichever experts."""
-    state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(folder))
+    state = dist_checkpointing.load(_state(model, optimizer, apart, loading=True), str(folder))
     model.load_state_dict(state["model"])
     if optimizer is not None:
         with torch.no_grad():
             optimizer.load_state_dict(state["optimizer"])
 
 
-def _state(model: torch.nn.Module, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+def _state(model: torch.nn.Module, optimizer: Any, apart: bool, *, loading: bool) -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {
         "dp_cp_group": group,
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": apart,
     }
     state = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
@@ -124,6 +128,7 @@ class Trainer:
     def __init__(self, model: GPTModel, *, distributed_optimizer: bool = False, overlap: bool = False) -> None:
         install_adam()
         self.model = model
+        self.first_gradients: list[Any] = []
         config = model.config
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=distributed_optimizer,
@@ -224,10 +229,26 @@ def assemble(runs: list[Run]) -> dict[str, np.ndarray]:
     return whole
 
 
+def save_in_the_middle(rank: int, size: int, parallel: ParallelConfig, folder: Path, ours: bool) -> list[float]:
+    """Losses of four steps; weights and optimizer are saved after the second."""
+    initialize(parallel)
+    torch.manual_seed(5)
+    trainer = Trainer(build(make_config(parallel), ours=ours), distributed_optimizer=True)
+    losses = [trainer.step(0), trainer.step(1)]
+    save(trainer.model, folder, trainer.optimizer)
+    return [*losses, trainer.step(2), trainer.step(3)]
+
+
+def go_on(rank: int, size: int, parallel: ParallelConfig, folder: Path, ours: bool) -> list[float]:
+    """Losses of the third step of what `save_in_the_middle` began, and of the fourth, which needs the optimizer."""
+    initialize(parallel)
+    trainer = Trainer(build(make_config(parallel), ours=ours), distributed_optimizer=True)
+    load(trainer.model, folder, trainer.optimizer)
+    return [trainer.step(2), trainer.step(3)]
+
+
 def on_ranks(rank: int, size: int, parallel: ParallelConfig, folder: Path, moe: dict[str, Any]) -> tuple[Run, Run]:
     """The peer's run and ours, on one rank."""
-    from parrot_sys.megatron.initialize import initialize
-
     initialize(parallel)
     run = functools.partial(train, parallel, folder, **moe)
     return run(ours=False), run(ours=True)
