@@ -57,4 +57,4 @@ bench: setup
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	rm -f $(STAMP) kernels/parrot_kernels/*.so kernels/parrot_kernels/_build_info.py
-	find parrot_sys kernels tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find parrot_sys kernels tests train examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

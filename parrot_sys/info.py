@@ -10,7 +10,6 @@ import json
 import platform as system
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ import torch
 from parrot_kernels import _extension, env
 from parrot_sys import __version__, platform
 from parrot_sys.cli import list_presets
+from parrot_sys.megatron import backends
 from parrot_sys.ops import registry
 
+SECTIONS = ("versions", "build", "hardware", "environment", "optional", "layers")
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "tokenizers", "numpy")
 
 
@@ -36,11 +37,12 @@ def collect() -> dict[str, Any]:
         "environment": {"PARROT_BACKEND": _forced_backend(), "TRITON_INTERPRET": env.triton_interpret()},
         "ops": registry.available(),
         "optional": {
-            "transformer_engine": _transformer_engine(),
-            "apex": _apex(),
+            "transformer_engine": _found(backends.transformer_engine(), "transformer-engine"),
+            "apex": _found(backends.apex(), "apex"),
             "flash_attention": _flash_attention(),
             "nccl": _nccl(),
         },
+        "layers": backends.in_use(),
         "presets": sorted(list_presets()),
     }
 
@@ -48,13 +50,13 @@ def collect() -> dict[str, Any]:
 def render(facts: dict[str, Any]) -> str:
     """Text for a terminal."""
     lines: list[str] = []
-    for section in ("versions", "build", "hardware", "environment", "optional"):
+    for section in SECTIONS:
         lines.append(f"{section}:")
         lines += [f"  {name:20} {value}" for name, value in facts[section].items()]
     lines.append("ops (the first of cuda, triton, cpu, reference that takes the arguments runs):")
-    for op, backends in facts["ops"].items():
+    for op, reasons in facts["ops"].items():
         lines.append(f"  {op}")
-        lines += [f"    {name:10} {'yes' if reason is None else 'no: ' + reason}" for name, reason in backends.items()]
+        lines += [f"    {name:10} {'yes' if reason is None else 'no: ' + reason}" for name, reason in reasons.items()]
     lines.append(f"presets: {', '.join(facts['presets']) or 'none'}")
     return "\n".join(lines)
 
@@ -62,12 +64,12 @@ def render(facts: dict[str, Any]) -> str:
 def render_markdown(facts: dict[str, Any]) -> str:
     """The same as tables, for a bug report."""
     lines = []
-    for section in ("versions", "build", "hardware", "environment", "optional"):
+    for section in SECTIONS:
         rows = [f"| {name} | {value} |" for name, value in facts[section].items()]
         lines += [f"| {section} | |", "|---|---|", *rows, ""]
     lines += [f"| op | {' | '.join(registry.BACKENDS)} |", "|---" * (len(registry.BACKENDS) + 1) + "|"]
-    for op, backends in facts["ops"].items():
-        cells = ["yes" if backends[name] is None else backends[name] for name in registry.BACKENDS]
+    for op, reasons in facts["ops"].items():
+        cells = [reasons[name] or "yes" for name in registry.BACKENDS]
         lines.append(f"| {op} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"Presets: {', '.join(facts['presets']) or 'none'}"])
 
@@ -124,26 +126,8 @@ def _hardware() -> dict[str, Any]:
     return facts
 
 
-def _transformer_engine() -> str:
-    version = _version("transformer-engine")
-    if version is None:
-        return "no: not installed (pip install --no-build-isolation 'parrot_sys[te]', on CUDA machines only)"
-    if _version("transformer-engine-torch") is None:
-        return f"no: {version} is installed without its torch part; install transformer-engine[core_cu13,pytorch]"
-    return f"yes: {version}"
-
-
-def _apex() -> str:
-    """NVIDIA's apex is told from the unrelated PyPI project of that name by what it contains."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "no: not installed (build it from NVIDIA's sources; the PyPI project `apex` is something else)"
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return "no: the installed `apex` is not NVIDIA's (it has no apex.multi_tensor_apply)"
-    if importlib.util.find_spec("amp_C") is None:
-        return "no: NVIDIA apex is installed without its C++ extensions (amp_C)"
-    return f"yes: {_version('apex') or 'unknown version'}"
+def _found(why_not: str | None, distribution: str) -> str:
+    return f"no: {why_not}" if why_not else f"yes: {_version(distribution) or 'unknown version'}"
 
 
 def _flash_attention() -> str:

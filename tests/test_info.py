@@ -1,10 +1,8 @@
-"""parrot info: every op and back end with a reason, and which optional package really is the one that is meant."""
+"""parrot info: every op and back end with a reason, and what models are built of."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -38,26 +36,8 @@ def test_an_invalid_back_end_is_shown_not_raised(monkeypatch: pytest.MonkeyPatch
     assert info.collect()["environment"]["PARROT_BACKEND"].endswith("reference, got 'cudda'")
 
 
-def fake_package(folder: Path, name: str, *parts: str) -> None:
-    for path in (folder / name, *(folder / name / part for part in parts)):
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "__init__.py").touch()
-
-
-def test_the_pypi_project_apex_is_not_taken_for_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    fake_package(tmp_path, "apex", "lib")
-    assert "not NVIDIA's" in info.collect()["optional"]["apex"]
-    fake_package(tmp_path, "apex", "multi_tensor_apply")
-    assert "without its C++ extensions" in info.collect()["optional"]["apex"]
-    (tmp_path / "amp_C.py").touch()
-    importlib.invalidate_caches()
-    assert info.collect()["optional"]["apex"].startswith("yes")
-
-
-def test_transformer_engine_needs_its_torch_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"transformer-engine": "2.20.2"}
-    monkeypatch.setattr(info, "_version", versions.get)
-    assert "without its torch part" in info.collect()["optional"]["transformer_engine"]
-    versions["transformer-engine-torch"] = "2.20.2"
-    assert info.collect()["optional"]["transformer_engine"] == "yes: 2.20.2"
+def test_it_says_what_models_are_built_of() -> None:
+    facts = info.collect()
+    assert facts["optional"]["transformer_engine"].startswith("no: ")
+    assert facts["layers"]["linear layers"] == "Megatron-Core"
+    assert f"RMSNorm              {facts['layers']['RMSNorm']}" in info.render(facts)

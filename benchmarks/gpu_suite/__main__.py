@@ -27,7 +27,7 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 # cuBLAS is deterministic with it, which the correctness stage asks of every result.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from benchmarks.gpu_suite import bench, correctness, machine, profile, render, sanitize, wheels  # noqa: E402
+from benchmarks.gpu_suite import accelerators, bench, correctness, machine, profile, render, sanitize, wheels  # noqa: E402
 from benchmarks.gpu_suite.crew import Row, run_rows  # noqa: E402
 from benchmarks.gpu_suite.store import OtherRun, Store  # noqa: E402
 
@@ -36,6 +36,7 @@ STAGES: dict[str, ModuleType] = {
     "sanitize": sanitize,
     "bench": bench,
     "profile": profile,
+    "accelerators": accelerators,
 }
 FAILED, INCOMPLETE = 1, 3
 

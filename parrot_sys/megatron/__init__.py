@@ -1,16 +1,35 @@
 """Everything that touches Megatron-Core, Transformer Engine or apex.
 
 Importing this package does not import Megatron; it only prepares that import for machines without CUDA (`cpu_layer`),
-which has to happen first.
+which has to happen first. The names in `__all__` are for other people's Megatron pipelines (docs/embedding.md).
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
+from typing import Any
 
 from parrot_sys import platform
 from parrot_sys.megatron import cpu_layer
+
+_PUBLIC = {
+    "GroupedExperts": "moe_layer",
+    "Norm": "norms",
+    "TextGuidance": "text_guided",
+    "TextGuidedLayer": "text_guided",
+    "TokenRouter": "moe_layer",
+    "add_text_guidance": "text_guided",
+    "moe_layer_spec": "moe_layer",
+    "text_guidance": "text_guided",
+    "text_guided_spec": "text_guided",
+    "with_grouped_experts": "moe_layer",
+    "with_norms": "norms",
+}
+"""Public name -> module that holds it."""
+
+__all__ = sorted(_PUBLIC)
 
 # Neither is needed here, and `python -m parrot_sys.info` says whether they are there.
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning, module="megatron")
@@ -21,3 +40,13 @@ if not platform.cuda_available():
 # The decoder stands on GPTModel by choice: Megatron-Core 0.16 has no other.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()
+if cpu_layer.is_installed():
+    # Advice for a GPU, at every layer.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning, module="megatron")
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: importing Megatron costs seconds.
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

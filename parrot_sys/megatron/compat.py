@@ -73,6 +73,28 @@ def mlp_submodule(submodules: Any) -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
+def moe_submodules(mlp: Any) -> Any:
+    """`MoESubmodules` of a layer spec's `mlp`, None without a MoELayer: a ModuleSpec up to 0.16, then a partial."""
+    import functools
+
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if isinstance(mlp, functools.partial):
+        return mlp.keywords.get("submodules") if mlp.func is MoELayer else None
+    return mlp.submodules if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer else None
+
+
+def with_moe_submodules(mlp: Any, submodules: Any) -> Any:
+    """The same `mlp` with other `MoESubmodules`."""
+    import dataclasses
+    import functools
+
+    if isinstance(mlp, functools.partial):
+        return functools.partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": submodules})
+    return dataclasses.replace(mlp, submodules=submodules)
+
+
 def plan_save(state: dict[str, Any], folder: Path, strategy: Any) -> Any:
     """Megatron's request to write a sharded state dict, not started yet. A collective.
 

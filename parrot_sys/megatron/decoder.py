@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.backends import parallel_linear_layers
 from parrot_sys.megatron.compat import mlp_submodule
 from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
 from parrot_sys.megatron.kv_cache import KVCache
@@ -38,6 +39,7 @@ from parrot_sys.parallel import RowSplit, share_pack
 
 def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
     """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
+    column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -46,16 +48,16 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec
                 module=SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=column_parallel,
                     core_attention=CoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row_parallel,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=mlp_submodule(MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=mlp_submodule(MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

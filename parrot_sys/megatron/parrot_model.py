@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.megatron import backends
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder
 from parrot_sys.megatron.experts import (
@@ -107,6 +108,11 @@ class ParrotModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
+        self.register_load_state_dict_post_hook(backends.ignore_extra_state)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints; the same whichever layers the model is built of."""
+        return backends.without_extra_state(super().sharded_state_dict(*args, **kwargs))
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
@@ -273,7 +279,7 @@ def build_parrot_model(
         initialize_weights=initialize_weights and device.type != "meta",
     )
     first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
-    with torch.device("meta" if device.type == "meta" else "cpu"):
+    with torch.device("meta" if device.type == "meta" else "cpu"), backends.building_for(device):
         tower = None
         if with_vision_tower and first:
             from parrot_sys.megatron.vision import build_vision_tower
