@@ -23,7 +23,7 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-gpu}
 # Network interface of the traffic between machines, such as eth0 or bond0. Unset, NCCL, gloo and torchrun each choose
 # one, and on machines with several they choose a wrong one sooner or later.
 INTERFACE=${INTERFACE:-}
-# Address at which the other machines reach this one; that of INTERFACE if that is set, else torchrun takes the host name.
+# Address at which the others reach this machine; unset, that of INTERFACE, else torchrun takes the host name.
 LOCAL_ADDRESS=${LOCAL_ADDRESS:-}
 # How often the processes of this machine may fail before its agent gives up. A machine that joins again costs nothing.
 MAX_RESTARTS=${MAX_RESTARTS:-10}
@@ -53,6 +53,8 @@ fi
 # address of a lost machine's store, and its processes wait there for ever.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$SHUTDOWN_TIMEOUT"
+# torchrun's own log: who joined, what failed, what is started again.
+export LOGLEVEL="${LOGLEVEL:-INFO}"
 # Fewer threads than cores a process: the data workers want some too.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
