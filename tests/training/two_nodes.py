@@ -46,6 +46,13 @@ class Node:
         self.run("ip", "link", "set", self.interface, "up" if connected else "down")
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its exit code yet does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @dataclass(kw_only=True, slots=True)
 class Agent:
     """`train/cluster/torchrun_node.sh` on a machine."""
@@ -59,8 +66,7 @@ class Agent:
         """The training processes that it runs now."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self.children |= set(psutil.Process(self.process.pid).children(recursive=True))
-        alive = [child for child in self.children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-        return sorted(alive, key=lambda child: child.pid)
+        return [child for child in self.children if is_alive(child)]
 
     def kill(self) -> None:
         """What a power cut does, but for the cable: agent and processes end without a word."""
