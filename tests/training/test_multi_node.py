@@ -14,7 +14,7 @@ import pytest
 from parrot_sys.cli import save_config
 from parrot_sys.inference import chat
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.config import FaultConfig, TrainConfig
+from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
 from tests.training.tiny import FIXTURE, MODEL, tiny_config
@@ -29,10 +29,9 @@ def nodes() -> Iterator[tuple[Node, Node]]:
         yield both
 
 
-def _configs(folder: Path, **settings: Any) -> tuple[TrainConfig, TrainConfig]:
+def _configs(folder: Path) -> tuple[TrainConfig, TrainConfig]:
     """A run for two forked processes, which no network disturbs, and the same for two machines."""
-    settings = {"global_batch_size": 4, "epochs": 3.0} | settings
-    whole, cut = (tiny_config(folder, output=name, **settings) for name in ("whole", "cut"))
+    whole, cut = (tiny_config(folder, output=name, global_batch_size=4, epochs=3.0) for name in ("whole", "cut"))
     save_config(cut, folder / "settings.yaml")
     run_distributed(lambda rank, size: Trainer(whole).run(), 2)
     return whole, cut
@@ -79,8 +78,8 @@ def test_a_node_that_is_lost_comes_back(nodes: tuple[Node, Node], tmp_path: Path
 def test_a_cable_that_is_pulled(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     if not nodes[0].inside:
         pytest.skip("network namespaces are not permitted here, and loopback addresses have no cable")
-    whole, cut = _configs(tmp_path, faults=FaultConfig(hang_timeout=8.0))
-    arguments = ("train", "--config", str(tmp_path / "settings.yaml"))
+    whole, cut = _configs(tmp_path)
+    arguments = ("train", "--config", str(tmp_path / "settings.yaml"), "--faults.hang-timeout", "8")
     with agents(nodes, tmp_path) as start:
         hosts, lost = start(0, *arguments), start(1, *arguments, STORE_TIMEOUT=20)
         wait_until(lambda: _reached(cut, 5), "step 5", hosts, lost)

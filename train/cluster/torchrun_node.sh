@@ -32,7 +32,7 @@ MAX_RESTARTS=${MAX_RESTARTS:-10}
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-1800}
 # Seconds between signs of life of an agent; after three without one it counts as lost.
 HEARTBEAT=${HEARTBEAT:-5}
-# Seconds an agent waits for an answer of machine 0 before it counts machine 0 as lost and ends.
+# Seconds an agent waits for machine 0 to be up, and for each of its answers, before it counts machine 0 as lost and ends.
 STORE_TIMEOUT=${STORE_TIMEOUT:-120}
 # Seconds between SIGTERM and SIGKILL to a process: the time to write a last checkpoint.
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-300}
