@@ -10,6 +10,7 @@ T' rows of a micro-batch on this rank, H hidden_size, L label rows, n images of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,9 @@ from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import padded_elements
 from parrot_sys.planning.weights import stage_weights, trainable_weights
+
+_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
+"""Gradients that Megatron's overlapped reduction sends together."""
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
@@ -167,12 +171,13 @@ def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:
         if not elements or copies == 1:
             continue
         dimension = "expert_data" if routed else "data"
+        buckets = math.ceil(elements / max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK * copies))
         if layout.distributed_optimizer:
             elements = padded_elements(group, copies)
-            messages.append(_message(dimension, "reduce_scatter", 4 * elements, 1, copies, backward=True))
-            messages.append(_message(dimension, "all_gather", job.bytes * elements, 1, copies))
+            messages.append(_message(dimension, "reduce_scatter", 4 * elements / buckets, buckets, copies, backward=True))
+            messages.append(_message(dimension, "all_gather", job.bytes * elements / buckets, buckets, copies))
         else:
-            messages.append(_message(dimension, "all_reduce", 4 * elements, 1, copies, backward=True))
+            messages.append(_message(dimension, "all_reduce", 4 * elements / buckets, buckets, copies, backward=True))
     if layout.sequence:
         elements = sum(weight.total for weight in learning if weight.replicated)
         messages.append(_message("tensor", "all_reduce", 4 * elements, 1, layout.tensor, backward=True))

@@ -109,6 +109,13 @@ class PlanConfig:
     """Also write a figure to this file (.svg, .png or .pdf)."""
 
     def __post_init__(self) -> None:
+        per_node = self.cluster.gpus_per_node
+        for number in self.scaling.gpus:
+            if number > per_node and number % per_node:
+                raise ConfigError(
+                    f"scaling.gpus above cluster.gpus_per_node={per_node} must be multiples of it, got {number}: "
+                    f"the nearest are {number // per_node * per_node} and {(number // per_node + 1) * per_node}"
+                )
         for name in ("global_batch_size", "top"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")

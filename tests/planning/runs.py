@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,58 +30,49 @@ from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.step import StepRunner
 
-# Three shapes: wide feed-forward and grouped heads; many small layers and a SigLIP tower; more images than text.
+# Not looked at while the formulas were written.
 SHAPES = {
-    "grouped": ParrotConfig(
-        vision=VisionConfig(
-            image_size=56, hidden_size=48, num_layers=3, num_attention_heads=4, ffn_hidden_size=96
-        ),
-        moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=80),
+    "square CLIP, many heads, five dense experts": ParrotConfig(
+        vision=VisionConfig(image_size=70, hidden_size=56, num_layers=3, num_attention_heads=4, ffn_hidden_size=112),
+        moe=TextGuidedMoEConfig(num_experts=5, ffn_hidden_size=48),
         llm=LLMConfig(
-            hidden_size=96,
-            num_layers=2,
-            num_attention_heads=6,
-            num_query_groups=2,
-            ffn_hidden_size=320,
-            vocab_size=512,
+            hidden_size=160, num_layers=2, num_attention_heads=10, num_query_groups=10, ffn_hidden_size=448, vocab_size=640
         ),
     ),
-    "deep": ParrotConfig(
+    "SigLIP, grouped heads, tied head, top-1": ParrotConfig(
         vision=VisionConfig(
             type="siglip",
-            image_size=42,
-            hidden_size=32,
-            num_layers=2,
+            image_size=56,
+            hidden_size=40,
+            num_layers=4,
             num_attention_heads=2,
-            ffn_hidden_size=64,
+            ffn_hidden_size=72,
             activation="gelu_pytorch_tanh",
         ),
-        projector=ProjectorConfig(type="mlp3x_gelu"),
-        moe=TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=32, routing="topk", topk=2),
+        projector=ProjectorConfig(type="linear"),
+        moe=TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=96, routing="topk", topk=1),
         llm=LLMConfig(
             hidden_size=64,
-            num_layers=8,
-            num_attention_heads=4,
-            num_query_groups=4,
-            head_dim=32,
-            ffn_hidden_size=96,
-            vocab_size=384,
+            num_layers=6,
+            num_attention_heads=8,
+            num_query_groups=2,
+            head_dim=16,
+            ffn_hidden_size=136,
+            vocab_size=300,
             tie_word_embeddings=True,
         ),
     ),
-    "visual": ParrotConfig(
-        vision=VisionConfig(
-            image_size=84, hidden_size=64, num_layers=4, num_attention_heads=4, ffn_hidden_size=128
-        ),
-        projector=ProjectorConfig(type="linear"),
-        moe=TextGuidedMoEConfig(num_experts=6, ffn_hidden_size=64, recompute=True),
+    "EfficientNet, deep projector, experts computed again": ParrotConfig(
+        vision=VisionConfig(type="efficientnet_lite0", image_size=64, patch_size=32, hidden_size=1280),
+        projector=ProjectorConfig(type="mlp3x_gelu"),
+        moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=104, routing="topk", topk=2, recompute=True),
         llm=LLMConfig(
-            hidden_size=128,
-            num_layers=3,
+            hidden_size=96,
+            num_layers=4,
             num_attention_heads=4,
             num_query_groups=4,
-            ffn_hidden_size=192,
-            vocab_size=256,
+            ffn_hidden_size=200,
+            vocab_size=512,
             qkv_bias=False,
         ),
     ),
@@ -228,12 +219,13 @@ def _bytes(argument: Any) -> int:
     return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0
 
 
-def run(model: ParrotConfig, case: Case, *, samples: int = 6) -> Measured:
-    """One step on as many processes as the layout has; what rank 0 held and sent."""
-    return run_distributed(_step, case.layout.num_gpus, model, case, samples)[0]
+def run(model: ParrotConfig, case: Case, batch: PackedBatch) -> dict[int, Measured]:
+    """One step on as many processes as the layout has; what the first rank of each pipeline stage held and sent."""
+    ranks = run_distributed(_step, case.layout.num_gpus, model, case, batch)
+    return dict(enumerate(ranks[:: len(ranks) // case.layout.pipeline]))
 
 
-def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, samples: int) -> Measured:
+def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: PackedBatch) -> Measured:
     layout = case.layout
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tensor,
@@ -258,7 +250,6 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, samples:
         num_visual_rows=config.vision.num_visual_rows,
         optimizer=optimizer,
     )
-    batch = make_batch(config, samples=samples)
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
     held = [*model.parameters(), *model.buffers()]
     inputs = [value for value in vars_of(batch) if isinstance(value, Tensor) and value.is_floating_point()]
@@ -293,7 +284,3 @@ def _optimizer_bytes(optimizer: Any, held: Iterable[Tensor]) -> int:
                 tensors += [v for v in part.optimizer.state[parameter].values() if isinstance(v, Tensor)]
             total += sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in own)
     return total
-
-
-def with_layout(case: Case, **sizes: Any) -> Case:
-    return replace(case, layout=replace(case.layout, **sizes))
