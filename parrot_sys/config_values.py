@@ -125,10 +125,7 @@ def without_foreign(cls: type, other: type | None, values: Mapping[str, Any]) ->
     kept = {}
     for name, value in values.items():
         if name in own and dataclasses.is_dataclass(own[name]) and isinstance(value, Mapping):
-            inner = foreign.get(name)
-            kept[name] = without_foreign(
-                cast(type, own[name]), inner if dataclasses.is_dataclass(inner) else None, value
-            )
+            kept[name] = without_foreign(cast(type, own[name]), cast("type | None", foreign.get(name)), value)
         elif name in own or name not in foreign:
             kept[name] = value
     return kept

@@ -1,4 +1,4 @@
-"""What a cluster can do: figures from data sheets, links, and the stated shares of them that a training step reaches."""
+"""What a cluster can do: figures from data sheets, and the assumed shares of them that a step reaches."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Payloads are those of the code: the whole tensor of an all-reduce or all-to-all, the gathered one of an all-gather, the
 one that is cut of a reduce-scatter. Of a payload S a rank of n sends 2 (n - 1) / n S in an all-reduce and (n - 1) / n S
-in the others (ring algorithms; Thakur et al., 2005), and S to the next pipeline stage. Tensor and sequence parallelism as
-in Megatron-LM (arXiv 1909.08053, 2205.05198). Counts of labels and metrics (hundreds of bytes) are left out.
+in the others (ring algorithms; Thakur et al., 2005), and S to the next pipeline stage. Tensor and sequence parallelism
+as in Megatron-LM (arXiv 1909.08053, 2205.05198). Counts of labels and metrics (hundreds of bytes) are left out.
 
 T' rows of a micro-batch on this rank, H hidden_size, L label rows, n images of V rows, b bytes of an element.
 """
@@ -20,7 +20,7 @@ from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import padded_elements
-from parrot_sys.planning.weights import stage_weights, trainable_weights
+from parrot_sys.planning.weights import Weight, stage_weights, trainable_weights
 
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 """Gradients that Megatron's overlapped reduction sends together."""
@@ -165,19 +165,7 @@ def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:
     learning = trainable_weights(job, stage_weights(job.model, layout, stage))
     messages: list[Message] = []
     for routed in (False, True):
-        group = [weight for weight in learning if weight.routed == routed]
-        copies = layout.expert_copies if routed else layout.model_copies
-        elements = sum(weight.total for weight in group)
-        if not elements or copies == 1:
-            continue
-        dimension = "expert_data" if routed else "data"
-        buckets = math.ceil(elements / max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK * copies))
-        if layout.distributed_optimizer:
-            elements = padded_elements(group, copies)
-            messages.append(_message(dimension, "reduce_scatter", 4 * elements / buckets, buckets, copies, backward=True))
-            messages.append(_message(dimension, "all_gather", job.bytes * elements / buckets, buckets, copies))
-        else:
-            messages.append(_message(dimension, "all_reduce", 4 * elements / buckets, buckets, copies, backward=True))
+        messages += _gradient_messages(job, layout, [weight for weight in learning if weight.routed == routed], routed)
     if layout.sequence:
         elements = sum(weight.total for weight in learning if weight.replicated)
         messages.append(_message("tensor", "all_reduce", 4 * elements, 1, layout.tensor, backward=True))
@@ -186,6 +174,24 @@ def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:
         shared = 4 * job.model.llm.vocab_size // layout.tensor * job.model.llm.hidden_size
         messages.append(_message("pipeline", "all_reduce", shared, 1, 2, backward=True))
     return messages
+
+
+def _gradient_messages(job: Job, layout: Layout, weights: list[Weight], routed: bool) -> Iterator[Message]:
+    """Gradients in float32 over the ranks that hold the same parameters; with ZeRO-1 their new values as well."""
+    copies = layout.expert_copies if routed else layout.model_copies
+    if not weights or copies == 1:
+        return
+    dimension = "expert_data" if routed else "data"
+    elements = sum(weight.total for weight in weights)
+    if layout.distributed_optimizer:
+        elements = padded_elements(weights, copies)
+    buckets = math.ceil(elements / max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK * copies))
+    bucket = elements / buckets
+    if layout.distributed_optimizer:
+        yield _message(dimension, "reduce_scatter", 4 * bucket, buckets, copies, backward=True)
+        yield _message(dimension, "all_gather", job.bytes * bucket, buckets, copies)
+    else:
+        yield _message(dimension, "all_reduce", 4 * bucket, buckets, copies, backward=True)
 
 
 def _message(

@@ -1,9 +1,9 @@
 """Floating-point operations of a micro-batch on one GPU, and the time they take.
 
-A matrix [rows, k] x [k, n] costs 2 rows k n. A part that learns costs its backward pass twice its forward pass, a frozen
-part that gradients pass through once, a frozen part before all that learn nothing: the counting of
-`training.metrics.FlopCounter`. On top of that, time has what is computed again (recomputation, logits of the LM head) and
-what moves through memory (norms, residuals, rotations, SwiGLU); a layer takes no less than its kernels' launches.
+A matrix [rows, k] x [k, n] costs 2 rows k n. The backward pass of a part that learns costs twice its forward pass, of a
+frozen part that gradients pass through once, of a frozen part before all that learn nothing: the counting of
+`training.metrics.FlopCounter`. On top of that, time has what is computed again (recomputation, logits of the LM head)
+and what moves through memory (norms, residuals, rotations, SwiGLU); a layer takes no less than its kernels' launches.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def _visual(job: Job, batch: MicroBatch) -> float:
     return batch.images * job.model.vision.num_visual_rows
 
 
-def stage_seconds(
-    job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: MicroBatch
-) -> dict[str, Work]:
+def stage_seconds(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: MicroBatch) -> dict[str, Work]:
     """Time of a micro-batch on a rank of pipeline stage `stage`, without communication.
 
     Rows of the decoder are cut over context-parallel ranks, matrices over tensor-parallel ones; projector, experts (but

@@ -87,7 +87,9 @@ def estimate(config: PlanConfig, job: Job, layout: Layout, memory: Memory) -> Es
     cluster = config.cluster
     number, mean, most = micro_batches(layout, config.global_batch_size)
     batch = MicroBatch.of(config, mean)
-    stages = {stage: _stage(job, layout, cluster, stage, batch) for stage in {0, layout.pipeline // 2, layout.pipeline - 1}}
+    stages = {
+        stage: _stage(job, layout, cluster, stage, batch) for stage in {0, layout.pipeline // 2, layout.pipeline - 1}
+    }
     totals = {stage: sum(work.total for work in parts.values()) for stage, parts in stages.items()}
     slowest = max(totals, key=lambda stage: totals[stage])
     seconds: dict[str, float] = defaultdict(float)

@@ -27,9 +27,7 @@ class Job:
     def of(config: PlanConfig) -> Job:
         """The job that a plan is about."""
         trainable = replace(config.trainable, moe=config.trainable.moe and config.moe_active)
-        return Job(
-            model=config.model, trainable=trainable, precision=config.precision, moe_active=config.moe_active
-        )
+        return Job(model=config.model, trainable=trainable, precision=config.precision, moe_active=config.moe_active)
 
     @property
     def bytes(self) -> int:

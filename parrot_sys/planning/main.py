@@ -18,8 +18,8 @@ from parrot_sys.planning.search import NothingFits, find_layouts
 from parrot_sys.training.config import TrainConfig
 
 DESCRIPTION = """Predicts memory and step time of training on a cluster, for every layout (tensor, sequence, pipeline,
-virtual pipeline, context, expert, expert tensor and data parallel, micro-batch, recomputation, ZeRO-1), and says which is
-best and why. Nothing runs and no GPU is needed: figures come from data sheets, formulas and assumed efficiencies.
+virtual pipeline, context, expert, expert tensor and data parallel, micro-batch, recomputation, ZeRO-1), and says which
+is best and why. Nothing runs and no GPU is needed: figures come from data sheets, formulas and assumed efficiencies.
 
 Eight H200 for the second stage of Parrot-7B:
 parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
@@ -27,11 +27,11 @@ parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
 Four nodes, 64 experts of which two work on an image, tensor parallelism decided:
 parrot plan --config parrot_14b --cluster.nodes 4 --model.moe.num-experts 64 --model.moe.routing topk --fix.tensor 2
 
-Memory alone of a layout you have: fix everything (--fix.tensor, --fix.pipeline, ...). From one GPU to 4,096:
-parrot plan --config parrot_7b --scaling.gpus 1 8 64 512 4096 --scaling.samples-per-gpu 16 --plot scaling.svg
+Memory alone of a layout you have: fix everything (--fix.tensor, --fix.pipeline, ...). From 8 GPUs to 4,096:
+parrot plan --config parrot_7b --scaling.gpus 8 64 512 4096 --scaling.samples-per-gpu 16 --plot scaling.svg
 
-Files may hold settings of `parrot train` that do not matter here (learning rates, paths) or that are searched (parallel,
-recompute, optimizer.distributed): they are left out; --fix decides. With your own measured efficiencies
+Files may hold settings of `parrot train` that do not matter here (learning rates, paths) or that are searched
+(parallel, recompute, optimizer.distributed): they are left out; --fix decides. With your own measured efficiencies
 (--cluster.efficiency.gemm and the others) the times become better."""
 
 

@@ -241,9 +241,7 @@ def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     return norm + batch.label_rows * (job.bytes * size + scalars)
 
 
-def _working_bytes(
-    job: Job, layout: Layout, learning: list[Weight], batch: MicroBatch, activations: float
-) -> float:
+def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: MicroBatch, activations: float) -> float:
     """What exists for a moment only, at its largest.
 
     In the backward pass: the gradient of the largest matrix before it is added to the buffer, gradients of the widest

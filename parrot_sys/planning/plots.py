@@ -77,8 +77,9 @@ def scaling(best: Sequence[tuple[int, Estimate]], cluster: ClusterConfig, path: 
 
 def _name(each: Estimate) -> str:
     layout = each.layout
-    marks = [*(["ZeRO-1"] if layout.distributed_optimizer else []), *(["recompute"] if layout.recompute else [])]
-    return f"{layout.describe()}{', ' if marks else ''}{', '.join(marks)}"
+    size = f"{each.micro_batch_rows} x {each.num_micro_batches} rows"
+    marks = [size, *(["ZeRO-1"] if layout.distributed_optimizer else []), *(["recompute"] if layout.recompute else [])]
+    return ", ".join([layout.describe(), *marks])
 
 
 def _stack(ax: Axes, names: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.planning.config import PlanConfig
@@ -49,8 +50,8 @@ def find_layouts(config: PlanConfig) -> list[Estimate]:
         usable = config.cluster.usable_bytes
         largest = max(memory.as_dict().items(), key=lambda item: item[1])
         raise NothingFits(
-            f"no layout fits {config.cluster.num_gpus} x {config.cluster.gpu}: the smallest ({layout.describe()}) needs "
-            f"{memory.total / 1e9:.1f} GB a GPU, {usable / 1e9:.1f} GB are usable; most of it is {largest[0]} "
+            f"no layout fits {config.cluster.num_gpus} x {config.cluster.gpu}: the smallest ({layout.describe()}) "
+            f"needs {memory.total / 1e9:.1f} GB a GPU, {usable / 1e9:.1f} GB are usable; most of it is {largest[0]} "
             f"({largest[1] / 1e9:.1f} GB). {_what_would_fit(config)}"
         )
     return sorted(found, key=lambda e: (e.step_seconds, e.memory.total))
@@ -62,11 +63,11 @@ def _choices(config: PlanConfig) -> Iterator[Layout]:
     experts = model.moe.num_experts if config.moe_active else 1
     contexts = [1] if config.rows < _LONG_SAMPLE else [1, 2, 4, 8, 16]
     for tensor in _fixed(fix.tensor, divisors(gpus, config.cluster.gpus_per_node)):
-        for pipeline in _fixed(fix.pipeline, divisors(model.llm.num_layers, gpus // tensor)):
+        for pipeline in _fixed(fix.pipeline, divisors(model.llm.num_layers, max(1, gpus // tensor))):
             per_stage = model.llm.num_layers // pipeline
             chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and per_stage % v == 0)]
             for context in _fixed(fix.context, contexts):
-                data = gpus // (tensor * pipeline * context)
+                data = max(1, gpus // (tensor * pipeline * context))
                 for expert in _fixed(fix.expert, divisors(experts, tensor * context * data)):
                     for virtual in _fixed(fix.virtual, chunks):
                         for expert_tensor in _fixed(fix.expert_tensor, {1, tensor} if experts > 1 else {1}):
@@ -106,22 +107,14 @@ def _candidates(config: PlanConfig) -> Iterator[Layout]:
                     yield replace(layout, samples=samples, recompute=recompute, distributed_optimizer=split)
 
 
-def _explain_invalid(config: PlanConfig) -> None:
+def _explain_invalid(config: PlanConfig) -> NoReturn:
     """
     Raises:
-        ConfigError: always, with the reason of the least cut layout.
+        ConfigError: always, with what is wrong with the least cut layout.
     """
-    errors = []
     for layout in _choices(config):
-        try:
-            check(config.model, layout, config.cluster.num_gpus, config.global_batch_size)
-        except ConfigError as error:
-            errors.append(error)
-            if len(errors) > 1000:
-                break
-    if not errors:
-        raise ConfigError(f"the fixed sizes need more than the {config.cluster.num_gpus} GPUs of the cluster")
-    raise errors[0]
+        check(config.model, layout, config.cluster.num_gpus, config.global_batch_size)
+    raise AssertionError("called when no layout can run")
 
 
 def _what_would_fit(config: PlanConfig) -> str:

@@ -1,4 +1,4 @@
-"""The parameters that a rank holds, tensor by tensor, as the modules of `parrot_sys.megatron` and `modules` make them."""
+"""The parameters that a rank holds, tensor by tensor, as `parrot_sys.megatron` and `modules` make them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Weight:
 
 
 def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weight]:
-    """Parameters of a rank of pipeline stage `stage`: vision, projector and experts on the first, LM head on the last."""
+    """Parameters of a rank of a pipeline stage: vision, projector and experts on the first, LM head on the last."""
     first, last = stage == 0, stage == layout.pipeline - 1
     llm, tensor = model.llm, layout.tensor
     size, vocabulary = llm.hidden_size, llm.vocab_size // tensor
@@ -54,7 +54,11 @@ def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weigh
 def _decoder_layers(model: ParrotConfig, layout: Layout) -> Iterator[Weight]:
     llm, tensor = model.llm, layout.tensor
     size, heads, groups, width = llm.hidden_size, llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
-    count, qkv, ffn = layout.layers(llm.num_layers), (heads + 2 * groups) * width // tensor, llm.ffn_hidden_size // tensor
+    count, qkv, ffn = (
+        layout.layers(llm.num_layers),
+        (heads + 2 * groups) * width // tensor,
+        llm.ffn_hidden_size // tensor,
+    )
     yield Weight("llm", size, 2 * count, replicated=True)  # norms
     yield Weight("llm", qkv * size, count)
     if llm.qkv_bias:
@@ -108,7 +112,7 @@ def _efficientnet() -> tuple[int, int]:
 
 @functools.cache
 def buffer_elements(vision: VisionConfig) -> int:
-    """Elements of tensors of the tower that are kept but never run (`VisionTransformer.unused`) or are no parameters."""
+    """Elements of the tower's tensors that are no parameters, or kept but never run (`VisionTransformer.unused`)."""
     if vision.type == "efficientnet_lite0":
         return _efficientnet()[1]
     unused = (entry for entry in tower_maps(vision) if entry.name.startswith("unused."))

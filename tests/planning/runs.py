@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
-import torch._dynamo  # noqa: F401  every optimizer imports it: once here instead of a second in each forked rank
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +36,12 @@ SHAPES = {
         vision=VisionConfig(image_size=70, hidden_size=56, num_layers=3, num_attention_heads=4, ffn_hidden_size=112),
         moe=TextGuidedMoEConfig(num_experts=5, ffn_hidden_size=48),
         llm=LLMConfig(
-            hidden_size=160, num_layers=2, num_attention_heads=10, num_query_groups=10, ffn_hidden_size=448, vocab_size=640
+            hidden_size=160,
+            num_layers=2,
+            num_attention_heads=10,
+            num_query_groups=10,
+            ffn_hidden_size=448,
+            vocab_size=640,
         ),
     ),
     "SigLIP, grouped heads, tied head, top-1": ParrotConfig(
@@ -63,7 +68,7 @@ SHAPES = {
         ),
     ),
     "EfficientNet, deep projector, experts computed again": ParrotConfig(
-        vision=VisionConfig(type="efficientnet_lite0", image_size=64, patch_size=32, hidden_size=1280),
+        vision=VisionConfig(type="efficientnet_lite0", image_size=32, patch_size=32, hidden_size=1280),
         projector=ProjectorConfig(type="mlp3x_gelu"),
         moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=104, routing="topk", topk=2, recompute=True),
         llm=LLMConfig(
@@ -102,7 +107,9 @@ class Measured:
     messages: dict[str, int]
 
 
-def make_batch(config: ParrotConfig, *, samples: int, prompt: int = 24, answer: int = 20, images: int = 1) -> PackedBatch:
+def make_batch(
+    config: ParrotConfig, *, samples: int, prompt: int = 24, answer: int = 20, images: int = 1
+) -> PackedBatch:
     """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer."""
     generator = torch.Generator().manual_seed(3)
     visual = config.vision.num_visual_rows * images
@@ -177,22 +184,23 @@ class _Kept:
         self._owner.add(self.tensor, -1)
 
 
+_OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "allreduce_coalesced_": "all_reduce",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "send": "send",
+}
+
+
 class Recorder(TorchDispatchMode):
     """Payload of every collective of this rank, by operation, in the units of `planning.communication`."""
-
-    NAMES = {
-        "allreduce_": "all_reduce",
-        "_allgather_base_": "all_gather",
-        "allgather_": "all_gather",
-        "_reduce_scatter_base_": "reduce_scatter",
-        "reduce_scatter_": "reduce_scatter",
-        "allreduce_coalesced_": "all_reduce",
-        "allgather_into_tensor_coalesced_": "all_gather",
-        "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-        "alltoall_base_": "all_to_all",
-        "alltoall_": "all_to_all",
-        "send": "send",
-    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +208,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
-            name = self.NAMES.get(function._schema.name.split("::")[1])
+            name = _OPERATIONS.get(function._schema.name.split("::")[1])
             if name is not None and _group_size(args) > 1:
                 self.bytes[name] += max(_bytes(argument) for argument in args[:2])
         return function(*args, **(kwargs or {}))
