@@ -41,6 +41,12 @@ class Layout:
         """Ranks that hold the same experts, or the same slice of them."""
         return self.tensor * self.context * self.data // (self.expert * self.expert_tensor)
 
+    @property
+    def dimensions(self) -> int:
+        """How many kinds of model parallelism it uses."""
+        sizes = (self.tensor, self.pipeline, self.virtual, self.context, self.expert)
+        return sum(size > 1 for size in sizes)
+
     def layers(self, num_layers: int) -> int:
         """Decoder layers of a pipeline rank."""
         return num_layers // self.pipeline

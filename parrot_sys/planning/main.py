@@ -14,7 +14,7 @@ from parrot_sys.cli import parse_config
 from parrot_sys.planning.config import PlanConfig
 from parrot_sys.planning.estimate import Estimate
 from parrot_sys.planning.report import PREDICTED, explain, report, scaling_report, scaling_table, table
-from parrot_sys.planning.search import NothingFits, find_layouts
+from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.training.config import TrainConfig
 
 DESCRIPTION = """Predicts memory and step time of training on a cluster, for every layout (tensor, sequence, pipeline,
@@ -41,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.scaling.gpus:
         return _scaling(config)
     estimates = find_layouts(config)
-    shown = estimates[: config.top]
+    best, shown = choose(estimates), estimates[: config.top]
+    if best not in shown:
+        shown = [*shown[:-1], best]
     if config.json:
-        print(json.dumps(report(config, estimates), indent=1))
+        print(json.dumps(report(config, estimates, best), indent=1))
     else:
-        print(table(shown))
+        print(table(shown, best))
         print(f"({len(shown)} of {len(estimates)} layouts that fit, fastest first)\n")
-        print(explain(config, estimates[0]))
+        print(explain(config, best))
     if config.plot is not None:
         from parrot_sys.planning import plots
 
@@ -82,7 +84,8 @@ def scale(config: PlanConfig) -> tuple[list[tuple[int, Estimate]], list[NothingF
         samples = config.scaling.samples_per_gpu
         size = config.global_batch_size if samples is None else samples * number
         try:
-            best.append((number, find_layouts(replace(config, cluster=cluster, global_batch_size=size))[0]))
+            found = find_layouts(replace(config, cluster=cluster, global_batch_size=size))
+            best.append((number, choose(found)))
         except NothingFits as error:
             without.append(error)
     return best, without

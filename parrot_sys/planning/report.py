@@ -19,9 +19,10 @@ _COLUMNS = ("TP", "SP", "PP", "VPP", "CP", "EP", "ETP", "DP", "ZeRO-1", "recompu
 _FIGURES = ("GB/GPU", "s/step", "samples/s", "tokens/s/GPU", "MFU %")
 
 
-def table(estimates: Sequence[Estimate]) -> str:
-    """One line a layout."""
-    lines = [[*_COLUMNS, *_FIGURES], *([*_sizes(each), *_figures(each)] for each in estimates)]
+def table(estimates: Sequence[Estimate], best: Estimate) -> str:
+    """One line a layout, a star before the best."""
+    rows = [["*" if each is best else "", *_sizes(each), *_figures(each)] for each in estimates]
+    lines = [["", *_COLUMNS, *_FIGURES], *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -46,8 +47,8 @@ def explain(config: PlanConfig, best: Estimate) -> str:
     cluster, layout, memory = config.cluster, best.layout, best.memory
     usable = cluster.usable_bytes / 1e9
     lines = [
-        f"Best of {cluster.num_gpus} x {cluster.gpu} ({cluster.nodes} x {cluster.gpus_per_node}): {layout.describe()}, "
-        f"{'with' if layout.distributed_optimizer else 'without'} ZeRO-1, recompute "
+        f"* Best on {cluster.num_gpus} x {cluster.gpu} ({cluster.nodes} x {cluster.gpus_per_node}): "
+        f"{layout.describe()}, {'with' if layout.distributed_optimizer else 'without'} ZeRO-1, recompute "
         f"{'full' if layout.recompute else 'none'}, {best.num_micro_batches} micro-batches of at most "
         f"{best.micro_batch_rows} rows on each data-parallel rank.",
         f"Memory: {memory.total / 1e9:.1f} of {usable:.1f} usable GB ({_largest(memory.as_dict(), 1e9, 'GB')}).",
@@ -123,11 +124,12 @@ def as_dict(each: Estimate) -> dict[str, Any]:
     }
 
 
-def report(config: PlanConfig, estimates: Sequence[Estimate]) -> dict[str, Any]:
+def report(config: PlanConfig, estimates: Sequence[Estimate], best: Estimate) -> dict[str, Any]:
     """All of it for JSON, with everything that was assumed."""
     return {
         "note": PREDICTED,
         "assumptions": {"gpu": _data_sheet(config), **config_to_dict(config)},
+        "best": as_dict(best),
         "layouts": [as_dict(each) for each in estimates[: config.top]],
         "layouts_that_fit": len(estimates),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -14,6 +14,7 @@ from parrot_sys.planning.layouts import Layout, check, divisors
 
 _LONG_SAMPLE = 4096
 """Rows of a sample from which context parallelism is tried."""
+_ALIKE = 1.01
 _MOST_ROWS = 65_536
 """Rows of the largest micro-batch that is tried."""
 
@@ -55,6 +56,16 @@ def find_layouts(config: PlanConfig) -> list[Estimate]:
             f"({largest[1] / 1e9:.1f} GB). {_what_would_fit(config)}"
         )
     return sorted(found, key=lambda e: (e.step_seconds, e.memory.total))
+
+
+def choose(estimates: Sequence[Estimate]) -> Estimate:
+    """The layout to use: of those within 1% of the fastest, which no formula tells apart, the simplest, then smallest.
+
+    Args:
+        estimates: at least one, fastest first.
+    """
+    near = [each for each in estimates if each.step_seconds <= _ALIKE * estimates[0].step_seconds]
+    return min(near, key=lambda each: (each.layout.dimensions, each.memory.total))
 
 
 def _choices(config: PlanConfig) -> Iterator[Layout]:
@@ -126,5 +137,5 @@ def _what_would_fit(config: PlanConfig) -> str:
         job = Job.of(larger)
         for layout in _candidates(larger):
             if peak_memory(larger, job, layout).total <= larger.cluster.usable_bytes:
-                return f"With {nodes} nodes ({larger.cluster.num_gpus} GPUs) {layout.describe()} fits"
+                return f"On {larger.cluster.num_gpus} GPUs {layout.describe()} fits"
     return "More GPUs do not help: freeze parts (trainable.llm false), shorten the samples, or unset fix.*"

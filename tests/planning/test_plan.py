@@ -17,7 +17,7 @@ from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
 from parrot_sys.planning.layouts import Layout, check
 from parrot_sys.planning.report import explain
-from parrot_sys.planning.search import NothingFits, find_layouts
+from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.training.config import TrainableConfig
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
@@ -34,6 +34,14 @@ def test_all_found_layouts_fit_and_the_fastest_is_first() -> None:
     assert times == sorted(times)
     assert all(each.layout.num_gpus == 4 for each in found)
     assert all(0 < each.mfu < NODE.efficiency.gemm for each in found)
+
+
+def test_the_best_is_the_simplest_of_the_equally_fast() -> None:
+    found = find_layouts(BASE)
+    best = choose(found)
+    near = [each for each in found if each.step_seconds <= 1.01 * found[0].step_seconds]
+    assert best in near
+    assert best.layout.dimensions == min(each.layout.dimensions for each in near)
 
 
 def test_what_is_fixed_stays() -> None:
@@ -65,7 +73,7 @@ def test_long_samples_bring_context_parallelism_into_play() -> None:
 
 
 def test_nothing_fits_says_what_would() -> None:
-    with pytest.raises(NothingFits, match=r"no layout fits 4 x A100-40GB.*GB a GPU.*usable.*With \d+ nodes .* fits"):
+    with pytest.raises(NothingFits, match=r"no layout fits 4 x A100-40GB.*GB a GPU.*usable.*On \d+ GPUs .* fits"):
         find_layouts(
             replace(BASE, model=ParrotConfig(llm=LLMConfig(hidden_size=8192, num_layers=40, ffn_hidden_size=32768)))
         )
@@ -105,7 +113,7 @@ def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -
 
 
 def test_words_name_what_the_simpler_layouts_lack() -> None:
-    best = find_layouts(BASE)[0]
+    best = choose(find_layouts(BASE))
     text = explain(BASE, best)
     assert f"{best.memory.total / 1e9:.1f} of" in text
     assert "which does not fit" in text
@@ -121,7 +129,7 @@ def test_command_prints_a_table_and_takes_the_files_of_training(capsys: pytest.C
     assert main([*ARGUMENTS, *FEW]) == 0
     out = capsys.readouterr().out
     assert "recompute  rows x micro-batches  GB/GPU  s/step" in out
-    assert "Best of 8 x H200 (1 x 8): DP8, with ZeRO-1" in out
+    assert "* Best on 8 x H200 (1 x 8): DP8, with ZeRO-1" in out
     assert "Predicted by formulas" in out
 
 
