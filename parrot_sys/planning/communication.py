@@ -25,6 +25,9 @@ from parrot_sys.planning.weights import Weight, stage_weights, trainable_weights
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 """Gradients that Megatron's overlapped reduction sends together."""
 
+_SHAPE_BYTES = 24
+"""Sent before each hidden state: packed micro-batches differ in their rows."""
+
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -58,13 +61,13 @@ def micro_batch_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch
     messages: list[Message] = []
     first, last = stage == 0, stage == layout.pipeline - 1
     if layout.tensor > 1:
-        messages += _layer_messages(job, layout, batch)
+        messages += _layer_messages(job, layout, stage, batch)
         if first:
             messages += _embedding_messages(job, layout, batch)
         if last:
             messages += _head_messages(job, layout, batch)
     if layout.context > 1:
-        messages += _context_messages(job, layout, batch)
+        messages += _context_messages(job, layout, stage, batch)
     if layout.pipeline > 1:
         messages += _pipeline_messages(job, layout, stage, batch)
     if first and job.moe_active:
@@ -72,13 +75,13 @@ def micro_batch_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch
     return messages
 
 
-def _layer_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
+def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
     """Two sums over the ranks in each direction of a layer; halves of them before and behind the matrices under SP.
 
     Under sequence parallelism a matrix keeps its own rows only, so that the gradients of the two column-parallel ones
     need their input gathered once more; recomputation repeats the forward pass.
     """
-    size, layers = layout.tensor, layout.layers(job.model.llm.num_layers)
+    size, layers = layout.tensor, layout.layers(job.model.llm.num_layers, stage)
     payload = job.bytes * batch.rows / layout.context * job.model.llm.hidden_size
     forwards = 2 if layout.recompute else 1
     if not layout.sequence:
@@ -122,9 +125,10 @@ def _head_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Mess
     yield _message("tensor", "all_reduce", 6 * batch.label_rows / layout.context, 2, size)
 
 
-def _context_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
+def _context_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
     """Keys and values of the whole pack are gathered, again for the backward pass, and their gradients dealt back."""
-    llm, size, layers = job.model.llm, layout.context, layout.layers(job.model.llm.num_layers)
+    llm, size = job.model.llm, layout.context
+    layers = layout.layers(llm.num_layers, stage)
     payload = job.bytes * batch.rows * 2 * llm.num_query_groups * llm.kv_channels / layout.tensor
     yield _message("context", "all_gather", payload, layers, size)
     gathers = layers * (2 if layout.recompute else 1)
@@ -137,6 +141,7 @@ def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) 
     rows = job.bytes * batch.rows / layout.context * job.model.llm.hidden_size
     if layout.sequence:
         rows /= layout.tensor
+    rows += _SHAPE_BYTES
     # With chunks the last stage hands on to the first.
     sends = layout.virtual - (stage == layout.pipeline - 1)
     receives = layout.virtual - (stage == 0)

@@ -109,7 +109,7 @@ def stage_seconds(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, 
     Rows of the decoder are cut over context-parallel ranks, matrices over tensor-parallel ones; projector, experts (but
     for expert tensor parallelism) and everything before the decoder are computed by each of these ranks as a whole.
     """
-    work = _decoder_seconds(job, layout, cluster, batch)
+    work = _decoder_seconds(job, layout, cluster, stage, batch)
     if stage == 0:
         work["vision"] = _times(job, "vision", cluster.gemm_seconds(vision_flops(job, batch) / _tower_cut(job, layout)))
         work["projector"] = _times(job, "projector", cluster.gemm_seconds(projector_flops(job, batch)))
@@ -130,8 +130,10 @@ def _times(job: Job, component: str, forward: float) -> Work:
     return Work(forward, forward * _backward(job, component))
 
 
-def _decoder_seconds(job: Job, layout: Layout, cluster: ClusterConfig, batch: MicroBatch) -> dict[str, Work]:
-    layers, cut = layout.layers(job.model.llm.num_layers), layout.tensor * layout.context
+def _decoder_seconds(
+    job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: MicroBatch
+) -> dict[str, Work]:
+    layers, cut = layout.layers(job.model.llm.num_layers, stage), layout.tensor * layout.context
     gemm = cluster.gemm_seconds(layer_flops(job, batch) / cut)
     attention = cluster.attention_seconds(attention_flops(job, batch) / cut)
     moved = _moved_bytes(job, layout, batch)

@@ -70,10 +70,10 @@ def micro_batches(layout: Layout, samples_per_step: int) -> tuple[int, float, in
 
 
 def peak_memory(config: PlanConfig, job: Job, layout: Layout) -> Memory:
-    """Memory of the GPU that needs most: on the first or on the last pipeline stage."""
+    """Memory of the GPU that needs most. Of like pipeline stages the first has most micro-batches in flight."""
     number, _, most = micro_batches(layout, config.global_batch_size)
     batch = MicroBatch.of(config, most)
-    stages = {0, layout.pipeline - 1}
+    stages = layout.stages(config.model.llm.num_layers)
     return max((stage_memory(job, layout, stage, batch, number) for stage in stages), key=lambda m: m.total)
 
 
@@ -87,17 +87,14 @@ def estimate(config: PlanConfig, job: Job, layout: Layout, memory: Memory) -> Es
     cluster = config.cluster
     number, mean, most = micro_batches(layout, config.global_batch_size)
     batch = MicroBatch.of(config, mean)
-    stages = {
-        stage: _stage(job, layout, cluster, stage, batch) for stage in {0, layout.pipeline // 2, layout.pipeline - 1}
-    }
+    kinds = layout.stages(config.model.llm.num_layers)
+    stages = {stage: _stage(job, layout, cluster, stage, batch) for stage in kinds}
     totals = {stage: sum(work.total for work in parts.values()) for stage, parts in stages.items()}
     slowest = max(totals, key=lambda stage: totals[stage])
     seconds: dict[str, float] = defaultdict(float)
     for name, work in stages[slowest].items():
         seconds[name] += number * work.total
-    middle = totals[layout.pipeline // 2]
-    ends = totals[0] + (totals[layout.pipeline - 1] if layout.pipeline > 1 else 0.0)
-    others = ends + max(0, layout.pipeline - 2) * middle - totals[slowest]
+    others = sum(count * totals[stage] for stage, count in kinds.items()) - totals[slowest]
     seconds["pipeline bubble"] = others / layout.virtual
     last_backward = sum(work.backward for work in stages[slowest].values())
     _add_step(seconds, job, layout, cluster, slowest, last_backward)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.models.parrot import ParrotConfig
 
@@ -47,9 +48,32 @@ class Layout:
         sizes = (self.tensor, self.pipeline, self.virtual, self.context, self.expert)
         return sum(size > 1 for size in sizes)
 
-    def layers(self, num_layers: int) -> int:
-        """Decoder layers of a pipeline rank."""
-        return num_layers // self.pipeline
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The same for `parrot train`."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor,
+            sequence_parallel=self.sequence,
+            pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.virtual if self.virtual > 1 else None,
+            context_parallel_size=self.context,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
+        )
+
+    def layers(self, num_layers: int, stage: int) -> int:
+        """Decoder layers of a pipeline rank, in all its chunks."""
+        if self.pipeline == 1:
+            return num_layers
+        return sum(self.parallel.layers_of_stages(num_layers)[stage :: self.pipeline])
+
+    def stages(self, num_layers: int) -> dict[int, int]:
+        """Pipeline ranks that differ: the first of each kind -> how many there are."""
+        kinds: dict[tuple[bool, bool, int], list[int]] = {}
+        for stage in range(self.pipeline):
+            kind = (stage == 0, stage == self.pipeline - 1, self.layers(num_layers, stage))
+            kinds.setdefault(kind, []).append(stage)
+        return {stages[0]: len(stages) for stages in kinds.values()}
 
     def stride(self, dimension: str) -> int:
         """Distance of neighbouring ranks of a group in the order of Megatron-Core: tp, cp, (ep,) dp, pp."""
@@ -106,6 +130,11 @@ def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: 
     for name, size, of, total in _divisions(model, layout):
         if total % size:
             raise ConfigError(f"{name} must divide {of}={total}, got {size}: {nearest_divisors(size, total)}")
+    if layout.pipeline * layout.virtual > model.llm.num_layers:
+        raise ConfigError(
+            f"fix.pipeline x fix.virtual must be <= llm.num_layers={model.llm.num_layers}, got "
+            f"{layout.pipeline * layout.virtual}: each stage needs a layer"
+        )
     unit = layout.tensor * layout.context * layout.pipeline
     if num_gpus % unit:
         raise ConfigError(
@@ -136,7 +165,6 @@ def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str,
         (*tensor, "llm.num_query_groups", llm.num_query_groups),
         (*tensor, "llm.ffn_hidden_size", llm.ffn_hidden_size),
         (*tensor, "llm.vocab_size", llm.vocab_size),
-        ("fix.pipeline x fix.virtual", layout.pipeline * layout.virtual, "llm.num_layers", llm.num_layers),
     ]
     if vision.type != "efficientnet_lite0" and num_layers_run(vision):
         rules.append((*tensor, "vision.num_attention_heads", vision.num_attention_heads))

@@ -106,7 +106,7 @@ def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, in
 
     Full recomputation keeps the input of each layer, and once all of a layer that is being computed again.
     """
-    layers = layout.layers(job.model.llm.num_layers)
+    layers = layout.layers(job.model.llm.num_layers, stage)
     inputs = layer_input_bytes(job, layout, batch)
     kept = layer_bytes(job, layout, batch)
     one = layers * (inputs if layout.recompute else kept)

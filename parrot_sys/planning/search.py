@@ -74,9 +74,8 @@ def _choices(config: PlanConfig) -> Iterator[Layout]:
     experts = model.moe.num_experts if config.moe_active else 1
     contexts = [1] if config.rows < _LONG_SAMPLE else [1, 2, 4, 8, 16]
     for tensor in _fixed(fix.tensor, divisors(gpus, config.cluster.gpus_per_node)):
-        for pipeline in _fixed(fix.pipeline, divisors(model.llm.num_layers, max(1, gpus // tensor))):
-            per_stage = model.llm.num_layers // pipeline
-            chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and per_stage % v == 0)]
+        for pipeline in _fixed(fix.pipeline, divisors(max(1, gpus // tensor), model.llm.num_layers)):
+            chunks = [v for v in (1, 2, 4) if v == 1 or (pipeline > 1 and pipeline * v <= model.llm.num_layers)]
             for context in _fixed(fix.context, contexts):
                 data = max(1, gpus // (tensor * pipeline * context))
                 for expert in _fixed(fix.expert, divisors(experts, tensor * context * data)):

@@ -42,7 +42,7 @@ def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weigh
     if first:
         weights += [*_vision(model.vision, tensor), *_projector(model), *_experts(model, layout)]
         weights.append(Weight("llm", vocabulary * size))
-    weights += _decoder_layers(model, layout)
+    weights += _decoder_layers(model, layout, stage)
     if last:
         weights.append(Weight("llm", size, replicated=True))
         # A tied head is the embedding itself, of which the last of several stages holds a copy.
@@ -51,14 +51,11 @@ def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weigh
     return weights
 
 
-def _decoder_layers(model: ParrotConfig, layout: Layout) -> Iterator[Weight]:
+def _decoder_layers(model: ParrotConfig, layout: Layout, stage: int) -> Iterator[Weight]:
     llm, tensor = model.llm, layout.tensor
     size, heads, groups, width = llm.hidden_size, llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
-    count, qkv, ffn = (
-        layout.layers(llm.num_layers),
-        (heads + 2 * groups) * width // tensor,
-        llm.ffn_hidden_size // tensor,
-    )
+    count, ffn = layout.layers(llm.num_layers, stage), llm.ffn_hidden_size // tensor
+    qkv = (heads + 2 * groups) * width // tensor
     yield Weight("llm", size, 2 * count, replicated=True)  # norms
     yield Weight("llm", qkv * size, count)
     if llm.qkv_bias:

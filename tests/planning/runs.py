@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
-from parrot_sys.megatron.initialize import ParallelConfig, initialize
+from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import build_parrot_model, set_trainable
+from parrot_sys.megatron.parrot_model import build_parrot_chunks, set_trainable
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
@@ -37,7 +37,7 @@ SHAPES = {
         moe=TextGuidedMoEConfig(num_experts=5, ffn_hidden_size=48),
         llm=LLMConfig(
             hidden_size=160,
-            num_layers=2,
+            num_layers=5,
             num_attention_heads=10,
             num_query_groups=10,
             ffn_hidden_size=448,
@@ -91,6 +91,7 @@ class Case:
     layout: Layout = field(default_factory=Layout)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     precision: str = "fp32"
+    micro_batches: int = 1
 
     def job(self, model: ParrotConfig) -> Job:
         return Job(model=model, trainable=self.trainable, precision=self.precision, kernels="cpu")
@@ -235,35 +236,26 @@ def run(model: ParrotConfig, case: Case, batch: PackedBatch) -> dict[int, Measur
 
 def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: PackedBatch) -> Measured:
     layout = case.layout
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.sequence,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-    )
-    initialize(parallel)
+    initialize(layout.parallel)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    model = build_parrot_model(config, parallel, dtype=dtype, recompute="full" if layout.recompute else "none")
-    set_trainable(model, case.trainable.as_dict())
-    model.train()
-    wrapped = wrap_data_parallel(model, distributed_optimizer=layout.distributed_optimizer)
+    recompute = "full" if layout.recompute else "none"
+    chunks = build_parrot_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
+    set_trainable(chunks, case.trainable.as_dict())
+    wrapped = wrap_data_parallel(chunks, distributed_optimizer=layout.distributed_optimizer)
     optimizer = build_optimizer(wrapped, lr=1e-3)
     runner = StepRunner(
-        model=wrapped,
+        chunks=wrapped,
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
         num_visual_rows=config.vision.num_visual_rows,
         optimizer=optimizer,
     )
-    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
-    held = [*model.parameters(), *model.buffers()]
-    inputs = [value for value in vars_of(batch) if isinstance(value, Tensor) and value.is_floating_point()]
-    saved, recorder = SavedBytes([*held, *(inputs if not case.trainable.vision else [])]), Recorder()
+    buffers = [buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+    held = [tensor for chunk in chunks for tensor in [*chunk.parameters(), *chunk.buffers()]]
+    inputs = [] if case.trainable.vision or batch.pixel_values is None else [batch.pixel_values]
+    saved, recorder = SavedBytes([*held, *inputs]), Recorder()
     with recorder, saved.hooks():
-        runner.train([batch], 1)
+        runner.train([batch] * case.micro_batches, 1)
     return Measured(
         parameters=_storages(held),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
@@ -271,10 +263,6 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
         activations=saved.peak,
         messages=dict(recorder.bytes),
     )
-
-
-def vars_of(batch: PackedBatch) -> list[Any]:
-    return [getattr(batch, name) for name in batch.__slots__]
 
 
 def _storages(tensors: Iterable[Tensor]) -> int:

@@ -26,6 +26,9 @@ CASES = {
     "TP2+SP": Case(layout=Layout(tensor=2, sequence=True)),
     "TP2+SP, recompute, bf16": Case(layout=Layout(tensor=2, sequence=True, recompute=True), precision="bf16"),
     "TP2, everything learns": Case(layout=Layout(tensor=2), trainable=ALL),
+    "PP2": Case(layout=Layout(pipeline=2), micro_batches=3),
+    "PP2, VPP2": Case(layout=Layout(pipeline=2, virtual=2), micro_batches=4),
+    "PP2, recompute": Case(layout=Layout(pipeline=2, recompute=True), micro_batches=3),
     "DP2": Case(layout=Layout(data=2)),
     "DP2, ZeRO-1": Case(layout=Layout(data=2, distributed_optimizer=True)),
     "DP2, ZeRO-1, bf16": Case(layout=Layout(data=2, distributed_optimizer=True), precision="bf16"),
@@ -50,15 +53,19 @@ def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
     job, layout, micro_batch = case.job(config), case.layout, sizes(batch)
     for stage, measured in run(config, case, batch).items():
         state = state_bytes(job, layout, stage_weights(config, layout, stage), stage)
-        assert state[:2] == (measured.parameters, measured.gradients)
+        # Chunks of layers have buffers of their own, each with its padding.
+        assert state[:2] == pytest.approx(
+            (measured.parameters, measured.gradients), rel=0.01 if layout.virtual > 1 else 0
+        )
         # Padding of the buffer is dealt too, by chance to the one rank or the other.
         assert state[2] == pytest.approx(measured.optimizer, rel=0.01)
-        in_flight = chunks_in_flight(layout, stage, 1)
+        in_flight = chunks_in_flight(layout, stage, case.micro_batches)
         assert activation_bytes(job, layout, stage, micro_batch, in_flight) == pytest.approx(
             measured.activations, rel=0.1
         )
         predicted: Counter[str] = Counter()
-        for message in [*micro_batch_messages(job, layout, stage, micro_batch), *step_messages(job, layout, stage)]:
+        messages = micro_batch_messages(job, layout, stage, micro_batch) * case.micro_batches
+        for message in [*messages, *step_messages(job, layout, stage)]:
             predicted[message.operation] += message.payload
         sent = dict(measured.messages)
         if layout.num_gpus > 1:

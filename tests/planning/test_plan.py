@@ -83,8 +83,8 @@ def test_nothing_fits_says_what_would() -> None:
     ("layout", "message"),
     [
         (Layout(tensor=3), r"fix.tensor must divide llm.num_attention_heads=32, got 3: .* 2 and 4"),
-        (Layout(pipeline=3), r"fix.pipeline x fix.virtual must divide llm.num_layers=16, got 3: .* 2 and 4"),
-        (Layout(pipeline=2, virtual=3), r"must divide llm.num_layers=16, got 6: .* 4 and 8"),
+        (Layout(pipeline=8, virtual=4), r"fix.pipeline x fix.virtual must be <= llm.num_layers=16, got 32"),
+        (Layout(pipeline=3), r"tensor x context x pipeline = 3 must divide the 8 GPUs: .* 2 and 4"),
         (Layout(expert=4), r"fix.expert must divide moe.num_experts=6, got 4: .* 3 and 6"),
         (Layout(expert_tensor=3), r"fix.expert_tensor must divide moe.ffn_hidden_size=4096, got 3"),
         (Layout(context=3), r"tensor x context x pipeline = 3 must divide the 8 GPUs: .* 2 and 4"),
