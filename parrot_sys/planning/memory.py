@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
+from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import Weight, buffer_elements, stage_weights, trainable_weights
 
 
@@ -45,8 +46,7 @@ def stage_memory(job: Job, layout: Layout, stage: int, batch: MicroBatch, num_mi
     weights = stage_weights(job.model, layout, stage)
     learning = trainable_weights(job, weights)
     parameters, gradients, optimizer = state_bytes(job, layout, weights, stage)
-    chunks = chunks_in_flight(layout, stage, num_micro_batches)
-    activations = activation_bytes(job, layout, stage, batch, chunks)
+    activations = activation_bytes(job, layout, stage, batch, num_micro_batches)
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -88,39 +88,28 @@ def padded_elements(weights: list[Weight], copies: int) -> int:
     return math.ceil(total / unit) * unit
 
 
-def chunks_in_flight(layout: Layout, stage: int, num_micro_batches: int) -> float:
-    """Micro-batches whose activations a stage keeps, in units of all its layers.
-
-    1F1B keeps pipeline - stage of them, the interleaved schedule 2 (pipeline - stage - 1) + (virtual - 1) pipeline + 1
-    chunks of 1 / virtual of the layers (Narayanan et al., arXiv 2104.04473, section 2.2).
-    """
-    behind = layout.pipeline - stage - 1
-    if layout.virtual == 1:
-        return min(num_micro_batches, behind + 1)
-    chunks = 2 * behind + (layout.virtual - 1) * layout.pipeline + 1
-    return min(num_micro_batches, chunks / layout.virtual)
-
-
-def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, in_flight: float = 1.0) -> float:
-    """What a stage keeps between forward and backward pass, for `in_flight` micro-batches; largest at any time.
+def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, num_micro_batches: int = 1) -> float:
+    """What a stage keeps between forward and backward passes, largest at any time.
 
     Full recomputation keeps the input of each layer, and once all of a layer that is being computed again.
     """
-    layers = layout.layers(job.model.llm.num_layers, stage)
-    inputs = layer_input_bytes(job, layout, batch)
-    kept = layer_bytes(job, layout, batch)
-    one = layers * (inputs if layout.recompute else kept)
-    again = max(0.0, kept - inputs) if layout.recompute else 0.0
+    inputs, kept = layer_input_bytes(job, layout, batch), layer_bytes(job, layout, batch)
     if not job.gradient_reaches("llm"):
-        one = again = 0.0
-    total = one * in_flight
+        inputs = kept = 0.0
+    chunks = [count * (inputs if layout.recompute else kept) for count in _chunk_layers(job, layout, stage)]
     if stage == 0:
-        # The first chunk of the interleaved schedule is the only one with images.
-        batches = min(math.ceil(in_flight), layout.pipeline * 2) if layout.virtual > 1 else in_flight
-        total += batches * first_stage_bytes(job, layout, batch)
+        chunks[0] += first_stage_bytes(job, layout, batch)
+    total = peak_in_flight(chunks, layout.pipeline, stage, num_micro_batches)
     # Once layers are computed again, what the LM head kept is gone.
     head = head_bytes(job, layout, batch) if stage == layout.pipeline - 1 else 0.0
-    return total + max(head, again)
+    return total + max(head, kept - inputs if layout.recompute else 0.0)
+
+
+def _chunk_layers(job: Job, layout: Layout, stage: int) -> tuple[int, ...]:
+    """Decoder layers of each chunk of a pipeline rank."""
+    if layout.pipeline == 1:
+        return (job.model.llm.num_layers,)
+    return layout.parallel.layers_of_stages(job.model.llm.num_layers)[stage :: layout.pipeline]
 
 
 def _rows(layout: Layout, batch: MicroBatch) -> tuple[float, float]:

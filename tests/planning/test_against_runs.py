@@ -8,7 +8,7 @@ import pytest
 
 from parrot_sys.planning.communication import micro_batch_messages, step_messages
 from parrot_sys.planning.layouts import Layout
-from parrot_sys.planning.memory import activation_bytes, chunks_in_flight, state_bytes
+from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.training.config import TrainableConfig
 from tests.planning.runs import SHAPES, Case, make_batch, run, sizes
@@ -59,8 +59,7 @@ def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
         )
         # Padding of the buffer is dealt too, by chance to the one rank or the other.
         assert state[2] == pytest.approx(measured.optimizer, rel=0.01)
-        in_flight = chunks_in_flight(layout, stage, case.micro_batches)
-        assert activation_bytes(job, layout, stage, micro_batch, in_flight) == pytest.approx(
+        assert activation_bytes(job, layout, stage, micro_batch, case.micro_batches) == pytest.approx(
             measured.activations, rel=0.1
         )
         predicted: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from parrot_sys.planning.config import PlanConfig, SampleConfig
 from parrot_sys.planning.estimate import estimate, micro_batches, peak_memory
 from parrot_sys.planning.job import Job
 from parrot_sys.planning.layouts import Layout
-from parrot_sys.planning.memory import chunks_in_flight
+from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import buffer_elements, stage_weights
 from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.metrics import FlopCounter
@@ -117,13 +117,15 @@ def test_pipeline_bubble_of_equal_stages_is_that_of_the_paper() -> None:
         assert found.seconds["pipeline bubble"] / work == pytest.approx(3 / (virtual * 8), rel=1e-3)
 
 
-def test_activations_in_flight_are_the_warm_up_of_the_schedules() -> None:
-    assert [chunks_in_flight(Layout(pipeline=4), stage, 16) for stage in range(4)] == [4, 3, 2, 1]
-    assert chunks_in_flight(Layout(pipeline=4), 0, 2) == 2
+def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:
+    assert [peak_in_flight([1.0], 4, stage, 16) for stage in range(4)] == [4, 3, 2, 1]
+    assert peak_in_flight([1.0], 4, 0, 2) == 2
     # Narayanan et al.: 1 + (p - 1) / (p v) times the activations of a whole model on the first of p stages.
     pipeline, virtual = 4, 2
-    most = chunks_in_flight(Layout(pipeline=pipeline, virtual=virtual), 0, 64) / pipeline
+    most = peak_in_flight([1 / virtual / pipeline] * virtual, pipeline, 0, 64)
     assert most == pytest.approx(1 + (pipeline - 1) / (pipeline * virtual))
+    # Two chunks on the last of two ranks: after the warm-up (1 1 2) the first chunk runs ahead of the second.
+    assert peak_in_flight([1.0, 0.0], 2, 1, 8) == 3
 
 
 def test_micro_batches_are_dealt_evenly() -> None:
