@@ -82,7 +82,7 @@ def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> 
     need their input gathered once more; recomputation repeats the forward pass.
     """
     size, layers = layout.tensor, layout.layers(job.model.llm.num_layers, stage)
-    payload = job.bytes * batch.rows / layout.context * job.model.llm.hidden_size
+    payload = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
     forwards = 2 if layout.recompute else 1
     if not layout.sequence:
         calls = 2 * layers
@@ -101,12 +101,17 @@ def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> 
 def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
     """Rows of a cut vocabulary are added up; the tower, cut by heads, sums twice in each block."""
     vision, size = job.model.vision, layout.tensor
-    rows = job.bytes * batch.rows * job.model.llm.hidden_size
-    yield _message("tensor", "all_reduce", rows, 1, size)
+    row = job.bytes * job.model.llm.hidden_size
+    yield _message("tensor", "all_reduce", batch.rows * row, 1, size)
     if layout.sequence:
-        yield _message("tensor", "all_gather", rows / layout.context, 1, size, backward=True)
+        yield _message("tensor", "all_gather", layout.local_rows(batch.rows) * row, 1, size, backward=True)
     if vision.type != "efficientnet_lite0" and batch.images:
-        features = job.bytes * batch.images * (vision.num_patches + (vision.type == "clip")) * vision.hidden_size
+        features = (
+            job.bytes
+            * layout.local_images(batch.images)
+            * (vision.num_patches + (vision.type == "clip"))
+            * vision.hidden_size
+        )
         calls = 2 * num_layers_run(vision)
         yield _message("tensor", "all_reduce", features, calls, size)
         if job.trainable.vision:
@@ -116,7 +121,7 @@ def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator
 def _head_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
     """All rows reach every rank's part of the vocabulary; three numbers a label make the loss."""
     size = layout.tensor
-    rows = job.bytes * batch.rows / layout.context * job.model.llm.hidden_size
+    rows = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
     if layout.sequence:
         yield _message("tensor", "all_gather", rows, 1, size)
         yield _message("tensor", "reduce_scatter", rows, 1, size, backward=True)
@@ -126,19 +131,29 @@ def _head_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Mess
 
 
 def _context_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
-    """Keys and values of the whole pack are gathered, again for the backward pass, and their gradients dealt back."""
+    """Keys and values of the whole pack are gathered, again for the backward pass, and their gradients dealt back.
+
+    On the first stage so are the images, which were encoded and routed on one rank each.
+    """
     llm, size = job.model.llm, layout.context
     layers = layout.layers(llm.num_layers, stage)
-    payload = job.bytes * batch.rows * 2 * llm.num_query_groups * llm.kv_channels / layout.tensor
+    rows = size * layout.local_rows(batch.rows)
+    payload = job.bytes * rows * 2 * llm.num_query_groups * llm.kv_channels / layout.tensor
     yield _message("context", "all_gather", payload, layers, size)
     gathers = layers * (2 if layout.recompute else 1)
     yield _message("context", "all_gather", payload, gathers, size, backward=True)
     yield _message("context", "reduce_scatter", payload, layers, size, backward=True)
+    if stage == 0 and batch.images:
+        images = size * layout.local_images(batch.images)
+        features = job.bytes * images * job.model.vision.num_visual_rows * llm.hidden_size
+        yield _message("context", "all_gather", features, 1, size)
+        if job.gradient_reaches("moe"):
+            yield _message("context", "reduce_scatter", features, 1, size, backward=True)
 
 
 def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
     """Hidden states to the next stage, their gradients to the one before; once for each chunk of layers."""
-    rows = job.bytes * batch.rows / layout.context * job.model.llm.hidden_size
+    rows = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
     if layout.sequence:
         rows /= layout.tensor
     rows += _SHAPE_BYTES
@@ -153,7 +168,7 @@ def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) 
 
 def _expert_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
     """Whole images to the ranks of their experts and back, in both directions; sums over the slices of an expert."""
-    visual = batch.images * job.model.vision.num_visual_rows
+    visual = layout.local_images(batch.images) * job.model.vision.num_visual_rows
     payload = job.bytes * visual * job.model.llm.hidden_size
     backward = (False, True) if job.gradient_reaches("moe") else (False,)
     if layout.expert > 1:

@@ -9,7 +9,7 @@ and what moves through memory (norms, residuals, rotations, SwiGLU); a layer tak
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.cluster import ClusterConfig
@@ -106,15 +106,16 @@ def _visual(job: Job, batch: MicroBatch) -> float:
 def stage_seconds(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: MicroBatch) -> dict[str, Work]:
     """Time of a micro-batch on a rank of pipeline stage `stage`, without communication.
 
-    Rows of the decoder are cut over context-parallel ranks, matrices over tensor-parallel ones; projector, experts (but
-    for expert tensor parallelism) and everything before the decoder are computed by each of these ranks as a whole.
+    Rows and images are dealt over context-parallel ranks, matrices cut over tensor-parallel ones; projector and experts
+    (but for expert tensor parallelism) are whole on each of the latter.
     """
     work = _decoder_seconds(job, layout, cluster, stage, batch)
     if stage == 0:
-        work["vision"] = _times(job, "vision", cluster.gemm_seconds(vision_flops(job, batch) / _tower_cut(job, layout)))
-        work["projector"] = _times(job, "projector", cluster.gemm_seconds(projector_flops(job, batch)))
+        mine = replace(batch, images=layout.local_images(batch.images))
+        work["vision"] = _times(job, "vision", cluster.gemm_seconds(vision_flops(job, mine) / _tower_cut(job, layout)))
+        work["projector"] = _times(job, "projector", cluster.gemm_seconds(projector_flops(job, mine)))
         if job.moe_active:
-            work["experts"] = _expert_seconds(job, layout, cluster, batch)
+            work["experts"] = _expert_seconds(job, layout, cluster, mine)
     if stage == layout.pipeline - 1:
         once = cluster.gemm_seconds(head_flops(job, batch) / (layout.tensor * layout.context))
         # Logits are computed again in the backward pass instead of being kept.
@@ -161,7 +162,7 @@ def _moved_bytes(job: Job, layout: Layout, batch: MicroBatch) -> tuple[float, fl
     halves), SwiGLU 7 F; backward: 12 H, 9 (n + g) d, 13 F.
     """
     llm = job.model.llm
-    rows = job.bytes * batch.rows / layout.context
+    rows = job.bytes * layout.local_rows(batch.rows)
     narrow = rows / layout.tensor if layout.sequence else rows
     rotated = 9 * (llm.num_attention_heads + llm.num_query_groups) * llm.kv_channels / layout.tensor
     ffn = llm.ffn_hidden_size / layout.tensor

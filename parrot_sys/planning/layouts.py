@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.parallel import RowSplit
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -66,6 +68,17 @@ class Layout:
         if self.pipeline == 1:
             return num_layers
         return sum(self.parallel.layers_of_stages(num_layers)[stage :: self.pipeline])
+
+    def local_rows(self, rows: float) -> float:
+        """Rows of a pack that a context-parallel rank works on, with padding."""
+        if self.context == 1:
+            return rows
+        parts = self.tensor if self.sequence else 1
+        return RowSplit.of(math.ceil(rows), self.context, multiple_of=parts).local_rows
+
+    def local_images(self, images: float) -> float:
+        """Images of a pack that the first context-parallel rank encodes and routes."""
+        return images if self.context == 1 else math.ceil(images / self.context)
 
     def stages(self, num_layers: int) -> dict[int, int]:
         """Pipeline ranks that differ: the first of each kind -> how many there are."""

@@ -114,7 +114,7 @@ def _chunk_layers(job: Job, layout: Layout, stage: int) -> tuple[int, ...]:
 
 def _rows(layout: Layout, batch: MicroBatch) -> tuple[float, float]:
     """Rows of this rank in the matrices, and in norms and residuals."""
-    rows = batch.rows / layout.context
+    rows = layout.local_rows(batch.rows)
     return rows, rows / layout.tensor if layout.sequence else rows
 
 
@@ -165,15 +165,19 @@ def _attention_bytes(job: Job, layout: Layout) -> float:
 
 
 def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
-    """Tower, projector, experts and embeddings: whole on every context- and (but the tower) tensor-parallel rank."""
+    """Tower, projector, experts and embeddings.
+
+    Context-parallel ranks share the images out, and each puts all of them in place; tensor-parallel ones cut the tower
+    only.
+    """
     model, b = job.model, job.bytes
-    size, images = model.llm.hidden_size, batch.images
+    size, images = model.llm.hidden_size, layout.local_images(batch.images)
     visual = images * model.vision.num_visual_rows
     learns = job.trainable
     total = 8 * batch.rows if learns.llm else 0.0  # ids of the embedding
     if layout.sequence and job.gradient_reaches("llm") and (job.kernels == "gpu" or b == 4 or layout.recompute):
         # The first layer's input is a view of the rows of all ranks.
-        total += b * batch.rows * size * (1 - 1 / layout.tensor) / layout.context
+        total += b * layout.local_rows(batch.rows) * size * (1 - 1 / layout.tensor)
     if learns.vision:
         total += _tower_bytes(job, layout, images)
     if learns.projector:
@@ -185,7 +189,7 @@ def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
         total += b * batch.guidance_rows * size + (8 * batch.guidance_rows if learns.llm else 0)
     if job.gradient_reaches("moe"):
         # Putting visual rows in place keeps them, and two indices.
-        total += visual * (b * size + 16)
+        total += batch.images * model.vision.num_visual_rows * (b * size + 16)
     return total
 
 
@@ -196,7 +200,7 @@ def expert_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     that of balanced routing.
     """
     moe, b = job.model.moe, job.bytes
-    visual = batch.images * job.model.vision.num_visual_rows
+    visual = layout.local_images(batch.images) * job.model.vision.num_visual_rows
     held = 1.0
     if layout.expert > 1:
         # Own rows for the router and the residual, and a copy for each rank that a row of the group goes to.
@@ -227,7 +231,7 @@ def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     size, learns = job.model.llm.hidden_size, job.trainable.llm
     norm = _norm_bytes(job, learns) * _rows(layout, batch)[1]
     scalars = 8 + 8 + 4 + (16 if layout.tensor > 1 else 1)
-    return norm + batch.label_rows * (job.bytes * size + scalars)
+    return norm + batch.label_rows / layout.context * (job.bytes * size + scalars)
 
 
 def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: MicroBatch, activations: float) -> float:
@@ -237,16 +241,19 @@ def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: Micr
     rows, and with sequence parallelism the gathered rows. In the update (activations are gone then): one float32 number
     for each element of the optimizer's share (our Adam without a fused kernel).
     """
-    rows = batch.rows / layout.context
+    rows = layout.local_rows(batch.rows)
     llm, b = job.model.llm, job.bytes
     widest = max(3 * llm.ffn_hidden_size / layout.tensor, 4 * llm.hidden_size)
     experts = 0.0
     if job.moe_active:
         inner = job.chosen_experts * job.model.moe.ffn_hidden_size / layout.expert_tensor
-        experts = 3 * batch.images * job.model.vision.num_visual_rows * inner
+        experts = 3 * layout.local_images(batch.images) * job.model.vision.num_visual_rows * inner
     passing = b * (max((weight.numel for weight in learning), default=0) + max(rows * widest, experts))
     if layout.sequence:
         passing += b * rows * llm.hidden_size
+    if layout.context > 1:
+        # Keys and values of all ranks, and their copies in the order of the pack (docs/parallelism.md).
+        passing += 4 * b * 2 * llm.num_query_groups * llm.kv_channels * rows * layout.context / layout.tensor
     share = sum(
         weight.total
         / ((layout.expert_copies if weight.routed else layout.model_copies) if layout.distributed_optimizer else 1)

@@ -29,6 +29,10 @@ CASES = {
     "PP2": Case(layout=Layout(pipeline=2), micro_batches=3),
     "PP2, VPP2": Case(layout=Layout(pipeline=2, virtual=2), micro_batches=4),
     "PP2, recompute": Case(layout=Layout(pipeline=2, recompute=True), micro_batches=3),
+    "CP2": Case(layout=Layout(context=2)),
+    "CP2, ZeRO-1, recompute, bf16": Case(
+        layout=Layout(context=2, distributed_optimizer=True, recompute=True), precision="bf16"
+    ),
     "DP2": Case(layout=Layout(data=2)),
     "DP2, ZeRO-1": Case(layout=Layout(data=2, distributed_optimizer=True)),
     "DP2, ZeRO-1, bf16": Case(layout=Layout(data=2, distributed_optimizer=True), precision="bf16"),
