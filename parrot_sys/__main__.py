@@ -34,6 +34,14 @@ COMMANDS = {
             "torchrun --nproc-per-node 2 -m parrot_sys train ...   # the same options",
         ),
     ),
+    "plan": _Command(
+        "parrot_sys.planning.main",
+        "Predict memory and step time of every parallel layout on a cluster, and say which to use.",
+        (
+            "parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200 --cluster.nodes 2",
+            "parrot plan --help",
+        ),
+    ),
     "eval": _Command(
         "parrot_sys.evaluation.main",
         "Answer MMMB / MMBench questions with a checkpoint and report accuracy per language and category.",

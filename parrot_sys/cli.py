@@ -25,6 +25,7 @@ from parrot_sys.config_values import (
     nearest,
     read_yaml,
     save_config,
+    without_foreign,
 )
 from parrot_sys.errors import ConfigError, ParrotError
 
@@ -45,7 +46,12 @@ PRESET_DIR = Path(__file__).parent / "presets"
 
 
 def parse_config(
-    cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+    cls: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    leave_out: type | None = None,
 ) -> C:
     """Builds `cls` from `--config NAME_OR_PATH ...` and flags.
 
@@ -54,6 +60,8 @@ def parse_config(
         argv: arguments without the program's name; those of this process when not given.
         prog: name of the program in messages.
         description: first paragraph of `--help`; the docstring of `cls` when not given.
+        leave_out: another program's configuration, whose files this one reads too; settings that only it has are left
+            out. An unknown name is an error all the same.
 
     Returns:
         The configuration. A wrong setting prints its name, what was wanted and what came, and exits with code 2.
@@ -62,12 +70,12 @@ def parse_config(
         files, flags = _split_config_flags(sys.argv[1:] if argv is None else argv)
         values: dict[str, Any] = {}
         for path in map(_find_config, files):
-            merge(cls, values, read_yaml(path), where=f" in {path}")
+            merge(cls, values, without_foreign(cls, leave_out, read_yaml(path)), where=f" in {path}")
         base = build(cls, values, checked=False, missing=tyro.MISSING)
     except ConfigError as error:
         exit_with(error, prog)
     flags = _merge_repeated_lists(cls, flags)
-    config: C = tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description))
+    config: C = tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description, leave_out))
     return config
 
 
@@ -100,17 +108,17 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *
         exit_with(error, prog)
 
 
-def _help_text(cls: type, description: str | None) -> str:
-    presets = [name for name, path in list_presets().items() if _fits(cls, path)]
+def _help_text(cls: type, description: str | None, leave_out: type | None) -> str:
+    presets = [name for name, path in list_presets().items() if _fits(cls, leave_out, path)]
     about = "--config NAME_OR_PATH (repeatable; flags win) reads settings from a YAML file"
     about += f" or a preset: {', '.join(presets)}." if presets else "."
     return f"{description or (cls.__doc__ or '').strip()}\n\n{about}"
 
 
-def _fits(cls: type, preset: Path) -> bool:
+def _fits(cls: type, leave_out: type | None, preset: Path) -> bool:
     """Whether a preset holds settings of this program."""
     try:
-        merge(cls, {}, read_yaml(preset), where="")
+        merge(cls, {}, without_foreign(cls, leave_out, read_yaml(preset)), where="")
     except ConfigError:
         return False
     return True

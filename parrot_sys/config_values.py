@@ -119,6 +119,18 @@ def _check_names(root: type, cls: type, values: Mapping[Any, Any], prefix: str, 
         raise ConfigError(f"unknown setting {prefix}{key}{where}" + (f"; the nearest is {hint}" if hint else ""))
 
 
+def without_foreign(cls: type, other: type | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the settings that `other` has and `cls` has not; all of them when `other` is None."""
+    own, foreign = _field_types(cls), _field_types(other) if other else {}
+    kept = {}
+    for name, value in values.items():
+        if name in own and dataclasses.is_dataclass(own[name]) and isinstance(value, Mapping):
+            kept[name] = without_foreign(cast(type, own[name]), cast("type | None", foreign.get(name)), value)
+        elif name in own or name not in foreign:
+            kept[name] = value
+    return kept
+
+
 def merge(
     cls: type, into: dict[str, Any], values: Mapping[str, Any], *, where: str, prefix: str = "", root: Any = None
 ) -> None:

@@ -1,0 +1,143 @@
+"""PlanConfig: the model, the data and the cluster that `parrot plan` is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.training.config import TrainableConfig
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class SampleConfig:
+    """A typical sample; packing puts several into a micro-batch without padding."""
+
+    images: int = 1
+    """Images."""
+    text_tokens: int = 256
+    """Text rows: prompt and answer."""
+    label_tokens: int = 128
+    """Text rows that bear loss; only these go through the LM head."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 0), ("text_tokens", 1), ("label_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"sample.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.label_tokens > self.text_tokens:
+            raise ConfigError(
+                f"sample.label_tokens must be <= sample.text_tokens={self.text_tokens}, got {self.label_tokens}"
+            )
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class FixConfig:
+    """What is decided already; the rest is searched."""
+
+    tensor: int | None = None
+    """Tensor-parallel ranks."""
+    sequence: bool | None = None
+    """Sequence parallelism (tried wherever there is tensor parallelism)."""
+    pipeline: int | None = None
+    """Pipeline-parallel ranks."""
+    virtual: int | None = None
+    """Chunks of layers of a pipeline rank (interleaved schedule); 1 for the plain one."""
+    context: int | None = None
+    """Context-parallel ranks (tried from samples of 4,096 rows on)."""
+    expert: int | None = None
+    """Expert-parallel ranks."""
+    expert_tensor: int | None = None
+    """Ranks that share each expert (1 and the tensor-parallel size are tried)."""
+    samples: int | None = None
+    """Samples of a micro-batch."""
+    recompute: Literal["none", "full"] | None = None
+    """Recomputation of the decoder's activations."""
+    distributed_optimizer: bool | None = None
+    """Split the optimizer's state over the data-parallel ranks (ZeRO-1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"fix.{name} must be >= 1, got {value}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class ScalingConfig:
+    """A table over numbers of GPUs in place of one cluster."""
+
+    gpus: tuple[int, ...] = ()
+    """Numbers of GPUs, each with its best layout; `cluster.nodes` is not used then."""
+    samples_per_gpu: int | None = None
+    """Samples of a step for each GPU (weak scaling); `global_batch_size` stays the same when not set."""
+
+    def __post_init__(self) -> None:
+        if any(number < 1 for number in self.gpus):
+            raise ConfigError(f"scaling.gpus must be >= 1, got {min(self.gpus)}")
+        if self.samples_per_gpu is not None and self.samples_per_gpu < 1:
+            raise ConfigError(f"scaling.samples_per_gpu must be >= 1, got {self.samples_per_gpu}")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class PlanConfig:
+    """What to plan."""
+
+    model: ParrotConfig = field(default_factory=ParrotConfig)
+    """Sizes and options of the model."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """GPUs and links."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """A typical sample."""
+    fix: FixConfig = field(default_factory=FixConfig)
+    """Parts of the layout that are decided already."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """A table over numbers of GPUs."""
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    """Which parts learn."""
+    use_moe: bool = True
+    """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
+    global_batch_size: int = 128
+    """Samples of a step over all ranks and micro-batches."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of parameters and activations; bf16 keeps fp32 main parameters and gradients in the optimizer."""
+    top: int = 10
+    """Layouts in the table, fastest first."""
+    json: bool = False
+    """Print JSON in place of the table and the words."""
+    plot: str | None = None
+    """Also write a figure to this file (.svg, .png or .pdf)."""
+
+    def __post_init__(self) -> None:
+        per_node = self.cluster.gpus_per_node
+        for number in self.scaling.gpus:
+            if number > per_node and number % per_node:
+                raise ConfigError(
+                    f"scaling.gpus above cluster.gpus_per_node={per_node} must be multiples of it, got {number}: "
+                    f"the nearest are {number // per_node * per_node} and {(number // per_node + 1) * per_node}"
+                )
+        for name in ("global_batch_size", "top"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.rows > self.model.max_seq_len:
+            raise ConfigError(
+                f"sample.text_tokens + sample.images x {self.model.vision.num_visual_rows} visual rows must be <= "
+                f"model.max_seq_len={self.model.max_seq_len}, got {self.rows}: raise model.max_seq_len or shorten it"
+            )
+        if self.plot is not None and not self.plot.endswith((".svg", ".png", ".pdf")):
+            raise ConfigError(f"plot must name a .svg, .png or .pdf file, got {self.plot!r}")
+        if self.model.vision.type == "efficientnet_lite0" and self.trainable.vision:
+            raise ConfigError(
+                "vision.type efficientnet_lite0 can be planned with a frozen tower only, got trainable.vision=true: "
+                "choose clip or siglip, or freeze it"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a sample: text and visual."""
+        return self.sample.text_tokens + self.sample.images * self.model.vision.num_visual_rows
+
+    @property
+    def moe_active(self) -> bool:
+        """Whether the experts run."""
+        return self.use_moe and self.model.moe.num_experts > 0

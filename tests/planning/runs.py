@@ -1,0 +1,282 @@
+"""Real training steps of small models, and what they held and sent: what the formulas are compared with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.megatron.initialize import initialize
+from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
+from parrot_sys.megatron.parrot_model import build_parrot_chunks, set_trainable
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.projector import ProjectorConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.planning.job import Job, MicroBatch
+from parrot_sys.planning.layouts import Layout
+from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.config import TrainableConfig
+from parrot_sys.training.step import StepRunner
+
+# Not looked at while the formulas were written.
+SHAPES = {
+    "square CLIP, many heads, five dense experts": ParrotConfig(
+        vision=VisionConfig(image_size=70, hidden_size=56, num_layers=3, num_attention_heads=4, ffn_hidden_size=112),
+        moe=TextGuidedMoEConfig(num_experts=5, ffn_hidden_size=48),
+        llm=LLMConfig(
+            hidden_size=160,
+            num_layers=5,
+            num_attention_heads=10,
+            num_query_groups=10,
+            ffn_hidden_size=448,
+            vocab_size=640,
+        ),
+    ),
+    "SigLIP, grouped heads, tied head, top-1": ParrotConfig(
+        vision=VisionConfig(
+            type="siglip",
+            image_size=56,
+            hidden_size=40,
+            num_layers=4,
+            num_attention_heads=2,
+            ffn_hidden_size=72,
+            activation="gelu_pytorch_tanh",
+        ),
+        projector=ProjectorConfig(type="linear"),
+        moe=TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=96, routing="topk", topk=1),
+        llm=LLMConfig(
+            hidden_size=64,
+            num_layers=6,
+            num_attention_heads=8,
+            num_query_groups=2,
+            head_dim=16,
+            ffn_hidden_size=136,
+            vocab_size=300,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "EfficientNet, deep projector, experts computed again": ParrotConfig(
+        vision=VisionConfig(type="efficientnet_lite0", image_size=32, patch_size=32, hidden_size=1280),
+        projector=ProjectorConfig(type="mlp3x_gelu"),
+        moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=104, routing="topk", topk=2, recompute=True),
+        llm=LLMConfig(
+            hidden_size=96,
+            num_layers=4,
+            num_attention_heads=4,
+            num_query_groups=4,
+            ffn_hidden_size=200,
+            vocab_size=512,
+            qkv_bias=False,
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout and how the model is trained in it."""
+
+    layout: Layout = field(default_factory=Layout)
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    precision: str = "fp32"
+    micro_batches: int = 1
+
+    def job(self, model: ParrotConfig) -> Job:
+        return Job(model=model, trainable=self.trainable, precision=self.precision, kernels="cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Bytes of one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    messages: dict[str, int]
+
+
+def make_batch(
+    config: ParrotConfig, *, samples: int, prompt: int = 24, answer: int = 20, images: int = 1
+) -> PackedBatch:
+    """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer."""
+    generator = torch.Generator().manual_seed(3)
+    visual = config.vision.num_visual_rows * images
+    length, n, side = prompt + visual + answer, samples * images, config.vision.image_size
+    ids = torch.randint(0, config.llm.vocab_size, (samples, length), generator=generator)
+    ids[:, 1 : 1 + visual] = IMAGE_TOKEN_ID
+    labels = torch.full_like(ids, IGNORE_ID)
+    labels[:, length - answer - 1 : -1] = ids[:, length - answer :]
+    guiding = torch.zeros_like(ids, dtype=torch.bool)
+    guiding[:, : prompt + visual] = ids[:, : prompt + visual] != IMAGE_TOKEN_ID
+    starts = torch.arange(samples, dtype=torch.int32).repeat_interleave(images) * prompt
+    return PackedBatch(
+        input_ids=ids.flatten(),
+        labels=labels.flatten(),
+        label_rows=(labels.flatten() != IGNORE_ID).nonzero().flatten(),
+        position_ids=torch.arange(length).repeat(samples),
+        cu_seqlens=torch.arange(samples + 1, dtype=torch.int32) * length,
+        max_seqlen=length,
+        visual_rows=(ids.flatten() == IMAGE_TOKEN_ID).nonzero().flatten(),
+        visual_source=torch.arange(n * config.vision.num_visual_rows),
+        guidance_rows=guiding.flatten().nonzero().flatten() if images else torch.empty(0, dtype=torch.int64),
+        guidance_start=starts,
+        guidance_end=starts + prompt,
+        image_sample=torch.arange(samples).repeat_interleave(images),
+        pixel_values=torch.randn(n, 3, side, side, generator=generator) if n else None,
+        image_features=None,
+    )
+
+
+def sizes(batch: PackedBatch) -> MicroBatch:
+    """What the formulas take of a micro-batch."""
+    return MicroBatch(
+        rows=batch.num_rows,
+        images=batch.num_images,
+        guidance_rows=batch.guidance_rows.numel(),
+        label_rows=batch.label_rows.numel(),
+        squared_lengths=float(batch.cu_seqlens.diff().double().square().sum()),
+        samples=batch.num_samples,
+    )
+
+
+class SavedBytes:
+    """Peak of the storages that autograd keeps, while its context is open; backward passes let go of them."""
+
+    def __init__(self, excluded: Iterable[Tensor]) -> None:
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._users: Counter[int] = Counter()
+        self._now = self.peak = 0
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, self), lambda kept: kept.tensor)
+
+    def add(self, tensor: Tensor, sign: int) -> None:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._excluded:
+            return
+        was = self._users[address] > 0
+        self._users[address] += sign
+        self._now += storage.nbytes() * ((self._users[address] > 0) - was)
+        self.peak = max(self.peak, self._now)
+
+
+class _Kept:
+    """A saved tensor; counted for as long as autograd holds this object."""
+
+    def __init__(self, tensor: Tensor, owner: SavedBytes) -> None:
+        self.tensor, self._owner = tensor, owner
+        owner.add(tensor, 1)
+
+    def __del__(self) -> None:
+        self._owner.add(self.tensor, -1)
+
+
+_OPERATIONS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "allreduce_coalesced_": "all_reduce",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "send": "send",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Payload of every collective of this rank, by operation, in the units of `planning.communication`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name = _OPERATIONS.get(function._schema.name.split("::")[1])
+            if name is not None and _group_size(args) > 1:
+                self.bytes[name] += max(_bytes(argument) for argument in args[:2])
+        return function(*args, **(kwargs or {}))
+
+
+def _group_size(args: Any) -> int:
+    """Ranks of the group; Megatron also calls collectives in groups of one."""
+    groups = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
+    groups = [dist.ProcessGroup.unbox(group) for group in groups if "ProcessGroup" in str(group._type())]
+    return groups[0].size()
+
+
+def _bytes(argument: Any) -> int:
+    if isinstance(argument, Tensor):
+        return argument.nbytes
+    return sum(map(_bytes, argument)) if isinstance(argument, list | tuple) else 0
+
+
+def run(model: ParrotConfig, case: Case, batch: PackedBatch) -> dict[int, Measured]:
+    """One step on as many processes as the layout has; what the first rank of each pipeline stage held and sent."""
+    ranks = run_distributed(_step, case.layout.num_gpus, model, case, batch)
+    return dict(enumerate(ranks[:: len(ranks) // case.layout.pipeline]))
+
+
+def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: PackedBatch) -> Measured:
+    layout = case.layout
+    initialize(layout.parallel)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    recompute = "full" if layout.recompute else "none"
+    chunks = build_parrot_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
+    set_trainable(chunks, case.trainable.as_dict())
+    wrapped = wrap_data_parallel(chunks, distributed_optimizer=layout.distributed_optimizer)
+    optimizer = build_optimizer(wrapped, lr=1e-3)
+    runner = StepRunner(
+        chunks=wrapped,
+        device=torch.device("cpu"),
+        num_experts=config.moe.num_experts,
+        num_visual_rows=config.vision.num_visual_rows,
+        optimizer=optimizer,
+    )
+    buffers = [buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
+    held = [tensor for chunk in chunks for tensor in [*chunk.parameters(), *chunk.buffers()]]
+    inputs = [] if case.trainable.vision or batch.pixel_values is None else [batch.pixel_values]
+    saved, recorder = SavedBytes([*held, *inputs]), Recorder()
+    with recorder, saved.hooks():
+        runner.train([batch] * case.micro_batches, 1)
+    return Measured(
+        parameters=_storages(held),
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=_optimizer_bytes(optimizer, held),
+        activations=saved.peak,
+        messages=dict(recorder.bytes),
+    )
+
+
+def _storages(tensors: Iterable[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _optimizer_bytes(optimizer: Any, held: Iterable[Tensor]) -> int:
+    """State, and main parameters that are no part of the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            tensors = [*group["params"]]
+            for parameter in group["params"]:
+                tensors += [v for v in part.optimizer.state[parameter].values() if isinstance(v, Tensor)]
+            total += sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in own)
+    return total

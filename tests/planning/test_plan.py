@@ -1,0 +1,195 @@
+"""The command `parrot plan`: what it prefers, refuses, prints and draws."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from parrot_sys.__main__ import main
+from parrot_sys.errors import ConfigError
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
+from parrot_sys.planning.layouts import Layout, check
+from parrot_sys.planning.report import explain
+from parrot_sys.planning.search import NothingFits, choose, find_layouts
+from parrot_sys.training.config import TrainableConfig
+
+# Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
+MODEL = ParrotConfig(llm=LLMConfig(num_layers=16))
+NODE = ClusterConfig(gpu="A100-40GB", gpus_per_node=4)
+BASE = PlanConfig(model=MODEL, cluster=NODE, global_batch_size=16)
+
+
+def test_all_found_layouts_fit_and_the_fastest_is_first() -> None:
+    found = find_layouts(BASE)
+    assert len(found) > 10
+    assert all(each.memory.total <= NODE.usable_bytes for each in found)
+    times = [each.step_seconds for each in found]
+    assert times == sorted(times)
+    assert all(each.layout.num_gpus == 4 for each in found)
+    assert all(0 < each.mfu < NODE.efficiency.gemm for each in found)
+
+
+def test_the_best_is_the_simplest_of_the_equally_fast() -> None:
+    found = find_layouts(BASE)
+    best = choose(found)
+    near = [each for each in found if each.step_seconds <= 1.01 * found[0].step_seconds]
+    assert best in near
+    assert best.layout.dimensions == min(each.layout.dimensions for each in near)
+
+
+def test_what_is_fixed_stays() -> None:
+    fix = FixConfig(tensor=2, pipeline=2, virtual=1, recompute="full", distributed_optimizer=False, samples=2)
+    for each in find_layouts(replace(BASE, fix=fix)):
+        layout = each.layout
+        assert (layout.tensor, layout.pipeline, layout.virtual, layout.recompute) == (2, 2, 1, True)
+        assert not layout.distributed_optimizer
+        assert layout.samples == 2
+
+
+def test_more_memory_never_makes_it_slower_and_less_frozen_costs_more() -> None:
+    small, large = (find_layouts(replace(BASE, cluster=replace(NODE, memory_gb=gb)))[0] for gb in (38, 80))
+    assert large.step_seconds <= small.step_seconds
+    stage_one = replace(BASE, use_moe=False, trainable=TrainableConfig(moe=False, llm=False))
+    assert find_layouts(stage_one)[0].step_seconds < large.step_seconds
+    assert find_layouts(stage_one)[0].memory.optimizer < 1e9
+
+
+def test_long_samples_bring_context_parallelism_into_play() -> None:
+    long = replace(
+        BASE,
+        model=replace(MODEL, max_seq_len=32768),
+        sample=SampleConfig(images=1, text_tokens=30000, label_tokens=1000),
+        global_batch_size=4,
+    )
+    found = find_layouts(long)
+    assert {each.layout.context for each in found} >= {1, 2}
+
+
+def test_nothing_fits_says_what_would() -> None:
+    with pytest.raises(NothingFits, match=r"no layout fits 4 x A100-40GB.*GB a GPU.*usable.*On \d+ GPUs .* fits"):
+        find_layouts(
+            replace(BASE, model=ParrotConfig(llm=LLMConfig(hidden_size=8192, num_layers=40, ffn_hidden_size=32768)))
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(tensor=3), r"fix.tensor must divide llm.num_attention_heads=32, got 3: .* 2 and 4"),
+        (Layout(pipeline=8, virtual=4), r"fix.pipeline x fix.virtual must be <= llm.num_layers=16, got 32"),
+        (Layout(pipeline=3), r"tensor x context x pipeline = 3 must divide the 8 GPUs: .* 2 and 4"),
+        (Layout(expert=4), r"fix.expert must divide moe.num_experts=6, got 4: .* 3 and 6"),
+        (Layout(expert_tensor=3), r"fix.expert_tensor must divide moe.ffn_hidden_size=4096, got 3"),
+        (Layout(context=3), r"tensor x context x pipeline = 3 must divide the 8 GPUs: .* 2 and 4"),
+        (Layout(expert=3), r"expert x expert_tensor x pipeline = 3 must divide the 8 GPUs: .* 2 and 4"),
+        (Layout(data=64), r"64 data-parallel ranks need as many samples a step, got global_batch_size=16: .*64"),
+        (Layout(sequence=True), r"fix.sequence needs fix.tensor >= 2"),
+    ],
+)
+def test_invalid_layouts_are_refused_with_the_nearest_values(layout: Layout, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(MODEL, layout, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("fix", "message"),
+    [
+        (FixConfig(tensor=3), "fix.tensor must divide"),
+        (FixConfig(expert=4), "nearest that do are 3 and 6"),
+        (FixConfig(tensor=4, pipeline=4), "= 16 must divide the 4 GPUs: the nearest that do are 4"),
+        (FixConfig(virtual=2, pipeline=1), "needs fix.pipeline >= 2"),
+    ],
+)
+def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_layouts(replace(BASE, fix=fix))
+
+
+def test_words_name_what_the_simpler_layouts_lack() -> None:
+    best = choose(find_layouts(BASE))
+    text = explain(BASE, best)
+    assert f"{best.memory.total / 1e9:.1f} of" in text
+    assert "which does not fit" in text
+    assert "--data.max-tokens-per-micro-batch" in text
+    assert "not measured" in text
+
+
+ARGUMENTS = ["plan", "--config", "parrot_7b", "--config", "parrot_instruct", "--cluster.gpu", "H200"]
+FEW = ["--fix.tensor", "1", "--fix.pipeline", "1", "--fix.expert", "1", "--top", "2"]
+
+
+def test_command_prints_a_table_and_takes_the_files_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, *FEW]) == 0
+    out = capsys.readouterr().out
+    assert "recompute  rows x micro-batches  GB/GPU  s/step" in out
+    assert "* Best on 8 x H200 (1 x 8): DP8, with ZeRO-1" in out
+    assert "Predicted by formulas" in out
+
+
+def test_command_prints_json_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "plan.svg"
+    assert main([*ARGUMENTS, *FEW, "--json", "--plot", str(figure)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["layouts"]) == 2
+    first = printed["layouts"][0]
+    assert first["memory_bytes"]["total"] == pytest.approx(
+        sum(value for name, value in first["memory_bytes"].items() if name != "total")
+    )
+    assert "not measured" in printed["note"]
+    assert printed["assumptions"]["gpu"]["source"].startswith("NVIDIA H200")
+    text = figure.read_text()
+    assert "GB a GPU" in text
+    assert "predicted" in text
+
+
+def test_command_scales_and_says_where_nothing_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "scaling.svg"
+    options = ["--scaling.gpus", "1", "8", "16", "--scaling.samples-per-gpu", "4", "--plot", str(figure)]
+    assert main([*ARGUMENTS, *FEW, *options]) == 0
+    out = capsys.readouterr().out
+    assert "| 8 | DP8 | yes |" in out
+    assert "| 16 | DP16 | yes |" in out
+    assert "no layout fits 1 x H200" in out
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cluster.gpu", "H20"], "did you mean H200"),
+        (["--sample.text-tokens", "4000"], "raise model.max_seq_len"),
+        (["--plot", "plan.txt"], ".svg, .png or .pdf"),
+        (["--scaling.gpus", "12"], "nearest are 8 and 16"),
+        (["--model.moe.num-experts", "0", "--fix.tensor", "5"], "nearest that do are 4 and 8"),
+    ],
+)
+def test_command_refuses_what_cannot_be(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--config", "parrot_7b", *options])
+    assert stopped.value.code == 2
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in printed
+
+
+def test_unknown_settings_of_files_are_still_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("optimizer: {lr: 1.0e-3}\nmodel: {moe: {num_expert: 4}}\n")
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(path)])
+    assert "the nearest is model.moe.num_experts" in capsys.readouterr().err
+
+
+def test_experts_of_which_few_work_cost_little_time() -> None:
+    many = replace(MODEL, moe=TextGuidedMoEConfig(num_experts=64, routing="topk", topk=2))
+    roomy = replace(BASE, cluster=replace(NODE, memory_gb=1000), fix=FixConfig(tensor=1, pipeline=1, expert=1))
+    few = find_layouts(roomy)[0]
+    found = find_layouts(replace(roomy, model=many))[0]
+    assert found.seconds["experts"] < few.seconds["experts"]
+    assert found.memory.parameters > 1.5 * few.memory.parameters
