@@ -110,10 +110,6 @@ class ParrotModel(MegatronModule):
         self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
         self.register_load_state_dict_post_hook(backends.ignore_extra_state)
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """For Megatron's distributed checkpoints; the same whichever layers the model is built of."""
-        return backends.without_extra_state(super().sharded_state_dict(*args, **kwargs))
-
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
         self.decoder.set_input_tensor(input_tensor)
@@ -132,8 +128,11 @@ class ParrotModel(MegatronModule):
         return share_of_rank(batch, self.pg_collection.cp.rank(), size, multiple_of=multiple)
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Every tensor with its place in the whole model, for distributed checkpoints that load on any layout."""
-        state: dict[str, Any] = super().sharded_state_dict(prefix, *args, **kwargs)
+        """Every tensor with its place in the whole model, for distributed checkpoints that load on any layout.
+
+        It is the same whichever back end the layers are built of.
+        """
+        state: dict[str, Any] = backends.without_extra_state(super().sharded_state_dict(prefix, *args, **kwargs))
         if self.projector is not None:
             state |= sharded_projector(self.projector, f"{prefix}projector.", self.pg_collection)
         if self.moe is not None:
