@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parrot_sys.megatron.adam import install_adam
-from parrot_sys.megatron.checkpoint_writer import CheckpointWriter
+from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
 from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.moe_layer import with_grouped_experts
 from parrot_sys.megatron.norms import with_norms
@@ -84,7 +84,7 @@ def save(model: torch.nn.Module, folder: Path, optimizer: Any = None, *, apart: 
     With `apart` each expert has keys of its own (`singleton_local_shards`).
     """
     folder.mkdir(exist_ok=True)
-    CheckpointWriter(folder, _state(model, optimizer, apart, loading=False), copy=False).complete()
+    CheckpointWrite(folder, _state(model, optimizer, apart, loading=False), copy=False).complete()
 
 
 def load(model: torch.nn.Module, folder: Path, optimizer: Any = None, *, apart: bool = False) -> None:
