@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
@@ -23,6 +24,8 @@ class ParrotConfig:
     """Text-guided experts."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Decoder."""
+    lora: LoRAConfig | None = None
+    """Low-rank updates of the decoder's linear layers."""
     tokenizer_path: str | None = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048
