@@ -125,7 +125,8 @@ def test_which_image_each_row_reads(rule: MediaRule, image: list[int]) -> None:
 def test_packs_without_images_and_without_rows() -> None:
     _, media_rows, bounds = packed([[1, 2], [3]])
     spans = media_spans(media_rows, bounds, 3, LATENTS, "next")
-    assert not spans.active.any() and torch.equal(spans.start, spans.end)
+    assert not spans.active.any()
+    assert torch.equal(spans.start, spans.end)
     empty = media_spans(media_rows, bounds[:1], 0, LATENTS, "previous")
     assert empty.start.shape == (0,)
 
