@@ -22,7 +22,6 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
     VISION_MODEL,
-    TensorMap,
     check_tensors,
     is_carried,
     is_lora,
@@ -33,6 +32,7 @@ from parrot_sys.models.hf_checkpoint import (
 )
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.parallel import ExpertGroups
 
