@@ -11,10 +11,15 @@ from torch import nn
 
 from parrot_sys.errors import ConfigError
 
-COMPONENTS = ("vision", "projector", "moe", "llm", "lora")
+COMPONENTS = ("vision", "projector", "moe", "llm", "visual_learners", "textual_learners", "lora")
 """Names of the parts in configurations."""
 
-_INSIDE = {".lora.": "lora"}
+_INSIDE = {
+    ".lora.": "lora",
+    ".visual_learner.": "visual_learners",
+    ".textual_learner.": "textual_learners",
+    ".learners.router.": "textual_learners",
+}
 _TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decoder": "llm"}
 
 
