@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,7 +25,11 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
@@ -114,12 +120,24 @@ class Qwen2Decoder(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        spec_of_layer: Callable[[int], ModuleSpec] = lambda _: layer_spec(),
     ) -> None:
+        """
+        Args:
+            llm: sizes and constants.
+            config: the same for Megatron.
+            pg_collection: process groups.
+            pre_process: this part has the embeddings.
+            post_process: this part has the LM head.
+            vp_stage: chunk number under the interleaved pipeline schedule.
+            spec_of_layer: spec of a layer by its number in the whole model, from 1.
+        """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec() for _ in range(layers)], layer_norm=Norm
+                layer_specs=[spec_of_layer(first + i) for i in range(layers)], layer_norm=Norm
             ),
             vocab_size=llm.vocab_size,
             max_sequence_length=llm.max_position_embeddings,

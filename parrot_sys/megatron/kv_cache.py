@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.modules.gated_cross_attention import MediaSpans
 
 
 class KVCache:
@@ -27,6 +28,10 @@ class KVCache:
         """int64 [S], rows held for each request."""
         self.max_length = 0
         """Longest of `lengths`, known without asking the device."""
+        self.media: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of the latents of all images, by layer, where layers read such latents ..."""
+        self.media_spans: MediaSpans | None = None
+        """... and those that the next row of each request reads."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
@@ -81,6 +86,8 @@ class KVCache:
         """Keep only these requests, in this order: int64 [S']."""
         self._kept.append(samples)
         self.lengths = self.lengths.index_select(0, samples)
+        if self.media_spans is not None:
+            self.media_spans = self.media_spans.select(samples)
         self._layers = {
             layer: (keys.index_select(0, samples), values.index_select(0, samples))
             for layer, (keys, values) in self._layers.items()

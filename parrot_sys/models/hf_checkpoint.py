@@ -16,6 +16,7 @@ import torch
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.flamingo_maps import flamingo_maps
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
@@ -160,7 +161,11 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
     """ParrotModel <-> the released layout with the tower inside, or without any tower."""
-    maps = llm_maps(config.llm, "decoder.") + projector_maps(config)
+    maps = llm_maps(config.llm, "decoder.")
+    if config.flamingo is None:
+        maps += projector_maps(config)
+    else:
+        maps += flamingo_maps(config.flamingo, config.llm.hidden_size, config.vision.hidden_size, config.llm.num_layers)
     if config.moe.num_experts:
         maps += moe_maps(config)
     if with_vision_tower:
