@@ -85,7 +85,7 @@ def _field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _section(hint: Any) -> type | None:
+def section_class(hint: Any) -> type | None:
     """The dataclass behind `X`, or behind `X | None` (a section that is off by default); None for plain values."""
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     found = [choice for choice in choices if choice is not type(None)]
@@ -96,7 +96,7 @@ def optional_sections(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of the sections below `cls` that are off unless one of their settings is given (`X | None`)."""
     names = []
     for name, hint in _field_types(cls).items():
-        if (section := _section(hint)) is not None:
+        if (section := section_class(hint)) is not None:
             names += [prefix + name] if section is not hint else []
             names += optional_sections(section, f"{prefix}{name}.")
     return names
@@ -115,7 +115,7 @@ def _setting_names(cls: type, prefix: str = "") -> list[str]:
     names = []
     for name, hint in _field_types(cls).items():
         names.append(prefix + name)
-        if (section := _section(hint)) is not None:
+        if (section := section_class(hint)) is not None:
             names += _setting_names(section, f"{prefix}{name}.")
     return names
 
@@ -124,7 +124,7 @@ def list_settings(cls: type, prefix: str = "") -> set[str]:
     """Dotted names of the settings below `cls` that take any number of values: `tuple[X, ...]`, list and dict."""
     names = set()
     for name, hint in _field_types(cls).items():
-        if (section := _section(hint)) is not None:
+        if (section := section_class(hint)) is not None:
             names |= list_settings(section, f"{prefix}{name}.")
         choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if any(get_origin(c) in (list, dict) or (get_origin(c) is tuple and get_args(c)[-1] is ...) for c in choices):
@@ -149,9 +149,9 @@ def without_foreign(cls: type, other: type | None, values: Mapping[str, Any]) ->
     own, foreign = _field_types(cls), _field_types(other) if other else {}
     kept = {}
     for name, value in values.items():
-        section = _section(own.get(name))
+        section = section_class(own.get(name))
         if section is not None and isinstance(value, Mapping):
-            kept[name] = without_foreign(section, _section(foreign.get(name)), value)
+            kept[name] = without_foreign(section, section_class(foreign.get(name)), value)
         elif name in own or name not in foreign:
             kept[name] = value
     return kept
@@ -165,7 +165,7 @@ def merge(
     for name, hint in _field_types(cls).items():
         if name not in values:
             continue
-        value, section = values[name], _section(hint)
+        value, section = values[name], section_class(hint)
         if section is not None and (value is not None or section is hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{prefix}{name}{where} must be a mapping of settings, got {value!r}")
@@ -277,7 +277,7 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str, checked
     for field in (field for field in dataclasses.fields(cls) if field.init):
         default = _default(field) if base is None else getattr(base, field.name)
         value = values.get(field.name, dataclasses.MISSING)
-        section = _section(hints[field.name])
+        section = section_class(hints[field.name])
         always = section is hints[field.name]
         if section is not None and (isinstance(value, Mapping) or (always and not checked)):
             nested_base = None if default is dataclasses.MISSING else default

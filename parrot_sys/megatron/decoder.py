@@ -37,14 +37,16 @@ from parrot_sys.megatron.backends import parallel_linear_layers
 from parrot_sys.megatron.compat import mlp_submodule
 from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, share_pack
 
 
-def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
+def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None) -> ModuleSpec:
     """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
     column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
@@ -55,16 +57,21 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec
                 module=SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column_parallel,
+                    linear_qkv=with_lora(column_parallel, lora, QKV),
                     core_attention=CoreAttention,
-                    linear_proj=row_parallel,
+                    linear_proj=with_lora(row_parallel, lora, ("o_proj",), row_parallel=True),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=mlp_submodule(MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)),
+            mlp=mlp_submodule(
+                MLPSubmodules(
+                    linear_fc1=with_lora(column_parallel, lora, ("gate_proj", "up_proj")),
+                    linear_fc2=with_lora(row_parallel, lora, ("down_proj",), row_parallel=True),
+                )
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -317,6 +324,9 @@ class Qwen2Decoder(GPTModel):
         hidden = hidden.unsqueeze(1)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Recomputed layers get gradients only if their input does; with LoRA, all that comes before may be frozen.
+            hidden.requires_grad_()
         return hidden
 
     def _from_layers(self, hidden: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ their `AttentionContext`; how both come through the pipeline is in `memory.py`.
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -23,10 +25,12 @@ from parrot_sys.megatron.backends import parallel_linear_layers
 from parrot_sys.megatron.core_attention import AttentionContext
 from parrot_sys.megatron.decoder import layer_spec
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.lora import with_lora
 from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans, media_spans
+from parrot_sys.modules.lora import LoRAConfig
 
 
 def media_plan(parrot: ParrotConfig, batch: PackedBatch, cache: KVCache | None = None) -> MemoryPlan | None:
@@ -59,18 +63,21 @@ def _plan(spans: MediaSpans, rows: int, width: int) -> MemoryPlan:
     return MemoryPlan(rows=rows, width=width, segments=segments, active=spans.active)
 
 
-def flamingo_layer_spec(flamingo: FlamingoConfig, media_size: int, layer_number: int) -> ModuleSpec:
+def flamingo_layer_spec(
+    flamingo: FlamingoConfig, media_size: int, layer_number: int, lora: LoRAConfig | None = None
+) -> ModuleSpec:
     """A layer of the decoder, with a gated block in front where there is one.
 
     Args:
         flamingo: where blocks stand and how large they are.
         media_size: width of the latents.
         layer_number: of the layer in the whole model, from 1.
+        lora: low-rank updates of the layer and of the block.
     """
-    spec = layer_spec()
+    spec = layer_spec(lora=lora)
     if not flamingo.has_block(layer_number):
         return spec
-    params = {"flamingo": flamingo, "media_size": media_size}
+    params = {"flamingo": flamingo, "media_size": media_size, "lora": lora}
     return ModuleSpec(module=FlamingoLayer, params=params, submodules=spec.submodules)
 
 
@@ -85,6 +92,7 @@ class FlamingoLayer(TransformerLayer):
         *,
         flamingo: FlamingoConfig,
         media_size: int,
+        lora: LoRAConfig | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -94,13 +102,14 @@ class FlamingoLayer(TransformerLayer):
             layer_number: on this stage, from 1.
             flamingo: size of the block.
             media_size: width of the latents.
+            lora: low-rank updates of the block.
             **kwargs: as Megatron's layer takes them.
 
         Raises:
             ConfigError: the block cannot be cut over the tensor-parallel ranks.
         """
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.gated_cross_attention = _gated_block(flamingo, config, media_size, self.pg_collection)
+        self.gated_cross_attention = _gated_block(flamingo, config, media_size, lora, self.pg_collection)
 
     def forward(
         self,
@@ -145,7 +154,11 @@ class FlamingoLayer(TransformerLayer):
 
 
 def _gated_block(
-    flamingo: FlamingoConfig, config: TransformerConfig, media_size: int, groups: ProcessGroupCollection
+    flamingo: FlamingoConfig,
+    config: TransformerConfig,
+    media_size: int,
+    lora: LoRAConfig | None,
+    groups: ProcessGroupCollection,
 ) -> GatedCrossAttention:
     """The block with its heads and inner columns cut over the tensor-parallel ranks."""
     shape, tp = flamingo.cross_attention, groups.tp
@@ -159,25 +172,33 @@ def _gated_block(
                 f"parallel.tensor_model_parallel_size={tp.size()}, got {size}"
             )
     column_parallel, row_parallel = parallel_linear_layers()
-    common: dict[str, Any] = {"config": config, "bias": False, "is_expert": False, "tp_group": tp}
+    # Latents are whole on each rank, and their gradients are reduced once a stage, for all layers (memory.py).
+    whole = copy.copy(config)
+    whole.sequence_parallel = False
+    projections = iter(("to_q", "to_kv", "to_out", "ff.1", "ff.3"))  # in the order in which the block builds them
 
-    def column(inputs: int, outputs: int) -> nn.Module:
-        return column_parallel(
-            inputs, outputs, init_method=config.init_method, gather_output=False, skip_bias_add=False, **common
-        )
+    def linear(kind: Any, inputs: int, outputs: int, **settings: Any) -> nn.Module:
+        row = kind is row_parallel
+        settings |= {"input_is_parallel": True} if row else {"gather_output": False}
+        settings = {
+            "config": config,
+            "bias": False,
+            "is_expert": False,
+            "skip_bias_add": row,
+            "tp_group": tp,
+        } | settings
+        settings["init_method"] = config.output_layer_init_method if row else config.init_method
+        spec = with_lora(kind, lora, (next(projections),), row_parallel=row)
+        built: nn.Module = build_module(spec, inputs, outputs, **settings)
+        return built
 
     def memory(inputs: int, outputs: int) -> nn.Module:
-        # Latents are whole on each rank, and their gradients are reduced once a stage, for all layers (memory.py).
-        layer = ColumnParallelLinear(
-            inputs, outputs, init_method=config.init_method, gather_output=False, disable_grad_reduce=True, **common
-        )
-        layer.sequence_parallel = False
+        layer: Any = linear(ColumnParallelLinear, inputs, outputs, config=whole, disable_grad_reduce=True)
+        if hasattr(layer, "lora"):
+            layer.lora.register_forward_pre_hook(partial(_share_gradient, size=tp.size()))
         return layer
 
-    def row(inputs: int, outputs: int) -> nn.Module:
-        init = config.output_layer_init_method
-        return row_parallel(inputs, outputs, init_method=init, input_is_parallel=True, skip_bias_add=True, **common)
-
+    column, row = partial(linear, column_parallel), partial(linear, row_parallel)
     builders: dict[str, Any] = {"column": column, "memory": memory, "row": row}
     block = GatedCrossAttention(shape, config.hidden_size, media_size, dtype=config.params_dtype, **builders)
     for name, parameter in block.named_parameters():
@@ -185,6 +206,15 @@ def _gated_block(
             # Each rank sees a part of the rows: partial sums, which Megatron adds up over the tensor-parallel group.
             parameter.sequence_parallel = config.sequence_parallel
     return block
+
+
+def _share_gradient(_: nn.Module, inputs: tuple[Tensor], *, size: int) -> tuple[Tensor]:
+    """LoRA gives each rank the whole gradient of its input; as a partial sum, each counts for one part of `size`."""
+    (rows,) = inputs
+    if size > 1 and rows.requires_grad:
+        rows = rows.view_as(rows)
+        rows.register_hook(lambda gradient: gradient / size)
+    return (rows,)
 
 
 def _sharded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import DataError
 from parrot_sys.megatron import backends
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder, layer_spec
@@ -44,9 +43,6 @@ from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 from parrot_sys.parallel import all_gather_rows
-
-COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
-"""Names of the parts in configurations -> attributes of `ParrotModel`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +116,8 @@ class ParrotModel(MegatronModule):
 
     def _spec_of_layer(self, number: int) -> ModuleSpec:
         if self.parrot.flamingo is None:
-            return layer_spec()
-        return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number)
+            return layer_spec(lora=self.parrot.lora)
+        return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
@@ -339,28 +335,3 @@ def build_parrot_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settin
     virtual = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
     return [build_parrot_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]
-
-
-def component_parameters(model: ParrotModel | Sequence[ParrotModel]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of each part that this rank holds: `vision`, `projector`, `moe`, `llm`."""
-    chunks = [model] if isinstance(model, ParrotModel) else model
-    parts: dict[str, list[nn.Parameter]] = {name: [] for name in COMPONENTS}
-    for chunk in chunks:
-        for name, attribute in COMPONENTS.items():
-            if (part := getattr(chunk, attribute)) is not None:
-                parts[name] += part.parameters()
-    return parts
-
-
-def set_trainable(model: ParrotModel | Sequence[ParrotModel], trainable: Mapping[str, bool]) -> None:
-    """Freeze and unfreeze parts by name; parts that are not named stay as they are.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if unknown := set(trainable) - set(COMPONENTS):
-        raise ConfigError(f"parts of the model are {', '.join(COMPONENTS)}, got {', '.join(sorted(unknown))}")
-    parameters = component_parameters(model)
-    for name, value in trainable.items():
-        for parameter in parameters[name]:
-            parameter.requires_grad_(value)

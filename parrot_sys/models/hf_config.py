@@ -11,8 +11,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from parrot_sys.config_values import config_from_dict, config_to_dict, section_class
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -21,6 +22,8 @@ from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 MODEL_TYPE = "parrot_qwen2"
+MULTIMODAL_GPT = "multimodal_gpt"
+"""model_type of what `parrot convert` makes of MultiModal-GPT's files: LLaMA's config.json and, below `parrot_sys`, the rest."""
 OWN_KEY = "parrot_sys"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
@@ -96,6 +99,8 @@ def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         max_position_embeddings=hf.get("max_position_embeddings", 32_768),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        # Qwen2 has these biases and no such setting, LLaMA has the setting and rarely the biases.
+        qkv_bias=hf.get("attention_bias", hf.get("model_type") != "llama"),
     )
 
 
@@ -147,8 +152,11 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
+    if hf.get("model_type", MODEL_TYPE) not in (MODEL_TYPE, MULTIMODAL_GPT):
+        raise ConfigError(
+            f"config.json: model_type must be {MODEL_TYPE!r} or {MULTIMODAL_GPT!r}, got {hf['model_type']!r}"
+        )
     for name, wanted in (
-        ("model_type", MODEL_TYPE),
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_patch_merge_type", "flat"),
     ):
@@ -285,7 +293,9 @@ def _difference(base: Any, config: Any) -> dict[str, Any]:
         ours, theirs = getattr(config, field.name), getattr(base, field.name)
         if field.name in _LOCAL_FIELDS or ours == theirs:
             continue
-        if dataclasses.is_dataclass(ours):
+        if dataclasses.is_dataclass(ours) and theirs is None:  # an optional section, all of it
+            result[field.name] = config_to_dict(ours)
+        elif dataclasses.is_dataclass(ours):
             if nested := _difference(theirs, ours):
                 result[field.name] = nested
         else:
@@ -298,8 +308,14 @@ def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(set(changes) - known):
         raise ConfigError(f"config.json: {where} has unknown settings {unknown}; known are {sorted(known)}")
-    values = {
-        name: _apply(getattr(config, name), value, f"{where}.{name}") if isinstance(value, Mapping) else value
-        for name, value in changes.items()
-    }
+    sections = get_type_hints(type(config))
+    values = {}
+    for name, value in changes.items():
+        section = section_class(sections[name])
+        if section is None or value is None:
+            values[name] = value
+        elif (current := getattr(config, name)) is None:
+            values[name] = config_from_dict(section, value)
+        else:
+            values[name] = _apply(current, value, f"{where}.{name}")
     return dataclasses.replace(config, **values)

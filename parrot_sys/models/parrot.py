@@ -8,6 +8,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
@@ -24,6 +25,8 @@ class ParrotConfig:
     """Text-guided experts."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Decoder."""
+    lora: LoRAConfig | None = None
+    """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
     tokenizer_path: str | None = None
