@@ -9,6 +9,7 @@ bit-equal.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,24 @@ def llm_lora_maps(config: LLMConfig, lora: LoRAConfig | None, prefix: str = "") 
 def is_lora(key: str) -> bool:
     """Whether a released tensor is part of an update."""
     return key.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
+_PEFT_KEY = re.compile(r"(?:.*\.)?(model\.layers\.\d+\..+\.lora_[AB])(?:\.[^.]+)?\.weight")
+
+
+def lora_key_from_peft(key: str) -> str:
+    """Released name of a tensor of an update, from the name that peft (with any wrappers around) gave it.
+
+    `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and, from a live model, `....lora_A.default.weight`
+    become `model.layers.0.self_attn.q_proj.lora_A.weight`; OpenFlamingo's `decoder_layer.` is left out.
+
+    Raises:
+        CheckpointError: the name is none of an update.
+    """
+    found = _PEFT_KEY.fullmatch(key)
+    if found is None:
+        raise CheckpointError(f"{key} is no update of LoRA: wanted a name like [...]model.layers.N.[...].lora_A.weight")
+    return f"{found[1].replace('.decoder_layer.', '.')}.weight"
 
 
 def num_layers_run(config: VisionConfig) -> int:

@@ -14,6 +14,7 @@ from parrot_sys.models.hf_checkpoint import (
     check_tensors,
     is_carried,
     llm_maps,
+    lora_key_from_peft,
     num_layers_run,
     pack_qkv,
     parrot_maps,
@@ -156,3 +157,30 @@ def test_what_is_carried() -> None:
     assert not is_carried("lm_head.weight", CONFIG)
     assert is_carried("model.moe_model.gate.weight", bypassed)
     assert not is_carried("model.moe_model.gate.weight", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+            "model.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
+        (
+            "module.lang_encoder.base_model.model.model.layers.11.decoder_layer.self_attn.o_proj.lora_B.default.weight",
+            "model.layers.11.self_attn.o_proj.lora_B.weight",
+        ),
+        (
+            "module.lang_encoder.base_model.model.model.layers.3.gated_cross_attn_layer.ff.1.lora_B.default.weight",
+            "model.layers.3.gated_cross_attn_layer.ff.1.lora_B.weight",
+        ),
+        ("model.layers.3.mlp.up_proj.lora_B.weight", "model.layers.3.mlp.up_proj.lora_B.weight"),
+    ],
+)
+def test_names_of_peft(theirs: str, ours: str) -> None:
+    assert lora_key_from_peft(theirs) == ours
+
+
+def test_a_name_that_is_no_update() -> None:
+    with pytest.raises(CheckpointError, match="is no update of LoRA"):
+        lora_key_from_peft("model.layers.3.mlp.up_proj.weight")
