@@ -22,17 +22,17 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
     VISION_MODEL,
-    TensorMap,
     check_tensors,
     is_carried,
-    is_lora,
     is_passed_over,
     llm_maps,
     parrot_maps,
     tower_maps,
 )
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.parallel import ExpertGroups
 

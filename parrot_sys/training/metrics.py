@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.models.hf_checkpoint import llm_lora_maps
+from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 

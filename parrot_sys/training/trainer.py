@@ -153,7 +153,7 @@ class Trainer:
         return ParrotDataLoader(
             data,
             self.processor,
-            num_visual_rows=model.vision.num_visual_rows,
+            num_visual_rows=model.rows_per_image,
             max_seq_len=model.max_seq_len,
             guidance=model.moe.guidance,
             global_batch_size=self.config.global_batch_size,

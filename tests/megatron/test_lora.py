@@ -20,9 +20,9 @@ from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.lora import merge_lora, merged_lora, unmerge_lora
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, released_tensors
-from parrot_sys.models.hf_checkpoint import is_lora
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch, reference_logits

@@ -10,20 +10,17 @@ import torch
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
-    TensorMap,
     check_tensors,
     is_carried,
     llm_maps,
-    lora_key_from_peft,
     num_layers_run,
-    pack_qkv,
     parrot_maps,
     projector_maps,
     tower_maps,
-    unpack_qkv,
 )
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_map import TensorMap, pack_qkv, unpack_qkv
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
@@ -157,30 +154,3 @@ def test_what_is_carried() -> None:
     assert not is_carried("lm_head.weight", CONFIG)
     assert is_carried("model.moe_model.gate.weight", bypassed)
     assert not is_carried("model.moe_model.gate.weight", CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        (
-            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-            "model.layers.0.self_attn.q_proj.lora_A.weight",
-        ),
-        (
-            "module.lang_encoder.base_model.model.model.layers.11.decoder_layer.self_attn.o_proj.lora_B.default.weight",
-            "model.layers.11.self_attn.o_proj.lora_B.weight",
-        ),
-        (
-            "module.lang_encoder.base_model.model.model.layers.3.gated_cross_attn_layer.ff.1.lora_B.default.weight",
-            "model.layers.3.gated_cross_attn_layer.ff.1.lora_B.weight",
-        ),
-        ("model.layers.3.mlp.up_proj.lora_B.weight", "model.layers.3.mlp.up_proj.lora_B.weight"),
-    ],
-)
-def test_names_of_peft(theirs: str, ours: str) -> None:
-    assert lora_key_from_peft(theirs) == ours
-
-
-def test_a_name_that_is_no_update() -> None:
-    with pytest.raises(CheckpointError, match="is no update of LoRA"):
-        lora_key_from_peft("model.layers.3.mlp.up_proj.weight")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from parrot_sys.megatron.initialize import ParallelConfig
-from parrot_sys.models.hf_checkpoint import is_lora
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
