@@ -19,11 +19,12 @@ _TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decod
 
 
 def component_of(name: str) -> str:
-    """Part that a parameter of `ParrotModel` belongs to, by its name there (as `named_parameters` gives it)."""
+    """Part that a parameter of `ParrotModel` belongs to, by its name there (as `named_parameters` gives it); "" for
+    the name of anything else."""
     for mark, component in _INSIDE.items():
         if mark in name:
             return component
-    return _TOP[name.partition(".")[0]]
+    return _TOP.get(name.partition(".")[0], "")
 
 
 def component_parameters(model: nn.Module | Sequence[nn.Module]) -> dict[str, list[nn.Parameter]]:

@@ -18,11 +18,10 @@ from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.lora_maps import lora_maps
+from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
 from parrot_sys.models.vision import VisionConfig
-from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -59,24 +58,6 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     maps.append(copied(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
     if not config.tie_word_embeddings:
         maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
-    return maps
-
-
-def llm_lora_maps(config: LLMConfig, lora: LoRAConfig | None, prefix: str = "") -> list[TensorMap]:
-    """Updates of the decoder's linear layers."""
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    width = config.kv_channels * config.num_attention_heads
-    kv_width = config.kv_channels * config.num_query_groups
-    maps = []
-    for layer in range(config.num_layers):
-        ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
-        rows = {"q": width, "k": kv_width, "v": kv_width}
-        qkv = {f"{key}.self_attn.{part}_proj": (count, hidden) for part, count in rows.items()}
-        gate_up = {f"{key}.mlp.{part}_proj": (ffn, hidden) for part in ("gate", "up")}
-        maps += lora_maps(lora, f"{ours}.self_attention.linear_qkv", qkv)
-        maps += lora_maps(lora, f"{ours}.self_attention.linear_proj", {f"{key}.self_attn.o_proj": (hidden, width)})
-        maps += lora_maps(lora, f"{ours}.mlp.linear_fc1", gate_up)
-        maps += lora_maps(lora, f"{ours}.mlp.linear_fc2", {f"{key}.mlp.down_proj": (hidden, ffn)})
     return maps
 
 
