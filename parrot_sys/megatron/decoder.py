@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,11 +41,9 @@ from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.norms import Norm
-from parrot_sys.megatron.wings import with_learners
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import rotary_cos_sin
-from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, share_pack
 
@@ -129,19 +129,25 @@ class Qwen2Decoder(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        lora: LoRAConfig | None = None,
-        wings: WingsConfig | None = None,
+        spec_of_layer: Callable[[int], ModuleSpec] = lambda _: layer_spec(),
     ) -> None:
+        """
+        Args:
+            llm: sizes and constants.
+            config: the same for Megatron.
+            pg_collection: process groups.
+            pre_process: this part has the embeddings.
+            post_process: this part has the LM head.
+            vp_stage: chunk number under the interleaved pipeline schedule.
+            spec_of_layer: spec of a layer by its number in the whole model, from 1.
+        """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
-        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
-        specs = [layer_spec(lora=lora) for _ in range(layers)]
-        if wings is not None:
-            specs = [
-                with_learners(spec, wings, first + index, rope_base=llm.rope_base) for index, spec in enumerate(specs)
-            ]
+        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
         super().__init__(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[spec_of_layer(first + i) for i in range(layers)], layer_norm=Norm
+            ),
             vocab_size=llm.vocab_size,
             max_sequence_length=llm.max_position_embeddings,
             pre_process=pre_process,

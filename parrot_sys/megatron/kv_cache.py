@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.modules.gated_cross_attention import MediaSpans
 
 
 class KVCache:
@@ -33,6 +34,10 @@ class KVCache:
         """What else is known of each request since the prefill, [S, ...] each."""
         self.visual_capacity = 1
         """Most visual rows of a request, for buffers that hold nothing else."""
+        self.media: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of the latents of all images, by layer, where layers read such latents ..."""
+        self.media_spans: MediaSpans | None = None
+        """... and those that the next row of each request reads."""
         self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
@@ -95,6 +100,8 @@ class KVCache:
         self._kept.append(samples)
         self.lengths = self.lengths.index_select(0, samples)
         self.facts = {name: fact.index_select(0, samples) for name, fact in self.facts.items()}
+        if self.media_spans is not None:
+            self.media_spans = self.media_spans.select(samples)
         self._layers = {
             layer: (keys.index_select(0, samples), values.index_select(0, samples))
             for layer, (keys, values) in self._layers.items()

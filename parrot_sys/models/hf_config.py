@@ -23,6 +23,8 @@ from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 MODEL_TYPE = "parrot_qwen2"
+MULTIMODAL_GPT = "multimodal_gpt"
+"""model_type of what `parrot convert` makes of MultiModal-GPT's files: LLaMA's config.json and, below `parrot_sys`, the rest."""
 OWN_KEY = "parrot_sys"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
@@ -99,7 +101,8 @@ def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         max_position_embeddings=hf.get("max_position_embeddings", 2_048 if is_llama else 32_768),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        qkv_bias=not is_llama,
+        # Qwen2 has these biases and no such setting, LLaMA has neither.
+        qkv_bias=hf.get("attention_bias", not is_llama),
     )
 
 
@@ -169,8 +172,11 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
+    if hf.get("model_type", MODEL_TYPE) not in (MODEL_TYPE, MULTIMODAL_GPT):
+        raise ConfigError(
+            f"config.json: model_type must be {MODEL_TYPE!r} or {MULTIMODAL_GPT!r}, got {hf['model_type']!r}"
+        )
     for name, wanted in (
-        ("model_type", MODEL_TYPE),
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_patch_merge_type", "flat"),
     ):

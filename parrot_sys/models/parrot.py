@@ -78,8 +78,8 @@ class ParrotConfig:
     def _check_flamingo(self, flamingo: FlamingoConfig) -> None:
         if self.moe.num_experts:
             raise ConfigError(
-                f"model.moe.num_experts must be 0 with model.flamingo, got {self.moe.num_experts}: cross-attention reads "
-                "the image, no experts do"
+                f"model.moe.num_experts must be 0 with model.flamingo, got {self.moe.num_experts}: cross-attention "
+                "reads the image, no experts do"
             )
         if flamingo.image_token_id >= self.llm.vocab_size:
             raise ConfigError(
