@@ -12,6 +12,7 @@ from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.templates import ANSWER_HEADER
+from parrot_sys.data.tokenization import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.parrot import ParrotConfig
@@ -176,7 +177,9 @@ def _ready(
     if model.vision_tower is not None:
         model.vision_tower.requires_grad_(False)
     eos, pad = _special_tokens(directory, processor)
-    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+    # (Only text that guides the experts ends where an answer begins.)
+    guided = model.parrot.moe.num_experts > 0
+    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False) if guided else []
     wrapper = ParrotForConditionalGeneration(
         model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source
     )
@@ -188,6 +191,8 @@ def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[i
     path = directory / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.is_file() else None
     ends = [named] if isinstance(named, int) else list(named or [])
+    if isinstance(processor.tokenizer, MissingTokenizer):
+        return ends, read_json(directory / "config.json").get("pad_token_id")
     if (own := processor.tokenizer.eos_token_id) is not None and own not in ends:
         ends.append(own)
     return ends, processor.tokenizer.pad_token_id
