@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.gated_cross_attention import MediaRule
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+
+Compat = Literal["released", "paper"]
+"""Whose rules a model follows where the public code does not do what the paper says."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,6 +49,16 @@ class ParrotConfig:
     def rows_per_image(self) -> int:
         """Rows that an image takes among those of the text: those of the tower, or the image token alone."""
         return self.vision.num_visual_rows if self.flamingo is None else 1
+
+    def following(self, compat: Compat | None) -> ParrotConfig:
+        """The same model with the rules of the public code (`released`) or of the paper; as it is for None.
+
+        Changes what both do differently with the same weights: which image a row reads (MultiModal-GPT).
+        """
+        if compat is None or self.flamingo is None:
+            return self
+        rule: MediaRule = "next" if compat == "released" else "previous"
+        return replace(self, flamingo=replace(self.flamingo, media_rule=rule))
 
     def _check_flamingo(self, flamingo: FlamingoConfig) -> None:
         if self.moe.num_experts:
