@@ -11,10 +11,26 @@ from torch import nn
 
 from parrot_sys.errors import ConfigError
 
-COMPONENTS = ("vision", "projector", "moe", "llm", "lora", "resampler", "cross_attention")
+COMPONENTS = (
+    "vision",
+    "projector",
+    "moe",
+    "llm",
+    "lora",
+    "visual_learners",
+    "textual_learners",
+    "resampler",
+    "cross_attention",
+)
 """Names of the parts in configurations."""
 
-_INSIDE = {".lora.": "lora", ".gated_cross_attention.": "cross_attention"}
+_INSIDE = {
+    ".lora.": "lora",
+    ".visual_learner.": "visual_learners",
+    ".textual_learner.": "textual_learners",
+    ".learners.router.": "textual_learners",
+    ".gated_cross_attention.": "cross_attention",
+}
 _TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decoder": "llm", "resampler": "resampler"}
 
 

@@ -23,6 +23,7 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import DataError
 from parrot_sys.megatron import backends
+from parrot_sys.megatron.column_attention import AttentionWatch
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder, layer_spec
 from parrot_sys.megatron.experts import (
@@ -37,6 +38,8 @@ from parrot_sys.megatron.flamingo import flamingo_layer_spec, media_plan
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.memory import MemoryPlan
+from parrot_sys.megatron.wings import with_learners
+from parrot_sys.megatron.wings_memory import WingsPlan, plan_memory, remembered
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.perceiver import PerceiverResampler
@@ -58,7 +61,8 @@ class ParrotOutput:
 class ParrotModel(MegatronModule):
     """The whole model for packed micro-batches.
 
-    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Under `mode="loss"` the
+    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are), `use_router` routers and
+    textual learners of Wings (stage 1: the visual learners alone, added as they are). Under `mode="loss"` the
     backward pass includes the auxiliary losses; `ParrotOutput.routing` holds their values, to be reported only.
     """
 
@@ -81,6 +85,7 @@ class ParrotModel(MegatronModule):
         self.pre_process = is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(pg_collection.pp)
         self.post_process = is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(pg_collection.pp)
         self.use_moe = parrot.moe.num_experts > 0
+        self.use_router = True
         self.vision_tower = vision_tower
         self.resampler: PerceiverResampler | None = None
         self.projector: Projector | None = None
@@ -115,6 +120,9 @@ class ParrotModel(MegatronModule):
         self.register_load_state_dict_post_hook(backends.ignore_extra_state)
 
     def _spec_of_layer(self, number: int) -> ModuleSpec:
+        if self.parrot.wings is not None:
+            spec = layer_spec(lora=self.parrot.lora)
+            return with_learners(spec, self.parrot.wings, number - 1, rope_base=self.parrot.llm.rope_base)
         if self.parrot.flamingo is None:
             return layer_spec(lora=self.parrot.lora)
         return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora)
@@ -156,6 +164,8 @@ class ParrotModel(MegatronModule):
         logits_rows: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
         kv_cache: KVCache | None = None,
+        watch: AttentionWatch | None = None,
+        router_weights: dict[int, Tensor] | None = None,
     ) -> ParrotOutput:
         """
         Args:
@@ -165,6 +175,9 @@ class ParrotModel(MegatronModule):
             logits_rows: int64 rows of the pack; all rows when None.
             routing_override: replaces the routes of the images (evaluation only).
             kv_cache: cache of the samples of this batch; its first use is the prefill, then one row a sample.
+            watch: looks at the attention of this rank's layers (not with a cache).
+            router_weights: filled with what the routers of Wings weigh the learners by: number of each layer of this
+                rank, from 1 -> float32 [T, 2], visual and textual (of this rank's rows, where they are dealt).
 
         Raises:
             ConfigError, DataError: if batch and model or cache do not fit together.
@@ -172,9 +185,9 @@ class ParrotModel(MegatronModule):
         self._check_share(batch)
         if kv_cache is not None:
             kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
-        plan = media_plan(self.parrot, batch, kv_cache)
+        plan = self.memory_plan(batch, kv_cache, router_weights)
         embeddings, memory, routing = None, None, None
-        if self.pre_process and plan is not None:
+        if self.pre_process and self.resampler is not None and plan is not None:
             embeddings, memory = self._embed_media(batch, plan)
         elif self.pre_process:
             # (Rows behind the prefill are text, on every rank.)
@@ -184,6 +197,8 @@ class ParrotModel(MegatronModule):
             for loss in (routing.aux_loss, routing.z_loss):
                 if loss is not None:
                     embeddings = attach_loss(embeddings, loss)
+        if embeddings is not None and isinstance(plan, WingsPlan):
+            memory = remembered(embeddings, plan, self._blank_rows() if plan.needs_blank else None)
         output = self.decoder(
             embeddings,
             batch.position_ids,
@@ -196,12 +211,47 @@ class ParrotModel(MegatronModule):
             split=None if batch.context is None else batch.context.rows,
             memory=memory,
             memory_plan=plan,
+            watch=watch,
         )
         if not self.post_process:
             return ParrotOutput(hidden=output, routing=routing)
         if mode == "loss":
             return ParrotOutput(losses=output, routing=routing)
         return ParrotOutput(logits=output, routing=routing)
+
+    def memory_plan(
+        self, batch: PackedBatch, kv_cache: KVCache | None = None, router_weights: dict[int, Tensor] | None = None
+    ) -> MemoryPlan | None:
+        """What the layers read besides their rows, and who sees what of it; None where they read nothing else.
+
+        Args:
+            batch, kv_cache, router_weights: as for `forward`, before its call.
+
+        Raises:
+            ConfigError, DataError: see `plan_memory` of `wings_memory`.
+        """
+        if self.parrot.wings is None:
+            return media_plan(self.parrot, batch, kv_cache)
+        return plan_memory(
+            batch,
+            self.parrot.wings,
+            width=self.parrot.llm.hidden_size,
+            rows_per_image=self.parrot.rows_per_image,
+            routed=self.use_router,
+            cache=kv_cache,
+            weights=router_weights,
+        )
+
+    def _blank_rows(self) -> Tensor:
+        """[V, H], projected rows of an all-zero image."""
+        if self.vision_tower is None:
+            raise DataError("the released rule of Wings needs the vision tower for text among images, got none")
+        assert self.projector is not None, "the first stage holds the projector"
+        side, dtype = self.parrot.vision.image_size, self.config.params_dtype
+        device = next(self.projector.parameters()).device
+        pixels = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
+        rows: Tensor = self.projector(self.vision_tower(pixels).to(dtype))
+        return rows[0]
 
     def _check_share(self, batch: PackedBatch) -> None:
         group, share = self.pg_collection.cp, batch.context
@@ -244,8 +294,7 @@ class ParrotModel(MegatronModule):
         embeddings = self.decoder.embed(torch.where(ids < 0, flamingo.image_token_id, ids))
         if plan.rows == 0 and not torch.is_grad_enabled():
             return embeddings, None
-        features = self.image_features(batch)[:, 1:]  # without the CLS row
-        latents = self.resampler(features)  # [n, L, C]
+        latents = self.resampler(self.image_features(batch))  # [n, L, C]
         if batch.context is not None:
             latents = all_gather_rows(latents, batch.context.image_counts, self.pg_collection.cp)
         if plan.rows == 0:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.flamingo import media_plan
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.parrot_model import ParrotModel, ParrotOutput
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
@@ -49,7 +48,7 @@ def forward_logits(
         )
     device, dtype = batch.input_ids.device, model.config.params_dtype
     if not model.pre_process:
-        plan = media_plan(model.parrot, batch, kv_cache)
+        plan = model.memory_plan(batch, kv_cache)
         hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows, plan), dtype=dtype, device=device)
         dist.recv(hidden, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(hidden)

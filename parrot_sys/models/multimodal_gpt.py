@@ -97,7 +97,9 @@ def assemble(
         rows = sources[_EMBEDDING][0][0]
         llm = replace(_llm_config(hf), vocab_size=rows)
         config = ParrotConfig(
-            vision=replace(vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1),
+            vision=replace(
+                vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1, select_feature="patch"
+            ),
             moe=TextGuidedMoEConfig(num_experts=0),
             llm=llm,
             lora=lora,
