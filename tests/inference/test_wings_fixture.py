@@ -1,4 +1,4 @@
-"""The released Wings: logits, loss, router weights, gradients and greedy tokens of the public code; files bit for bit."""
+"""The released Wings: logits, loss, router weights, gradients, greedy tokens of the public code; files bit for bit."""
 
 from __future__ import annotations
 
