@@ -364,7 +364,8 @@ def build_parrot_model(
         initialize_weights=initialize_weights and device.type != "meta",
     )
     # (Megatron's spelling.) Layers with and without a gated block differ.
-    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None
+    some_layers = parrot.wings is not None and parrot.wings.layers is not None
+    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None or some_layers
     first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
     with torch.device("meta" if device.type == "meta" else "cpu"), backends.building_for(device):
         tower = None
