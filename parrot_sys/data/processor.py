@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.images import ImageProcessor, ImageSource
-from parrot_sys.data.templates import CHATML, TEMPLATES, Segment, Template, TemplateName
-from parrot_sys.data.tokenization import encode_conversations, load_tokenizer
+from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
+from parrot_sys.data.tokenization import MissingTokenizer, encode_conversations, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -54,7 +54,10 @@ class ParrotProcessor:
         """
         directory = Path(path)
         chosen = _load_template(directory) if template is None else TEMPLATES[template]
-        return cls(load_tokenizer(directory, chosen), _load_image_processor(directory), chosen)
+        tokenizer: Any = (
+            load_tokenizer(directory, chosen) if _needs_tokenizer(directory) else MissingTokenizer(directory)
+        )
+        return cls(tokenizer, _load_image_processor(directory), chosen)
 
     @classmethod
     def for_tower(
@@ -128,12 +131,19 @@ def _load_template(directory: Path) -> Template:
     """As preprocessor_config.json (of a training checkpoint) or the own part of config.json says."""
     own = _read_json(directory / PREPROCESSOR_FILE) if (directory / PREPROCESSOR_FILE).is_file() else {}
     config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    name = own.get(_TEMPLATE_KEY) or config.get("parrot_sys", {}).get("template", CHATML.name)
+    usual = INSTRUCTION if config.get("model_type") == "multimodal_gpt" else CHATML
+    name = own.get(_TEMPLATE_KEY) or config.get("parrot_sys", {}).get("template", usual.name)
     if name not in TEMPLATES:
         raise CheckpointError(
             f"{directory}: the conversation template must be one of {', '.join(TEMPLATES)}, got {name!r}"
         )
     return TEMPLATES[name]
+
+
+def _needs_tokenizer(directory: Path) -> bool:
+    """A MultiModal-GPT may have been put together without one; for other models that is an error."""
+    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    return has_tokenizer(directory) or config.get("model_type") != "multimodal_gpt"
 
 
 def _load_image_processor(directory: Path) -> ImageProcessor:

@@ -16,6 +16,7 @@ import torch
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
@@ -162,7 +163,12 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
     """ParrotModel <-> the released layout with the tower inside, or without any tower."""
     maps = llm_maps(config.llm, "decoder.") + llm_lora_maps(config.llm, config.lora, "decoder.")
-    maps += projector_maps(config)
+    if config.flamingo is None:
+        maps += projector_maps(config)
+    else:
+        maps = as_in_multimodal_gpt(maps) + flamingo_maps(
+            config.flamingo, config.llm.hidden_size, config.vision.hidden_size, config.llm.num_layers, config.lora
+        )
     if config.moe.num_experts:
         maps += moe_maps(config)
     if with_vision_tower:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from parrot_sys.errors import CheckpointError
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.tensor_map import Shape, TensorMap, copied
+from parrot_sys.models.tensor_map import Pack, Shape, TensorMap, Unpack, alone, copied, only
 from parrot_sys.modules.lora import LoRAConfig
 
+LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight")
+"""Of the released names, as peft exports them and as it holds them in the model."""
 
-def lora_maps(lora: LoRAConfig | None, name: str, keys: Mapping[str, Shape], *, gated: bool = False) -> list[TensorMap]:
+
+def lora_maps(
+    lora: LoRAConfig | None,
+    name: str,
+    keys: Mapping[str, Shape],
+    *,
+    pack: Pack = only,
+    unpack: Unpack = alone,
+) -> list[TensorMap]:
     """Updates beside one linear layer of the model <-> peft's names beside the released layers.
 
     Args:
         lora: settings; no maps without.
         name: of the linear layer in the model.
         keys: released name of each projection in it (without `.weight`) -> (out, in).
-        gated: the rows of a projection are two halves, each cut by itself.
+        pack, unpack: those of the linear layer's own rows.
     """
     maps = []
     for key, (rows, columns) in keys.items():
@@ -28,7 +36,13 @@ def lora_maps(lora: LoRAConfig | None, name: str, keys: Mapping[str, Shape], *, 
         ours = f"{name}.lora.projections.{target.replace('.', '_')}"
         maps.append(copied(f"{ours}.a", f"{key}.lora_A.weight", lora.rank, columns))
         maps.append(
-            TensorMap(name=f"{ours}.b", keys=(f"{key}.lora_B.weight",), shapes=((rows, lora.rank),), gated=gated)
+            TensorMap(
+                name=f"{ours}.b",
+                keys=(f"{key}.lora_B.weight",),
+                shapes=((rows, lora.rank),),
+                pack=pack,
+                unpack=unpack,
+            )
         )
     return maps
 
@@ -53,22 +67,4 @@ def llm_lora_maps(config: LLMConfig, lora: LoRAConfig | None, prefix: str = "") 
 
 def is_lora(key: str) -> bool:
     """Whether a released tensor is part of an update."""
-    return key.endswith((".lora_A.weight", ".lora_B.weight"))
-
-
-_PEFT_KEY = re.compile(r"(?:.*\.)?(model\.layers\.\d+\..+\.lora_[AB])(?:\.[^.]+)?\.weight")
-
-
-def lora_key_from_peft(key: str) -> str:
-    """Released name of a tensor of an update, from the name that peft (with any wrappers around) gave it.
-
-    `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and, from a live model, `....lora_A.default.weight`
-    become `model.layers.0.self_attn.q_proj.lora_A.weight`; OpenFlamingo's `decoder_layer.` is left out.
-
-    Raises:
-        CheckpointError: the name is none of an update.
-    """
-    found = _PEFT_KEY.fullmatch(key)
-    if found is None:
-        raise CheckpointError(f"{key} is no update of LoRA: wanted a name like [...]model.layers.N.[...].lora_A.weight")
-    return f"{found[1].replace('.decoder_layer.', '.')}.weight"
+    return key.endswith(LORA_ENDINGS)
