@@ -196,6 +196,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         projector=ProjectorConfig(type=hf.get("mm_projector_type", "linear")) if parrot else ProjectorConfig(),
         moe=_moe_from_hf(hf, llm.hidden_size),
         llm=llm,
+        template="chatml" if parrot else "instruction",
         max_seq_len=hf.get("tokenizer_model_max_length") or ParrotConfig().max_seq_len,
     )
     return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)

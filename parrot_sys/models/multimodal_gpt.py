@@ -103,6 +103,7 @@ def assemble(
             moe=TextGuidedMoEConfig(num_experts=0),
             llm=llm,
             lora=lora,
+            template="instruction",
             max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
             flamingo=replace(
                 _flamingo_config(flamingo_tensors, files.flamingo),
