@@ -332,8 +332,8 @@ class TrainConfig:
             )
         if not learns:
             raise ConfigError(
-                "trainable names only parts that the model does not have (see model.lora, model.wings and model.flamingo): set one "
-                "of them, or train another part"
+                "trainable names only parts that the model does not have (see model.lora, model.wings and "
+                "model.flamingo): set one of them, or train another part"
             )
 
     def _check_component_lrs(self) -> None:
