@@ -366,6 +366,7 @@ def _validation_data(config: TrainConfig) -> DataConfig:
         languages=(),
         weights=(),
         language_weights={},
+        text_ratio=None,
     )
 
 
