@@ -149,7 +149,9 @@ def _needs_tokenizer(directory: Path) -> bool:
 def _load_image_processor(directory: Path) -> ImageProcessor:
     config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
-    aspect_ratio = config.get("image_aspect_ratio", None if config.get("model_type") == "parrot_qwen2" else "pad")
+    # (MultiModal-GPT resizes and crops as CLIP does.)
+    states_it = config.get("model_type") in ("parrot_qwen2", "multimodal_gpt")
+    aspect_ratio = config.get("image_aspect_ratio", None if states_it else "pad")
     tower = config.get("mm_vision_tower") or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
     for candidate in candidates:

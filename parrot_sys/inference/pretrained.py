@@ -168,7 +168,9 @@ def _load_training(
     )
     load_model_weights(directory, [model])
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
-    model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
+    # The first stage keeps its experts (and routers) but goes past them.
+    model.use_moe = model.use_moe and bool(train.get("use_moe", True))
+    model.use_router = bool(train.get("use_router", True))
     return _ready(model, processor, directory / PROCESSOR), processor
 
 

@@ -74,10 +74,10 @@ def with_columns(
         ends = torch.arange(0, (len(query) + 1) * longest, longest, dtype=torch.int32, device=query.device)
         # (Keys behind a request's last row are masked by their positions.)
         places = torch.stack((cache.lengths, torch.zeros_like(cache.lengths)), dim=1).to(torch.int32)
-        buffers = (rows[:, :longest].flatten(0, 1) for rows in (key, value))
         output, sums, _ = router_attention_parts(
             query,
-            *buffers,
+            key[:, :longest].flatten(0, 1),
+            value[:, :longest].flatten(0, 1),
             asked.columns,
             context.cu_seqlens,
             ends,

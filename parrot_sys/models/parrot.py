@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
@@ -65,8 +65,16 @@ class ParrotConfig:
     def following(self, compat: Compat | None) -> ParrotConfig:
         """The same model with the rules of the public code (`released`) or of the paper; as it is for None.
 
-        Changes what both do differently with the same weights: which image a row reads (MultiModal-GPT).
+        Changes what both do differently with the same weights: which image a row reads (MultiModal-GPT), what the
+        learners see and how their blend is added (Wings).
+
+        Raises:
+            ConfigError: there are no such rules.
         """
+        if compat not in (None, *get_args(Compat)):
+            raise ConfigError(f"compat must be None or one of {', '.join(get_args(Compat))}, got {compat!r}")
+        if compat is not None and self.wings is not None:
+            return replace(self, wings=replace(self.wings, rule=compat))
         if compat is None or self.flamingo is None:
             return self
         rule: MediaRule = "next" if compat == "released" else "previous"
