@@ -59,7 +59,7 @@ def test_two_evaluations(three_languages: Path, tmp_path: Path, capsys: pytest.C
     assert parrot(["compare", *arguments, "--output", str(tmp_path / "lengths")]) == 0
     text = (tmp_path / "lengths" / "lengths.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    assert f"| MMMB_en | {result['mmmb_en'].questions} | 1.0 | 5.0 | 1 | 5 | 100% | 0% | +4.0 ± 0.0 |" in text
+    assert f"| MMMB_en | {result['MMMB_en'].questions} | 1.0 | 5.0 | 1 | 5 | 100% | 0% | +4.0 ± 0.0 |" in text
     assert "with VQAv2: mean words" in text
     written = json.loads((tmp_path / "lengths" / "lengths.json").read_text())
     assert written["tables"]["all"]["second"]["mean"] == result["all"].second.mean
