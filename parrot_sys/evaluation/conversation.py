@@ -34,6 +34,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Pat
         part = next(iter(tables[language].parts().values()))
         question = part[(2 * number + 1) * len(part) // (2 * len(spoken))]
         picture = output / f"{language}.png"
+        assert question.image_key is not None, "the benchmark's questions are about pictures"
         tables[language].image(question.image_key).save(picture)
         session.reset()
         session.add_image(picture)
