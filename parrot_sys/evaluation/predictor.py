@@ -107,7 +107,7 @@ class ModelPredictor:
     def _room(self, samples: Sequence[Sample]) -> int:
         """Longest answer: as asked for, or what the decoder's positions leave behind the longest prompt."""
         parrot = self.model.parrot
-        positions, rows = parrot.llm.max_position_embeddings, parrot.vision.num_visual_rows
+        positions, rows = parrot.llm.max_position_embeddings, parrot.rows_per_image
         longest = max(expanded_lengths(sample.input_ids.numpy(), rows, positions)[1] for sample in samples)
         return min(self.max_new_tokens, max(1, positions - longest))
 

@@ -48,7 +48,7 @@ def prefill(
     """
     parrot = model.model.parrot
     limit = parrot.llm.max_position_embeddings
-    rows = parrot.vision.num_visual_rows
+    rows = parrot.rows_per_image
     for index, sample in enumerate(samples):
         length = expanded_lengths(np.asarray(sample.input_ids), rows, limit)[1]
         if length + new_tokens > limit:

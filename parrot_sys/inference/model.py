@@ -103,7 +103,7 @@ class ParrotForConditionalGeneration(nn.Module):
         samples = self._split(input_ids, attention_mask, images, labels)
         batch = pack_samples(
             samples,
-            num_visual_rows=config.vision.num_visual_rows,
+            num_visual_rows=config.rows_per_image,
             guidance=config.moe.guidance,
             max_seq_len=config.max_seq_len,
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.megatron.packed_attention import (
     SegmentPlan,
     dense_attention,
@@ -51,6 +52,7 @@ class AttentionContext(PackedSeqParams):
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
     cached: CachedRows | None = None
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
+    memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
 
 
 def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,7 @@ def make_context(
     rotary: tuple[Tensor, Tensor] | None = None,
     cache: KVCache | None = None,
     shared: SharedPack | None = None,
+    memory: MemoryPlan | None = None,
 ) -> AttentionContext:
     """Everything about a micro-batch that its attention layers share, computed once.
 
@@ -94,6 +97,7 @@ def make_context(
         rotary: from `rotary_cos_sin`.
         cache: keys and values of earlier rows.
         shared: from `share_pack` under context parallelism.
+        memory: for layers that read one, with the padded pack's rows of this rank.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
@@ -104,6 +108,7 @@ def make_context(
         plan=plan_segments(cu_seqlens) if planned else None,
         rotary=rotary,
         shared=shared,
+        memory=memory,
         cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import DataError
 from parrot_sys.megatron import backends
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder
@@ -40,9 +39,6 @@ from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 from parrot_sys.parallel import all_gather_rows
-
-COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
-"""Names of the parts in configurations -> attributes of `ParrotModel`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +102,7 @@ class ParrotModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=vp_stage,
+            lora=parrot.lora,
         )
         self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
         self.register_load_state_dict_post_hook(backends.ignore_extra_state)
@@ -301,28 +298,3 @@ def build_parrot_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settin
     virtual = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
     return [build_parrot_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]
-
-
-def component_parameters(model: ParrotModel | Sequence[ParrotModel]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of each part that this rank holds: `vision`, `projector`, `moe`, `llm`."""
-    chunks = [model] if isinstance(model, ParrotModel) else model
-    parts: dict[str, list[nn.Parameter]] = {name: [] for name in COMPONENTS}
-    for chunk in chunks:
-        for name, attribute in COMPONENTS.items():
-            if (part := getattr(chunk, attribute)) is not None:
-                parts[name] += part.parameters()
-    return parts
-
-
-def set_trainable(model: ParrotModel | Sequence[ParrotModel], trainable: Mapping[str, bool]) -> None:
-    """Freeze and unfreeze parts by name; parts that are not named stay as they are.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if unknown := set(trainable) - set(COMPONENTS):
-        raise ConfigError(f"parts of the model are {', '.join(COMPONENTS)}, got {', '.join(sorted(unknown))}")
-    parameters = component_parameters(model)
-    for name, value in trainable.items():
-        for parameter in parameters[name]:
-            parameter.requires_grad_(value)

@@ -22,9 +22,9 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
     VISION_MODEL,
-    TensorMap,
     check_tensors,
     is_carried,
+    is_lora,
     is_passed_over,
     llm_maps,
     parrot_maps,
@@ -32,6 +32,7 @@ from parrot_sys.models.hf_checkpoint import (
 )
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.parallel import ExpertGroups
 
@@ -135,6 +136,9 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
         else:
             maps = llm_maps(config.llm, "decoder.")
             logger.info("%s is a bare language model: projector and experts keep their initial values", directory)
+        if model.parrot.lora is not None and not any(is_lora(key) for key in keys):
+            logger.info("%s has no LoRA: its updates keep their initial values", directory)
+            maps = [entry for entry in maps if not is_lora(entry.keys[0])]
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
         fill(tensors, [entry for entry in maps if not is_expert(entry)], files.tensor, rank=rank, size=size)
         own = [local_experts(entry, experts.ep_rank, experts.ep_size) for entry in maps if is_expert(entry)]

@@ -11,8 +11,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from parrot_sys.config_values import config_from_dict, config_to_dict, section_class
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -285,7 +286,9 @@ def _difference(base: Any, config: Any) -> dict[str, Any]:
         ours, theirs = getattr(config, field.name), getattr(base, field.name)
         if field.name in _LOCAL_FIELDS or ours == theirs:
             continue
-        if dataclasses.is_dataclass(ours):
+        if dataclasses.is_dataclass(ours) and theirs is None:  # an optional section, all of it
+            result[field.name] = config_to_dict(ours)
+        elif dataclasses.is_dataclass(ours):
             if nested := _difference(theirs, ours):
                 result[field.name] = nested
         else:
@@ -298,8 +301,14 @@ def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(set(changes) - known):
         raise ConfigError(f"config.json: {where} has unknown settings {unknown}; known are {sorted(known)}")
-    values = {
-        name: _apply(getattr(config, name), value, f"{where}.{name}") if isinstance(value, Mapping) else value
-        for name, value in changes.items()
-    }
+    sections = get_type_hints(type(config))
+    values = {}
+    for name, value in changes.items():
+        section = section_class(sections[name])
+        if section is None or value is None:
+            values[name] = value
+        elif (current := getattr(config, name)) is None:
+            values[name] = config_from_dict(section, value)
+        else:
+            values[name] = _apply(current, value, f"{where}.{name}")
     return dataclasses.replace(config, **values)

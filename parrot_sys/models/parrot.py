@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
@@ -23,6 +25,10 @@ class ParrotConfig:
     """Text-guided experts."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Decoder."""
+    lora: LoRAConfig | None = None
+    """Low-rank updates of the decoder's linear layers."""
+    flamingo: FlamingoConfig | None = None
+    """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
     tokenizer_path: str | None = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048
@@ -31,3 +37,27 @@ class ParrotConfig:
     def __post_init__(self) -> None:
         if self.max_seq_len < 1:
             raise ConfigError(f"model.max_seq_len must be >= 1, got {self.max_seq_len}")
+        if self.flamingo is not None:
+            self._check_flamingo(self.flamingo)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that an image takes among those of the text: those of the tower, or the image token alone."""
+        return self.vision.num_visual_rows if self.flamingo is None else 1
+
+    def _check_flamingo(self, flamingo: FlamingoConfig) -> None:
+        if self.moe.num_experts:
+            raise ConfigError(
+                f"model.moe.num_experts must be 0 with model.flamingo, got {self.moe.num_experts}: cross-attention reads "
+                "the image, no experts do"
+            )
+        if flamingo.image_token_id >= self.llm.vocab_size:
+            raise ConfigError(
+                f"model.flamingo.image_token_id must be < model.llm.vocab_size={self.llm.vocab_size}, "
+                f"got {flamingo.image_token_id}"
+            )
+        if flamingo.every_n_layers > self.llm.num_layers:
+            raise ConfigError(
+                f"model.flamingo.every_n_layers must be <= model.llm.num_layers={self.llm.num_layers}, "
+                f"got {flamingo.every_n_layers}: no layer would read an image"
+            )

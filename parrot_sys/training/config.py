@@ -8,12 +8,10 @@ from typing import Literal
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
-
-COMPONENTS = ("vision", "projector", "moe", "llm")
-"""Parts of the model that can be frozen and have learning rates of their own."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,6 +42,8 @@ class OptimizerConfig:
     """Peak learning rate of router and experts, when it differs from `lr`."""
     llm_lr: float | None = None
     """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
+    lora_lr: float | None = None
+    """Peak learning rate of LoRA, when it differs from `lr`."""
     distributed: bool = False
     """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
@@ -53,7 +53,7 @@ class OptimizerConfig:
         return {name: lr for name, lr in lrs.items() if lr is not None and lr != self.lr}
 
     def __post_init__(self) -> None:
-        for name in ("lr", "vision_lr", "projector_lr", "moe_lr", "llm_lr"):
+        for name in ("lr", *(f"{component}_lr" for component in COMPONENTS)):
             if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(
                     f"optimizer.{name} must be a finite number > 0, got {value}; "
@@ -86,6 +86,8 @@ class TrainableConfig:
     """Router and experts."""
     llm: bool = True
     """The decoder with embeddings, norms and LM head."""
+    lora: bool = True
+    """The low-rank updates of `model.lora`, when there are any."""
 
     def as_dict(self) -> dict[str, bool]:
         """Component -> whether it learns."""
@@ -93,7 +95,7 @@ class TrainableConfig:
 
     def __post_init__(self) -> None:
         if not any(self.as_dict().values()):
-            raise ConfigError("trainable: at least one of vision, projector, moe and llm must be true, got none")
+            raise ConfigError(f"trainable: at least one of {', '.join(COMPONENTS)} must be true, got none")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -261,7 +263,7 @@ class TrainConfig:
                 f"model.max_seq_len must be <= model.llm.max_position_embeddings={positions}, "
                 f"got {self.model.max_seq_len}"
             )
-        self._check_moe()
+        self._check_parts()
         self._check_component_lrs()
         self._check_layout()
         if self.cache_image_features and self.trainable.vision:
@@ -270,20 +272,27 @@ class TrainConfig:
                 "set cache_image_features or trainable.vision to false"
             )
 
-    def _check_moe(self) -> None:
+    def _check_parts(self) -> None:
         experts = self.model.moe.num_experts
         active = self.use_moe and experts > 0
         if self.optimizer.moe_lr is not None and not active:
             raise ConfigError(
                 "optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts"
             )
-        if active or not self.trainable.moe:
-            return
-        only_moe = not (self.trainable.vision or self.trainable.projector or self.trainable.llm)
-        if only_moe:
+        learns = {name for name, value in self.trainable.as_dict().items() if value}
+        if self.model.lora is None:
+            if self.optimizer.lora_lr is not None:
+                raise ConfigError("optimizer.lora_lr has no effect without LoRA: unset it, or set model.lora.rank")
+            learns.discard("lora")
+        if not active and learns == {"moe"}:
             raise ConfigError(
                 f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
                 f"model.moe.num_experts={experts}: switch the experts on or train another part"
+            )
+        if not learns:
+            raise ConfigError(
+                "trainable.lora is the only part that learns, but the model has none: set model.lora.rank or train "
+                "another part"
             )
 
     def _check_component_lrs(self) -> None:

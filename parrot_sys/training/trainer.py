@@ -25,9 +25,10 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import optimizer as megatron_optimizer
 from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
+from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks, set_trainable
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
 from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
@@ -152,7 +153,7 @@ class Trainer:
         return ParrotDataLoader(
             data,
             self.processor,
-            num_visual_rows=model.vision.num_visual_rows,
+            num_visual_rows=model.rows_per_image,
             max_seq_len=model.max_seq_len,
             guidance=model.moe.guidance,
             global_batch_size=self.config.global_batch_size,

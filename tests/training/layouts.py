@@ -15,12 +15,14 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from megatron.core import parallel_state
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.components import component_of, set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model, set_trainable
+from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
@@ -34,6 +36,9 @@ MODEL = replace(
 )
 """Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
 TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
+LORA = replace(
+    MODEL, lora=LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+)
 TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
 
 ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
@@ -73,7 +78,11 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
         def write(rank: int, size: int) -> None:
             initialize(ParallelConfig())
             torch.manual_seed(11)
-            export_released(build_parrot_model(config), path)
+            model = build_parrot_model(config)
+            for name, parameter in model.named_parameters():
+                if component_of(name) == "lora" and name.endswith(".b"):
+                    torch.nn.init.normal_(parameter, std=0.1)  # zero at the start: nothing would reach `a`
+            export_released(model, path)
 
         run_distributed(write, 1)
         yield path
