@@ -95,6 +95,23 @@ def accuracy_by_part(
     _save(figure, path)
 
 
+def curves_over_layers(curves: Mapping[str, Mapping[str, Sequence[float]]], *, y_label: str, path: Path) -> None:
+    """One panel a part. `curves`: panel -> line -> value of each layer."""
+    figure = Figure(figsize=(1.2 + 3.6 * len(curves), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for ax, (title, lines) in zip(axes, curves.items(), strict=True):
+        for name, values in lines.items():
+            ax.plot(range(1, len(values) + 1), values, label=name, marker="o", markersize=3)
+        ax.set_title(title)
+        ax.set_xlabel("layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(y_label)
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def heat_map(
     values: Mapping[str, Mapping[str, float]],
     *,

@@ -80,7 +80,7 @@ class ModelPredictor:
             return self._by_letter(items, override)
         if self.mode == "text-likelihood":
             return self._by_text(items, override)
-        tokenizer, samples = self.processor.tokenizer, self._samples(items)
+        tokenizer, samples = self.processor.tokenizer, self.samples(items)
         tokens, routes = generate_tokens(
             self.lockstep,
             samples,
@@ -99,7 +99,7 @@ class ModelPredictor:
     @torch.inference_mode()
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
-        samples = self._samples(items)
+        samples = self.samples(items)
         own, _, _ = prefill(self.lockstep, samples, 0)
         changed, _, _ = prefill(self.lockstep, samples, 0, self._override(items, routing))
         return (own - changed).abs().max().item()
@@ -112,7 +112,7 @@ class ModelPredictor:
         return min(self.max_new_tokens, max(1, positions - longest))
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.lockstep, self._samples(items), 0, override)
+        logits, _, routes = prefill(self.lockstep, self.samples(items), 0, override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, items), strict=True):
@@ -128,7 +128,7 @@ class ModelPredictor:
             [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in options.values()]
             for options in (item.question.options for item in items)
         ]
-        sums, routes = continuation_log_probs(self.lockstep, self._samples(items), answers, override)
+        sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
         return [
             _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts)
             for item, scores, experts in zip(items, sums, self._experts(routes, items), strict=True)
@@ -148,10 +148,11 @@ class ModelPredictor:
         assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
-        _, _, routes = prefill(self.lockstep, self._samples(items, guidance=True), 0)
+        _, _, routes = prefill(self.lockstep, self.samples(items, guidance=True), 0)
         return None if routes is None else RoutingOverride(probs=routes.probs)  # None: no item has a picture
 
-    def _samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
+    def samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
+        """Prompts with their pictures' features; with `guidance` those whose text guides the routing instead."""
         features = self._image_features(items)
         samples = []
         for item, feature in zip(items, features, strict=True):
