@@ -13,13 +13,16 @@ set of this name. *Guessing* is the expected accuracy of a random option, *major
 frequent letter."""
 
 
-def render(title: str, content: Mapping[str, Any], images: Sequence[tuple[str, str]]) -> str:
+def render(
+    title: str, content: Mapping[str, Any], images: Sequence[tuple[str, str]], appendix: Sequence[str] = ()
+) -> str:
     """Markdown of a report.
 
     Args:
         title: heading.
         content: what report.json holds.
         images: (caption, file name beside the report).
+        appendix: lines behind the tables.
     """
     details = content["details"]
     lines = [f"# {title}", ""]
@@ -37,7 +40,7 @@ def render(title: str, content: Mapping[str, Any], images: Sequence[tuple[str, s
             lines += _suite(suite, cells, details)
     if details["training"]:
         lines += ["## Training", "", *_training(details["training"]), ""]
-    lines += ["## Plots", ""]
+    lines += [*appendix, "## Plots", ""]
     for caption, file in images:
         lines += [f"![{caption}]({file})", f"*{caption}*", ""]
     return "\n".join(lines)

@@ -159,15 +159,16 @@ def heat_map(
 
 
 def means_with_spread(
-    values: Mapping[str, Mapping[str, Sequence[float]]], *, chance: float, title: str, path: Path
+    values: Mapping[str, Mapping[str, Sequence[float]]], *, chance: float, title: str, path: Path, dots: str = "seeds"
 ) -> None:
-    """Means over seeds as bars with each seed as a dot.
+    """Means as bars with what they are the mean of as dots.
 
     Args:
-        values: variant -> language -> accuracy (%) of each seed.
+        values: variant -> language (or another group) -> accuracy (%) of each seed.
         chance: accuracy of guessing, drawn as a line.
         title: of the plot.
         path: PNG file.
+        dots: what the means are over.
     """
     languages = list(dict.fromkeys(language for rows in values.values() for language in rows))
     figure = Figure(figsize=(3 + 1.3 * len(languages), 3.8), layout="constrained")
@@ -182,7 +183,7 @@ def means_with_spread(
             ax.plot([x] * len(seeds), seeds, linestyle="none", marker="o", markersize=2.5, color="black")
     ax.axhline(chance, color="black", linewidth=1, linestyle="--", label="guessing")
     ax.set_xticks(np.arange(len(languages)), languages)
-    ax.set_ylabel("accuracy (%), dots: seeds")
+    ax.set_ylabel(f"accuracy (%), dots: {dots}")
     ax.set_title(title)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)

@@ -43,6 +43,8 @@ class ReportInput:
     title: str = "Evaluation report"
     notes: Sequence[str] = ()
     """Sentences that a reader must know, such as that questions were sub-sampled."""
+    appendix: Sequence[str] = ()
+    """Lines of Markdown behind the tables."""
 
 
 def headline(dataset: str) -> str:
@@ -73,7 +75,7 @@ def build_report(report: ReportInput) -> dict[str, Any]:
     plain = _finite(content)
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     (report.output / "report.json").write_text(text, encoding="utf-8")
-    (report.output / "report.md").write_text(render(report.title, plain, images), encoding="utf-8")
+    (report.output / "report.md").write_text(render(report.title, plain, images, report.appendix), encoding="utf-8")
     return content
 
 
