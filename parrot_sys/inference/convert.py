@@ -27,7 +27,8 @@ the same tensors bit for bit.
 
   $ parrot convert --checkpoint runs/demo --output parrot-demo-hf
   $ parrot convert --checkpoint Parrot-7B --output parrot-7b-bf16 --dtype bfloat16
-  $ parrot convert --checkpoint Parrot-7B --output start --format megatron"""
+  $ parrot convert --checkpoint Parrot-7B --output start --format megatron
+  $ parrot convert --checkpoint runs/lora --output tuned --merge-lora"""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -42,6 +43,8 @@ class ConvertConfig:
     """`hf`: released layout, for other people's tools; `megatron`: a training checkpoint (weights, no optimizer)."""
     dtype: DtypeName | None = None
     """Type of the tensors; as they are in the checkpoint when not given."""
+    merge_lora: bool = False
+    """Make the updates of LoRA part of the weights, for programs that know no LoRA."""
     force: bool = False
     """Replace the output directory if it exists."""
 
@@ -70,11 +73,21 @@ def convert(config: ConvertConfig) -> None:
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise CheckpointError(f"output must lie outside the checkpoint {config.checkpoint}, got {config.output}")
     model, processor = load_pretrained(config.checkpoint, dtype=config.dtype)
+    if config.merge_lora:
+        _merge_lora(model)
     if config.format == "hf":
         save_pretrained(model, processor, config.output, dtype=config.dtype, overwrite=config.force)
         return
     with new_directory(config.output, overwrite=config.force) as target:
         _save_training_checkpoint(model, processor, target)
+
+
+def _merge_lora(model: ParrotForConditionalGeneration) -> None:
+    from parrot_sys.megatron.lora import merge_lora
+
+    if model.config.lora is None:
+        raise CheckpointError("merge-lora needs a checkpoint with LoRA, but this one has none: leave the option out")
+    merge_lora(model.model)
 
 
 def _save_training_checkpoint(

@@ -11,19 +11,36 @@ from torch import nn
 
 from parrot_sys.errors import ConfigError
 
-COMPONENTS = ("vision", "projector", "moe", "llm", "lora")
+COMPONENTS = (
+    "vision",
+    "projector",
+    "moe",
+    "llm",
+    "lora",
+    "visual_learners",
+    "textual_learners",
+    "resampler",
+    "cross_attention",
+)
 """Names of the parts in configurations."""
 
-_INSIDE = {".lora.": "lora"}
-_TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decoder": "llm"}
+_INSIDE = {
+    ".lora.": "lora",
+    ".visual_learner.": "visual_learners",
+    ".textual_learner.": "textual_learners",
+    ".learners.router.": "textual_learners",
+    ".gated_cross_attention.": "cross_attention",
+}
+_TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decoder": "llm", "resampler": "resampler"}
 
 
 def component_of(name: str) -> str:
-    """Part that a parameter of `ParrotModel` belongs to, by its name there (as `named_parameters` gives it)."""
+    """Part that a parameter of `ParrotModel` belongs to, by its name there (as `named_parameters` gives it); "" for
+    the name of anything else."""
     for mark, component in _INSIDE.items():
         if mark in name:
             return component
-    return _TOP[name.partition(".")[0]]
+    return _TOP.get(name.partition(".")[0], "")
 
 
 def component_parameters(model: nn.Module | Sequence[nn.Module]) -> dict[str, list[nn.Parameter]]:

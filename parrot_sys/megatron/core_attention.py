@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.column_attention import AttentionWatch, ColumnSum, with_columns
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.megatron.packed_attention import (
@@ -27,6 +28,7 @@ from parrot_sys.megatron.packed_attention import (
     supports_varlen,
     varlen_attention,
 )
+from parrot_sys.modules.rotary import rotate
 from parrot_sys.parallel import SharedPack, context_attention
 
 
@@ -53,29 +55,9 @@ class AttentionContext(PackedSeqParams):
     cached: CachedRows | None = None
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
     memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
-
-
-def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each row's rotation (RoPE, arXiv 2104.09864), computed in float32.
-
-    Args:
-        position_ids: int64 [T].
-        width: d, width of a head.
-        base: wave lengths are 2 pi base^(2 i / d).
-        dtype: of the result.
-
-    Returns:
-        Two tensors [T, 1, d / 2].
-    """
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
-    angles = position_ids.to(torch.float32)[:, None, None] * (1.0 / base**exponents)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of each head: rows [T, heads, d]; cos, sin [T, 1, d / 2]."""
-    first, second = rows.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    router: ColumnSum | None = None  # set by layers whose router reads their attention
+    watch: AttentionWatch | None = None  # looks at the attention of every layer
+    positions: Tensor | None = None  # [T] int64, place of each row in its sample
 
 
 def make_context(
@@ -87,6 +69,8 @@ def make_context(
     cache: KVCache | None = None,
     shared: SharedPack | None = None,
     memory: MemoryPlan | None = None,
+    positions: Tensor | None = None,
+    watch: AttentionWatch | None = None,
 ) -> AttentionContext:
     """Everything about a micro-batch that its attention layers share, computed once.
 
@@ -98,6 +82,8 @@ def make_context(
         cache: keys and values of earlier rows.
         shared: from `share_pack` under context parallelism.
         memory: for layers that read one, with the padded pack's rows of this rank.
+        positions: int64 [T], place of each row in its sample; for `ColumnSum` under context parallelism.
+        watch: looks at the attention of every layer.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
@@ -109,6 +95,8 @@ def make_context(
         rotary=rotary,
         shared=shared,
         memory=memory,
+        positions=positions,
+        watch=watch,
         cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
 
@@ -185,7 +173,19 @@ class CoreAttention(nn.Module):
         return self._packed(query, key, value, context).flatten(1).unsqueeze(1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        if context.watch is not None:
+            with torch.no_grad():
+                asked = ColumnSum(columns=context.watch.columns)
+                with_columns(query, key, value, context, asked, self.scale)
+                context.watch.take(self.layer_number, asked)
         cached = context.cached
+        if context.router is not None:
+            keys_values = (key, value)
+            if cached is not None:
+                keys_values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
+                if not cached.cache.max_length:
+                    keys_values = (key, value)
+            return with_columns(query, *keys_values, context, context.router, self.scale)
         if context.shared is not None:
             return context_attention(query, key, value, context.shared, scale=self.scale)
         if cached is not None:

@@ -1,6 +1,8 @@
-"""The Qwen2 decoder on Megatron-Core's `GPTModel`: packed rows in, per-label losses or logits of chosen rows out."""
+"""The decoder (Qwen2, LLaMA) on Megatron-Core's `GPTModel`: packed rows in; losses, or logits of chosen rows, out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,19 +25,25 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.backends import parallel_linear_layers
+from parrot_sys.megatron.column_attention import AttentionWatch
 from parrot_sys.megatron.compat import mlp_submodule
-from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.rotary import rotary_cos_sin
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, share_pack
 
@@ -107,7 +115,7 @@ class OutputHead(ColumnParallelLinear):
 
 
 class Qwen2Decoder(GPTModel):
-    """QKV bias, RMSNorm, SwiGLU, RoPE, grouped-query attention (Qwen2, arXiv 2407.10671) over packed samples.
+    """RMSNorm, SwiGLU, RoPE, grouped-query attention over packed samples (Qwen2, arXiv 2407.10671; LLaMA).
 
     `embed` looks word embeddings up; `forward` takes them with the visual rows already in place.
     """
@@ -121,13 +129,24 @@ class Qwen2Decoder(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        lora: LoRAConfig | None = None,
+        spec_of_layer: Callable[[int], ModuleSpec] = lambda _: layer_spec(),
     ) -> None:
+        """
+        Args:
+            llm: sizes and constants.
+            config: the same for Megatron.
+            pg_collection: process groups.
+            pre_process: this part has the embeddings.
+            post_process: this part has the LM head.
+            vp_stage: chunk number under the interleaved pipeline schedule.
+            spec_of_layer: spec of a layer by its number in the whole model, from 1.
+        """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(lora=lora) for _ in range(layers)], layer_norm=Norm
+                layer_specs=[spec_of_layer(first + i) for i in range(layers)], layer_norm=Norm
             ),
             vocab_size=llm.vocab_size,
             max_sequence_length=llm.max_position_embeddings,
@@ -140,7 +159,7 @@ class Qwen2Decoder(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.rope_base = llm.rope_base
+        self.llm = llm
         self._memory = MemoryMessage(config.hidden_size, pg_collection.tp, sequence_parallel=config.sequence_parallel)
         self._received: Tensor | None = None
         if post_process:
@@ -174,6 +193,7 @@ class Qwen2Decoder(GPTModel):
         split: RowSplit | None = None,
         memory: Tensor | None = None,
         memory_plan: MemoryPlan | None = None,
+        watch: AttentionWatch | None = None,
     ) -> Tensor:
         """Losses of the label rows, or logits when there are no targets.
 
@@ -192,6 +212,7 @@ class Qwen2Decoder(GPTModel):
             memory: [M, W] on the first pipeline stage, whole on each tensor-parallel rank; None on the others. Layers
                 get it as `context`.
             memory_plan: with a memory, on every stage; for the whole pack.
+            watch: looks at the attention of this rank's layers.
 
         Returns:
             float32 [L], or logits [rows, vocabulary], or what the next pipeline stage receives: hidden states
@@ -208,7 +229,7 @@ class Qwen2Decoder(GPTModel):
             max_seqlen = max(max_seqlen, padding)
         if memory_plan is not None:
             memory_plan = memory_plan.padded(padding)
-        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan, watch)
         hidden, message = self._inputs(embeddings, memory, memory_plan, padding, split)
         # (Layers may not change it: what they return in its place is not looked at.)
         memory = None if message is None or memory_plan is None else self._memory.unpack(message, memory_plan)
@@ -287,6 +308,7 @@ class Qwen2Decoder(GPTModel):
         cache: KVCache | None,
         split: RowSplit | None,
         memory: MemoryPlan | None,
+        watch: AttentionWatch | None,
     ) -> AttentionContext:
         """What all layers need to know about the padded pack; made once."""
         shared = None
@@ -295,9 +317,17 @@ class Qwen2Decoder(GPTModel):
             position_ids = split.take(position_ids, self.pg_collection.cp.rank())
             memory = None if memory is None else memory.taken(split, self.pg_collection.cp.rank())
         dtype = self.config.params_dtype
-        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
+        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.llm.rope_base, dtype, self.llm.rope_scaling)
         return make_context(
-            cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache, shared=shared, memory=memory
+            cu_seqlens,
+            max_seqlen,
+            dtype=dtype,
+            rotary=rotary,
+            cache=cache,
+            shared=shared,
+            memory=memory,
+            positions=position_ids,
+            watch=watch,
         )
 
     def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:

@@ -33,7 +33,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRA, LoRAConfig, interleave
 
 if TYPE_CHECKING:
@@ -232,13 +232,9 @@ class ParallelLoRA(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Each parameter with its place in the whole.
-
-        Raises:
-            CheckpointError: the update is merged into the layer's weight, so that loading would add it twice.
-        """
+        """Each parameter with its place in the whole; none while they are merged into the layer's weight."""
         if self.merged:
-            raise CheckpointError("LoRA is merged into the weights: call unmerge_lora before a checkpoint is saved")
+            return {}
         tensors = self.state_dict(keep_vars=True)
         cut = ".a" if self.row_parallel else ".b"
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(

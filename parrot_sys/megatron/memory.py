@@ -17,6 +17,7 @@ Under context parallelism each rank holds the whole memory and reads it with its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +42,7 @@ class MemoryPlan:
     width: int
     """W."""
     segments: Tensor
-    """int32 [T, K, 2]: first memory row that a row sees of each kind, and one past the last (equal: none)."""
+    """int32 [T, K, 2]: first memory row that a row sees of each kind, and one past the last (equal or less: none)."""
     active: Tensor
     """bool [T]: whether the row's sample has an image."""
     positions: Tensor | None = None
@@ -49,17 +50,18 @@ class MemoryPlan:
 
     def padded(self, padding: int) -> MemoryPlan:
         """The plan with `padding` rows more in the pack, which see nothing."""
-        if not padding:
-            return self
-        return replace(
-            self,
-            segments=F.pad(self.segments, (0, 0, 0, 0, 0, padding)),
-            active=F.pad(self.active, (0, padding)),
-        )
+        return self._changed(lambda rows: F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, padding))) if padding else self
 
     def taken(self, split: RowSplit, rank: int) -> MemoryPlan:
         """The plan for a context-parallel rank's rows of the padded pack."""
-        return replace(self, segments=split.take(self.segments, rank), active=split.take(self.active, rank))
+        return self._changed(lambda rows: split.take(rows, rank))
+
+    def per_row(self) -> tuple[str, ...]:
+        """Fields with an entry for each row of the pack."""
+        return ("segments", "active")
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> MemoryPlan:
+        return replace(self, **{name: change(getattr(self, name)) for name in self.per_row()})
 
 
 class MemoryMessage:

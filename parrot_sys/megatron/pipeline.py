@@ -48,7 +48,8 @@ def forward_logits(
         )
     device, dtype = batch.input_ids.device, model.config.params_dtype
     if not model.pre_process:
-        hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows), dtype=dtype, device=device)
+        plan = model.memory_plan(batch, kv_cache)
+        hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows, plan), dtype=dtype, device=device)
         dist.recv(hidden, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(hidden)
     output = model(batch, mode="logits", **inputs)

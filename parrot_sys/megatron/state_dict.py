@@ -24,13 +24,13 @@ from parrot_sys.models.hf_checkpoint import (
     VISION_MODEL,
     check_tensors,
     is_carried,
-    is_lora,
     is_passed_over,
     llm_maps,
     parrot_maps,
     tower_maps,
 )
 from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.models.vision import VisionConfig

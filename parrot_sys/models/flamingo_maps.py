@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from parrot_sys.models.flamingo import FlamingoConfig
+from parrot_sys.models.lora_maps import is_lora, lora_maps
 from parrot_sys.models.tensor_map import TensorMap, copied, norm_maps, pack_qkv, unpack_qkv
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
+from parrot_sys.modules.lora import LoRAConfig
 
 RESAMPLER_KEY = "perceiver."
 BLOCKS_KEY = "lang_encoder.gated_cross_attn_layers."
+_LORA_KEY = "lang_encoder.base_model.model.model.layers."
+"""Updates are named after the layers inside peft's wrapper, with `decoder_layer` or `gated_cross_attn_layer` behind."""
 
 
 def resampler_maps(config: FlamingoConfig, width: int, prefix: str = "resampler.") -> list[TensorMap]:
@@ -71,11 +77,49 @@ def block_maps(
     ]
 
 
-def flamingo_maps(config: FlamingoConfig, hidden_size: int, media_size: int, num_layers: int) -> list[TensorMap]:
-    """Resampler and gated blocks of a decoder of `num_layers` layers, in `ParrotModel`'s names."""
+def flamingo_maps(
+    config: FlamingoConfig, hidden_size: int, media_size: int, num_layers: int, lora: LoRAConfig | None = None
+) -> list[TensorMap]:
+    """Resampler, gated blocks and their updates, of a decoder of `num_layers` layers, in `ParrotModel`'s names."""
     maps = resampler_maps(config, media_size)
     for layer in range(num_layers):
         if config.has_block(layer + 1):
             ours = f"decoder.decoder.layers.{layer}.gated_cross_attention"
             maps += block_maps(config.cross_attention, hidden_size, media_size, ours, f"{BLOCKS_KEY}{layer}")
+            key = f"{_LORA_KEY}{layer}.gated_cross_attn_layer"
+            maps += _as_peft_holds(_block_lora_maps(config.cross_attention, hidden_size, media_size, ours, key, lora))
     return maps
+
+
+def as_in_multimodal_gpt(maps: Sequence[TensorMap]) -> list[TensorMap]:
+    """Maps of the decoder with its updates named as in MultiModal-GPT's checkpoints."""
+
+    def renamed(key: str) -> str:
+        if not is_lora(key):
+            return key
+        layer, _, rest = key.removeprefix("model.layers.").partition(".")
+        return f"{_LORA_KEY}{layer}.decoder_layer.{rest}"
+
+    return _as_peft_holds([replace(entry, keys=tuple(map(renamed, entry.keys))) for entry in maps])
+
+
+def _block_lora_maps(
+    config: GatedCrossAttentionConfig, hidden_size: int, media_size: int, ours: str, key: str, lora: LoRAConfig | None
+) -> list[TensorMap]:
+    inner, ffn = config.num_attention_heads * config.head_dim, hidden_size * config.ffn_multiplier
+    pack = partial(pack_keys_values, heads=config.num_attention_heads)
+    unpack = partial(unpack_keys_values, heads=config.num_attention_heads)
+    to_kv = {f"{key}.attn.to_kv": (2 * inner, media_size)}
+    return [
+        *lora_maps(lora, f"{ours}.attention.to_q", {f"{key}.attn.to_q": (inner, hidden_size)}),
+        *lora_maps(lora, f"{ours}.attention.to_kv", to_kv, pack=pack, unpack=unpack),
+        *lora_maps(lora, f"{ours}.attention.to_out", {f"{key}.attn.to_out": (hidden_size, inner)}),
+        *lora_maps(lora, f"{ours}.mlp.linear_fc1", {f"{key}.ff.1": (ffn, hidden_size)}),
+        *lora_maps(lora, f"{ours}.mlp.linear_fc2", {f"{key}.ff.3": (hidden_size, ffn)}),
+    ]
+
+
+def _as_peft_holds(maps: Sequence[TensorMap]) -> list[TensorMap]:
+    """Keys with the name of peft's one adapter, which the released checkpoints kept."""
+    endings = re.compile(r"\.(lora_[AB])\.weight$")
+    return [replace(each, keys=tuple(endings.sub(r".\1.default.weight", key) for key in each.keys)) for each in maps]

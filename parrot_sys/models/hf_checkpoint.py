@@ -16,11 +16,12 @@ import torch
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
 from parrot_sys.models.vision import VisionConfig
-from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -58,51 +59,6 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     if not config.tie_word_embeddings:
         maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
     return maps
-
-
-def lora_maps(lora: LoRAConfig | None, name: str, keys: Mapping[str, Shape], *, gated: bool = False) -> list[TensorMap]:
-    """Updates beside one linear layer of the model <-> peft's names beside the released layers.
-
-    Args:
-        lora: settings; no maps without.
-        name: of the linear layer in the model.
-        keys: released name of each projection in it (without `.weight`) -> (out, in).
-        gated: the rows of a projection are two halves, each cut by itself.
-    """
-    maps = []
-    for key, (rows, columns) in keys.items():
-        target = next((name for name in lora.targets if key.endswith(f".{name}")), None) if lora else None
-        if lora is None or target is None:
-            continue
-        ours = f"{name}.lora.projections.{target.replace('.', '_')}"
-        maps.append(_copy(f"{ours}.a", f"{key}.lora_A.weight", lora.rank, columns))
-        maps.append(
-            TensorMap(name=f"{ours}.b", keys=(f"{key}.lora_B.weight",), shapes=((rows, lora.rank),), gated=gated)
-        )
-    return maps
-
-
-def llm_lora_maps(config: LLMConfig, lora: LoRAConfig | None, prefix: str = "") -> list[TensorMap]:
-    """Updates of the decoder's linear layers."""
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    width = config.kv_channels * config.num_attention_heads
-    kv_width = config.kv_channels * config.num_query_groups
-    maps = []
-    for layer in range(config.num_layers):
-        ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
-        rows = {"q": width, "k": kv_width, "v": kv_width}
-        qkv = {f"{key}.self_attn.{part}_proj": (count, hidden) for part, count in rows.items()}
-        gate_up = {f"{key}.mlp.{part}_proj": (ffn, hidden) for part in ("gate", "up")}
-        maps += lora_maps(lora, f"{ours}.self_attention.linear_qkv", qkv)
-        maps += lora_maps(lora, f"{ours}.self_attention.linear_proj", {f"{key}.self_attn.o_proj": (hidden, width)})
-        maps += lora_maps(lora, f"{ours}.mlp.linear_fc1", gate_up)
-        maps += lora_maps(lora, f"{ours}.mlp.linear_fc2", {f"{key}.mlp.down_proj": (hidden, ffn)})
-    return maps
-
-
-def is_lora(key: str) -> bool:
-    """Whether a released tensor is part of an update."""
-    return key.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def num_layers_run(config: VisionConfig) -> int:
@@ -207,7 +163,12 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
     """ParrotModel <-> the released layout with the tower inside, or without any tower."""
     maps = llm_maps(config.llm, "decoder.") + llm_lora_maps(config.llm, config.lora, "decoder.")
-    maps += projector_maps(config)
+    if config.flamingo is None:
+        maps += projector_maps(config)
+    else:
+        maps = as_in_multimodal_gpt(maps) + flamingo_maps(
+            config.flamingo, config.llm.hidden_size, config.vision.hidden_size, config.llm.num_layers, config.lora
+        )
     if config.moe.num_experts:
         maps += moe_maps(config)
     if with_vision_tower:

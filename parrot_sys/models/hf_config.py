@@ -19,9 +19,12 @@ from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.projector import ProjectorConfig
+from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 MODEL_TYPE = "parrot_qwen2"
+MULTIMODAL_GPT = "multimodal_gpt"
+"""model_type of what `parrot convert` makes of MultiModal-GPT's files: LLaMA's config.json and, below `parrot_sys`, the rest."""
 OWN_KEY = "parrot_sys"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
@@ -71,17 +74,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
-    """Decoder configuration from the config.json of a Qwen2 or Parrot checkpoint.
+    """Decoder configuration from the config.json of a Qwen2 or LLaMA checkpoint, or of one with such a decoder.
 
     Raises:
-        ConfigError: a field is missing, or asks for something that the Qwen2 block here does not do.
+        ConfigError: a field is missing, or asks for something that the decoder here does not do.
     """
-    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), ("rope_scaling", None)):
+    is_llama = "llama" in hf.get("model_type", "")
+    unbiased = (("attention_bias", False), ("mlp_bias", False)) if is_llama else ()
+    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), *unbiased):
         if hf.get(name, wanted) != wanted:
             raise ConfigError(f"config.json: {name} must be {wanted!r} for this decoder, got {hf[name]!r}")
     rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json: rope_parameters.rope_type must be 'default', got {rope['rope_type']!r}")
     heads = _required(hf, "num_attention_heads")
     hidden_size = _required(hf, "hidden_size")
     head_dim = hf.get("head_dim")
@@ -94,10 +97,31 @@ def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
         ffn_hidden_size=_required(hf, "intermediate_size"),
         vocab_size=_required(hf, "vocab_size"),
         rope_base=float(hf["rope_theta"] if "rope_theta" in hf else rope.get("rope_theta", 10_000.0)),
+        rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
+        max_position_embeddings=hf.get("max_position_embeddings", 2_048 if is_llama else 32_768),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        # Qwen2 has these biases and no such setting, LLaMA has neither.
+        qkv_bias=hf.get("attention_bias", not is_llama),
     )
+
+
+_SCALING_FIELDS = {
+    "factor": "factor",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
+}
+"""Our setting -> the one in `rope_scaling` of config.json."""
+
+
+def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+    kind = hf.get("rope_type", hf.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"config.json: rope_scaling.rope_type must be 'default' or 'llama3', got {kind!r}")
+    return RopeScaling(**{ours: _required(hf, theirs) for ours, theirs in _SCALING_FIELDS.items()})
 
 
 def vision_config_from_hf(hf: Mapping[str, Any], *, path: str | None = None) -> VisionConfig:
@@ -148,8 +172,11 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
+    if hf.get("model_type", MODEL_TYPE) not in (MODEL_TYPE, MULTIMODAL_GPT):
+        raise ConfigError(
+            f"config.json: model_type must be {MODEL_TYPE!r} or {MULTIMODAL_GPT!r}, got {hf['model_type']!r}"
+        )
     for name, wanted in (
-        ("model_type", MODEL_TYPE),
         ("mm_vision_select_feature", "cls_patch"),
         ("mm_patch_merge_type", "flat"),
     ):
@@ -195,7 +222,7 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
 
 def _required(hf: Mapping[str, Any], name: str) -> Any:
     if name not in hf:
-        raise ConfigError(f"config.json: {name} is missing; a Qwen2 decoder needs it")
+        raise ConfigError(f"config.json: {name} is missing; the decoder needs it")
     return hf[name]
 
 

@@ -11,6 +11,7 @@ from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.wings import WingsConfig
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -25,6 +26,8 @@ class ParrotConfig:
     """Text-guided experts."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     """Decoder."""
+    wings: WingsConfig | None = None
+    """Wings: modality learners and routers inside the decoder's layers."""
     lora: LoRAConfig | None = None
     """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
@@ -37,6 +40,13 @@ class ParrotConfig:
     def __post_init__(self) -> None:
         if self.max_seq_len < 1:
             raise ConfigError(f"model.max_seq_len must be >= 1, got {self.max_seq_len}")
+        if self.moe.num_experts and self.vision.select_feature != "cls_patch":
+            raise ConfigError(
+                "model.moe needs model.vision.select_feature cls_patch, whose first row it routes by, got "
+                f"{self.vision.select_feature}: set that, or model.moe.num_experts 0"
+            )
+        if self.wings is not None:
+            self._check_wings(self.wings)
         if self.flamingo is not None:
             self._check_flamingo(self.flamingo)
 
@@ -45,11 +55,31 @@ class ParrotConfig:
         """Rows that an image takes among those of the text: those of the tower, or the image token alone."""
         return self.vision.num_visual_rows if self.flamingo is None else 1
 
+    def _check_wings(self, wings: WingsConfig) -> None:
+        llm = self.llm
+        if self.flamingo is not None:
+            raise ConfigError("model.wings and model.flamingo are two systems, got both: unset one")
+        if llm.kv_channels * llm.num_attention_heads != llm.hidden_size:
+            raise ConfigError(
+                "model.wings needs heads that fill the hidden size: model.llm.head_dim must be "
+                f"{llm.hidden_size / llm.num_attention_heads:g}, got {llm.kv_channels}"
+            )
+        if wings.layers is not None and not 0 <= wings.layers[0] <= wings.layers[-1] < llm.num_layers:
+            raise ConfigError(
+                f"model.wings.layers must be in 0 .. {llm.num_layers - 1} (model.llm.num_layers={llm.num_layers}), "
+                f"got {list(wings.layers)}"
+            )
+        if self.max_seq_len > wings.router_positions:
+            raise ConfigError(
+                f"model.max_seq_len must be <= model.wings.router_positions={wings.router_positions}, "
+                f"got {self.max_seq_len}"
+            )
+
     def _check_flamingo(self, flamingo: FlamingoConfig) -> None:
         if self.moe.num_experts:
             raise ConfigError(
-                f"model.moe.num_experts must be 0 with model.flamingo, got {self.moe.num_experts}: cross-attention reads "
-                "the image, no experts do"
+                f"model.moe.num_experts must be 0 with model.flamingo, got {self.moe.num_experts}: cross-attention "
+                "reads the image, no experts do"
             )
         if flamingo.image_token_id >= self.llm.vocab_size:
             raise ConfigError(

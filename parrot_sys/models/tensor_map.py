@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Pack = Callable[[Sequence[Tensor]], Tensor]
+"""Released tensors of one tensor of the model -> that tensor."""
+Unpack = Callable[[Tensor], Sequence[Tensor]]
+"""The reverse."""
 
 
-def _only(tensors: Sequence[Tensor]) -> Tensor:
+def only(tensors: Sequence[Tensor]) -> Tensor:
+    """The one tensor, as it is."""
     return tensors[0]
 
 
-def _alone(tensor: Tensor) -> list[Tensor]:
+def alone(tensor: Tensor) -> list[Tensor]:
+    """The reverse of `only`."""
     return [tensor]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kwonly=True, slots=True)
 class TensorMap:
     """One tensor of the model, whole (before any sharding), and the released tensors it is made of."""
 
@@ -29,9 +35,9 @@ class TensorMap:
     keys: tuple[str, ...]
     shapes: tuple[Shape, ...]
     """Shape of each released tensor."""
-    pack: Callable[[Sequence[Tensor]], Tensor] = _only
+    pack: Pack = only
     """Released tensors, in the order of `keys`, to the model's."""
-    unpack: Callable[[Tensor], Sequence[Tensor]] = _alone
+    unpack: Unpack = alone
     """The reverse."""
     gated: bool = False
     """The two halves of dimension 0 are sharded each by itself (SwiGLU's gate and up)."""

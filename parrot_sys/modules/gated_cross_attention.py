@@ -15,7 +15,7 @@ block as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,10 @@ class MediaSpans:
     def select(self, rows: Tensor) -> MediaSpans:
         """Those of some rows: int64 [T']."""
         return MediaSpans(**{name: getattr(self, name).index_select(0, rows) for name in ("start", "end", "active")})
+
+    def reading_nothing(self) -> MediaSpans:
+        """The same rows, reading no image."""
+        return replace(self, end=self.start)
 
 
 def media_spans(media_rows: Tensor, cu_seqlens: Tensor, num_rows: int, num_latents: int, rule: MediaRule) -> MediaSpans:

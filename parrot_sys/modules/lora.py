@@ -30,8 +30,8 @@ Target = Literal[
     "ff.1",
     "ff.3",
 ]
-"""Released names of the linear layers that can have LoRA: those of the decoder's attention (`q_proj` ...) and
-feed-forward (`gate_proj` ...), of MultiModal-GPT's gated cross-attention (`to_q` ...) and its feed-forward (`ff.1` ...)."""
+"""Released names of the linear layers that can have LoRA: in the decoder's attention (`q_proj` ...) and feed-forward
+(`gate_proj` ...), in MultiModal-GPT's gated cross-attention (`to_q` ...) and its feed-forward (`ff.1` ...)."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -13,6 +13,9 @@ from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
 
+_SECTIONS = {"lora": "lora", "resampler": "flamingo", "cross_attention": "flamingo"}
+"""Parts that only some models have -> the section of `model` that brings them."""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class OptimizerConfig:
@@ -44,6 +47,10 @@ class OptimizerConfig:
     """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
     lora_lr: float | None = None
     """Peak learning rate of LoRA, when it differs from `lr`."""
+    resampler_lr: float | None = None
+    """Peak learning rate of the resampler (`model.flamingo`), when it differs from `lr`."""
+    cross_attention_lr: float | None = None
+    """Peak learning rate of the gated blocks (`model.flamingo`), when it differs from `lr`."""
     distributed: bool = False
     """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
@@ -88,6 +95,10 @@ class TrainableConfig:
     """The decoder with embeddings, norms and LM head."""
     lora: bool = True
     """The low-rank updates of `model.lora`, when there are any."""
+    resampler: bool = True
+    """The resampler of `model.flamingo`, when there is one."""
+    cross_attention: bool = True
+    """The gated blocks of `model.flamingo`, when there are any."""
 
     def as_dict(self) -> dict[str, bool]:
         """Component -> whether it learns."""
@@ -280,10 +291,14 @@ class TrainConfig:
                 "optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts"
             )
         learns = {name for name, value in self.trainable.as_dict().items() if value}
-        if self.model.lora is None:
-            if self.optimizer.lora_lr is not None:
-                raise ConfigError("optimizer.lora_lr has no effect without LoRA: unset it, or set model.lora.rank")
-            learns.discard("lora")
+        for part, section in _SECTIONS.items():
+            if getattr(self.model, section) is None:
+                if getattr(self.optimizer, f"{part}_lr") is not None:
+                    raise ConfigError(
+                        f"optimizer.{part}_lr has no effect, because model.{section} is not set: unset it, or set "
+                        f"a setting of model.{section}"
+                    )
+                learns.discard(part)
         if not active and learns == {"moe"}:
             raise ConfigError(
                 f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
@@ -291,8 +306,8 @@ class TrainConfig:
             )
         if not learns:
             raise ConfigError(
-                "trainable.lora is the only part that learns, but the model has none: set model.lora.rank or train "
-                "another part"
+                "trainable names only parts that the model does not have (see model.lora and model.flamingo): set one "
+                "of them, or train another part"
             )
 
     def _check_component_lrs(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 
@@ -162,11 +163,14 @@ class FlopCounter:
         experts = moe.topk if moe.routing == "topk" else moe.num_experts
         self._moe_row = 6 * llm.hidden_size * moe.ffn_hidden_size * experts if use_moe else 0
         self._image = _tower_flops(model)
+        updates = llm_lora_maps(llm, model.lora)
+        self._lora_row = 2 * sum(math.prod(shape) for entry in updates for shape in entry.shapes)
         gradient = False
         self._passes = {}
-        for name in ("vision", "projector", "moe", "llm"):
-            self._passes[name] = 3 if trainable[name] else 2 if gradient else 1
-            gradient = gradient or trainable[name]
+        for name in ("vision", "projector", "moe", "lora", "llm"):  # LoRA begins in the first layer
+            learns = (name != "lora" or bool(updates)) and trainable[name]
+            self._passes[name] = 3 if learns else 2 if gradient else 1
+            gradient = gradient or learns
 
     def count(self, batch: PackedBatch) -> float:
         """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU.
@@ -176,12 +180,18 @@ class FlopCounter:
         lengths = batch.cu_seqlens.diff().double()
         rows = batch.num_images * self._visual_rows
         llm = batch.num_rows * self._llm_row + lengths.square().sum().item() * self._llm_pair
-        llm /= 1 if batch.context is None else batch.context.rows.size
+        llm /= _context_ranks(batch)
         flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
+        flops += self._passes["lora"] * batch.num_rows * self._lora_row / _context_ranks(batch)
         flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
         if batch.pixel_values is not None:
             flops += self._passes["vision"] * batch.num_images * self._image
         return flops
+
+
+def _context_ranks(batch: PackedBatch) -> int:
+    """Ranks that share the rows of a micro-batch."""
+    return 1 if batch.context is None else batch.context.rows.size
 
 
 def _tower_flops(model: ParrotConfig) -> float:

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.checkpointing import load_model_weights, save_distributed
 from parrot_sys.megatron.components import component_parameters, set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.lora import merge_lora, merged_lora, unmerge_lora
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, released_tensors
-from parrot_sys.models.hf_checkpoint import is_lora
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch, reference_logits
@@ -120,8 +121,6 @@ def test_merging_changes_nothing_but_rounding_and_is_undone_bit_for_bit(dtype: t
             assert error <= 2 * torch.finfo(dtype).eps * exact.abs().max(), name
         if dtype == torch.float32:  # in bf16 the merged weight itself is rounded
             torch.testing.assert_close(model(batch, mode="logits").logits, logits, rtol=1e-5, atol=1e-5)
-        with pytest.raises(CheckpointError, match="unmerge_lora"):
-            model.sharded_state_dict(metadata={"dp_cp_group": model.pg_collection.dp_cp})
     after = dict(released_tensors(model))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(model(batch, mode="logits").logits, logits)
@@ -163,6 +162,28 @@ def test_released_layout_keeps_updates_and_settings(tmp_path: Path) -> None:
     start = build_parrot_model(WITH, with_vision_tower=False)
     load_released(start, tmp_path / "merged")  # updates start at zero
     assert torch.equal(start(batch, mode="logits").logits, merged(batch, mode="logits").logits)
+
+
+def test_training_checkpoints_with_and_without(tmp_path: Path) -> None:
+    merged = _model()
+    merge_lora(merged)
+    for name, model in (("with", _model()), ("without", merged)):
+        (tmp_path / name).mkdir()
+        save_distributed(tmp_path / name, [model], None, {})
+    model, batch = _model(), make_batch(MIXED)
+    again = build_parrot_model(WITH, with_vision_tower=False)
+    load_model_weights(tmp_path / "with", [again])
+    expected = dict(released_tensors(model))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in released_tensors(again))
+
+    start = build_parrot_model(WITH, with_vision_tower=False)
+    load_model_weights(tmp_path / "without", [start])  # updates start at zero
+    plain = build_parrot_model(CONFIG, with_vision_tower=False)
+    load_model_weights(tmp_path / "without", [plain])
+    assert torch.equal(start(batch, mode="logits").logits, merged(batch, mode="logits").logits)
+    assert torch.equal(plain(batch, mode="logits").logits, merged(batch, mode="logits").logits)
+    with pytest.raises(CheckpointError, match=r"has LoRA, the model has none: set model\.lora"):
+        load_model_weights(tmp_path / "with", [plain])
 
 
 def test_dropout_thins_the_updates_inputs_in_training_only() -> None:

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
@@ -145,6 +146,17 @@ def test_flops_of_the_decoder_match_torchs_counter() -> None:
     assert FlopCounter(CONFIG, frozen, use_moe=True).count(batch) == expected
     assert FlopCounter(CONFIG, frozen | {"llm": True}, use_moe=True).count(batch) == 3 * expected
     assert FlopCounter(CONFIG, frozen | {"projector": True}, use_moe=True).count(batch) == 2 * expected
+
+
+def test_flops_of_lora_beside_a_frozen_decoder() -> None:
+    lora = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=3, targets=("q_proj", "down_proj")))
+    batch = make_batch((Sample(prompt=5, images=0, answer=2),))
+    frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
+    llm = FlopCounter(CONFIG, frozen, use_moe=True).count(batch)
+    size, ffn, layers = CONFIG.llm.hidden_size, CONFIG.llm.ffn_hidden_size, CONFIG.llm.num_layers
+    updates = 2 * 7 * layers * 3 * (2 * size + size + ffn)
+    assert FlopCounter(lora, frozen | {"lora": False}, use_moe=True).count(batch) == llm + updates
+    assert FlopCounter(lora, frozen | {"lora": True}, use_moe=True).count(batch) == 2 * llm + 3 * updates
 
 
 def test_flops_of_images_count_projector_experts_and_tower() -> None:
