@@ -120,7 +120,7 @@ def measure(predictor: ModelPredictor, items: Sequence[Item], batch_size: int, n
     batches: list[Tensor] = []
     for start in tqdm(range(0, len(items), batch_size), desc=f"attention {name}", unit="batch"):
         samples = predictor.samples(items[start : start + batch_size])
-        batch = pack_samples(samples, num_visual_rows=parrot.vision.num_visual_rows, guidance=parrot.moe.guidance).to(
+        batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance).to(
             predictor.lockstep.device
         )
         last_rows = batch.cu_seqlens[1:].long() - 1

@@ -26,7 +26,7 @@ def alone(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-@dataclass(frozen=True, kwonly=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorMap:
     """One tensor of the model, whole (before any sharding), and the released tensors it is made of."""
 
