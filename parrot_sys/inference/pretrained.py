@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,7 +13,7 @@ from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.templates import ANSWER_HEADER
-from parrot_sys.errors import CheckpointError
+from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
@@ -39,6 +40,7 @@ def load_pretrained(
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype | str | None = None,
     parallel: ParallelConfig | None = None,
+    compat: Literal["released"] | None = None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     """Model (in evaluation mode, vision tower frozen) and processor.
 
@@ -49,6 +51,8 @@ def load_pretrained(
         device: where the model goes; None takes the GPU if there is one.
         dtype: of the parameters (`"bfloat16"` or torch.bfloat16); None keeps that of the checkpoint.
         parallel: layout, when several processes load one model together.
+        compat: `released` computes as the system's public code does, where that differs from its paper (Wings:
+            docs/models.md); None follows the checkpoint's own settings, which are the paper's unless they say otherwise.
 
     Raises:
         CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
@@ -61,9 +65,11 @@ def load_pretrained(
         )
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
     target = platform.parse_device(device)
+    if compat not in (None, "released"):
+        raise ConfigError(f"compat must be None or 'released', got {compat!r}")
     if (training := find_training_checkpoint(directory)) is not None:
-        return _load_training(training, target, wanted, parallel)
-    return _load_released(directory, target, wanted, parallel)
+        return _load_training(training, target, wanted, parallel, compat)
+    return _load_released(directory, target, wanted, parallel, compat)
 
 
 def save_pretrained(
@@ -123,10 +129,22 @@ def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
     return config, widest
 
 
+def _as_released(config: ParrotConfig, compat: str | None) -> ParrotConfig:
+    """The configuration with the public code's rules, if they are asked for."""
+    if compat is None or config.wings is None:
+        return config
+    return replace(config, wings=replace(config.wings, rule="released"))
+
+
 def _load_released(
-    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    parallel: ParallelConfig | None,
+    compat: str | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
+    config = _as_released(config, compat)
     processor = ParrotProcessor.from_pretrained(directory)
     from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -142,9 +160,13 @@ def _load_released(
 
 
 def _load_training(
-    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    parallel: ParallelConfig | None,
+    compat: str | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
-    config = load_config(ParrotConfig, directory / MODEL_CONFIG)
+    config = _as_released(load_config(ParrotConfig, directory / MODEL_CONFIG), compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     from parrot_sys.megatron.checkpointing import load_model_weights
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -156,7 +178,9 @@ def _load_training(
     )
     load_model_weights(directory, [model])
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
-    model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
+    # The first stage keeps its experts (and routers) but goes past them.
+    model.use_moe = model.use_moe and bool(train.get("use_moe", True))
+    model.use_router = bool(train.get("use_router", True))
     return _ready(model, processor, directory / PROCESSOR), processor
 
 

@@ -219,6 +219,11 @@ class ParrotModel(MegatronModule):
             return ParrotOutput(losses=output, routing=routing)
         return ParrotOutput(logits=output, routing=routing)
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a KV cache can be used: the released rule of Wings lets earlier rows read later ones."""
+        return self.parrot.wings is None or self.parrot.wings.rule == "paper"
+
     def memory_plan(
         self, batch: PackedBatch, kv_cache: KVCache | None = None, router_weights: dict[int, Tensor] | None = None
     ) -> MemoryPlan | None:

@@ -22,6 +22,7 @@ from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -163,6 +164,8 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
     """ParrotModel <-> the released layout with the tower inside, or without any tower."""
     maps = llm_maps(config.llm, "decoder.") + llm_lora_maps(config.llm, config.lora, "decoder.")
+    if config.wings is not None:
+        maps += wings_maps(config.wings, config.llm, "decoder.")
     if config.flamingo is None:
         maps += projector_maps(config)
     else:

@@ -1,4 +1,4 @@
-"""config.json of the released Parrot layout (`model_type: parrot_qwen2`) <-> ParrotConfig.
+"""config.json of the released layouts (`model_type: parrot_qwen2`, `wings_qwen2`, `wings_llama`) <-> ParrotConfig.
 
 Field names follow the public code (AIDC-AI/Parrot, parrot/model). Settings that the released layout cannot express
 (routing `topk`, residual `paper`, ...) are kept leaf by leaf under the key `parrot_sys`, so that import after export
@@ -18,6 +18,7 @@ from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
@@ -172,16 +173,11 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
-    if hf.get("model_type", MODEL_TYPE) not in (MODEL_TYPE, MULTIMODAL_GPT):
-        raise ConfigError(
-            f"config.json: model_type must be {MODEL_TYPE!r} or {MULTIMODAL_GPT!r}, got {hf['model_type']!r}"
-        )
-    for name, wanted in (
-        ("mm_vision_select_feature", "cls_patch"),
-        ("mm_patch_merge_type", "flat"),
-    ):
-        if hf.get(name, wanted) != wanted:
-            raise ConfigError(f"config.json: {name} must be {wanted!r} for a Parrot checkpoint, got {hf[name]!r}")
+    kinds = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
+    if hf.get("model_type", MODEL_TYPE) not in kinds:
+        raise ConfigError(f"config.json: model_type must be one of {', '.join(kinds)}, got {hf['model_type']!r}")
+    if hf.get("mm_patch_merge_type", "flat") != "flat":
+        raise ConfigError(f"config.json: mm_patch_merge_type must be 'flat', got {hf['mm_patch_merge_type']!r}")
     if hf.get("tokenizer_padding_side", "right") != "right":
         raise ConfigError(
             f"config.json: tokenizer_padding_side must be 'right', got {hf['tokenizer_padding_side']!r}; "
@@ -189,12 +185,17 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         )
     own = hf.get(OWN_KEY, {})
     llm = llm_config_from_hf(hf)
+    vision, wings, limit = _vision(hf, directory, own.get("vision", {})), None, "tokenizer_model_max_length"
+    if hf.get("model_type") in WINGS_TYPES:
+        names, limit = tensor_names(directory), "tokenizer_max_length"
+        vision, wings = tower_as_stored(vision, names), wings_from_hf(hf, names, llm.num_layers)
     config = ParrotConfig(
-        vision=_vision(hf, directory, own.get("vision", {})),
+        vision=vision,
         projector=ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
         moe=_moe_from_hf(hf, llm.hidden_size),
         llm=llm,
-        max_seq_len=hf.get("tokenizer_model_max_length") or ParrotConfig().max_seq_len,
+        wings=wings,
+        max_seq_len=hf.get(limit) or ParrotConfig().max_seq_len,
     )
     return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)
 
@@ -262,11 +263,14 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
         "tokenizer_model_max_length": config.max_seq_len,
         "mm_hidden_size": config.vision.hidden_size,
         "mm_projector_type": config.projector.type,
-        "mm_vision_select_feature": "cls_patch",
+        "mm_vision_select_feature": config.vision.select_feature,
         "mm_vision_select_layer": config.vision.select_layer,
         "use_mm_proj": True,
         "use_moe": moe.num_experts > 0,
     }
+    if config.wings is not None:
+        del fields["tokenizer_model_max_length"], fields["use_moe"]
+        fields |= wings_fields(config.wings, llm, config.rows_per_image, config.max_seq_len)
     if llm.head_dim is not None:
         fields["head_dim"] = llm.head_dim
     if moe.num_experts:
@@ -284,6 +288,7 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
 
 def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> VisionConfig:
     select_layer = hf.get("mm_vision_select_layer", VisionConfig().select_layer)
+    select_feature = hf.get("mm_vision_select_feature", "patch" if hf.get("model_type") in WINGS_TYPES else "cls_patch")
     name = hf.get("mm_vision_tower") or ""
     tower = find_tower_directory(hf, directory)
     if tower is not None:
@@ -299,7 +304,11 @@ def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> V
             f"into {directory / EXPORTED_TOWER}"
         )
     base = _apply(base, own, f"{OWN_KEY}.vision")
-    return dataclasses.replace(base, select_layer=own.get("select_layer", select_layer))
+    return dataclasses.replace(
+        base,
+        select_layer=own.get("select_layer", select_layer),
+        select_feature=own.get("select_feature", select_feature),
+    )
 
 
 def _leaves(config: Any) -> dict[str, Any]:
