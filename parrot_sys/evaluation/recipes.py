@@ -201,6 +201,23 @@ def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:
     return pipeline.step(name, run, after=[model])
 
 
+def bare_decoder(pipeline: Pipeline, model: Step, data: Step, *, name: str) -> Step:
+    """The decoder of a model as a checkpoint of its own, laid out like the one that the data set brings.
+
+    Models of any system can then start from the same decoder, bit for bit, their other parts from initial weights.
+    """
+
+    def run(folder: Path) -> None:
+        target = released_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(data.folder / "decoder", target)
+        trained = load_file(released(model) / "model.safetensors")
+        held = load_file(target / "model.safetensors")
+        save_file({key: trained[key] for key in held}, target / "model.safetensors", metadata={"format": "pt"})
+
+    return pipeline.step(name, run, after=[model, data])
+
+
 def strip_experts(folder: Path) -> None:
     """Removes router and experts from a checkpoint in the released layout.
 

@@ -13,7 +13,13 @@ from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
 
-_SECTIONS = {"lora": "lora", "resampler": "flamingo", "cross_attention": "flamingo"}
+_SECTIONS = {
+    "lora": "lora",
+    "visual_learners": "wings",
+    "textual_learners": "wings",
+    "resampler": "flamingo",
+    "cross_attention": "flamingo",
+}
 """Parts that only some models have -> the section of `model` that brings them."""
 
 
@@ -47,6 +53,10 @@ class OptimizerConfig:
     """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
     lora_lr: float | None = None
     """Peak learning rate of LoRA, when it differs from `lr`."""
+    visual_learners_lr: float | None = None
+    """Peak learning rate of the visual learners (`model.wings`), when it differs from `lr`."""
+    textual_learners_lr: float | None = None
+    """Peak learning rate of textual learners and routers (`model.wings`), when it differs from `lr`."""
     resampler_lr: float | None = None
     """Peak learning rate of the resampler (`model.flamingo`), when it differs from `lr`."""
     cross_attention_lr: float | None = None
@@ -95,6 +105,10 @@ class TrainableConfig:
     """The decoder with embeddings, norms and LM head."""
     lora: bool = True
     """The low-rank updates of `model.lora`, when there are any."""
+    visual_learners: bool = True
+    """The visual learners of `model.wings`, when there are any."""
+    textual_learners: bool = True
+    """The textual learners and routers of `model.wings`, when there are any."""
     resampler: bool = True
     """The resampler of `model.flamingo`, when there is one."""
     cross_attention: bool = True
@@ -237,6 +251,8 @@ class TrainConfig:
     """Metrics and progress."""
     use_moe: bool = True
     """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
+    use_router: bool = True
+    """False leaves out routers and textual learners: visual ones add what they read as it is (Wings' first stage)."""
     global_batch_size: int = 128
     """Samples of a step over all ranks and micro-batches."""
     epochs: float = 1.0
@@ -299,6 +315,11 @@ class TrainConfig:
                         f"a setting of model.{section}"
                     )
                 learns.discard(part)
+        if not self.use_router and (self.model.wings is None or self.trainable.textual_learners):
+            raise ConfigError(
+                "use_router false leaves out the textual learners of model.wings: set model.wings and "
+                "trainable.textual_learners false, or leave use_router unset"
+            )
         if not active and learns == {"moe"}:
             raise ConfigError(
                 f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
@@ -306,8 +327,8 @@ class TrainConfig:
             )
         if not learns:
             raise ConfigError(
-                "trainable names only parts that the model does not have (see model.lora and model.flamingo): set one "
-                "of them, or train another part"
+                "trainable names only parts that the model does not have (see model.lora, model.wings and model.flamingo): "
+                "set one of them, or train another part"
             )
 
     def _check_component_lrs(self) -> None:

@@ -143,6 +143,7 @@ class Trainer:
                     load_tower(tower, config.model.vision, rank=group.rank(), size=group.size())
             set_trainable(model, self._trainable())
             model.use_moe = self._uses_moe()
+            model.use_router = config.use_router
             model.train()
             if tower is not None and not config.trainable.vision:
                 tower.eval()  # batch statistics of a frozen tower stay as they are
