@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,15 @@ PARROT = System(
     stages=(PRETRAIN, ALIGN, INSTRUCT),
     routings=("model", "off", "other-language"),
 )
-SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT,)}
+PLAIN = System(name="plain", title="Plain", model="plain_tiny_cpu", stages=(PRETRAIN, ALIGN, INSTRUCT))
+"""The same model with a projector alone, which experiments compare with; no system of its own."""
+WINGS = System(
+    name="wings",
+    title="Wings",
+    model="wings_tiny_cpu",
+    stages=(PRETRAIN, replace(ALIGN, preset="tiny_wings_align"), replace(INSTRUCT, preset="tiny_wings_instruct")),
+)
+SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS)}
 
 
 QUICK_DATA = (

@@ -9,7 +9,7 @@ from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.evaluation import recipes
 from parrot_sys.evaluation.experiment import Experiment, Run, Variant
 from parrot_sys.evaluation.pipeline import Step
-from parrot_sys.evaluation.recipes import ALIGN, INSTRUCT, PARROT, PRETRAIN, Stage
+from parrot_sys.evaluation.recipes import ALIGN, INSTRUCT, PARROT, PLAIN, PRETRAIN, WINGS, Stage, System
 from parrot_sys.training.writer import read_metrics
 
 _OTHERS = tuple(language for language in LANGUAGES if language != "en")
@@ -72,5 +72,74 @@ EXPERTS = Experiment(
     ),
     file="experiment.json",
 )
-EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS}
+_FORGETTING_STEPS = 300
+"""Steps of the instruction stage; an epoch has 1,260."""
+_DIALOGUES = 30
+"""Dialogues of each type and language."""
+
+
+def run_text(run: Run) -> Step:
+    """The decoder that all variants start from, before it sees a picture."""
+    return recipes.evaluate_dialogues(
+        run.pipeline, PLAIN, _text_model(run), run.data, name="text-dialogues", limit=_DIALOGUES
+    )
+
+
+def run_forgetting(run: Run, *, system: System, kind: str, rates: tuple[str, ...] = ()) -> Step:
+    """Alignment and instruction of one system from the shared decoder."""
+    decoder = recipes.bare_decoder(run.pipeline, _text_model(run), run.data, name="decoder")
+    _, align, instruct = system.stages
+    name = run.name(f"align-{system.name}")
+    aligned = recipes.train(run.pipeline, system, align, run.data, decoder, name=name, flags=run.seeded)
+    flags = ["--max-steps", str(_FORGETTING_STEPS), *rates, *run.seeded]
+    name = run.name(f"instruct-{kind}")
+    model = recipes.train(run.pipeline, system, instruct, run.data, aligned, name=name, flags=flags)
+    name = run.name(f"dialogues-{kind}")
+    return recipes.evaluate_dialogues(run.pipeline, system, model, run.data, name=name, limit=_DIALOGUES)
+
+
+def _text_model(run: Run) -> Step:
+    flags = ["--checkpoint.keep-last", "1", *run.flags]
+    return recipes.train(run.pipeline, PLAIN, PRETRAIN, run.data, name="pretrain", flags=flags)
+
+
+_SLOW = ("--optimizer.llm-lr", "2e-4", "--optimizer.min-lr", "2e-5")
+"""Rates of the decoder in `tiny_wings_instruct`."""
+FORGETTING = Experiment(
+    title="What visual tuning costs in questions about text, and what the learners of Wings keep",
+    about=(
+        "All variants and seeds start from one text-pretrained decoder, bit for bit, and see the same conversations, of "
+        f"which 7 % have no picture: one epoch of alignment, then {_FORGETTING_STEPS} steps of instruction. The parts are the "
+        "six types of dialogue (T a turn about words, V about a picture, the last one counts), options hidden. As in the "
+        "released scripts, the decoder of Wings learns at a tenth of the rate of the plain model; the plain model at that "
+        "rate shows what the rate alone does."
+    ),
+    variants=(
+        Variant(name="text decoder", description="before it sees a picture", evaluate=run_text),
+        Variant(
+            name="plain",
+            description="projector, then projector and decoder",
+            evaluate=partial(run_forgetting, system=PLAIN, kind="plain"),
+        ),
+        Variant(
+            name="plain, slow decoder",
+            description="the same, the decoder at a tenth of the rate",
+            evaluate=partial(run_forgetting, system=PLAIN, kind="plain-slow", rates=_SLOW),
+        ),
+        Variant(
+            name="Wings",
+            description="projector and visual learners, then everything, the decoder at a tenth of the rate",
+            evaluate=partial(run_forgetting, system=WINGS, kind="wings"),
+        ),
+    ),
+    comparisons=(
+        ("plain - text decoder", "plain", "text decoder"),
+        ("plain, slow decoder - text decoder", "plain, slow decoder", "text decoder"),
+        ("Wings - text decoder", "Wings", "text decoder"),
+        ("Wings - plain", "Wings", "plain"),
+        ("Wings - plain, slow decoder", "Wings", "plain, slow decoder"),
+    ),
+    file="forgetting.json",
+)
+EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS, "wings": FORGETTING}
 """System -> its experiment."""
