@@ -52,9 +52,9 @@ def _parrot(name: str, description: str, mix: str, *, experts: bool) -> Variant:
 EXPERTS = Experiment(
     title="What the experts and the language mix do",
     about=(
-        "Per seed, all variants share the text-pretrained decoder, and variants of one mix share the aligned projector, "
-        "bit for bit; with and without experts differ in the instruction stage only. All take the same number of steps "
-        "per stage. The variants without experts have fewer parameters."
+        "Per seed, all variants share the text-pretrained decoder, and variants of one mix share the aligned "
+        "projector, bit for bit; with and without experts differ in the instruction stage only. All take the same "
+        "number of steps per stage. The variants without experts have fewer parameters."
     ),
     # (The balanced mix sets the number of steps, so it comes first.)
     variants=(
@@ -108,11 +108,11 @@ _SLOW = ("--optimizer.llm-lr", "2e-4", "--optimizer.min-lr", "2e-5")
 FORGETTING = Experiment(
     title="What visual tuning costs in questions about text, and what the learners of Wings keep",
     about=(
-        "All variants and seeds start from one text-pretrained decoder, bit for bit, and see the same conversations, of "
-        f"which 7 % have no picture: one epoch of alignment, then {_FORGETTING_STEPS} steps of instruction. The parts are the "
-        "six types of dialogue (T a turn about words, V about a picture, the last one counts), options hidden. As in the "
-        "released scripts, the decoder of Wings learns at a tenth of the rate of the plain model; the plain model at that "
-        "rate shows what the rate alone does."
+        "All variants and seeds start from one text-pretrained decoder, bit for bit, and see the same conversations, "
+        f"of which 7 % have no picture: one epoch of alignment, then {_FORGETTING_STEPS} steps of instruction. The "
+        "parts are the six types of dialogue (T a turn about words, V about a picture, the last one counts), options "
+        "hidden. As in the released scripts, the decoder of Wings learns at a tenth of the rate of the plain model; "
+        "the plain model at that rate shows what the rate alone does."
     ),
     variants=(
         Variant(name="text decoder", description="before it sees a picture", evaluate=run_text),
