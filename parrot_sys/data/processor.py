@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.images import ImageProcessor, ImageSource
 from parrot_sys.data.templates import Segment, render_conversation
-from parrot_sys.data.tokenization import encode_conversations, load_tokenizer
+from parrot_sys.data.tokenization import MissingTokenizer, encode_conversations, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -45,7 +45,8 @@ class ParrotProcessor:
             ConfigError: the preprocessing is of a kind that is not supported.
         """
         directory = Path(path)
-        return cls(load_tokenizer(directory), _load_image_processor(directory))
+        tokenizer: Any = load_tokenizer(directory) if _needs_tokenizer(directory) else MissingTokenizer(directory)
+        return cls(tokenizer, _load_image_processor(directory))
 
     @classmethod
     def for_tower(cls, tokenizer_path: str | Path, tower: str, image_size: int) -> ParrotProcessor:
@@ -108,6 +109,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def _needs_tokenizer(directory: Path) -> bool:
+    """A MultiModal-GPT may have been put together without one; for other models that is an error."""
+    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    return has_tokenizer(directory) or config.get("model_type") != "multimodal_gpt"
 
 
 def _load_image_processor(directory: Path) -> ImageProcessor:

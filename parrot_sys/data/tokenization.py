@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from parrot_sys.data.constants import IGNORE_ID, IM_END, IM_START, IMAGE_TOKEN, IMAGE_TOKEN_ID, PAD_TOKEN
 from parrot_sys.data.templates import ANSWER_HEADER, Segment
@@ -40,6 +40,54 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             raise CheckpointError(f"tokenizer: {path} must have the special token {token}, got {len(got)} ids for it")
     tokenizer.pad_token = PAD_TOKEN
     tokenizer.eos_token = IM_END
+    return tokenizer
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a directory holds a tokenizer of any kind."""
+    return any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+class MissingTokenizer:
+    """Stands for the tokenizer of a checkpoint that has none: ids and images still work, text is an error."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.__dict__["_directory"] = directory
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CheckpointError(
+            f"{self.__dict__['_directory']} holds no tokenizer, which text needs: give --llm a directory with LLaMA's "
+            "tokenizer (tokenizer.json or tokenizer.model) and convert again"
+        )
+
+
+def with_flamingo_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase | None:
+    """LLaMA's tokenizer with OpenFlamingo's tokens (and `<PAD>`, if it has no padding) behind its own.
+
+    Args:
+        path: directory; the result is None when it holds no tokenizer.
+        tokens: in the order of their ids.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    if not has_tokenizer(path):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, config=PreTrainedConfig()
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"tokenizer: {path} holds none that can be read: {error}") from error
+    # (As the released code adds them: first these, then the padding.)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     return tokenizer
 
 

@@ -255,6 +255,10 @@ class ParrotForConditionalGeneration(nn.Module):
         images: Images,
         labels: Tensor | None = None,
     ) -> list[Sample]:
+        if self.config.flamingo is not None:
+            # Its image token is a token of the vocabulary; here every model's images have the same mark.
+            marker = self.config.flamingo.image_token_id
+            input_ids = torch.where(input_ids == marker, IMAGE_TOKEN_ID, input_ids)
         samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
         size = self.config.llm.vocab_size
         for index, sample in enumerate(samples):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +12,10 @@ from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.templates import ANSWER_HEADER
-from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.data.tokenization import MissingTokenizer
+from parrot_sys.errors import CheckpointError
 from parrot_sys.models.hf_config import config_from_hf, read_json
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.parrot import Compat, ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def load_pretrained(
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype | str | None = None,
     parallel: ParallelConfig | None = None,
-    compat: Literal["released"] | None = None,
+    compat: Compat | None = None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     """Model (in evaluation mode, vision tower frozen) and processor.
 
@@ -51,8 +51,8 @@ def load_pretrained(
         device: where the model goes; None takes the GPU if there is one.
         dtype: of the parameters (`"bfloat16"` or torch.bfloat16); None keeps that of the checkpoint.
         parallel: layout, when several processes load one model together.
-        compat: `released` computes as the system's public code does, where that differs from its paper (Wings:
-            docs/models.md); None follows the checkpoint's own settings, which are the paper's unless they say otherwise.
+        compat: whose rules the model follows where the public code does not do what the paper says; None: as the
+            checkpoint says. See `ParrotConfig.following`.
 
     Raises:
         CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
@@ -65,8 +65,6 @@ def load_pretrained(
         )
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
     target = platform.parse_device(device)
-    if compat not in (None, "released"):
-        raise ConfigError(f"compat must be None or 'released', got {compat!r}")
     if (training := find_training_checkpoint(directory)) is not None:
         return _load_training(training, target, wanted, parallel, compat)
     return _load_released(directory, target, wanted, parallel, compat)
@@ -129,22 +127,15 @@ def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
     return config, widest
 
 
-def _as_released(config: ParrotConfig, compat: str | None) -> ParrotConfig:
-    """The configuration with the public code's rules, if they are asked for."""
-    if compat is None or config.wings is None:
-        return config
-    return replace(config, wings=replace(config.wings, rule="released"))
-
-
 def _load_released(
     directory: Path,
     device: torch.device,
     dtype: torch.dtype | None,
     parallel: ParallelConfig | None,
-    compat: str | None,
+    compat: Compat | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
-    config = _as_released(config, compat)
+    config = config.following(compat)
     processor = ParrotProcessor.from_pretrained(directory)
     from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -164,9 +155,9 @@ def _load_training(
     device: torch.device,
     dtype: torch.dtype | None,
     parallel: ParallelConfig | None,
-    compat: str | None,
+    compat: Compat | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
-    config = _as_released(load_config(ParrotConfig, directory / MODEL_CONFIG), compat)
+    config = load_config(ParrotConfig, directory / MODEL_CONFIG).following(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     from parrot_sys.megatron.checkpointing import load_model_weights
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -200,7 +191,9 @@ def _ready(
     if model.vision_tower is not None:
         model.vision_tower.requires_grad_(False)
     eos, pad = _special_tokens(directory, processor)
-    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+    # (Only text that guides the experts ends where an answer begins.)
+    guided = model.parrot.moe.num_experts > 0
+    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False) if guided else []
     wrapper = ParrotForConditionalGeneration(
         model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source
     )
@@ -212,6 +205,8 @@ def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[i
     path = directory / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.is_file() else None
     ends = [named] if isinstance(named, int) else list(named or [])
+    if isinstance(processor.tokenizer, MissingTokenizer):
+        return ends, read_json(directory / "config.json").get("pad_token_id")
     if (own := processor.tokenizer.eos_token_id) is not None and own not in ends:
         ends.append(own)
     return ends, processor.tokenizer.pad_token_id

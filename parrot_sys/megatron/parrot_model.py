@@ -299,8 +299,7 @@ class ParrotModel(MegatronModule):
         embeddings = self.decoder.embed(torch.where(ids < 0, flamingo.image_token_id, ids))
         if plan.rows == 0 and not torch.is_grad_enabled():
             return embeddings, None
-        features = self.image_features(batch)[:, 1:]  # without the CLS row
-        latents = self.resampler(features)  # [n, L, C]
+        latents = self.resampler(self.image_features(batch))  # [n, L, C]
         if batch.context is not None:
             latents = all_gather_rows(latents, batch.context.image_counts, self.pg_collection.cp)
         if plan.rows == 0:

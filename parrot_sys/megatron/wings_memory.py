@@ -196,8 +196,8 @@ def _released(batch: PackedBatch, wings: WingsConfig, rows_per_image: int, commo
     The text of a sample is a list without the system prompt and the image, and row i of the sample sees its first i + 1
     entries, whatever their positions. Samples are padded to the longest, and the padding is in the list. Every row sees
     the whole image. The blend is added twice. A text-only sample among samples with images gets an all-zero image,
-    whose blend is added once, and makes lists as long as the padded samples: the last entry is repeated, and as many rows at
-    the end of a sample with an image see all entries alike.
+    whose blend is added once, and makes all lists as long as the padded samples: the last entry is repeated, and as
+    many rows at the end of a sample with an image see all entries alike.
     """
     counts = None if batch.context is None else sum(batch.context.image_counts)
     num_images, samples, longest = counts or batch.num_images, batch.num_samples, batch.max_seqlen

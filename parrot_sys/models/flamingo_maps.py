@@ -18,7 +18,7 @@ from parrot_sys.modules.lora import LoRAConfig
 
 RESAMPLER_KEY = "perceiver."
 BLOCKS_KEY = "lang_encoder.gated_cross_attn_layers."
-_LORA_KEY = "lang_encoder.base_model.model.model.layers."
+LORA_KEY = "lang_encoder.base_model.model.model.layers."
 """Updates are named after the layers inside peft's wrapper, with `decoder_layer` or `gated_cross_attn_layer` behind."""
 
 
@@ -86,7 +86,7 @@ def flamingo_maps(
         if config.has_block(layer + 1):
             ours = f"decoder.decoder.layers.{layer}.gated_cross_attention"
             maps += block_maps(config.cross_attention, hidden_size, media_size, ours, f"{BLOCKS_KEY}{layer}")
-            key = f"{_LORA_KEY}{layer}.gated_cross_attn_layer"
+            key = f"{LORA_KEY}{layer}.gated_cross_attn_layer"
             maps += _as_peft_holds(_block_lora_maps(config.cross_attention, hidden_size, media_size, ours, key, lora))
     return maps
 
@@ -98,7 +98,7 @@ def as_in_multimodal_gpt(maps: Sequence[TensorMap]) -> list[TensorMap]:
         if not is_lora(key):
             return key
         layer, _, rest = key.removeprefix("model.layers.").partition(".")
-        return f"{_LORA_KEY}{layer}.decoder_layer.{rest}"
+        return f"{LORA_KEY}{layer}.decoder_layer.{rest}"
 
     return _as_peft_holds([replace(entry, keys=tuple(map(renamed, entry.keys))) for entry in maps])
 

@@ -25,7 +25,8 @@ from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 MODEL_TYPE = "parrot_qwen2"
 MULTIMODAL_GPT = "multimodal_gpt"
-"""model_type of what `parrot convert` makes of MultiModal-GPT's files: LLaMA's config.json and, below `parrot_sys`, the rest."""
+"""model_type of MultiModal-GPT as `parrot convert` puts it together: LLaMA's config.json, its own parts below
+`parrot_sys`."""
 OWN_KEY = "parrot_sys"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
@@ -184,6 +185,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
             "logits of a batch are padded on the right here"
         )
     own = hf.get(OWN_KEY, {})
+    flamingo = hf.get("model_type") == MULTIMODAL_GPT
     llm = llm_config_from_hf(hf)
     vision, wings, limit = _vision(hf, directory, own.get("vision", {})), None, "tokenizer_model_max_length"
     if hf.get("model_type") in WINGS_TYPES:
@@ -191,7 +193,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         vision, wings = tower_as_stored(vision, names), wings_from_hf(hf, names, llm.num_layers)
     config = ParrotConfig(
         vision=vision,
-        projector=ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
+        projector=ProjectorConfig() if flamingo else ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
         moe=_moe_from_hf(hf, llm.hidden_size),
         llm=llm,
         wings=wings,
@@ -205,7 +207,7 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
 
     `original`, the config.json the model came from, keeps its order and every field that ParrotConfig does not know.
     """
-    hf = dict(_NEW_CHECKPOINT if original is None else original)
+    hf = dict((_NEW_CHECKPOINT if config.flamingo is None else {}) if original is None else original)
     hf.pop(OWN_KEY, None)
     for name, value in _hf_fields(config).items():
         if name not in hf or hf[name] != value:
@@ -247,8 +249,8 @@ def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig
 def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
     llm, moe = config.llm, config.moe
     fields: dict[str, Any] = {
-        "architectures": ["ParrotQwen2ForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": ["ParrotQwen2ForCausalLM" if config.flamingo is None else "MultimodalGPT"],
+        "model_type": MODEL_TYPE if config.flamingo is None else MULTIMODAL_GPT,
         "hidden_act": "silu",
         "hidden_size": llm.hidden_size,
         "num_hidden_layers": llm.num_layers,
@@ -261,16 +263,22 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
         "max_position_embeddings": llm.max_position_embeddings,
         "tie_word_embeddings": llm.tie_word_embeddings,
         "tokenizer_model_max_length": config.max_seq_len,
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_projector_type": config.projector.type,
-        "mm_vision_select_feature": config.vision.select_feature,
         "mm_vision_select_layer": config.vision.select_layer,
-        "use_mm_proj": True,
-        "use_moe": moe.num_experts > 0,
     }
+    if config.flamingo is None:
+        fields |= {
+            "mm_hidden_size": config.vision.hidden_size,
+            "mm_projector_type": config.projector.type,
+            "mm_vision_select_feature": config.vision.select_feature,
+            "use_mm_proj": True,
+        }
+    else:
+        fields["attention_bias"] = llm.qkv_bias
     if config.wings is not None:
-        del fields["tokenizer_model_max_length"], fields["use_moe"]
+        del fields["tokenizer_model_max_length"]
         fields |= wings_fields(config.wings, llm, config.rows_per_image, config.max_seq_len)
+    elif config.flamingo is None:
+        fields["use_moe"] = moe.num_experts > 0
     if llm.head_dim is not None:
         fields["head_dim"] = llm.head_dim
     if moe.num_experts:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.gated_cross_attention import MediaRule
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
+
+Compat = Literal["released", "paper"]
+"""Whose rules a model follows where the public code does not do what the paper says."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -54,6 +59,24 @@ class ParrotConfig:
     def rows_per_image(self) -> int:
         """Rows that an image takes among those of the text: those of the tower, or the image token alone."""
         return self.vision.num_visual_rows if self.flamingo is None else 1
+
+    def following(self, compat: Compat | None) -> ParrotConfig:
+        """The same model with the rules of the public code (`released`) or of the paper; as it is for None.
+
+        Changes what both do differently with the same weights: which image a row reads (MultiModal-GPT), what the
+        learners see and how their blend is added (Wings).
+
+        Raises:
+            ConfigError: there are no such rules.
+        """
+        if compat not in (None, *get_args(Compat)):
+            raise ConfigError(f"compat must be None or one of {', '.join(get_args(Compat))}, got {compat!r}")
+        if compat is not None and self.wings is not None:
+            return replace(self, wings=replace(self.wings, rule=compat))
+        if compat is None or self.flamingo is None:
+            return self
+        rule: MediaRule = "next" if compat == "released" else "previous"
+        return replace(self, flamingo=replace(self.flamingo, media_rule=rule))
 
     def _check_wings(self, wings: WingsConfig) -> None:
         llm = self.llm

@@ -131,6 +131,9 @@ class PlanConfig:
                 "model.lora has no formulas in parrot plan: unset it (model.lora: null); a plan with trainable.llm "
                 "true bounds the memory of LoRA from above"
             )
+        for name in ("wings", "flamingo"):
+            if getattr(self.model, name) is not None:
+                raise ConfigError(f"model.{name} has no formulas in parrot plan: unset it (model.{name}: null)")
         if self.model.vision.type == "efficientnet_lite0" and self.trainable.vision:
             raise ConfigError(
                 "vision.type efficientnet_lite0 can be planned with a frozen tower only, got trainable.vision=true: "

@@ -108,7 +108,7 @@ class TrainableConfig:
     visual_learners: bool = True
     """The visual learners of `model.wings`, when there are any."""
     textual_learners: bool = True
-    """The textual learners and routers of `model.wings`, when there are any."""
+    """The textual learners and the routers of `model.wings`, when there are any."""
     resampler: bool = True
     """The resampler of `model.flamingo`, when there is one."""
     cross_attention: bool = True
@@ -252,7 +252,8 @@ class TrainConfig:
     use_moe: bool = True
     """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
     use_router: bool = True
-    """False leaves out routers and textual learners: visual ones add what they read as it is (Wings' first stage)."""
+    """False adds the visual learners of Wings as they are (its first stage); textual learners and routers are kept,
+    frozen."""
     global_batch_size: int = 128
     """Samples of a step over all ranks and micro-batches."""
     epochs: float = 1.0
@@ -315,10 +316,14 @@ class TrainConfig:
                         f"a setting of model.{section}"
                     )
                 learns.discard(part)
-        if not self.use_router and (self.model.wings is None or self.trainable.textual_learners):
+        if not self.use_router and (lr := self.optimizer.textual_learners_lr) is not None:
             raise ConfigError(
-                "use_router false leaves out the textual learners of model.wings: set model.wings and "
-                "trainable.textual_learners false, or leave use_router unset"
+                f"optimizer.textual_learners_lr={lr} has no effect with use_router=false: unset it, or set use_router"
+            )
+        if not self.use_router and learns == {"textual_learners"}:
+            raise ConfigError(
+                "trainable.textual_learners is the only part that learns, but use_router=false goes past it: set "
+                "use_router, or train another part"
             )
         if not active and learns == {"moe"}:
             raise ConfigError(
@@ -327,8 +332,8 @@ class TrainConfig:
             )
         if not learns:
             raise ConfigError(
-                "trainable names only parts that the model does not have (see model.lora, model.wings and model.flamingo): "
-                "set one of them, or train another part"
+                "trainable names only parts that the model does not have (see model.lora, model.wings and "
+                "model.flamingo): set one of them, or train another part"
             )
 
     def _check_component_lrs(self) -> None:

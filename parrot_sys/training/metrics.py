@@ -14,6 +14,7 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 
 # A languages (with "other"), E experts
@@ -165,6 +166,10 @@ class FlopCounter:
         self._image = _tower_flops(model)
         updates = llm_lora_maps(llm, model.lora)
         self._lora_row = 2 * sum(math.prod(shape) for entry in updates for shape in entry.shapes)
+        learners = [] if model.wings is None else wings_maps(model.wings, llm)
+        # Routers cost next to nothing; what both learners of a layer see are the rows that its own attention sees.
+        self._learner_row = 2 * sum(m.shapes[0][0] * m.shapes[0][1] for m in learners if ".router." not in m.name)
+        self._learner_pair = self._llm_pair * len({m.name.split(".learners.")[0] for m in learners}) / llm.num_layers
         gradient = False
         self._passes = {}
         for name in ("vision", "projector", "moe", "lora", "llm"):  # LoRA begins in the first layer
@@ -180,6 +185,8 @@ class FlopCounter:
         lengths = batch.cu_seqlens.diff().double()
         rows = batch.num_images * self._visual_rows
         llm = batch.num_rows * self._llm_row + lengths.square().sum().item() * self._llm_pair
+        learners = batch.num_rows * self._learner_row + lengths.square().sum().item() * self._learner_pair
+        llm += learners
         llm /= _context_ranks(batch)
         flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
         flops += self._passes["lora"] * batch.num_rows * self._lora_row / _context_ranks(batch)

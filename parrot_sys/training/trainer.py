@@ -115,7 +115,8 @@ class Trainer:
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()
-        return trainable | {"moe": trainable["moe"] and self._uses_moe()}
+        used = {"moe": self._uses_moe(), "textual_learners": self.config.use_router}
+        return trainable | {name: trainable[name] and value for name, value in used.items()}
 
     def _uses_moe(self) -> bool:
         return self.config.use_moe and self.config.model.moe.num_experts > 0
@@ -142,8 +143,7 @@ class Trainer:
                     group = model.tp_group
                     load_tower(tower, config.model.vision, rank=group.rank(), size=group.size())
             set_trainable(model, self._trainable())
-            model.use_moe = self._uses_moe()
-            model.use_router = config.use_router
+            model.use_moe, model.use_router = self._uses_moe(), self.config.use_router
             model.train()
             if tower is not None and not config.trainable.vision:
                 tower.eval()  # batch statistics of a frozen tower stay as they are

@@ -9,6 +9,7 @@ import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
+from parrot_sys.megatron.components import component_parameters
 from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.models.hf_checkpoint import parrot_maps
@@ -47,3 +48,25 @@ def test_sizes(name: str) -> None:
     released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
     assert released == projector + moe + llm + tower
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+# A learner: 4 x 2 H r; a router: 2 x 4096 + 2. SigLIP so400m without its pooling head: 27 blocks and the final norm.
+WINGS_LEARNERS = 134_479_936
+WINGS_COUNTS = {"wings_qwen1_5_7b": 7_721_324_544, "wings_llama3_1_8b": 8_030_261_248}
+
+
+@pytest.mark.parametrize("name", WINGS_COUNTS)
+def test_sizes_of_wings(name: str) -> None:
+    config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
+    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    counts = {
+        part: sum(parameter.numel() for parameter in parameters)
+        for part, parameters in component_parameters(model).items()
+    }
+    learners = counts["visual_learners"] + counts["textual_learners"]
+    assert (counts["projector"], learners, counts["llm"]) == (21_504_000, WINGS_LEARNERS, WINGS_COUNTS[name])
+    assert counts["visual_learners"] == 32 * 2_097_152
+    assert config.rows_per_image == 729
+    released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
+    tower = sum(tensor.numel() for tensor in (*model.vision_tower.parameters(), *model.vision_tower.buffers()))
+    assert released == sum(counts.values()) - counts["vision"] + tower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo_maps import block_maps
@@ -14,6 +14,7 @@ from parrot_sys.modules.gated_cross_attention import (
     MediaRule,
     media_spans,
 )
+from tests.models.flamingo_reference import ReleasedBlock
 
 IMAGE = 9
 CONFIG = GatedCrossAttentionConfig(num_attention_heads=3, head_dim=5, ffn_multiplier=2)
@@ -28,48 +29,6 @@ SAMPLES = [
 """One image, three, none, nothing but an image, an image at the end."""
 
 
-class ReleasedBlock(nn.Module):
-    """OpenFlamingo 1's GatedCrossAttentionBlock for one sample, its names and its dense mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        inner = CONFIG.num_attention_heads * CONFIG.head_dim
-        self.attn = nn.ModuleDict(
-            {
-                "norm": nn.LayerNorm(HIDDEN),
-                "to_q": nn.Linear(HIDDEN, inner, bias=False),
-                "to_kv": nn.Linear(MEDIA, 2 * inner, bias=False),
-                "to_out": nn.Linear(inner, HIDDEN, bias=False),
-            }
-        )
-        self.ff = nn.Sequential(
-            nn.LayerNorm(HIDDEN),
-            nn.Linear(HIDDEN, 2 * HIDDEN, bias=False),
-            nn.GELU(),
-            nn.Linear(2 * HIDDEN, HIDDEN, bias=False),
-        )
-        self.attn_gate, self.ff_gate = nn.Parameter(torch.tensor([0.4])), nn.Parameter(torch.tensor([-0.7]))
-
-    def forward(self, x: Tensor, media: Tensor, locations: Tensor, attend_previous: bool) -> Tensor:
-        """x [N, H], media [images, L, C], locations bool [N]."""
-        time = locations.cumsum(0)
-        if not attend_previous:
-            time[~locations] += 1
-            time[time > locations.sum()] = 0
-        media_time = torch.arange(1, len(media) + 1).repeat_interleave(media.shape[1])
-        heads = CONFIG.num_attention_heads
-        q = self.attn["to_q"](self.attn["norm"](x)).unflatten(-1, (heads, -1)).transpose(0, 1)
-        k, v = (
-            each.unflatten(-1, (heads, -1)).transpose(0, 1)
-            for each in self.attn["to_kv"](media.flatten(0, 1)).chunk(2, -1)
-        )
-        scores = q @ k.transpose(1, 2) * CONFIG.head_dim**-0.5
-        scores = scores.masked_fill(time[:, None] != media_time, -torch.finfo(x.dtype).max)
-        weights = scores.softmax(-1).masked_fill(time[:, None] == 0, 0.0)
-        x = x + self.attn["to_out"]((weights @ v).transpose(0, 1).flatten(1)) * self.attn_gate.tanh()
-        return x + self.ff(x) * self.ff_gate.tanh()
-
-
 def packed(samples: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [T], image rows [n], sample boundaries [S + 1]."""
     ids = torch.tensor([token for sample in samples for token in sample])
@@ -79,7 +38,10 @@ def packed(samples: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("rule", ["previous", "next"])
 def test_matches_released_block(rule: MediaRule) -> None:
-    reference, block = ReleasedBlock().double(), GatedCrossAttention(CONFIG, HIDDEN, MEDIA).double()
+    reference, block = (
+        ReleasedBlock(HIDDEN, MEDIA, 3, 5, 2).double(),
+        GatedCrossAttention(CONFIG, HIDDEN, MEDIA).double(),
+    )
     state = dict(reference.named_parameters())
     maps = block_maps(CONFIG, HIDDEN, MEDIA, "", "")
     block.load_state_dict({e.name[1:]: e.pack([state[key[1:]] for key in e.keys]).detach() for e in maps})

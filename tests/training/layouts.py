@@ -24,6 +24,7 @@ from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
@@ -38,6 +39,12 @@ MODEL = replace(
 TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
 LORA = replace(
     MODEL, lora=LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+)
+WINGS = replace(
+    MODEL,
+    moe=TextGuidedMoEConfig(num_experts=0),
+    max_seq_len=64,
+    wings=WingsConfig(rank=3, system_prompt_length=2, router_positions=64),
 )
 TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
 
@@ -80,8 +87,9 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
             torch.manual_seed(11)
             model = build_parrot_model(config)
             for name, parameter in model.named_parameters():
-                if component_of(name) == "lora" and name.endswith(".b"):
-                    torch.nn.init.normal_(parameter, std=0.1)  # zero at the start: nothing would reach `a`
+                # Zero at the start: nothing would reach what comes before.
+                if (component_of(name) == "lora" and name.endswith(".b")) or name.endswith("_up"):
+                    torch.nn.init.normal_(parameter, std=0.1)
             export_released(model, path)
 
         run_distributed(write, 1)
@@ -101,6 +109,7 @@ def train(
     overlap: bool = False,
     reduction: Literal["global", "micro_batch"] = "global",
     num_batches: int = 4,
+    use_router: bool = True,
 ) -> Run:
     """`steps` steps under a layout; every rank must report the same losses, norms and metrics.
 
@@ -117,11 +126,12 @@ def train(
         overlap: reduce gradients while the backward pass runs.
         reduction: see `StepRunner`.
         num_batches: how many of `micro_batches` make a step.
+        use_router: see `ParrotModel`.
     """
     parallel = parallel or ParallelConfig()
     world_size = parallel.model_parallel_size * data_parallel
     with checkpoint(config) as path:
-        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches)
+        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches, use_router)
         runs = run_distributed(lambda rank, size: _train(config, parallel, path, *settings), world_size)
     first = runs[0]
     for run in runs[1:]:
@@ -142,11 +152,13 @@ def _train(
     overlap: bool,
     reduction: Literal["global", "micro_batch"],
     num_batches: int,
+    use_router: bool,
 ) -> Run:
     initialize(parallel)
     chunks = build_parrot_chunks(config, parallel, recompute=recompute)
     for chunk in chunks:
         load_released(chunk, path)
+        chunk.use_router = use_router
     set_trainable(chunks, trainable)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=distributed, overlap=overlap)
     settings: dict[str, Any] = {"lr": LR * 1e3, "eps": 1e3, "betas": (0.0, 0.999)} if sgd else {"lr": LR}
