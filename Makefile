@@ -32,6 +32,7 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "" $(ARGS)
+	.ci/test_python312
 
 sanitize: setup
 	.ci/sanitize $(ARGS)

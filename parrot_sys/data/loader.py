@@ -19,7 +19,6 @@ from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import render_conversation
 from parrot_sys.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,9 @@ class ParrotDataLoader:
         self.config = config
         self.statistics = LoaderStatistics()
         # Threads of the loader tokenise while the caller may use the same tokenizer, which is not safe to share.
-        self._processor = ParrotProcessor(copy.deepcopy(processor.tokenizer), processor.image_processor)
+        self._processor = ParrotProcessor(
+            copy.deepcopy(processor.tokenizer), processor.image_processor, processor.template
+        )
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self._feature_store: FeatureStore | None = None
@@ -236,7 +237,7 @@ class ParrotDataLoader:
         """The samples without their images."""
         places = [self._locate(number) for number in numbers]
         records = [dataset.records[i] for dataset, i in places]
-        encoded = self._processor.encode([render_conversation(record.turns) for record in records])
+        encoded = self._processor.encode([self._processor.template.render(record.turns) for record in records])
         return [
             (
                 number,

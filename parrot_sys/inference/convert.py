@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ import tyro
 
 from parrot_sys.config_values import save_config
 from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.tokenization import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.pretrained import MODEL_CONFIG, PROCESSOR, load_pretrained, save_pretrained
 from parrot_sys.models.tensor_files import check_absent, new_directory
@@ -146,6 +147,15 @@ def _assemble(config: ConvertConfig, output: Path) -> None:
 
 def _convert(config: ConvertConfig, checkpoint: Path) -> None:
     model, processor = load_pretrained(checkpoint, dtype=config.dtype)
+    if config.vision is not None:
+        # What was put together lies in a place that goes away; the tower stays where it came from.
+        tower = replace(model.config.vision, path=str(config.vision.resolve()))
+        model.model.parrot = replace(model.config, vision=tower)
+    if config.format == "megatron" and isinstance(processor.tokenizer, MissingTokenizer):
+        raise CheckpointError(
+            f"--format megatron makes a checkpoint to train on, which needs a tokenizer, but {config.llm or checkpoint} "
+            "holds none: put tokenizer.json or tokenizer.model there"
+        )
     if config.merge_lora:
         _merge_lora(model)
     if config.format == "hf":

@@ -11,7 +11,6 @@ import torch
 from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import ANSWER_HEADER
 from parrot_sys.data.tokenization import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.hf_config import config_from_hf, read_json
@@ -193,7 +192,7 @@ def _ready(
     eos, pad = _special_tokens(directory, processor)
     # (Only text that guides the experts ends where an answer begins.)
     guided = model.parrot.moe.num_experts > 0
-    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False) if guided else []
+    header = processor.tokenizer.encode(processor.template.answer_header, add_special_tokens=False) if guided else []
     wrapper = ParrotForConditionalGeneration(
         model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source
     )

@@ -95,6 +95,18 @@ def with_moe_submodules(mlp: Any, submodules: Any) -> Any:
     return dataclasses.replace(mlp, submodules=submodules)
 
 
+def forget_moe_losses() -> None:
+    """Empties Megatron's log of auxiliary losses, which keeps the process groups that they were reduced over."""
+    try:
+        from megatron.core.transformer.moe import moe_logging
+    except ImportError:  # up to 0.16
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        moe_logging._MOE_METRICS_TRACKER = None
+
+
 def plan_save(state: dict[str, Any], folder: Path, strategy: Any) -> Any:
     """Megatron's request to write a sharded state dict, not started yet. A collective.
 

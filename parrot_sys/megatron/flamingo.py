@@ -211,7 +211,7 @@ def _gated_block(
 def _share_gradient(_: nn.Module, inputs: tuple[Tensor], *, size: int) -> tuple[Tensor]:
     """LoRA gives each rank the whole gradient of its input; as a partial sum, each counts for one part of `size`."""
     (rows,) = inputs
-    if size > 1 and rows.requires_grad:
+    if size > 1 and rows.requires_grad and torch.is_grad_enabled():
         rows = rows.view_as(rows)
         rows.register_hook(lambda gradient: gradient / size)
     return (rows,)

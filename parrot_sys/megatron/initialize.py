@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -196,11 +197,15 @@ def shutdown() -> None:
     """Leave all groups; `initialize` may be called again afterwards."""
     from megatron.core import parallel_state
 
+    from parrot_sys.megatron.compat import forget_moe_losses
+
     parallel_state.destroy_model_parallel()
-    # Megatron forgets some groups. A process forked from this one would drop them later and wait for their threads,
-    # which exist only here.
+    # Megatron forgets some groups, and what is left of a model may refer to others in circles. A process forked from
+    # this one would drop them later and wait for their threads, which exist only here.
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
+    forget_moe_losses()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

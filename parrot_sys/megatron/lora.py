@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -48,7 +47,6 @@ def with_lora(
     projections: Sequence[str],
     *,
     row_parallel: bool = False,
-    halves: bool = False,
 ) -> type[nn.Module] | ModuleSpec:
     """What to put into a layer spec in place of `linear`: itself, or with LoRA where the configuration wants it.
 
@@ -57,11 +55,10 @@ def with_lora(
         lora: settings; None leaves the layer as it is.
         projections: released names of what the layer computes, in its order; `QKV` lie query group by query group.
         row_parallel: whether `linear` is.
-        halves: the rows of a lone projection are two halves, each cut by itself over the ranks (keys and values).
     """
     if lora is None or not set(projections) & set(lora.targets):
         return linear
-    settings = {"lora": lora, "projections": tuple(projections), "row_parallel": row_parallel, "halves": halves}
+    settings = {"lora": lora, "projections": tuple(projections), "row_parallel": row_parallel}
     mixed: type[nn.Module] = _class_with_lora(linear)  # type: ignore[arg-type] # a class can be hashed
     return ModuleSpec(module=mixed, params=settings)
 
@@ -83,7 +80,6 @@ class _WithLoRA(nn.Module):
         lora: LoRAConfig,
         projections: tuple[str, ...],
         row_parallel: bool,
-        halves: bool,
         tp_group: ProcessGroup | None = None,
         **settings: Any,
     ) -> None:
@@ -98,7 +94,6 @@ class _WithLoRA(nn.Module):
             config=config,
             group=tp_group or get_tensor_model_parallel_group(),
             row_parallel=row_parallel,
-            halves=halves,
         )
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +131,6 @@ class ParallelLoRA(nn.Module):
         config: TransformerConfig,
         group: ProcessGroup,
         row_parallel: bool,
-        halves: bool,
     ) -> None:
         """
         Args:
@@ -147,11 +141,10 @@ class ParallelLoRA(nn.Module):
             config: gives dtype and sequence parallelism.
             group: tensor-parallel ranks.
             row_parallel: whether the layer is.
-            halves: see `with_lora`.
         """
         super().__init__()
         self.lora, self.group = lora, group
-        self.row_parallel, self.halves = row_parallel, halves
+        self.row_parallel = row_parallel
         self.sequence_parallel = config.sequence_parallel
         self.merged = False
         self.kept: Tensor | None = None
@@ -172,8 +165,7 @@ class ParallelLoRA(nn.Module):
         if self.row_parallel:
             whole.a = nn.Parameter(whole.a.detach().chunk(size, 1)[rank].clone())
         else:
-            halves = whole.b.detach().chunk(2) if self.halves else (whole.b.detach(),)
-            whole.b = nn.Parameter(torch.cat([half.chunk(size)[rank] for half in halves]))
+            whole.b = nn.Parameter(whole.b.detach().chunk(size)[rank].clone())
         cut: Any = whole.a if self.row_parallel else whole.b
         kept: Any = whole.b if self.row_parallel else whole.a
         # Megatron counts what is cut in full in the norm of the gradients, and adds up the gradients of what each rank
@@ -237,7 +229,7 @@ class ParallelLoRA(nn.Module):
             return {}
         tensors = self.state_dict(keep_vars=True)
         cut = ".a" if self.row_parallel else ".b"
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        return make_sharded_tensors_for_checkpoint(  # type: ignore[no-any-return]
             tensors,
             prefix,
             {name: int(self.row_parallel) for name in tensors if name.endswith(cut)},
@@ -245,11 +237,6 @@ class ParallelLoRA(nn.Module):
             tp_group=self.group,
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
-        if self.halves and not self.row_parallel:
-            for name in tensors:
-                if name.endswith(cut):
-                    state[prefix + name] = apply_swiglu_sharded_factory(state[prefix + name], sharded_offsets)
-        return state
 
 
 def attribute_name(projection: str) -> str:

@@ -197,6 +197,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         moe=_moe_from_hf(hf, llm.hidden_size),
         llm=llm,
         wings=wings,
+        template="instruction" if flamingo else "chatml",
         max_seq_len=hf.get(limit) or ParrotConfig().max_seq_len,
     )
     return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from parrot_sys.errors import CheckpointError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.tensor_map import Pack, Shape, TensorMap, Unpack, alone, copied, only
 from parrot_sys.modules.lora import LoRAConfig
@@ -70,21 +68,3 @@ def llm_lora_maps(config: LLMConfig, lora: LoRAConfig | None, prefix: str = "") 
 def is_lora(key: str) -> bool:
     """Whether a released tensor is part of an update."""
     return key.endswith(LORA_ENDINGS)
-
-
-_PEFT_KEY = re.compile(r"(?:.*\.)?(model\.layers\.\d+\..+\.lora_[AB])(?:\.[^.]+)?\.weight")
-
-
-def lora_key_from_peft(key: str) -> str:
-    """Released name of a tensor of an update, from the name that peft (with any wrappers around) gave it.
-
-    `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and, from a live model, `....lora_A.default.weight`
-    become `model.layers.0.self_attn.q_proj.lora_A.weight`; OpenFlamingo's `decoder_layer.` is left out.
-
-    Raises:
-        CheckpointError: the name is none of an update.
-    """
-    found = _PEFT_KEY.fullmatch(key)
-    if found is None:
-        raise CheckpointError(f"{key} is no update of LoRA: wanted a name like [...]model.layers.N.[...].lora_A.weight")
-    return f"{found[1].replace('.decoder_layer.', '.')}.weight"

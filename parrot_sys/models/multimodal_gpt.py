@@ -90,12 +90,13 @@ def assemble(
         ConfigError: LLaMA or CLIP are of a kind that the model here cannot be.
     """
     hf = read_json(files.llm / "config.json")
+    llm = _llm_config(hf)
     flamingo_tensors = _flamingo_tensors(read_pickle(files.flamingo), files.flamingo)
     lora, lora_tensors = (None, {}) if files.lora is None else _read_lora(files.lora)
     with TensorFiles(files.llm) as llm_tensors:
         sources = _llm_sources(llm_tensors, flamingo_tensors, num_tokens)
         rows = sources[_EMBEDDING][0][0]
-        llm = replace(_llm_config(hf), vocab_size=rows)
+        llm = replace(llm, vocab_size=rows)
         config = ParrotConfig(
             vision=replace(
                 vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1, select_feature="patch"
@@ -103,6 +104,7 @@ def assemble(
             moe=TextGuidedMoEConfig(num_experts=0),
             llm=llm,
             lora=lora,
+            template="instruction",
             max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
             flamingo=replace(
                 _flamingo_config(flamingo_tensors, files.flamingo),

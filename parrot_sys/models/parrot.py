@@ -37,6 +37,8 @@ class ParrotConfig:
     """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
+    template: Literal["chatml", "instruction"] = "chatml"
+    """Format of conversations: `chatml` (Parrot, Wings) or `instruction` (MultiModal-GPT)."""
     tokenizer_path: str | None = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048

@@ -109,9 +109,11 @@ class Trainer:
         """From `model.tokenizer_path`, else from the checkpoint that training starts from."""
         model = self.config.model
         if model.tokenizer_path is not None:
-            return ParrotProcessor.for_tower(model.tokenizer_path, model.vision.type, model.vision.image_size)
+            return ParrotProcessor.for_tower(
+                model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
+            )
         folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
-        return ParrotProcessor.from_pretrained(folder)
+        return ParrotProcessor.from_pretrained(folder, model.template)
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import parrot_sys
 from parrot_sys.errors import CheckpointError, DataError
@@ -146,11 +150,42 @@ def test_saved_again_it_is_the_same(directory: Path, tiny: ParrotForConditionalG
     assert all(torch.equal(held[key], value) for key, value in released.items())
 
 
-def test_training_checkpoint_and_back(directory: Path, expected: dict[str, Tensor], tmp_path: Path) -> None:
-    convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "own", format="megatron", **PARTS))
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> dict[str, Path]:
+    """Released files of a small model whose LLaMA has a tokenizer of 40 words, as many as its embedding has rows."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(37))]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    parts = ReleasedMultimodalGpt(Shape(vocab=40)).write(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(parts["llm"])
+    return parts
+
+
+def test_tokenizer_gets_the_added_tokens(with_tokenizer: dict[str, Path], tmp_path: Path) -> None:
+    convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "model", **with_tokenizer))
+    model, processor = parrot_sys.load_pretrained(tmp_path / "model")
+    names = ("<|endofchunk|>", "<image>", "<PAD>")
+    assert [processor.tokenizer.convert_tokens_to_ids(name) for name in names] == [40, 41, 42]
+    assert (model.config.llm.vocab_size, model.config.flamingo.image_token_id) == (43, 41)
+    assert (model.eos_token_ids[-1], model.pad_token_id) == (2, 42)
+    before = load_file(with_tokenizer["llm"] / "model.safetensors")
+    held = load_file(tmp_path / "model" / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(held[key][:40], before[key])
+        torch.testing.assert_close(held[key][40:], before[key].mean(0).expand(3, -1))
+    turns = [{"from": "human", "value": "<image>\nw1 w2"}, {"from": "gpt", "value": "w3"}]
+    ids = processor.format_conversation(turns)["input_ids"]
+    assert ids.count(-200) == 1
+    assert model(torch.tensor([ids]), images=torch.randn(1, 3, 28, 28)).logits.shape == (1, len(ids), 43)
+
+
+def test_training_checkpoint_and_back(with_tokenizer: dict[str, Path], tmp_path: Path) -> None:
+    source = {"source_format": "multimodal_gpt", **with_tokenizer}
+    convert(ConvertConfig(output=tmp_path / "released", **source))
+    convert(ConvertConfig(output=tmp_path / "own", format="megatron", **source))
     convert(ConvertConfig(checkpoint=tmp_path / "own", output=tmp_path / "hf"))
-    before = load_file(directory / "model.safetensors")
-    after = load_file(tmp_path / "hf" / "model.safetensors")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("released", "hf"))
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
@@ -159,6 +194,12 @@ def test_text_needs_a_tokenizer(directory: Path) -> None:
     assert processor.images([]).shape == (0, 3, 56, 56)
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         processor.tokenizer.decode([1])
+
+
+def test_training_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="which needs a tokenizer, but .*llama holds none"):
+        convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "own", format="megatron", **PARTS))
+    assert not (tmp_path / "own").exists()
 
 
 def test_wrong_images(tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor]) -> None:
@@ -210,3 +251,54 @@ def test_other_shapes(name: str, tmp_path: Path) -> None:
     assert gradients.keys() == theirs.keys()
     for key, gradient in theirs.items():
         assert _relative(gradients[key], gradient) < 1e-3, key
+
+
+def _torch_file(path: Path, change: Any) -> Path:
+    values = torch.load(PARTS["flamingo" if "flamingo" in path.name else "lora"], weights_only=True)
+    change(values)
+    torch.save(values, path)
+    return path
+
+
+class Unwanted:
+    """What weights-only unpickling must refuse."""
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    def fails(match: str, **changed: Any) -> None:
+        settings = {"source_format": "multimodal_gpt", **PARTS, **changed}
+        with pytest.raises(CheckpointError, match=match):
+            convert(ConvertConfig(output=tmp_path / "out", **settings))
+        assert not (tmp_path / "out").exists()
+
+    fails("missing are --flamingo, --vision", flamingo=None, vision=None)
+    fails("--checkpoint belong to the other format", checkpoint=tmp_path)
+    fails("missing are --checkpoint; --llm, --flamingo, --lora, --vision belong", source_format="auto")
+    fails(r"nowhere\.pt is missing", flamingo=tmp_path / "nowhere.pt")
+    (tmp_path / "text.pt").write_text("no tensors")
+    fails("text.pt", flamingo=tmp_path / "text.pt")
+    fails("holds Python objects", flamingo=_torch_file(tmp_path / "open_flamingo.pt", lambda v: v.update(x=Unwanted())))
+    name = "perceiver.norm.bias"
+    lacks = _torch_file(tmp_path / "open_flamingo.pt", lambda values: values.pop(name))
+    fails(rf"1 missing:\n  {name} \[32\]", flamingo=lacks)
+    more = _torch_file(tmp_path / "open_flamingo.pt", lambda values: values.update({"perceiver.new": torch.zeros(2)}))
+    fails(r"1 unexpected:\n  perceiver.new \[2\]", flamingo=more)
+    unsettled = _torch_file(tmp_path / "lora.pt", lambda values: values.pop("tuning_config"))
+    fails("no tuning_config with lora_alpha", lora=unsettled)
+    fails("model_type must be 'llama', got 'clip_vision_model'", llm=PARTS["vision"])
+
+
+def test_without_lora(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "model", **{**PARTS, "lora": None}))
+    model, _ = parrot_sys.load_pretrained(tmp_path / "model")
+    assert model.config.lora is None
+    logits = model(expected["one_image.input_ids"], images=expected["one_image.vision_x"]).logits
+    assert _relative(logits, expected["one_image.logits"]) > 1e-2
+
+
+def test_merged_lora(tmp_path: Path, expected: dict[str, Tensor]) -> None:
+    convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "model", merge_lora=True, **PARTS))
+    model, _ = parrot_sys.load_pretrained(tmp_path / "model")
+    assert model.config.lora is None
+    logits = model(expected["two_images.input_ids"], images=expected["two_images.vision_x"]).logits
+    assert _relative(logits, expected["two_images.logits"]) < 1e-4

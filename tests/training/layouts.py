@@ -27,7 +27,7 @@ from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
-from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
+from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 
 MODEL = replace(
     CONFIG,
@@ -52,11 +52,11 @@ ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
 LR = 1e-2
 
 
-def micro_batches(pixels: bool, count: int = 4) -> list[PackedBatch]:
+def micro_batches(pixels: bool, count: int = 4, rows_per_image: int = V) -> list[PackedBatch]:
     """A step: packed samples with one, no and two images; one long sample; text only; nothing."""
     batches = [
-        make_batch(MIXED, pixels=pixels, seed=1),
-        make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2),
+        make_batch(MIXED, pixels=pixels, seed=1, rows_per_image=rows_per_image),
+        make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2, rows_per_image=rows_per_image),
         make_batch((Sample(prompt=4, images=0, answer=3), Sample(prompt=2, images=0, answer=5)), seed=3),
         PackedBatch.empty(),
     ]
@@ -87,9 +87,11 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
             torch.manual_seed(11)
             model = build_parrot_model(config)
             for name, parameter in model.named_parameters():
-                # Zero at the start: nothing would reach what comes before.
+                # Zero at the start: nothing would reach what comes before, or the gated blocks.
                 if (component_of(name) == "lora" and name.endswith(".b")) or name.endswith("_up"):
                     torch.nn.init.normal_(parameter, std=0.1)
+                elif name.endswith("_gate"):
+                    torch.nn.init.normal_(parameter)
             export_released(model, path)
 
         run_distributed(write, 1)
@@ -173,7 +175,7 @@ def _train(
         reduction=reduction,
         optimizer=optimizer,
     )
-    mine = micro_batches(trainable["vision"], num_batches)[
+    mine = micro_batches(trainable["vision"], num_batches, config.rows_per_image)[
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
     losses, aux_losses, norms, gradients, metrics = [], [], [], {}, []
