@@ -58,6 +58,14 @@ COMMANDS = {
         "Compare how long two evaluated models answer the same questions.",
         ("parrot compare --evaluations runs/a/eval runs/b/eval --names with-vqa without", "parrot compare --help"),
     ),
+    "attention": _Command(
+        "parrot_sys.evaluation.attention",
+        "Measure, layer by layer, the attention on the text before and after an image.",
+        (
+            "parrot attention --checkpoint runs/first/hf --data data/default/iit --output runs/first/attention",
+            "parrot attention --help",
+        ),
+    ),
     "chat": _Command(
         "parrot_sys.inference.chat",
         "Talk to a checkpoint about pictures, in any language, and see which experts answered.",
@@ -85,7 +93,7 @@ def help_text() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:8} {command.summary}", *(f"             $ {example}" for example in command.examples), ""]
+        lines += [f"  {name:9} {command.summary}", *(f"              $ {example}" for example in command.examples), ""]
     lines += [
         "Settings come from presets and YAML files (--config NAME_OR_PATH, repeatable) and from flags; flags win.",
         "--traceback (or PARROT_TRACEBACK=1) shows where an error came from.",
