@@ -92,6 +92,7 @@ class Layout:
         """Distance of neighbouring ranks of a group in the order of Megatron-Core: tp, cp, (ep,) dp, pp."""
         return {
             "tensor": 1,
+            "experts": 1,  # all that share the experts: expert tensor and expert parallel
             "context": self.tensor,
             "data": self.tensor,  # with the context-parallel ranks
             "expert_tensor": 1,
@@ -179,6 +180,8 @@ def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str,
         (*tensor, "llm.ffn_hidden_size", llm.ffn_hidden_size),
         (*tensor, "llm.vocab_size", llm.vocab_size),
     ]
+    if model.projector.depth > 1:
+        rules.append((*tensor, "llm.hidden_size", llm.hidden_size))
     if vision.type != "efficientnet_lite0" and num_layers_run(vision):
         rules.append((*tensor, "vision.num_attention_heads", vision.num_attention_heads))
         rules.append((*tensor, "vision.ffn_hidden_size", vision.ffn_hidden_size))

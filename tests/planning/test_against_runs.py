@@ -11,7 +11,7 @@ from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.training.config import TrainableConfig
-from tests.planning.runs import SHAPES, Case, make_batch, run, sizes
+from tests.planning.runs import SHAPES, Case, even_experts, make_batch, run, sizes
 
 ALL = TrainableConfig(vision=True)
 PROJECTOR = TrainableConfig(moe=False, llm=False)
@@ -36,6 +36,14 @@ CASES = {
     "DP2": Case(layout=Layout(data=2)),
     "DP2, ZeRO-1": Case(layout=Layout(data=2, distributed_optimizer=True)),
     "DP2, ZeRO-1, bf16": Case(layout=Layout(data=2, distributed_optimizer=True), precision="bf16"),
+    # Dense experts or top-k, as the shape has them.
+    "EP2": Case(layout=Layout(data=2, expert=2)),
+    "EP2, ZeRO-1, bf16": Case(layout=Layout(data=2, expert=2, distributed_optimizer=True), precision="bf16"),
+    "EP2, projector alone": Case(layout=Layout(data=2, expert=2), trainable=PROJECTOR),
+    "ETP2": Case(layout=Layout(data=2, expert_tensor=2)),
+    "TP2, ETP2": Case(layout=Layout(tensor=2, expert_tensor=2)),
+    "TP2+SP, EP2": Case(layout=Layout(tensor=2, sequence=True, expert=2)),
+    "PP2, EP2": Case(layout=Layout(pipeline=2, data=2, expert=2), micro_batches=3),
 }
 # Labels, metrics and norms: counts that no formula follows (about 600 bytes, more with more experts).
 SMALL_MESSAGES = 1500
@@ -52,7 +60,8 @@ PAIRS = [
 
 @pytest.mark.parametrize(("shape", "name"), PAIRS)
 def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
-    config, case = SHAPES[shape], CASES[name]
+    case = CASES[name]
+    config = even_experts(SHAPES[shape], case.layout.expert)
     batch = make_batch(config, samples=6)
     job, layout, micro_batch = case.job(config), case.layout, sizes(batch)
     for stage, measured in run(config, case, batch).items():
@@ -70,7 +79,7 @@ def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
         messages = micro_batch_messages(job, layout, stage, micro_batch) * case.micro_batches
         for message in [*messages, *step_messages(job, layout, stage)]:
             predicted[message.operation] += message.payload
-        sent = dict(measured.messages)
+        sent = Counter(measured.messages)
         if layout.num_gpus > 1:
             assert 0 <= sent.pop("all_reduce") - predicted.pop("all_reduce", 0) < SMALL_MESSAGES
         assert sent == predicted
