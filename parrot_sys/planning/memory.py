@@ -248,8 +248,9 @@ def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: Micr
     """What exists for a moment only, at its largest.
 
     In the backward pass: the gradient of the largest matrix before it is added to the buffer, gradients of the widest
-    rows (or of the experts' and of the images that are with them), and what sequence and context parallelism gather. In the update (activations are gone then): one float32
-    number for each element of the optimizer's share (our Adam without a fused kernel).
+    rows (or of the experts and of the images that are with them), and what sequence and context parallelism gather. In
+    the update (activations are gone then): one float32 number for each element of the optimizer's share (our Adam
+    without a fused kernel).
     """
     rows = layout.local_rows(batch.rows)
     llm, b = job.model.llm, job.bytes

@@ -114,13 +114,13 @@ def make_batch(
 ) -> PackedBatch:
     """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer.
 
-    Each prompt is one token over and over, so that `balance_routes` can choose its route.
+    Each prompt is one token over and over, another one for each sample, so that `balance_routes` can choose routes.
     """
     generator = torch.Generator().manual_seed(3)
     visual = config.vision.num_visual_rows * images
     length, n, side = prompt + visual + answer, samples * images, config.vision.image_size
     ids = torch.randint(0, config.llm.vocab_size, (samples, length), generator=generator)
-    ids[:, : prompt + visual] = ids[:, :1]
+    ids[:, : prompt + visual] = torch.arange(samples)[:, None]
     ids[:, 1 : 1 + visual] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_ID)
     labels[:, length - answer - 1 : -1] = ids[:, length - answer :]
