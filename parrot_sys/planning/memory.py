@@ -103,20 +103,15 @@ def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, nu
     inputs, kept = layer_input_bytes(job, layout, batch), layer_bytes(job, layout, batch)
     if not job.gradient_reaches("llm"):
         inputs = kept = 0.0
-    chunks = [count * (inputs if layout.recompute else kept) for count in _chunk_layers(job, layout, stage)]
+    chunks = [
+        count * (inputs if layout.recompute else kept) for count in layout.chunk_layers(job.model.llm.num_layers, stage)
+    ]
     if stage == 0:
         chunks[0] += first_stage_bytes(job, layout, batch)
     total = peak_in_flight(chunks, layout.pipeline, stage, num_micro_batches)
     # Once layers are computed again, what the LM head kept is gone.
     head = head_bytes(job, layout, batch) if stage == layout.pipeline - 1 else 0.0
     return total + max(head, kept - inputs if layout.recompute else 0.0)
-
-
-def _chunk_layers(job: Job, layout: Layout, stage: int) -> tuple[int, ...]:
-    """Decoder layers of each chunk of a pipeline rank."""
-    if layout.pipeline == 1:
-        return (job.model.llm.num_layers,)
-    return layout.parallel.layers_of_stages(job.model.llm.num_layers)[stage :: layout.pipeline]
 
 
 def _rows(layout: Layout, batch: MicroBatch) -> tuple[float, float]:

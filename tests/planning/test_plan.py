@@ -14,6 +14,7 @@ import torch
 from parrot_sys.__main__ import main
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import to_transformer_config
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
@@ -170,6 +171,18 @@ def test_nearest_sizes_for_experts_are_those_of_the_trainer(layout: Layout, fiel
     suggested = error.rsplit(" to ", 1)[1]
     assert f" {suggested}" in refusal.split("the nearest")[1]
     assert _trainers_error(replace(layout, **{field: int(suggested)}), 12) is None
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(expert=2), Layout(tensor=2, expert=2), Layout(tensor=2, expert_tensor=2), Layout(expert_tensor=2)]
+)
+def test_printed_options_give_the_layout(layout: Layout) -> None:
+    options = [option for option in layout.flags(rows=1) if option.startswith("--parallel.")]
+    parsed = {name.removeprefix("--parallel.").replace("-", "_"): value for name, value in map(str.split, options)}
+    parallel = ParallelConfig(**{name: int(value) for name, value in parsed.items()})
+    assert parallel.expert_tensor_size == layout.expert_tensor
+    assert parallel.expert_model_parallel_size == layout.expert
+    assert parallel.tensor_model_parallel_size == layout.tensor
 
 
 def test_words_name_what_the_simpler_layouts_lack() -> None:

@@ -50,7 +50,8 @@ def test_the_doc_has_both_models_with_weak_and_strong_scaling() -> None:
 def test_rows_are_what_the_command_prints_now(
     command: list[str], table: list[str], figure: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    title, line, *rows = _run(command, ["8", "64"], capsys)
+    # Few, of which the searches are short; the other rows are slow.
+    title, line, *rows = _run(command, ["8", "64"] if figure == PARTS[0][2] else ["8"], capsys)
     assert table[:2] == [title, line]
     documented = {_cells(row)[0]: _cells(row)[:-1] for row in table[2:]}
     # The last column is relative to the first row.
