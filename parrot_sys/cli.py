@@ -23,8 +23,10 @@ from parrot_sys.config_values import (
     load_config,
     merge,
     nearest,
+    optional_sections,
     read_yaml,
     save_config,
+    switch_on,
     without_foreign,
 )
 from parrot_sys.errors import ConfigError, ParrotError
@@ -71,12 +73,27 @@ def parse_config(
         values: dict[str, Any] = {}
         for path in map(_find_config, files):
             merge(cls, values, without_foreign(cls, leave_out, read_yaml(path)), where=f" in {path}")
+        for section in optional_sections(cls):
+            if any(_names_section(flag, section) for flag in flags):
+                switch_on(values, section)
         base = build(cls, values, checked=False, missing=tyro.MISSING)
     except ConfigError as error:
         exit_with(error, prog)
     flags = _merge_repeated_lists(cls, flags)
-    config: C = tyro.cli(cls, args=flags, default=base, prog=prog, description=_help_text(cls, description, leave_out))
+    config: C = tyro.cli(
+        cls,
+        args=flags,
+        default=base,
+        prog=prog,
+        description=_help_text(cls, description, leave_out),
+        config=(tyro.conf.AvoidSubcommands,),  # sections that may be absent are those of `base`
+    )
     return config
+
+
+def _names_section(flag: str, section: str) -> bool:
+    """Whether a flag sets something in an optional section; `--help` shows all of them."""
+    return flag in ("-h", "--help") or flag.replace("_", "-").startswith(f"--{section}.".replace("_", "-"))
 
 
 def list_presets() -> dict[str, Path]:

@@ -85,13 +85,38 @@ def _field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def section_class(hint: Any) -> type | None:
+    """The dataclass behind `X`, or behind `X | None` (a section that is off by default); None for plain values."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = [choice for choice in choices if choice is not type(None)]
+    return found[0] if len(found) == 1 and dataclasses.is_dataclass(found[0]) else None  # type: ignore[return-value]
+
+
+def optional_sections(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of the sections below `cls` that are off unless one of their settings is given (`X | None`)."""
+    names = []
+    for name, hint in _field_types(cls).items():
+        if (section := section_class(hint)) is not None:
+            names += [prefix + name] if section is not hint else []
+            names += optional_sections(section, f"{prefix}{name}.")
+    return names
+
+
+def switch_on(values: dict[str, Any], section: str) -> None:
+    """Gives an optional section (dotted name) its defaults in merged `values`, where it has no settings yet."""
+    for name in section.split("."):
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
+
+
 def _setting_names(cls: type, prefix: str = "") -> list[str]:
     """Dotted names of all settings below `cls`."""
     names = []
     for name, hint in _field_types(cls).items():
         names.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            names += _setting_names(cast(type, hint), f"{prefix}{name}.")
+        if (section := section_class(hint)) is not None:
+            names += _setting_names(section, f"{prefix}{name}.")
     return names
 
 
@@ -99,8 +124,8 @@ def list_settings(cls: type, prefix: str = "") -> set[str]:
     """Dotted names of the settings below `cls` that take any number of values: `tuple[X, ...]`, list and dict."""
     names = set()
     for name, hint in _field_types(cls).items():
-        if dataclasses.is_dataclass(hint):
-            names |= list_settings(cast(type, hint), f"{prefix}{name}.")
+        if (section := section_class(hint)) is not None:
+            names |= list_settings(section, f"{prefix}{name}.")
         choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if any(get_origin(c) in (list, dict) or (get_origin(c) is tuple and get_args(c)[-1] is ...) for c in choices):
             names.add(prefix + name)
@@ -124,8 +149,9 @@ def without_foreign(cls: type, other: type | None, values: Mapping[str, Any]) ->
     own, foreign = _field_types(cls), _field_types(other) if other else {}
     kept = {}
     for name, value in values.items():
-        if name in own and dataclasses.is_dataclass(own[name]) and isinstance(value, Mapping):
-            kept[name] = without_foreign(cast(type, own[name]), cast("type | None", foreign.get(name)), value)
+        section = section_class(own.get(name))
+        if section is not None and isinstance(value, Mapping):
+            kept[name] = without_foreign(section, section_class(foreign.get(name)), value)
         elif name in own or name not in foreign:
             kept[name] = value
     return kept
@@ -139,12 +165,13 @@ def merge(
     for name, hint in _field_types(cls).items():
         if name not in values:
             continue
-        value = values[name]
-        if dataclasses.is_dataclass(hint):
+        value, section = values[name], section_class(hint)
+        if section is not None and (value is not None or section is hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{prefix}{name}{where} must be a mapping of settings, got {value!r}")
-            below = into.setdefault(name, {})
-            merge(cast(type, hint), below, value, where=where, prefix=f"{prefix}{name}.", root=root or cls)
+            if into.get(name) is None:
+                into[name] = {}
+            merge(section, into[name], value, where=where, prefix=f"{prefix}{name}.", root=root or cls)
         else:
             into[name] = _convert(hint, value, f"{prefix}{name}", where)
 
@@ -250,11 +277,13 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str, checked
     for field in (field for field in dataclasses.fields(cls) if field.init):
         default = _default(field) if base is None else getattr(base, field.name)
         value = values.get(field.name, dataclasses.MISSING)
-        if dataclasses.is_dataclass(hints[field.name]) and (value is not dataclasses.MISSING or not checked):
+        section = section_class(hints[field.name])
+        always = section is hints[field.name]
+        if section is not None and (isinstance(value, Mapping) or (always and not checked)):
             nested_base = None if default is dataclasses.MISSING else default
             nested_values = {} if value is dataclasses.MISSING else value
             nested_prefix = f"{prefix}{field.name}."
-            value = _build(cast(type, hints[field.name]), nested_values, nested_base, nested_prefix, checked, missing)
+            value = _build(section, nested_values, nested_base, nested_prefix, checked, missing)
         elif value is dataclasses.MISSING:
             value = missing if default is dataclasses.MISSING else default
         if value is dataclasses.MISSING:

@@ -32,11 +32,21 @@ class MoEConfig:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class AdapterConfig:
+    """A part that is there only when it is asked for."""
+
+    rank: int = 8
+    """Its rank."""
+    targets: tuple[str, ...] = ("q", "k")
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class ModelConfig:
     """The model."""
 
     moe: MoEConfig = field(default_factory=lambda: MoEConfig(topk=3))
     dropout: float | None = None
+    adapter: AdapterConfig | None = None
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from parrot_sys import cli
 from parrot_sys.cli import list_presets, nearest, parse_config, run_main
 from parrot_sys.errors import DataError
-from tests.config_classes import MoEConfig, RunConfig, SourceConfig
+from tests.config_classes import AdapterConfig, MoEConfig, RunConfig, SourceConfig
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,17 @@ def test_flags_alone() -> None:
         mix={"en": 0.5},
     )
     assert config.model.moe == MoEConfig(topk=4)
+
+
+def test_a_flag_of_an_optional_section_switches_it_on(presets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("--output", "x").model.adapter is None
+    assert parse("--output", "x", "--model.adapter.rank", "4").model.adapter == AdapterConfig(rank=4)
+    (presets / "adapter.yaml").write_text("model: {adapter: {rank: 2}}\n")
+    both = parse("--output", "x", "--config", "adapter", "--model.adapter.targets", "v", "--model.adapter.targets", "o")
+    assert both.model.adapter == AdapterConfig(rank=2, targets=("v", "o"))
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--model.adapter.rank" in capsys.readouterr().out
 
 
 def test_later_wins_and_flags_win_over_files(presets: Path) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from parrot_sys.cli import config_from_dict, config_to_dict, load_config, save_config
+from parrot_sys.config_values import build, merge
 from parrot_sys.errors import ConfigError
-from tests.config_classes import ModelConfig, MoEConfig, RunConfig, SourceConfig
+from tests.config_classes import AdapterConfig, ModelConfig, MoEConfig, RunConfig, SourceConfig
 
 FULL = RunConfig(
     output=Path("/runs/a"),
-    model=ModelConfig(moe=MoEConfig(num_experts=4, topk=4, routing="topk"), dropout=0.5),
+    model=ModelConfig(
+        moe=MoEConfig(num_experts=4, topk=4, routing="topk"), dropout=0.5, adapter=AdapterConfig(targets=("v",))
+    ),
     lr=1e-5,
     name="none",
     languages=(),
@@ -43,6 +46,20 @@ def test_a_partial_mapping_keeps_the_defaults_of_the_enclosing_class() -> None:
     assert config.model.moe == MoEConfig(num_experts=8, topk=3)
 
 
+def test_an_optional_section_is_off_on_and_off_again() -> None:
+    def adapter(*values: object) -> AdapterConfig | None:
+        merged: dict[str, object] = {}
+        for value in values:
+            merge(RunConfig, merged, {"output": "x", "model": {"adapter": value}}, where="")
+        return build(RunConfig, merged, checked=True).model.adapter
+
+    assert config_from_dict(RunConfig, {"output": "x", "model": {}}).model.adapter is None
+    assert adapter({}) == AdapterConfig()
+    assert adapter({"rank": 2}, {"targets": ["v"]}) == AdapterConfig(rank=2, targets=("v",))
+    assert adapter({"rank": 2}, None) is None
+    assert adapter(None, {"rank": 2}) == AdapterConfig(rank=2)
+
+
 def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("output: x\nlr: 1e-4\nmodel: {dropout: 1}\n")
     config = load_config(RunConfig, tmp_path / "c.yaml")
@@ -54,6 +71,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"nam": "x"}, "unknown setting nam; the nearest is name"),
+        ({"model": {"adapter": {"rnk": 3}}}, "unknown setting model.adapter.rnk; the nearest is model.adapter.rank"),
+        ({"model": {"adapter": 3}}, "model.adapter must be a mapping of settings, got 3"),
         (
             {"model": {"moe": {"num_expert": 3}}},
             "unknown setting model.moe.num_expert; the nearest is model.moe.num_experts",

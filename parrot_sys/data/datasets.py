@@ -18,7 +18,6 @@ from parrot_sys.data.config import DataConfig, DataSource
 from parrot_sys.data.packing import expanded_lengths
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record, describe_record, parse_record, read_raw_records
-from parrot_sys.data.templates import TEMPLATE_NAME, render_conversation
 from parrot_sys.data.tokenization import tokenizer_fingerprint
 from parrot_sys.errors import DataError
 
@@ -153,7 +152,13 @@ def _measure(
     cached = None
     if cache_dir is not None:
         key = json.dumps(
-            [TEMPLATE_NAME, digest, tokenizer_fingerprint(processor.tokenizer), num_visual_rows, max_seq_len]
+            [
+                processor.template.version,
+                digest,
+                tokenizer_fingerprint(processor.tokenizer),
+                num_visual_rows,
+                max_seq_len,
+            ]
         )
         cached = Path(cache_dir) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         if cached.is_file():
@@ -163,7 +168,7 @@ def _measure(
             logger.warning("%s does not fit the data set; it is made anew", cached)
     lengths = np.empty((2, len(records)), dtype=np.int32)
     for start in range(0, len(records), _BLOCK):
-        block = [render_conversation(record.turns) for record in records[start : start + _BLOCK]]
+        block = [processor.template.render(record.turns) for record in records[start : start + _BLOCK]]
         for i, (input_ids, _) in enumerate(processor.encode(block), start):
             lengths[:, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
     if cached is not None:

@@ -72,7 +72,7 @@ def pack_samples(
 
     Args:
         samples: at least one id each; all with pixel values or all with image features, as far as they have images.
-        num_visual_rows: V, rows of an image.
+        num_visual_rows: V, rows of an image among those of the text; 1 where text reads its features from elsewhere.
         guidance: which text rows guide the routing of a sample's images: `prompt` takes every row without a label,
             `first_turn` only those before the first answer (its first label, or `first_answer` without labels). Rows
             that truncation removed guide nothing.
@@ -195,7 +195,9 @@ def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> None:
         raise DataError(
             f"sample {sample.record_id!r} must have one image for each of its {markers} markers, got {count}"
         )
-    if sample.image_features is not None and count and sample.image_features.shape[1] != num_visual_rows:
+    # (A row that only marks an image says nothing about the rows of its features.)
+    own_rows = sample.image_features is not None and count and num_visual_rows > 1
+    if own_rows and sample.image_features.shape[1] != num_visual_rows:
         raise DataError(
             f"sample {sample.record_id!r}: image_features must be [{count}, {num_visual_rows}, C], "
             f"got {list(sample.image_features.shape)}"

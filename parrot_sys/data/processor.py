@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.images import ImageProcessor, ImageSource
-from parrot_sys.data.templates import Segment, render_conversation
-from parrot_sys.data.tokenization import encode_conversations, load_tokenizer
+from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
+from parrot_sys.data.tokenization import MissingTokenizer, encode_conversations, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+_TEMPLATE_KEY = "conversation_template"
 _TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
 _KNOWN_TOWERS = {  # hub ids that checkpoints name; sizes: the public preprocessor_config.json of each
     "clip-vit-large-patch14-336": ("clip", 336),
@@ -29,43 +30,59 @@ _KNOWN_TOWERS = {  # hub ids that checkpoints name; sizes: the public preprocess
 class ParrotProcessor:
     """Turns conversations into ids and labels, and images into pixel values, exactly as the released code does."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, template: Template = CHATML
+    ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.template = template
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> ParrotProcessor:
+    def from_pretrained(cls, path: str | Path, template: TemplateName | None = None) -> ParrotProcessor:
         """Reads a checkpoint in the released Parrot layout, or what `save_pretrained` wrote.
 
         The tokenizer lies in `path`; preprocessor_config.json in `path`, in the directory that `mm_vision_tower` of
         config.json names relative to `path`, or in `path`/vision_tower. The published models' towers need no file.
+
+        Args:
+            path: the directory.
+            template: format of conversations; None takes the one that either file names, ChatML where none does.
 
         Raises:
             CheckpointError: one of them is missing or unreadable.
             ConfigError: the preprocessing is of a kind that is not supported.
         """
         directory = Path(path)
-        return cls(load_tokenizer(directory), _load_image_processor(directory))
+        chosen = _load_template(directory) if template is None else TEMPLATES[template]
+        tokenizer: Any = (
+            load_tokenizer(directory, chosen) if _needs_tokenizer(directory) else MissingTokenizer(directory)
+        )
+        return cls(tokenizer, _load_image_processor(directory), chosen)
 
     @classmethod
-    def for_tower(cls, tokenizer_path: str | Path, tower: str, image_size: int) -> ParrotProcessor:
-        """For a model that is no checkpoint yet: `tower` and `image_size` are `vision.type` and `vision.image_size`."""
-        return cls(load_tokenizer(tokenizer_path), ImageProcessor.for_tower(tower, image_size))
+    def for_tower(
+        cls, tokenizer_path: str | Path, tower: str, image_size: int, template: TemplateName = "chatml"
+    ) -> ParrotProcessor:
+        """For a model that is no checkpoint yet: `vision.type`, `vision.image_size` and `template` of its settings."""
+        chosen = TEMPLATES[template]
+        return cls(load_tokenizer(tokenizer_path, chosen), ImageProcessor.for_tower(tower, image_size), chosen)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
         Path(path).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(path)
-        text = json.dumps(self.image_processor.to_dict(), indent=2) + "\n"
+        own = {} if self.template is CHATML else {_TEMPLATE_KEY: self.template.name}
+        text = json.dumps(self.image_processor.to_dict() | own, indent=2) + "\n"
         (Path(path) / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
 
     def format_conversation(
         self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
     ) -> dict[str, Any]:
-        """Text, ids and labels of one conversation in ChatML.
+        """Text, ids and labels of one conversation in the model's format.
 
         Args:
-            turns: `{"from": "system" | "human" | "gpt", "value": text}`, one `<image>` in a text for each image.
+            turns: `{"from": "system" | "human" | "gpt", "value": text}`, one `<image>` in a text for each image; a
+                human turn may have `input`, a text that its instruction is about.
             add_generation_prompt: end with an opened answer, for generation.
 
         Returns:
@@ -75,7 +92,7 @@ class ParrotProcessor:
         Raises:
             DataError: no turns, or an unknown `from`.
         """
-        segments = render_conversation(turns, add_generation_prompt=add_generation_prompt)
+        segments = self.template.render(turns, add_generation_prompt=add_generation_prompt)
         (input_ids, labels) = self.encode([segments])[0]
         prompt = "".join(segment.text for segment in segments)
         return {"prompt": prompt, "input_ids": input_ids.tolist(), "labels": labels.tolist()}
@@ -110,10 +127,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _load_template(directory: Path) -> Template:
+    """As preprocessor_config.json (of a training checkpoint) or the own part of config.json says."""
+    own = _read_json(directory / PREPROCESSOR_FILE) if (directory / PREPROCESSOR_FILE).is_file() else {}
+    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    usual = INSTRUCTION if config.get("model_type") == "multimodal_gpt" else CHATML
+    name = own.get(_TEMPLATE_KEY) or config.get("parrot_sys", {}).get("template", usual.name)
+    if name not in TEMPLATES:
+        raise CheckpointError(
+            f"{directory}: the conversation template must be one of {', '.join(TEMPLATES)}, got {name!r}"
+        )
+    return TEMPLATES[name]
+
+
+def _needs_tokenizer(directory: Path) -> bool:
+    """A MultiModal-GPT may have been put together without one; for other models that is an error."""
+    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    return has_tokenizer(directory) or config.get("model_type") != "multimodal_gpt"
+
+
 def _load_image_processor(directory: Path) -> ImageProcessor:
     config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
-    aspect_ratio = config.get("image_aspect_ratio", None if config.get("model_type") == "parrot_qwen2" else "pad")
+    # (MultiModal-GPT resizes and crops as CLIP does.)
+    states_it = config.get("model_type") in ("parrot_qwen2", "multimodal_gpt")
+    aspect_ratio = config.get("image_aspect_ratio", None if states_it else "pad")
     tower = config.get("mm_vision_tower") or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
     for candidate in candidates:

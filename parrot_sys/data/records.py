@@ -1,6 +1,7 @@
 """Records in LLaVA/Parrot format, checked one by one: what is wrong is named with file, record and reason.
 
-A record is `{"id"?, "image"?: name or list of names, "lang"?, "conversations": [{"from", "value"}, ...]}`.
+A record is `{"id"?, "image"?: name or list of names, "lang"?, "conversations": [{"from", "value", "input"?}, ...]}`;
+`input` is a text that the instruction of a human turn is about.
 """
 
 from __future__ import annotations
@@ -118,6 +119,10 @@ def _parse_turns(value: Any) -> tuple[dict[str, str], ...]:
             raise DataError(
                 f"turn {i}: an {IMAGE_TOKEN} marker must stand in a human turn, got one in a {turn['from']} turn"
             )
+        if "input" in turn and (turn["from"] != "human" or not isinstance(turn["input"], str)):
+            raise DataError(f"turn {i}: `input` must be a string in a human turn, got {_short(turn)}")
+        if IMAGE_TOKEN in turn.get("input", ""):
+            raise DataError(f"turn {i}: `input` must hold no {IMAGE_TOKEN} marker; put it into `value`")
         if turn["from"] == "gpt" and not turn["value"].strip():
             raise DataError(f"turn {i}: the answer must not be empty")
     dialogue = value[1:] if value[0]["from"] == "system" else value
@@ -126,7 +131,7 @@ def _parse_turns(value: Any) -> tuple[dict[str, str], ...]:
         raise DataError(f"must have at least one answer (a gpt turn), got {', '.join(roles) or 'a system turn only'}")
     if roles != ["human", "gpt"] * (len(roles) // 2):
         raise DataError(f"turns must be human and gpt in turn, after at most one system turn, got {_short(roles)}")
-    return tuple({"from": turn["from"], "value": turn["value"]} for turn in value)
+    return tuple({key: turn[key] for key in ("from", "value", "input") if key in turn} for turn in value)
 
 
 def _short(value: Any) -> str:

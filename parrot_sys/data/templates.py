@@ -1,30 +1,66 @@
-"""ChatML: from turns to text, turn by turn, with the image marker where the released Parrot code puts it.
+"""Conversation formats: from turns to text, turn by turn, and where the image marker goes.
 
-Sources: AIDC-AI/Parrot, parrot/model/conversation_formatter.py (format) and parrot/train/data.py (place of the marker).
+* `chatml`: Parrot and Wings. Sources: AIDC-AI/Parrot, parrot/model/conversation_formatter.py (format) and
+  parrot/train/data.py (place of the marker).
+* `instruction`: MultiModal-GPT. Source: open-mmlab/Multimodal-GPT, mmgpt/datasets (arXiv 2305.04790, section 3.1).
+  Every question stands with its own answer; in the public code's dialogues it does not (turn i goes with turn i + 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from parrot_sys.data.constants import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, IMAGE_TOKEN
+from parrot_sys.data.constants import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, IMAGE_TOKEN, PAD_TOKEN
 from parrot_sys.errors import DataError
 
 ROLE_NAMES: Mapping[str, str] = {"system": "system", "human": "user", "gpt": "assistant"}
 """`from` of a turn in a record -> role in ChatML."""
 ANSWER_HEADER = f"{IM_START}assistant\n"
-TEMPLATE_NAME = "parrot-chatml-1"
-"""Changes whenever the text of a conversation changes: caches of token counts depend on it."""
+INSTRUCTION_HEADER = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+"""First line of a conversation in the instruction format; a system turn replaces it."""
+RESPONSE_HEADER = "### Response:\n"
+
+TemplateName = Literal["chatml", "instruction"]
+Turn = Mapping[str, str]
+"""`{"from": "system" | "human" | "gpt", "value": text}`; a human turn may have `input`: what its text is about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Text of one turn: header, message, end and the newline that leads to the next turn."""
+    """A stretch of a conversation that is tokenised on its own."""
 
     text: str
     bears_loss: bool
-    """True for answers; their header bears none."""
+    """True where an answer stands in it."""
+    prefix: str = ""
+    """First part of a text that bears loss: as many ids as it has on its own bear none."""
+    begins: bool = False
+    """The tokenizer's begin-of-sequence token, if it has one, stands before the text."""
+    ends: bool = False
+    """The tokenizer's end-of-sequence token stands behind the text and bears its loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """One format of conversations."""
+
+    name: TemplateName
+    version: str
+    """Changes whenever the text of a conversation changes: caches of token counts depend on it."""
+    render: Callable[..., list[Segment]]
+    """(turns, *, add_generation_prompt=False) -> the segments whose texts, joined, are the prompt."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that the tokenizer must know."""
+    end_token: str | None = None
+    """Ends an answer; None: the tokenizer's own end-of-sequence token."""
+    pad_token: str | None = None
+    """Padding; None: the tokenizer's own, or the end-of-sequence token where it has none."""
+    answer_header: str = ""
+    """Text that opens an answer and is tokenised on its own."""
 
 
 def move_image_markers(text: str) -> str:
@@ -38,31 +74,101 @@ def move_image_markers(text: str) -> str:
     return (f"{IMAGE_TOKEN}\n" * count + text.replace(IMAGE_TOKEN, "").strip()).strip()
 
 
-def render_conversation(turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False) -> list[Segment]:
-    """The segments whose texts, joined, are the prompt.
+def render_conversation(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+    """The segments of a conversation in ChatML; joined, their texts are the prompt.
 
     Args:
-        turns: `{"from": "system" | "human" | "gpt", "value": text}`; a system turn is put first when there is none.
+        turns: a system turn is put first when there is none.
         add_generation_prompt: open an answer at the end and leave it open.
 
     Raises:
         DataError: no turns, or an unknown `from`.
     """
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise DataError(f'turn {index} must be {{"from": ..., "value": text}}, got {turn!r}')
-    messages = [(turn["from"], move_image_markers(turn["value"])) for turn in turns]
-    if not messages:
-        raise DataError("a conversation must have at least one turn, got none")
+    _check_turns(turns)
+    messages = [(turn["from"], move_image_markers(_with_input(turn))) for turn in turns]
     if messages[0][0] != "system":
         messages.insert(0, ("system", DEFAULT_SYSTEM_PROMPT))
-    if unknown := next((name for name, _ in messages if name not in ROLE_NAMES), None):
-        raise DataError(f"`from` of a turn must be one of {', '.join(ROLE_NAMES)}, got {unknown!r}")
     segments = [
-        Segment(f"{IM_START}{ROLE_NAMES[name]}\n{message}{IM_END}\n", bears_loss=name == "gpt")
+        Segment(
+            f"{IM_START}{ROLE_NAMES[name]}\n{message}{IM_END}\n",
+            bears_loss=name == "gpt",
+            prefix=ANSWER_HEADER if name == "gpt" else "",
+        )
         for name, message in messages
     ]
     if add_generation_prompt:
-        return [*segments, Segment(ANSWER_HEADER, bears_loss=True)]
+        return [*segments, Segment(ANSWER_HEADER, bears_loss=True, prefix=ANSWER_HEADER)]
     last = segments[-1]
-    return [*segments[:-1], Segment(last.text.removesuffix("\n"), last.bears_loss)]
+    return [*segments[:-1], Segment(last.text.removesuffix("\n"), last.bears_loss, last.prefix)]
+
+
+def render_instruction(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+    """The segments of a conversation in the instruction format of MultiModal-GPT, a question with its answer each.
+
+    The header stands once; an image stands before the question it comes with. Loss is on answers and their ends.
+
+    Args:
+        turns: after at most one system turn (it replaces the header), human and gpt turns alternate.
+        add_generation_prompt: open an answer at the end and leave it open.
+
+    Raises:
+        DataError: no turns, an unknown `from`, or turns that do not alternate.
+    """
+    _check_turns(turns)
+    header, rest = INSTRUCTION_HEADER, list(turns)
+    if rest[0]["from"] == "system":
+        header = rest.pop(0)["value"]
+    wanted = ["human" if index % 2 == 0 else "gpt" for index in range(len(rest))]
+    roles = [turn["from"] for turn in rest]
+    if roles != wanted or not rest:
+        raise DataError(f"turns must be human and gpt in turn, beginning with human, got {', '.join(roles) or 'none'}")
+    if add_generation_prompt and len(rest) % 2 == 0:
+        raise DataError("the last turn must be a human one before an answer is opened, got a gpt turn")
+    segments = []
+    for start in range(0, len(rest), 2):
+        answer = rest[start + 1]["value"] if start + 1 < len(rest) else None
+        prompt = (header if start == 0 else "") + _question(rest[start])
+        opened = f"{prompt}\n\n{RESPONSE_HEADER}"
+        begins = start == 0
+        if answer is not None:
+            segments.append(Segment(opened + answer, bears_loss=True, prefix=opened, begins=begins, ends=True))
+        else:
+            segments.append(Segment(opened if add_generation_prompt else prompt, bears_loss=False, begins=begins))
+    return segments
+
+
+CHATML = Template(
+    name="chatml",
+    version="parrot-chatml-1",
+    render=render_conversation,
+    special_tokens=(IM_START, IM_END, PAD_TOKEN),
+    end_token=IM_END,
+    pad_token=PAD_TOKEN,
+    answer_header=ANSWER_HEADER,
+)
+INSTRUCTION = Template(name="instruction", version="instruction-1", render=render_instruction)
+TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, INSTRUCTION)}
+
+
+def _question(turn: Turn) -> str:
+    text = turn["value"]
+    sections = [f"Image:\n{IMAGE_TOKEN}"] * text.count(IMAGE_TOKEN)
+    sections.append(f"Instruction:\n{text.replace(IMAGE_TOKEN, '').strip() if sections else text}")
+    if turn.get("input"):
+        sections.append(f"Input:\n{turn['input']}")
+    return "".join(f"\n\n### {section}" for section in sections)
+
+
+def _with_input(turn: Turn) -> str:
+    """What a turn says, with what it is about on the next line."""
+    return f"{turn['value']}\n{turn['input']}" if turn.get("input") else turn["value"]
+
+
+def _check_turns(turns: Sequence[Turn]) -> None:
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise DataError(f'turn {index} must be {{"from": ..., "value": text}}, got {turn!r}')
+    if not turns:
+        raise DataError("a conversation must have at least one turn, got none")
+    if unknown := next((turn["from"] for turn in turns if turn["from"] not in ROLE_NAMES), None):
+        raise DataError(f"`from` of a turn must be one of {', '.join(ROLE_NAMES)}, got {unknown!r}")

@@ -1,25 +1,25 @@
-"""Token ids and labels of conversations, piece by piece as the released Parrot code tokenises them."""
+"""Token ids and labels of conversations, piece by piece as the released codes tokenise them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from parrot_sys.data.constants import IGNORE_ID, IM_END, IM_START, IMAGE_TOKEN, IMAGE_TOKEN_ID, PAD_TOKEN
-from parrot_sys.data.templates import ANSWER_HEADER, Segment
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN, IMAGE_TOKEN_ID
+from parrot_sys.data.templates import CHATML, Segment, Template
 from parrot_sys.errors import CheckpointError
 
 IntArray = npt.NDArray[np.int64]
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The Hugging Face tokenizer in a directory, with ChatML's special tokens checked. Uses no network.
+def load_tokenizer(path: str | Path, template: Template = CHATML) -> PreTrainedTokenizerBase:
+    """The Hugging Face tokenizer in a directory, with the special tokens of a template checked. Uses no network.
 
     Raises:
         CheckpointError: no tokenizer there, or it lacks one of the special tokens.
@@ -35,11 +35,62 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"tokenizer: {path} must hold one of the tokenizers library, got {type(tokenizer).__name__}"
         )
-    for token in (IM_START, IM_END, PAD_TOKEN):
+    for token in template.special_tokens:
         if (got := encode_texts(tokenizer, [token])[0]) != [tokenizer.convert_tokens_to_ids(token)]:
             raise CheckpointError(f"tokenizer: {path} must have the special token {token}, got {len(got)} ids for it")
-    tokenizer.pad_token = PAD_TOKEN
-    tokenizer.eos_token = IM_END
+    if template.end_token is not None:
+        tokenizer.eos_token = template.end_token
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"tokenizer: {path} must have an end-of-sequence token for the {template.name} template")
+    tokenizer.pad_token = template.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a directory holds a tokenizer of any kind."""
+    return any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+class MissingTokenizer:
+    """Stands for the tokenizer of a checkpoint that has none: ids and images still work, text is an error."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.__dict__["_directory"] = directory
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise CheckpointError(
+            f"{self.__dict__['_directory']} holds no tokenizer, which text needs: give --llm a directory with LLaMA's "
+            "tokenizer (tokenizer.json or tokenizer.model) and convert again"
+        )
+
+
+def with_flamingo_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase | None:
+    """LLaMA's tokenizer with OpenFlamingo's tokens (and `<PAD>`, if it has no padding) behind its own.
+
+    Args:
+        path: directory; the result is None when it holds no tokenizer.
+        tokens: in the order of their ids.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    if not has_tokenizer(path):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, config=PreTrainedConfig()
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"tokenizer: {path} holds none that can be read: {error}") from error
+    # (As the released code adds them: first these, then the padding.)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     return tokenizer
 
 
@@ -59,26 +110,36 @@ def encode_conversations(
     """(input_ids, labels) of each conversation, int64 [n] both and not shifted.
 
     Each segment is tokenised on its own, and each stretch between image markers on its own. An image is IMAGE_TOKEN_ID.
-    The label of a row is its id in an answer, behind as many ids as the answer header has, and IGNORE_ID elsewhere.
+    The label of a row is its id in an answer, behind as many ids as the segment's prefix has, and IGNORE_ID elsewhere.
     """
-    chunks = [segment.text.split(IMAGE_TOKEN) for conversation in conversations for segment in conversation]
-    encoded = iter(encode_texts(tokenizer, [ANSWER_HEADER, *(text for texts in chunks for text in texts)]))
-    header_length = len(next(encoded))
-    pieces = iter(chunks)
+    segments = [segment for conversation in conversations for segment in conversation]
+    chunks = [chunk for s in segments for text in (s.text, s.prefix) for chunk in text.split(IMAGE_TOKEN)]
+    encoded = iter(encode_texts(tokenizer, chunks))
     result = []
     for conversation in conversations:
         ids: list[int] = []
         labels: list[int] = []
         for segment in conversation:
-            own = [*next(encoded)]
-            for _ in range(len(next(pieces)) - 1):
-                own += [IMAGE_TOKEN_ID, *next(encoded)]
+            own, prefix = _with_images(segment.text, encoded), _with_images(segment.prefix, encoded)
+            if segment.begins and tokenizer.bos_token_id is not None:
+                ids.append(tokenizer.bos_token_id)
+                labels.append(IGNORE_ID)
+            if segment.ends:
+                own.append(tokenizer.eos_token_id)
             ids += own
-            header = min(header_length, len(own)) if segment.bears_loss else len(own)
-            labels += [IGNORE_ID] * header
-            labels += [IGNORE_ID if i == IMAGE_TOKEN_ID else i for i in own[header:]]
+            silent = min(len(prefix), len(own)) if segment.bears_loss else len(own)
+            labels += [IGNORE_ID] * silent
+            labels += [IGNORE_ID if i == IMAGE_TOKEN_ID else i for i in own[silent:]]
         result.append((np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)))
     return result
+
+
+def _with_images(text: str, encoded: Iterator[list[int]]) -> list[int]:
+    """Ids of a text whose stretches between image markers come next in `encoded`."""
+    ids = [*next(encoded)]
+    for _ in range(text.count(IMAGE_TOKEN)):
+        ids += [IMAGE_TOKEN_ID, *next(encoded)]
+    return ids
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

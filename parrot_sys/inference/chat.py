@@ -131,7 +131,7 @@ class ChatSession:
     def _room(self, input_ids: Tensor, images: int) -> int:
         """Tokens that the decoder's positions leave for the answer."""
         config = self.model.config
-        rows = input_ids.shape[1] + images * (config.vision.num_visual_rows - 1)
+        rows = input_ids.shape[1] + images * (config.rows_per_image - 1)
         return config.llm.max_position_embeddings - rows
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from parrot_sys.config_values import save_config
+from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.tokenization import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.pretrained import MODEL_CONFIG, PROCESSOR, load_pretrained, save_pretrained
 from parrot_sys.models.tensor_files import check_absent, new_directory
@@ -27,21 +30,38 @@ the same tensors bit for bit.
 
   $ parrot convert --checkpoint runs/demo --output parrot-demo-hf
   $ parrot convert --checkpoint Parrot-7B --output parrot-7b-bf16 --dtype bfloat16
-  $ parrot convert --checkpoint Parrot-7B --output start --format megatron"""
+  $ parrot convert --checkpoint Parrot-7B --output start --format megatron
+  $ parrot convert --checkpoint runs/lora --output tuned --merge-lora
+  $ parrot convert --source-format multimodal_gpt --llm llama-7b --flamingo OpenFlamingo-9B/checkpoint.pt \\
+        --lora mmgpt-lora-v0-release.pt --vision clip-vit-large-patch14 --output mmgpt"""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ConvertConfig:
     """What to convert, and into what."""
 
-    checkpoint: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Checkpoint to read."""
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Directory to create; it appears only when everything is in it."""
+    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Checkpoint to read, with --source-format auto."""
+    source_format: Literal["auto", "multimodal_gpt"] = "auto"
+    """`auto`: one directory, whatever it is; `multimodal_gpt`: the files that MultiModal-GPT was released as."""
+    llm: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """multimodal_gpt: LLaMA in Hugging Face layout."""
+    flamingo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """multimodal_gpt: OpenFlamingo's resampler and gated blocks (.pt)."""
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """multimodal_gpt: weights and settings of MultiModal-GPT's training (.pt); without it OpenFlamingo is converted."""
+    vision: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """multimodal_gpt: CLIP ViT-L/14 in Hugging Face layout."""
+    image_token_id: int | None = None
+    """multimodal_gpt: id of <image>, when --llm holds no tokenizer; the last row of the embedding when not given."""
     format: Literal["hf", "megatron"] = "hf"
     """`hf`: released layout, for other people's tools; `megatron`: a training checkpoint (weights, no optimizer)."""
     dtype: DtypeName | None = None
     """Type of the tensors; as they are in the checkpoint when not given."""
+    merge_lora: bool = False
+    """Make the updates of LoRA part of the weights, for programs that know no LoRA."""
     force: bool = False
     """Replace the output directory if it exists."""
 
@@ -66,15 +86,91 @@ def convert(config: ConvertConfig) -> None:
         CheckpointError: as `main`.
     """
     check_absent(config.output, overwrite=config.force)
-    source, target = config.checkpoint.resolve(), config.output.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
-        raise CheckpointError(f"output must lie outside the checkpoint {config.checkpoint}, got {config.output}")
-    model, processor = load_pretrained(config.checkpoint, dtype=config.dtype)
+    _check_sources(config)
+    if config.source_format == "auto":
+        assert config.checkpoint is not None, "checked"
+        _convert(config, config.checkpoint)
+        return
+    if config.format == "hf" and config.dtype is None and not config.merge_lora:
+        _assemble(config, config.output)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.absolute().parent) as folder:
+        whole = Path(folder) / "released"
+        _assemble(config, whole)
+        _convert(config, whole)
+
+
+def _check_sources(config: ConvertConfig) -> None:
+    """
+    Raises:
+        CheckpointError: sources are missing, of the other format, or overlap the output.
+    """
+    parts = {name: getattr(config, name) for name in ("llm", "flamingo", "lora", "vision")}
+    wanted = {"checkpoint": config.checkpoint} if config.source_format == "auto" else parts
+    other = parts if config.source_format == "auto" else {"checkpoint": config.checkpoint}
+    missing = [f"--{name}" for name, path in wanted.items() if path is None and name != "lora"]
+    foreign = [f"--{name}" for name, path in other.items() if path is not None]
+    if missing or foreign:
+        raise CheckpointError(
+            f"--source-format {config.source_format} needs {' '.join(f'--{name}' for name in wanted)}: "
+            + "; ".join(
+                [f"missing are {', '.join(missing)}"] * bool(missing)
+                + [f"{', '.join(foreign)} belong to the other format"] * bool(foreign)
+            )
+        )
+    target = config.output.resolve()
+    for name, path in wanted.items():
+        source = None if path is None else path.resolve()
+        if source is not None and (source.is_relative_to(target) or target.is_relative_to(source)):
+            raise CheckpointError(f"output must lie outside the {name} {path}, got {config.output}")
+
+
+def _assemble(config: ConvertConfig, output: Path) -> None:
+    """MultiModal-GPT's files as one directory."""
+    from parrot_sys.data.tokenization import with_flamingo_tokens
+    from parrot_sys.models.multimodal_gpt import ADDED_TOKENS, MultimodalGptFiles, assemble
+
+    assert config.llm is not None, "checked"
+    assert config.flamingo is not None, "checked"
+    assert config.vision is not None, "checked"
+    files = MultimodalGptFiles(llm=config.llm, flamingo=config.flamingo, lora=config.lora, vision=config.vision)
+    tokenizer = with_flamingo_tokens(config.llm, ADDED_TOKENS)
+    settings: dict[str, Any] = {"image_token_id": config.image_token_id}
+    if tokenizer is not None:
+        settings = {
+            "num_tokens": len(tokenizer),
+            "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            "save_tokenizer": tokenizer.save_pretrained,
+        }
+    assemble(files, output, overwrite=config.force, **settings)
+
+
+def _convert(config: ConvertConfig, checkpoint: Path) -> None:
+    model, processor = load_pretrained(checkpoint, dtype=config.dtype)
+    if config.vision is not None:
+        # What was put together lies in a place that goes away; the tower stays where it came from.
+        tower = replace(model.config.vision, path=str(config.vision.resolve()))
+        model.model.parrot = replace(model.config, vision=tower)
+    if config.format == "megatron" and isinstance(processor.tokenizer, MissingTokenizer):
+        raise CheckpointError(
+            "--format megatron makes a checkpoint to train on, which needs a tokenizer, but "
+            f"{config.llm or checkpoint} holds none: put tokenizer.json or tokenizer.model there"
+        )
+    if config.merge_lora:
+        _merge_lora(model)
     if config.format == "hf":
         save_pretrained(model, processor, config.output, dtype=config.dtype, overwrite=config.force)
         return
     with new_directory(config.output, overwrite=config.force) as target:
         _save_training_checkpoint(model, processor, target)
+
+
+def _merge_lora(model: ParrotForConditionalGeneration) -> None:
+    from parrot_sys.megatron.lora import merge_lora
+
+    if model.config.lora is None:
+        raise CheckpointError("merge-lora needs a checkpoint with LoRA, but this one has none: leave the option out")
+    merge_lora(model.model)
 
 
 def _save_training_checkpoint(

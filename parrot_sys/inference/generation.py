@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -29,9 +30,51 @@ class Streamer(Protocol):
         """No more tokens."""
 
 
+class WholeRequests:
+    """What stands in for a KV cache where none can be used: every step runs the whole requests again."""
+
+    def __init__(self, samples: Sequence[Sample], override: RoutingOverride | None = None) -> None:
+        """
+        Args:
+            samples: prompts.
+            override: replaces the routes.
+        """
+        self._ids = [torch.as_tensor(sample.input_ids).cpu() for sample in samples]
+        self._samples = list(samples)
+        self._override = override
+
+    def keep(self, samples: Tensor) -> None:
+        """Keep only these requests, in this order: int64 [S']."""
+        places = samples.tolist()
+        self._ids = [self._ids[place] for place in places]
+        self._samples = [self._samples[place] for place in places]
+
+    def append(self, tokens: Tensor) -> None:
+        """One more token for each request: int64 [S]."""
+        self._ids = [torch.cat((ids, token[None])) for ids, token in zip(self._ids, tokens.cpu(), strict=True)]
+
+    def run(self, model: Lockstep) -> tuple[Tensor, RoutingOutput | None]:
+        """Logits of the rows after each request, float32 [S, vocabulary], and the routes of the images."""
+        samples = [replace(sample, input_ids=ids) for sample, ids in zip(self._samples, self._ids, strict=True)]
+        parrot = model.model.parrot
+        batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance)
+        batch = batch.to(model.device)
+        output = model.forward(batch, logits_rows=batch.cu_seqlens[1:].long() - 1, override=self._override)
+        assert output.logits is not None, "logits come back to every rank"
+        return output.logits.float(), output.routing
+
+
+Requests = KVCache | WholeRequests
+
+
 def prefill(
-    model: Lockstep, samples: Sequence[Sample], new_tokens: int, override: RoutingOverride | None = None
-) -> tuple[Tensor, KVCache, RoutingOutput | None]:
+    model: Lockstep,
+    samples: Sequence[Sample],
+    new_tokens: int,
+    override: RoutingOverride | None = None,
+    *,
+    use_cache: bool = True,
+) -> tuple[Tensor, Requests, RoutingOutput | None]:
     """Run the prompts.
 
     Args:
@@ -39,16 +82,18 @@ def prefill(
         samples: prompts without labels, so that all their text guides routing.
         new_tokens: rows to leave room for after each prompt.
         override: replaces the routes.
+        use_cache: False runs the whole requests at every step, as models must that let a row read later ones.
 
     Returns:
-        Logits of the rows after each prompt, float32 [S, vocabulary]; the filled cache; the routes of the images.
+        Logits of the rows after each prompt, float32 [S, vocabulary]; the filled cache, or what stands in for it; the
+        routes of the images.
 
     Raises:
         DataError: a prompt with its images is longer than the decoder's positions.
     """
     parrot = model.model.parrot
     limit = parrot.llm.max_position_embeddings
-    rows = parrot.vision.num_visual_rows
+    rows = parrot.rows_per_image
     for index, sample in enumerate(samples):
         length = expanded_lengths(np.asarray(sample.input_ids), rows, limit)[1]
         if length + new_tokens > limit:
@@ -56,6 +101,10 @@ def prefill(
                 f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the "
                 f"{limit} positions of the decoder (max_position_embeddings): shorten it or lower max_new_tokens"
             )
+    if not (use_cache and model.model.takes_cache):
+        requests = WholeRequests(samples, override)
+        logits, routing = requests.run(model)
+        return logits, requests, routing
     device = model.device
     batch = pack_samples(samples, num_visual_rows=rows, guidance=parrot.moe.guidance).to(device)
     cache = KVCache(len(samples), batch.max_seqlen + new_tokens, device=device)
@@ -65,8 +114,11 @@ def prefill(
     return output.logits.float(), cache, output.routing
 
 
-def decode(model: Lockstep, tokens: Tensor, cache: KVCache) -> Tensor:
+def decode(model: Lockstep, tokens: Tensor, cache: Requests) -> Tensor:
     """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary]."""
+    if isinstance(cache, WholeRequests):
+        cache.append(tokens)
+        return cache.run(model)[0]
     batch = _step_batch(tokens, cache.lengths)
     logits = model.forward(batch, cache=cache).logits
     assert logits is not None, "logits come back to every rank"
@@ -104,13 +156,14 @@ def generate_tokens(
     seed: int | None = None,
     streamer: Streamer | None = None,
     override: RoutingOverride | None = None,
+    use_cache: bool = True,
 ) -> tuple[Tensor, RoutingOutput | None]:
     """Answers of all prompts, int64 [S, M] on the CPU with M <= max_new_tokens, and the routes of the images.
 
     A request ends with the first of `eos_token_ids`, which is kept; `pad_token_id` fills the row behind it. Finished
     requests leave the cache, so that they cost nothing more.
     """
-    logits, cache, routing = prefill(model, samples, max_new_tokens, override)
+    logits, cache, routing = prefill(model, samples, max_new_tokens, override, use_cache=use_cache)
     generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
     seen = _seen_tokens(samples, logits) if config.repetition_penalty != 1 else logits.new_zeros(0, dtype=torch.bool)
     running = list(range(len(samples)))

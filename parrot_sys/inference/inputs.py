@@ -28,7 +28,8 @@ def split_batch(
         attention_mask: [B, N], 0 where a row is padding (left or right); None: nothing is padding.
         images: float [n, 3, h, w], or a list of [3, h, w] and [k, 3, h, w]. As many as there are markers: taken in
             their order. Else one for each sample, of which those of samples without a marker are left out (the released
-            code gives a text-only sample a dummy image).
+            code gives a text-only sample a dummy image). MultiModal-GPT's [B, k, 1, 3, h, w] has k images for each
+            sample, of which the first are taken, as many as the sample has markers.
         labels: int64 [B, N], -100 where a row bears no loss.
         answer_header: ids that open an answer; without labels they tell where the first one begins.
 
@@ -69,6 +70,8 @@ def _behind_first(ids: list[int], header: list[int]) -> int | None:
 
 def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:
     """The images of each sample, [k, 3, h, w] or None."""
+    if isinstance(images, Tensor) and images.dim() == 6:
+        return _assign_rows_of_images(markers, images)
     single = [images] if isinstance(images, Tensor) else list(images or ())
     parts = [image if image.dim() == 4 else image.unsqueeze(0) for image in single]
     pixels = torch.cat(parts) if parts else torch.empty(0, 3, 0, 0)
@@ -85,6 +88,17 @@ def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:
             f"{len(markers)} samples with at most one marker; got {count} for samples with {markers} markers"
         )
     return [part if part.shape[0] else None for part in each]
+
+
+def _assign_rows_of_images(markers: list[int], images: Tensor) -> list[Tensor | None]:
+    """From [B, k, 1, 3, h, w], as OpenFlamingo takes them: k images of one frame for each sample."""
+    count, each, frames, channels = images.shape[:4]
+    if (count, frames, channels) != (len(markers), 1, 3) or max(markers) > each:
+        raise DataError(
+            f"images must be [{len(markers)}, k, 1, 3, h, w] with k >= {max(markers)}, the most markers of a sample, "
+            f"got {list(images.shape)}"
+        )
+    return [row[:number, 0] if number else None for row, number in zip(images, markers, strict=True)]
 
 
 def pad_rows(rows: Tensor, lengths: Sequence[int]) -> Tensor:

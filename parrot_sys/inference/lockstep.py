@@ -68,11 +68,25 @@ class Lockstep:
         logits_rows: Tensor | None = None,
         override: RoutingOverride | None = None,
         cache: KVCache | None = None,
+        router_weights: dict[int, Tensor] | None = None,
     ) -> ParrotOutput:
-        """Logits and routes of a micro-batch; see `ParrotModel.forward`."""
+        """Logits and routes of a micro-batch; see `ParrotModel.forward`.
+
+        Raises:
+            ConfigError: router weights are asked of several processes.
+        """
+        if router_weights is not None and dist.get_world_size() > 1:
+            raise ConfigError("router weights are given by one process only: load the model without a layout")
         if self._leads:
             self._tell(self._describe(batch, logits_rows, override, cache))
-        return forward_logits(self.model, batch, logits_rows=logits_rows, routing_override=override, kv_cache=cache)
+        return forward_logits(
+            self.model,
+            batch,
+            logits_rows=logits_rows,
+            routing_override=override,
+            kv_cache=cache,
+            router_weights=router_weights,
+        )
 
     def encode(self, pixels: Tensor) -> Tensor | None:
         """Features [n, V, C] of images [n, 3, h, w]; None where the vision tower is not."""

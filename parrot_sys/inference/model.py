@@ -31,6 +31,8 @@ class CausalOutput:
     loss: Tensor | None = None  # 0-d float32, mean cross entropy over the rows with a label
     logits: Tensor  # [B, N, vocabulary] float32, expanded sequence, right-padded with zeros
     routing: RoutingOutput | None = None  # routes of the images in marker order
+    router_weights: dict[int, Tensor] | None = None
+    """Wings, when asked for: number of each layer with learners, from 1 -> float32 [B, N, 2], visual and textual."""
 
 
 class ParrotForConditionalGeneration(nn.Module):
@@ -86,6 +88,7 @@ class ParrotForConditionalGeneration(nn.Module):
         images: Images = None,
         labels: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
+        output_router_weights: bool = False,
     ) -> CausalOutput:
         """
         Args:
@@ -95,21 +98,24 @@ class ParrotForConditionalGeneration(nn.Module):
             labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing;
                 without, all text rows do. With `moe.guidance: first_turn` only those before the first answer.
             routing_override: replaces the routes.
+            output_router_weights: also return what the routers of Wings weigh the learners by; in one process only.
 
         Raises:
             DataError: ids, mask, labels and images do not fit together.
+            ConfigError: router weights are asked of several processes.
         """
         config = self.config
         samples = self._split(input_ids, attention_mask, images, labels)
         batch = pack_samples(
             samples,
-            num_visual_rows=config.vision.num_visual_rows,
+            num_visual_rows=config.rows_per_image,
             guidance=config.moe.guidance,
             max_seq_len=config.max_seq_len,
         )
         lengths = batch.cu_seqlens.diff().tolist()
         batch = batch.to(self.device)
-        output = self.lockstep.forward(batch, override=routing_override)
+        weights: dict[int, Tensor] | None = {} if output_router_weights else None
+        output = self.lockstep.forward(batch, override=routing_override, router_weights=weights)
         assert output.logits is not None, "logits come back to every rank"
         logits = output.logits.float()
         loss = None
@@ -117,7 +123,9 @@ class ParrotForConditionalGeneration(nn.Module):
             loss = F.cross_entropy(
                 logits.index_select(0, batch.label_rows), batch.labels.index_select(0, batch.label_rows)
             )
-        return CausalOutput(loss=loss, logits=pad_rows(logits, lengths), routing=output.routing)
+        if weights is not None:
+            weights = {layer: pad_rows(rows, lengths) for layer, rows in weights.items()}
+        return CausalOutput(loss=loss, logits=pad_rows(logits, lengths), routing=output.routing, router_weights=weights)
 
     @overload
     def generate(
@@ -160,7 +168,8 @@ class ParrotForConditionalGeneration(nn.Module):
             images: as in `forward`.
             max_new_tokens: longest answer.
             do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`; None takes its default.
-            num_beams, use_cache: 1 and True only, for calls written for the released code.
+            num_beams: 1 only, for calls written for the released code.
+            use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
             pad_token_id: fills rows behind the end; that of the checkpoint when None.
             seed: of the random numbers; torch's own state when None.
@@ -173,8 +182,8 @@ class ParrotForConditionalGeneration(nn.Module):
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-        if num_beams != 1 or not use_cache:
-            raise ConfigError(f"num_beams must be 1 and use_cache True, got {num_beams} and {use_cache}")
+        if num_beams != 1:
+            raise ConfigError(f"num_beams must be 1, got {num_beams}")
         given = {
             "temperature": temperature if do_sample else None,
             "top_k": top_k,
@@ -200,6 +209,7 @@ class ParrotForConditionalGeneration(nn.Module):
             seed=seed,
             streamer=streamer,
             override=routing_override,
+            use_cache=use_cache,
         )
         if streamer is not None:
             streamer.end()
@@ -245,6 +255,10 @@ class ParrotForConditionalGeneration(nn.Module):
         images: Images,
         labels: Tensor | None = None,
     ) -> list[Sample]:
+        if self.config.flamingo is not None:
+            # Its image token is a token of the vocabulary; here every model's images have the same mark.
+            marker = self.config.flamingo.image_token_id
+            input_ids = torch.where(input_ids == marker, IMAGE_TOKEN_ID, input_ids)
         samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
         size = self.config.llm.vocab_size
         for index, sample in enumerate(samples):

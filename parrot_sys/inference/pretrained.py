@@ -11,10 +11,10 @@ import torch
 from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import ANSWER_HEADER
+from parrot_sys.data.tokenization import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.hf_config import config_from_hf, read_json
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.parrot import Compat, ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def load_pretrained(
     device: torch.device | str | None = "cpu",
     dtype: torch.dtype | str | None = None,
     parallel: ParallelConfig | None = None,
+    compat: Compat | None = None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     """Model (in evaluation mode, vision tower frozen) and processor.
 
@@ -49,6 +50,8 @@ def load_pretrained(
         device: where the model goes; None takes the GPU if there is one.
         dtype: of the parameters (`"bfloat16"` or torch.bfloat16); None keeps that of the checkpoint.
         parallel: layout, when several processes load one model together.
+        compat: whose rules the model follows where the public code does not do what the paper says; None: as the
+            checkpoint says. See `ParrotConfig.following`.
 
     Raises:
         CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
@@ -62,8 +65,8 @@ def load_pretrained(
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
     target = platform.parse_device(device)
     if (training := find_training_checkpoint(directory)) is not None:
-        return _load_training(training, target, wanted, parallel)
-    return _load_released(directory, target, wanted, parallel)
+        return _load_training(training, target, wanted, parallel, compat)
+    return _load_released(directory, target, wanted, parallel, compat)
 
 
 def save_pretrained(
@@ -124,9 +127,14 @@ def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
 
 
 def _load_released(
-    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    parallel: ParallelConfig | None,
+    compat: Compat | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
+    config = config.following(compat)
     processor = ParrotProcessor.from_pretrained(directory)
     from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -142,9 +150,13 @@ def _load_released(
 
 
 def _load_training(
-    directory: Path, device: torch.device, dtype: torch.dtype | None, parallel: ParallelConfig | None
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    parallel: ParallelConfig | None,
+    compat: Compat | None,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
-    config = load_config(ParrotConfig, directory / MODEL_CONFIG)
+    config = load_config(ParrotConfig, directory / MODEL_CONFIG).following(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     from parrot_sys.megatron.checkpointing import load_model_weights
     from parrot_sys.megatron.parrot_model import build_parrot_model
@@ -156,7 +168,9 @@ def _load_training(
     )
     load_model_weights(directory, [model])
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
-    model.use_moe = model.use_moe and bool(train.get("use_moe", True))  # stage 1 keeps its experts but goes past them
+    # The first stage keeps its experts (and routers) but goes past them.
+    model.use_moe = model.use_moe and bool(train.get("use_moe", True))
+    model.use_router = bool(train.get("use_router", True))
     return _ready(model, processor, directory / PROCESSOR), processor
 
 
@@ -176,7 +190,9 @@ def _ready(
     if model.vision_tower is not None:
         model.vision_tower.requires_grad_(False)
     eos, pad = _special_tokens(directory, processor)
-    header = processor.tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+    # (Only text that guides the experts ends where an answer begins.)
+    guided = model.parrot.moe.num_experts > 0
+    header = processor.tokenizer.encode(processor.template.answer_header, add_special_tokens=False) if guided else []
     wrapper = ParrotForConditionalGeneration(
         model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source
     )
@@ -188,6 +204,8 @@ def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[i
     path = directory / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.is_file() else None
     ends = [named] if isinstance(named, int) else list(named or [])
+    if isinstance(processor.tokenizer, MissingTokenizer):
+        return ends, read_json(directory / "config.json").get("pad_token_id")
     if (own := processor.tokenizer.eos_token_id) is not None and own not in ends:
         ends.append(own)
     return ends, processor.tokenizer.pad_token_id

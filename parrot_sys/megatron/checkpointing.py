@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
 from parrot_sys.megatron.checksums import verify_checksums
+from parrot_sys.megatron.components import component_of
 from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_groups
 from parrot_sys.megatron.parrot_model import ParrotModel
 
@@ -70,6 +71,8 @@ def save_distributed(
 def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, verify: bool = True) -> dict[str, Any]:
     """Loads the weights of a checkpoint into the parts of a model on this rank and returns its `common`.
 
+    LoRA keeps its initial values when the checkpoint has none.
+
     Args:
         folder: the checkpoint.
         chunks: to be filled.
@@ -82,6 +85,9 @@ def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, ver
         _check_complete(folder)
         verify_checksums(folder)
     state = _sharded_model(chunks)
+    if not _has_lora(dist_checkpointing.load_tensors_metadata(str(folder))):
+        for name, tensors in state[_MODEL].items():
+            state[_MODEL][name] = {key: tensor for key, tensor in tensors.items() if not _has_lora((key,))}
     _check_tensors(folder, state[_MODEL])
     loaded = dist_checkpointing.load(state, str(folder))
     _load_chunks(chunks, loaded)
@@ -147,7 +153,12 @@ def _sharded_model(chunks: Sequence[ParrotModel]) -> dict[str, Any]:
 
 def _load_chunks(chunks: Sequence[ParrotModel], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_MODEL][f"chunk{i}"])
+        own = {key: tensor for key, tensor in chunk.state_dict().items() if _has_lora((key,))}
+        chunk.load_state_dict(own | loaded[_MODEL][f"chunk{i}"])
+
+
+def _has_lora(names: Iterable[str]) -> bool:
+    return any(component_of(name) == "lora" for name in names)
 
 
 def _sharded_random() -> ShardedObject:
@@ -183,8 +194,13 @@ def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
     """Compares names and shapes before Megatron does, whose messages do not list them."""
     _check_complete(folder)
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
-    missing, other_shape = set(), set()
-    for tensor in _sharded_tensors(wanted):
+    missing, other_shape, tensors = set(), set(), _sharded_tensors(wanted)
+    if _has_lora(saved) and not _has_lora(tensor.key for tensor in tensors):
+        raise CheckpointError(
+            f"{folder} has LoRA, the model has none: set model.lora as its model_config.yaml does, or merge it first "
+            "(parrot convert --merge-lora)"
+        )
+    for tensor in tensors:
         if tensor.key not in saved:
             missing.add(tensor.key)
         elif tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):

@@ -17,7 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.column_attention import ColumnSum, with_columns
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.megatron.packed_attention import (
     SegmentPlan,
     dense_attention,
@@ -26,6 +28,7 @@ from parrot_sys.megatron.packed_attention import (
     supports_varlen,
     varlen_attention,
 )
+from parrot_sys.modules.rotary import rotate
 from parrot_sys.parallel import SharedPack, context_attention
 
 
@@ -51,29 +54,9 @@ class AttentionContext(PackedSeqParams):
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
     cached: CachedRows | None = None
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
-
-
-def rotary_cos_sin(position_ids: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each row's rotation (RoPE, arXiv 2104.09864), computed in float32.
-
-    Args:
-        position_ids: int64 [T].
-        width: d, width of a head.
-        base: wave lengths are 2 pi base^(2 i / d).
-        dtype: of the result.
-
-    Returns:
-        Two tensors [T, 1, d / 2].
-    """
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
-    angles = position_ids.to(torch.float32)[:, None, None] * (1.0 / base**exponents)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of each head: rows [T, heads, d]; cos, sin [T, 1, d / 2]."""
-    first, second = rows.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
+    router: ColumnSum | None = None  # set by layers whose router reads their attention
+    positions: Tensor | None = None  # [T] int64, place of each row in its sample
 
 
 def make_context(
@@ -84,6 +67,8 @@ def make_context(
     rotary: tuple[Tensor, Tensor] | None = None,
     cache: KVCache | None = None,
     shared: SharedPack | None = None,
+    memory: MemoryPlan | None = None,
+    positions: Tensor | None = None,
 ) -> AttentionContext:
     """Everything about a micro-batch that its attention layers share, computed once.
 
@@ -94,6 +79,8 @@ def make_context(
         rotary: from `rotary_cos_sin`.
         cache: keys and values of earlier rows.
         shared: from `share_pack` under context parallelism.
+        memory: for layers that read one, with the padded pack's rows of this rank.
+        positions: int64 [T], place of each row in its sample; for `ColumnSum` under context parallelism.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
@@ -104,6 +91,8 @@ def make_context(
         plan=plan_segments(cu_seqlens) if planned else None,
         rotary=rotary,
         shared=shared,
+        memory=memory,
+        positions=positions,
         cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
 
@@ -181,6 +170,13 @@ class CoreAttention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         cached = context.cached
+        if context.router is not None:
+            keys_values = (key, value)
+            if cached is not None:
+                keys_values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
+                if not cached.cache.max_length:
+                    keys_values = (key, value)
+            return with_columns(query, *keys_values, context, context.router, self.scale)
         if context.shared is not None:
             return context_attention(query, key, value, context.shared, scale=self.scale)
         if cached is not None:

@@ -1,6 +1,8 @@
-"""The Qwen2 decoder on Megatron-Core's `GPTModel`: packed rows in, per-label losses or logits of chosen rows out."""
+"""The decoder (Qwen2, LLaMA) on Megatron-Core's `GPTModel`: packed rows in; losses, or logits of chosen rows, out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,21 +25,29 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.backends import parallel_linear_layers
 from parrot_sys.megatron.compat import mlp_submodule
-from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context, rotary_cos_sin
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.lora import QKV, with_lora
+from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.rotary import rotary_cos_sin
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, share_pack
 
 
-def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec:
+def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None) -> ModuleSpec:
     """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
     column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
@@ -48,16 +58,21 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal) -> ModuleSpec
                 module=SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column_parallel,
+                    linear_qkv=with_lora(column_parallel, lora, QKV),
                     core_attention=CoreAttention,
-                    linear_proj=row_parallel,
+                    linear_proj=with_lora(row_parallel, lora, ("o_proj",), row_parallel=True),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=mlp_submodule(MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)),
+            mlp=mlp_submodule(
+                MLPSubmodules(
+                    linear_fc1=with_lora(column_parallel, lora, ("gate_proj", "up_proj")),
+                    linear_fc2=with_lora(row_parallel, lora, ("down_proj",), row_parallel=True),
+                )
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -99,7 +114,7 @@ class OutputHead(ColumnParallelLinear):
 
 
 class Qwen2Decoder(GPTModel):
-    """QKV bias, RMSNorm, SwiGLU, RoPE, grouped-query attention (Qwen2, arXiv 2407.10671) over packed samples.
+    """RMSNorm, SwiGLU, RoPE, grouped-query attention over packed samples (Qwen2, arXiv 2407.10671; LLaMA).
 
     `embed` looks word embeddings up; `forward` takes them with the visual rows already in place.
     """
@@ -113,12 +128,24 @@ class Qwen2Decoder(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        spec_of_layer: Callable[[int], ModuleSpec] = lambda _: layer_spec(),
     ) -> None:
+        """
+        Args:
+            llm: sizes and constants.
+            config: the same for Megatron.
+            pg_collection: process groups.
+            pre_process: this part has the embeddings.
+            post_process: this part has the LM head.
+            vp_stage: chunk number under the interleaved pipeline schedule.
+            spec_of_layer: spec of a layer by its number in the whole model, from 1.
+        """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec() for _ in range(layers)], layer_norm=Norm
+                layer_specs=[spec_of_layer(first + i) for i in range(layers)], layer_norm=Norm
             ),
             vocab_size=llm.vocab_size,
             max_sequence_length=llm.max_position_embeddings,
@@ -131,7 +158,9 @@ class Qwen2Decoder(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.rope_base = llm.rope_base
+        self.llm = llm
+        self._memory = MemoryMessage(config.hidden_size, pg_collection.tp, sequence_parallel=config.sequence_parallel)
+        self._received: Tensor | None = None
         if post_process:
             self.output_layer.__class__ = OutputHead
 
@@ -139,6 +168,10 @@ class Qwen2Decoder(GPTModel):
     def layers(self) -> torch.nn.ModuleList:
         """Layers of this rank, where Megatron's schedules look for them in a model whose `decoder` this is."""
         return self.decoder.layers
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """What the previous pipeline stage sent: hidden states and, behind them, the memory."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings: int64 [T] -> [T, H]. Rows with a negative id (images) get those of id 0, to be replaced."""
@@ -157,6 +190,8 @@ class Qwen2Decoder(GPTModel):
         logits_rows: Tensor | None = None,
         cache: KVCache | None = None,
         split: RowSplit | None = None,
+        memory: Tensor | None = None,
+        memory_plan: MemoryPlan | None = None,
     ) -> Tensor:
         """Losses of the label rows, or logits when there are no targets.
 
@@ -172,9 +207,13 @@ class Qwen2Decoder(GPTModel):
             logits_rows: int64 rows whose logits are wanted; all rows when None.
             cache: keys and values of earlier rows; written to and moved on.
             split: how the rows are dealt over the context-parallel ranks; None without them.
+            memory: [M, W] on the first pipeline stage, whole on each tensor-parallel rank; None on the others. Layers
+                get it as `context`.
+            memory_plan: with a memory, on every stage; for the whole pack.
 
         Returns:
-            float32 [L], or logits [rows, vocabulary], or the hidden states [T, 1, H] before the last pipeline stage.
+            float32 [L], or logits [rows, vocabulary], or what the next pipeline stage receives: hidden states
+            [T, 1, H] and, behind them, the memory.
 
         Raises:
             ConfigError: logits or a cache are asked for under context parallelism.
@@ -185,15 +224,24 @@ class Qwen2Decoder(GPTModel):
             position_ids = F.pad(position_ids, (0, padding))
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + padding))
             max_seqlen = max(max_seqlen, padding)
-        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split)
-        hidden = None if embeddings is None else self._to_layers(embeddings, padding, split)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        if memory_plan is not None:
+            memory_plan = memory_plan.padded(padding)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan)
+        hidden, message = self._inputs(embeddings, memory, memory_plan, padding, split)
+        # (Layers may not change it: what they return in its place is not looked at.)
+        memory = None if message is None or memory_plan is None else self._memory.unpack(message, memory_plan)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, context=memory, packed_seq_params=context)
         if cache is not None:
             cache.advance(cu_seqlens.diff().long(), max_seqlen)
         if not self.post_process:
-            return hidden
+            return hidden if message is None else self._memory.append(hidden, message)
+        return self._head(hidden, num_rows, label_rows if targets is not None else logits_rows, targets, split)
+
+    def _head(
+        self, hidden: Tensor, num_rows: int, rows: Tensor | None, targets: Tensor | None, split: RowSplit | None
+    ) -> Tensor:
+        """Losses or logits of `rows` (all when None) of a pack of `num_rows`."""
         hidden = self._from_layers(hidden)
-        rows = label_rows if targets is not None else logits_rows
         if split is None:
             hidden = hidden[:num_rows]
         elif rows is not None:
@@ -203,10 +251,33 @@ class Qwen2Decoder(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, targets, weight)
 
-    def hidden_shape(self, num_rows: int) -> tuple[int, int, int]:
-        """Shape of the hidden states between pipeline stages for a micro-batch of `num_rows` rows."""
+    def hidden_shape(self, num_rows: int, memory_plan: MemoryPlan | None = None) -> tuple[int, int, int]:
+        """Shape of what goes between pipeline stages for a micro-batch of `num_rows` rows and its memory."""
         parts = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        return (num_rows + self._padding(num_rows)) // parts, 1, self.config.hidden_size
+        rows = (num_rows + self._padding(num_rows)) // parts
+        if memory_plan is not None:
+            rows += self._memory.num_rows(memory_plan)
+        return rows, 1, self.config.hidden_size
+
+    def _inputs(
+        self,
+        embeddings: Tensor | None,
+        memory: Tensor | None,
+        plan: MemoryPlan | None,
+        padding: int,
+        split: RowSplit | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden states and the memory's message, made here on the first stage and received on the others."""
+        if self.pre_process:
+            assert embeddings is not None, "the first stage has the embeddings"
+            hidden = self._to_layers(embeddings, padding, split)
+            return hidden, None if memory is None or plan is None else self._memory.pack(memory, plan)
+        received, self._received = self._received, None
+        message = None
+        if received is not None and plan is not None:
+            received, message = self._memory.split(received, plan)
+        self.decoder.set_input_tensor(received)
+        return None, message
 
     def _padding(self, num_rows: int) -> int:
         """Rows to add at the end, as a sample of their own.
@@ -238,15 +309,26 @@ class Qwen2Decoder(GPTModel):
         max_seqlen: int,
         cache: KVCache | None,
         split: RowSplit | None,
+        memory: MemoryPlan | None,
     ) -> AttentionContext:
         """What all layers need to know about the padded pack; made once."""
         shared = None
         if split is not None:
             shared = share_pack(split, self.pg_collection.cp, cu_seqlens)
             position_ids = split.take(position_ids, self.pg_collection.cp.rank())
+            memory = None if memory is None else memory.taken(split, self.pg_collection.cp.rank())
         dtype = self.config.params_dtype
-        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.rope_base, dtype)
-        return make_context(cu_seqlens, max_seqlen, dtype=dtype, rotary=rotary, cache=cache, shared=shared)
+        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.llm.rope_base, dtype, self.llm.rope_scaling)
+        return make_context(
+            cu_seqlens,
+            max_seqlen,
+            dtype=dtype,
+            rotary=rotary,
+            cache=cache,
+            shared=shared,
+            memory=memory,
+            positions=position_ids,
+        )
 
     def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:
         hidden = F.pad(embeddings, (0, 0, 0, padding)) if padding else embeddings
@@ -255,6 +337,9 @@ class Qwen2Decoder(GPTModel):
         hidden = hidden.unsqueeze(1)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Recomputed layers get gradients only if their input does; with LoRA, all that comes before may be frozen.
+            hidden.requires_grad_()
         return hidden
 
     def _from_layers(self, hidden: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.modules.gated_cross_attention import MediaSpans
 
 
 class KVCache:
@@ -27,7 +30,15 @@ class KVCache:
         """int64 [S], rows held for each request."""
         self.max_length = 0
         """Longest of `lengths`, known without asking the device."""
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.facts: dict[str, Tensor] = {}
+        """What else is known of each request since the prefill, [S, ...] each."""
+        self.visual_capacity = 1
+        """Most visual rows of a request, for buffers that hold nothing else."""
+        self.media: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of the latents of all images, by layer, where layers read such latents ..."""
+        self.media_spans: MediaSpans | None = None
+        """... and those that the next row of each request reads."""
+        self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
 
     @property
@@ -51,20 +62,27 @@ class KVCache:
             )
 
     def append(
-        self, layer: int, key: Tensor, value: Tensor, samples: Tensor, positions: Tensor
+        self,
+        layer: Hashable,
+        key: Tensor,
+        value: Tensor,
+        samples: Tensor,
+        positions: Tensor,
+        capacity: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Write T rows of one layer.
 
         Args:
-            layer: number of the layer.
+            layer: number of the layer, or whatever else tells apart what has keys and values.
             key, value: [T, g, d].
             samples, positions: int64 [T], where each row belongs.
+            capacity: rows of a request, when they are fewer than those of the cache.
 
         Returns:
             The buffers of the layer, [S, capacity, g, d] each.
         """
         if layer not in self._layers:
-            shape = (self.num_samples, self.capacity, *key.shape[1:])
+            shape = (self.num_samples, self.capacity if capacity is None else capacity, *key.shape[1:])
             # Zeros, not uninitialised: rows beyond a request's length are masked, but 0 * NaN would be NaN.
             self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         keys, values = self._layers[layer]
@@ -81,6 +99,9 @@ class KVCache:
         """Keep only these requests, in this order: int64 [S']."""
         self._kept.append(samples)
         self.lengths = self.lengths.index_select(0, samples)
+        self.facts = {name: fact.index_select(0, samples) for name, fact in self.facts.items()}
+        if self.media_spans is not None:
+            self.media_spans = self.media_spans.select(samples)
         self._layers = {
             layer: (keys.index_select(0, samples), values.index_select(0, samples))
             for layer, (keys, values) in self._layers.items()

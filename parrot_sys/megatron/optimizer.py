@@ -15,7 +15,8 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from parrot_sys.megatron.adam import install_adam
-from parrot_sys.megatron.parrot_model import COMPONENTS, ParrotModel
+from parrot_sys.megatron.components import component_of
+from parrot_sys.megatron.parrot_model import ParrotModel
 
 
 def wrap_data_parallel(
@@ -72,7 +73,7 @@ def build_optimizer(
         chunks: from `wrap_data_parallel`.
         lr: peak learning rate.
         min_lr: final learning rate.
-        component_lrs: component (`vision`, `projector`, `moe`, `llm`) -> its own peak.
+        component_lrs: component (see `COMPONENTS`) -> its own peak.
         weight_decay: decoupled; biases and one-dimensional parameters never decay.
         betas: decay rates of the averages.
         eps: Adam's epsilon.
@@ -134,10 +135,10 @@ def _no_decay_key() -> ParamKey:
 
 
 def _component_key(component: str) -> ParamKey:
-    prefix = f"module.{COMPONENTS[component]}."
-    return ParamKey(
-        with_name_predicate=ParamWithNamePredicate(name=component, fn=lambda _, name: name.startswith(prefix))
-    )
+    def belongs(_: Any, name: str) -> bool:
+        return component_of(name.removeprefix("module.")) == component
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=component, fn=belongs))
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:

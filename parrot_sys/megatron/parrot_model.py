@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,15 +15,16 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import DataError
 from parrot_sys.megatron import backends
 from parrot_sys.megatron.config import Recompute, to_transformer_config
-from parrot_sys.megatron.decoder import Qwen2Decoder
+from parrot_sys.megatron.decoder import Qwen2Decoder, layer_spec
 from parrot_sys.megatron.experts import (
     expert_groups,
     mark_experts,
@@ -33,16 +33,18 @@ from parrot_sys.megatron.experts import (
     sharded_experts,
     sharded_projector,
 )
+from parrot_sys.megatron.flamingo import flamingo_layer_spec, media_plan
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.memory import MemoryPlan
+from parrot_sys.megatron.wings import with_learners
+from parrot_sys.megatron.wings_memory import WingsPlan, plan_memory, remembered
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.losses import attach_loss
+from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 from parrot_sys.parallel import all_gather_rows
-
-COMPONENTS = {"vision": "vision_tower", "projector": "projector", "moe": "moe", "llm": "decoder"}
-"""Names of the parts in configurations -> attributes of `ParrotModel`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,8 @@ class ParrotOutput:
 class ParrotModel(MegatronModule):
     """The whole model for packed micro-batches.
 
-    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are). Under `mode="loss"` the
+    `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are), `use_router` routers and
+    textual learners of Wings (stage 1: the visual learners alone, added as they are). Under `mode="loss"` the
     backward pass includes the auxiliary losses; `ParrotOutput.routing` holds their values, to be reported only.
     """
 
@@ -81,11 +84,15 @@ class ParrotModel(MegatronModule):
         self.pre_process = is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(pg_collection.pp)
         self.post_process = is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(pg_collection.pp)
         self.use_moe = parrot.moe.num_experts > 0
+        self.use_router = True
         self.vision_tower = vision_tower
+        self.resampler: PerceiverResampler | None = None
         self.projector: Projector | None = None
         self.moe: TextGuidedMoE | None = None
         hidden_size, dtype = parrot.llm.hidden_size, config.params_dtype
-        if self.pre_process:
+        if self.pre_process and parrot.flamingo is not None:
+            self.resampler = PerceiverResampler(parrot.flamingo.resampler, parrot.vision.hidden_size, dtype=dtype)
+        elif self.pre_process:
             self.projector = Projector(
                 parrot.projector, parrot.vision.hidden_size, hidden_size, dtype=dtype, group=several(self.tp_group)
             )
@@ -106,9 +113,18 @@ class ParrotModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=vp_stage,
+            spec_of_layer=self._spec_of_layer,
         )
         self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
         self.register_load_state_dict_post_hook(backends.ignore_extra_state)
+
+    def _spec_of_layer(self, number: int) -> ModuleSpec:
+        if self.parrot.wings is not None:
+            spec = layer_spec(lora=self.parrot.lora)
+            return with_learners(spec, self.parrot.wings, number - 1, rope_base=self.parrot.llm.rope_base)
+        if self.parrot.flamingo is None:
+            return layer_spec(lora=self.parrot.lora)
+        return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
@@ -147,6 +163,7 @@ class ParrotModel(MegatronModule):
         logits_rows: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
         kv_cache: KVCache | None = None,
+        router_weights: dict[int, Tensor] | None = None,
     ) -> ParrotOutput:
         """
         Args:
@@ -156,6 +173,8 @@ class ParrotModel(MegatronModule):
             logits_rows: int64 rows of the pack; all rows when None.
             routing_override: replaces the routes of the images (evaluation only).
             kv_cache: cache of the samples of this batch; its first use is the prefill, then one row a sample.
+            router_weights: filled with what the routers of Wings weigh the learners by: number of each layer of this
+                rank, from 1 -> float32 [T, 2], visual and textual (of this rank's rows, where they are dealt).
 
         Raises:
             ConfigError, DataError: if batch and model or cache do not fit together.
@@ -163,8 +182,11 @@ class ParrotModel(MegatronModule):
         self._check_share(batch)
         if kv_cache is not None:
             kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
-        embeddings, routing = None, None
-        if self.pre_process:
+        plan = self.memory_plan(batch, kv_cache, router_weights)
+        embeddings, memory, routing = None, None, None
+        if self.pre_process and self.resampler is not None and plan is not None:
+            embeddings, memory = self._embed_media(batch, plan)
+        elif self.pre_process:
             # (Rows behind the prefill are text, on every rank.)
             decoding = kv_cache is not None and kv_cache.max_length > 0
             embeddings, routing = self._embed(batch, routing_override, decoding=decoding)
@@ -172,6 +194,8 @@ class ParrotModel(MegatronModule):
             for loss in (routing.aux_loss, routing.z_loss):
                 if loss is not None:
                     embeddings = attach_loss(embeddings, loss)
+        if embeddings is not None and isinstance(plan, WingsPlan):
+            memory = remembered(embeddings, plan, self._blank_rows() if plan.needs_blank else None)
         output = self.decoder(
             embeddings,
             batch.position_ids,
@@ -182,12 +206,53 @@ class ParrotModel(MegatronModule):
             logits_rows=logits_rows,
             cache=kv_cache,
             split=None if batch.context is None else batch.context.rows,
+            memory=memory,
+            memory_plan=plan,
         )
         if not self.post_process:
             return ParrotOutput(hidden=output, routing=routing)
         if mode == "loss":
             return ParrotOutput(losses=output, routing=routing)
         return ParrotOutput(logits=output, routing=routing)
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether a KV cache can be used: the released rule of Wings lets earlier rows read later ones."""
+        return self.parrot.wings is None or self.parrot.wings.rule == "paper"
+
+    def memory_plan(
+        self, batch: PackedBatch, kv_cache: KVCache | None = None, router_weights: dict[int, Tensor] | None = None
+    ) -> MemoryPlan | None:
+        """What the layers read besides their rows, and who sees what of it; None where they read nothing else.
+
+        Args:
+            batch, kv_cache, router_weights: as for `forward`, before its call.
+
+        Raises:
+            ConfigError, DataError: see `plan_memory` of `wings_memory`.
+        """
+        if self.parrot.wings is None:
+            return media_plan(self.parrot, batch, kv_cache)
+        return plan_memory(
+            batch,
+            self.parrot.wings,
+            width=self.parrot.llm.hidden_size,
+            rows_per_image=self.parrot.rows_per_image,
+            routed=self.use_router,
+            cache=kv_cache,
+            weights=router_weights,
+        )
+
+    def _blank_rows(self) -> Tensor:
+        """[V, H], projected rows of an all-zero image."""
+        if self.vision_tower is None:
+            raise DataError("the released rule of Wings needs the vision tower for text among images, got none")
+        assert self.projector is not None, "the first stage holds the projector"
+        side, dtype = self.parrot.vision.image_size, self.config.params_dtype
+        device = next(self.projector.parameters()).device
+        pixels = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
+        rows: Tensor = self.projector(self.vision_tower(pixels).to(dtype))
+        return rows[0]
 
     def _check_share(self, batch: PackedBatch) -> None:
         group, share = self.pg_collection.cp, batch.context
@@ -220,6 +285,23 @@ class ParrotModel(MegatronModule):
             features = all_gather_rows(features, batch.context.image_counts, self.pg_collection.cp)
         visual = features.flatten(0, 1).index_select(0, batch.visual_source)
         return embeddings.index_copy(0, batch.visual_rows, visual), routing
+
+    def _embed_media(self, batch: PackedBatch, plan: MemoryPlan) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [T, H], with that of the image token for images, and their latents [M, C]; None when none are
+        read."""
+        flamingo, ids = self.parrot.flamingo, batch.input_ids
+        assert flamingo is not None, "the plan is that of a model with cross-attention"
+        assert self.resampler is not None, "the first stage has the resampler"
+        embeddings = self.decoder.embed(torch.where(ids < 0, flamingo.image_token_id, ids))
+        if plan.rows == 0 and not torch.is_grad_enabled():
+            return embeddings, None
+        latents = self.resampler(self.image_features(batch))  # [n, L, C]
+        if batch.context is not None:
+            latents = all_gather_rows(latents, batch.context.image_counts, self.pg_collection.cp)
+        if plan.rows == 0:
+            # Nobody reads them, but the hooks of every parameter must fire: in training they hang on the text.
+            embeddings = embeddings + latents.sum().to(embeddings.dtype)
+        return embeddings, latents.flatten(0, 1)
 
     def image_features(self, batch: PackedBatch) -> Tensor:
         """[n, V, C] from the tower, or as cached; the first pipeline stage has them."""
@@ -277,6 +359,9 @@ def build_parrot_model(
         recompute=recompute,
         initialize_weights=initialize_weights and device.type != "meta",
     )
+    # (Megatron's spelling.) Layers with and without a gated block differ.
+    some_layers = parrot.wings is not None and parrot.wings.layers is not None
+    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None or some_layers
     first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
     with torch.device("meta" if device.type == "meta" else "cpu"), backends.building_for(device):
         tower = None
@@ -301,28 +386,3 @@ def build_parrot_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settin
     virtual = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
     return [build_parrot_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]
-
-
-def component_parameters(model: ParrotModel | Sequence[ParrotModel]) -> dict[str, list[nn.Parameter]]:
-    """Parameters of each part that this rank holds: `vision`, `projector`, `moe`, `llm`."""
-    chunks = [model] if isinstance(model, ParrotModel) else model
-    parts: dict[str, list[nn.Parameter]] = {name: [] for name in COMPONENTS}
-    for chunk in chunks:
-        for name, attribute in COMPONENTS.items():
-            if (part := getattr(chunk, attribute)) is not None:
-                parts[name] += part.parameters()
-    return parts
-
-
-def set_trainable(model: ParrotModel | Sequence[ParrotModel], trainable: Mapping[str, bool]) -> None:
-    """Freeze and unfreeze parts by name; parts that are not named stay as they are.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if unknown := set(trainable) - set(COMPONENTS):
-        raise ConfigError(f"parts of the model are {', '.join(COMPONENTS)}, got {', '.join(sorted(unknown))}")
-    parameters = component_parameters(model)
-    for name, value in trainable.items():
-        for parameter in parameters[name]:
-            parameter.requires_grad_(value)

@@ -23,6 +23,7 @@ def forward_logits(
     logits_rows: Tensor | None = None,
     routing_override: RoutingOverride | None = None,
     kv_cache: KVCache | None = None,
+    router_weights: dict[int, Tensor] | None = None,
 ) -> ParrotOutput:
     """`model(batch, mode="logits", ...)` for one micro-batch; all ranks of one copy of the model call it alike.
 
@@ -31,13 +32,19 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache: see `ParrotModel.forward`.
+        logits_rows, routing_override, kv_cache, router_weights: see `ParrotModel.forward`; the weights of a stage are
+            those of its own layers.
 
     Raises:
         ConfigError: gradients are wanted of a model in stages.
     """
     stages = model.pg_collection.pp
-    inputs = {"logits_rows": logits_rows, "routing_override": routing_override, "kv_cache": kv_cache}
+    inputs = {
+        "logits_rows": logits_rows,
+        "routing_override": routing_override,
+        "kv_cache": kv_cache,
+        "router_weights": router_weights,
+    }
     if stages.size() == 1:
         output: ParrotOutput = model(batch, mode="logits", **inputs)
         return output
@@ -48,7 +55,8 @@ def forward_logits(
         )
     device, dtype = batch.input_ids.device, model.config.params_dtype
     if not model.pre_process:
-        hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows), dtype=dtype, device=device)
+        plan = model.memory_plan(batch, kv_cache)
+        hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows, plan), dtype=dtype, device=device)
         dist.recv(hidden, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(hidden)
     output = model(batch, mode="logits", **inputs)

@@ -22,7 +22,6 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
     VISION_MODEL,
-    TensorMap,
     check_tensors,
     is_carried,
     is_passed_over,
@@ -30,9 +29,12 @@ from parrot_sys.models.hf_checkpoint import (
     parrot_maps,
     tower_maps,
 )
-from parrot_sys.models.hf_config import MODEL_TYPE, find_tower_directory, read_json
+from parrot_sys.models.hf_config import MODEL_TYPE, MULTIMODAL_GPT, find_tower_directory, read_json
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.wings_hf import ROUTER, WINGS_TYPES
 from parrot_sys.parallel import ExpertGroups
 
 logger = logging.getLogger(__name__)
@@ -130,11 +132,20 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
     with TensorFiles(directory) as files:
         keys = files.names()
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
-        if hf.get("model_type") == MODEL_TYPE:
+        if hf.get("model_type") in (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT):
             maps = parrot_maps(config, with_vision_tower=inside)
         else:
             maps = llm_maps(config.llm, "decoder.")
-            logger.info("%s is a bare language model: projector and experts keep their initial values", directory)
+            logger.info("%s is a bare language model: all other parts keep their initial values", directory)
+        if model.parrot.lora is not None and not any(is_lora(key) for key in keys):
+            logger.info("%s has no LoRA: its updates keep their initial values", directory)
+            maps = [entry for entry in maps if not is_lora(entry.keys[0])]
+        if hf.get("model_type") in WINGS_TYPES and not any(ROUTER in key for key in keys):
+            logger.info(
+                "%s comes from the first stage of Wings, without routers: they keep their initial values", directory
+            )
+            maps = [entry for entry in maps if ROUTER not in entry.keys[0]]
+            model.use_router = False
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
         fill(tensors, [entry for entry in maps if not is_expert(entry)], files.tensor, rank=rank, size=size)
         own = [local_experts(entry, experts.ep_rank, experts.ep_size) for entry in maps if is_expert(entry)]

@@ -50,7 +50,9 @@ def build_vision_tower(
     dtype: torch.dtype = torch.float32,
     initialize_weights: bool = True,
 ) -> nn.Module:
-    """The tower that `config.type` names: pixel_values [n, 3, h, w] -> features [n, V, C], row 0 the CLS (or mean) row.
+    """The tower that `config.type` names: pixel_values [n, 3, h, w] -> features [n, V, C].
+
+    Row 0 is the CLS (or mean) row, unless `select_feature` is `patch`.
 
     Args:
         config: architecture; all weights are random (EfficientNet: whatever torch draws) until they are loaded.
@@ -63,14 +65,15 @@ def build_vision_tower(
         ConfigError: the tower cannot be cut as `parallel` asks.
     """
     if config.type == "efficientnet_lite0":
-        return EfficientNetLite0().to(dtype)
+        return EfficientNetLite0(with_mean=config.select_feature == "cls_patch").to(dtype)
     return VisionTransformer(config, parallel or ParallelConfig(), dtype=dtype, initialize_weights=initialize_weights)
 
 
 class VisionTransformer(MegatronModule):
     """CLIP ViT (arXiv 2103.00020) or SigLIP (arXiv 2303.15343), hidden state `select_layer` of its encoder.
 
-    CLIP keeps its CLS as row 0 (`cls_patch` of the released code). SigLIP has none: the mean of its rows goes in front.
+    `select_feature`: under `cls_patch` CLIP keeps its CLS as row 0; SigLIP has none, and the mean of its rows goes in
+    front. Under `patch` neither comes out.
     """
 
     def __init__(
@@ -133,9 +136,10 @@ class VisionTransformer(MegatronModule):
         if self.encoder is not None:
             rows_first = x.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # [V, n, C], no view
             x = self.encoder(rows_first, attention_mask=None).transpose(0, 1)
-        if self.class_embedding is None:
-            x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
-        return x
+        has_cls, wants_first = self.class_embedding is not None, self.vision.select_feature == "cls_patch"
+        if has_cls == wants_first:
+            return x
+        return x[:, 1:] if has_cls else torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
 
     def _no_features(self) -> Tensor:
         """[0, V, C] that hangs on every trainable parameter: a rank without images still runs their gradient hooks."""

@@ -82,8 +82,13 @@ class EfficientNetLite0(nn.Module):
     The network has no CLS token; the mean row stands where routing looks for one. All parameters are frozen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_mean: bool = True) -> None:
+        """
+        Args:
+            with_mean: False leaves the mean row out.
+        """
         super().__init__()
+        self.with_mean = with_mean
         self.stem = _Conv(3, _STEM_SIZE, 3, 2)
         blocks: list[nn.Module] = []
         width = _STEM_SIZE
@@ -131,7 +136,7 @@ class EfficientNetLite0(nn.Module):
         for block in self.blocks:
             x = block(x)
         patches = self.head(x).flatten(2).transpose(1, 2)  # [n, P, C]
-        return torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1)
+        return torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1) if self.with_mean else patches
 
 
 def weights_path() -> Path:

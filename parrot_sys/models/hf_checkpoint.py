@@ -9,84 +9,24 @@ bit-equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 VISION_MODEL = "vision_model."
-
-Shape = tuple[int, ...]
-
-
-def _only(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0]
-
-
-def _alone(tensor: Tensor) -> list[Tensor]:
-    return [tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorMap:
-    """One tensor of the model, whole (before any sharding), and the released tensors it is made of."""
-
-    name: str
-    """Name in the model; layers are numbered over the whole model."""
-    keys: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    """Shape of each released tensor."""
-    pack: Callable[[Sequence[Tensor]], Tensor] = _only
-    """Released tensors, in the order of `keys`, to the model's."""
-    unpack: Callable[[Tensor], Sequence[Tensor]] = _alone
-    """The reverse."""
-    gated: bool = False
-    """The two halves of dimension 0 are sharded each by itself (SwiGLU's gate and up)."""
-
-
-def pack_qkv(tensors: Sequence[Tensor], *, groups: int) -> Tensor:
-    """[q rows, ...], [k rows, ...], [v rows, ...] -> one tensor, for each query group its q rows, then k, then v."""
-    return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
-
-
-def unpack_qkv(tensor: Tensor, *, groups: int, rows: Sequence[int]) -> list[Tensor]:
-    """The reverse of `pack_qkv`; `rows` counts the rows of q, k and v."""
-    grouped = tensor.reshape(groups, -1, *tensor.shape[1:])
-    return [part.flatten(0, 1) for part in grouped.split([count // groups for count in rows], dim=1)]
-
-
-def pack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of equal shape, one after the other along dimension 0."""
-    return torch.cat(list(tensors))
-
-
-def unpack_rows(tensor: Tensor, *, count: int) -> list[Tensor]:
-    """The reverse of `pack_rows`."""
-    return list(tensor.chunk(count))
-
-
-def _copy(name: str, key: str, *shape: int) -> TensorMap:
-    return TensorMap(name=name, keys=(key,), shapes=(shape,))
-
-
-def _qkv(name: str, prefix: str, kind: str, rows: Sequence[int], groups: int, *rest: int) -> TensorMap:
-    return TensorMap(
-        name=f"{name}.{kind}",
-        keys=tuple(f"{prefix}.{part}_proj.{kind}" for part in "qkv"),
-        shapes=tuple((count, *rest) for count in rows),
-        pack=partial(pack_qkv, groups=groups),
-        unpack=partial(unpack_qkv, groups=groups, rows=tuple(rows)),
-    )
 
 
 def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
@@ -95,15 +35,15 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     width = config.kv_channels * config.num_attention_heads
     kv_width = config.kv_channels * config.num_query_groups
     rows = (width, kv_width, kv_width)
-    maps = [_copy(f"{prefix}embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden)]
+    maps = [copied(f"{prefix}embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden)]
     for layer in range(config.num_layers):
         ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
         qkv = f"{ours}.self_attention.linear_qkv"
         maps += [
-            _copy(f"{ours}.input_layernorm.weight", f"{key}.input_layernorm.weight", hidden),
-            _qkv(qkv, f"{key}.self_attn", "weight", rows, config.num_query_groups, hidden),
-            _copy(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
-            _copy(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
+            copied(f"{ours}.input_layernorm.weight", f"{key}.input_layernorm.weight", hidden),
+            qkv_map(qkv, f"{key}.self_attn", "weight", rows, config.num_query_groups, hidden),
+            copied(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
+            copied(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
             TensorMap(
                 name=f"{ours}.mlp.linear_fc1.weight",
                 keys=(f"{key}.mlp.gate_proj.weight", f"{key}.mlp.up_proj.weight"),
@@ -112,13 +52,13 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
                 unpack=partial(unpack_rows, count=2),
                 gated=True,
             ),
-            _copy(f"{ours}.mlp.linear_fc2.weight", f"{key}.mlp.down_proj.weight", hidden, ffn),
+            copied(f"{ours}.mlp.linear_fc2.weight", f"{key}.mlp.down_proj.weight", hidden, ffn),
         ]
         if config.qkv_bias:
-            maps.append(_qkv(qkv, f"{key}.self_attn", "bias", rows, config.num_query_groups))
-    maps.append(_copy(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
+            maps.append(qkv_map(qkv, f"{key}.self_attn", "bias", rows, config.num_query_groups))
+    maps.append(copied(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
     if not config.tie_word_embeddings:
-        maps.append(_copy(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
+        maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
     return maps
 
 
@@ -139,8 +79,8 @@ def tower_maps(config: VisionConfig, prefix: str = "", key_prefix: str = VISION_
     size, patch = config.hidden_size, config.patch_size
     embeddings = f"{key_prefix}embeddings"
     maps = [
-        _copy(f"{prefix}patch_embedding.weight", f"{embeddings}.patch_embedding.weight", size, 3, patch, patch),
-        _copy(
+        copied(f"{prefix}patch_embedding.weight", f"{embeddings}.patch_embedding.weight", size, 3, patch, patch),
+        copied(
             f"{prefix}position_embedding",
             f"{embeddings}.position_embedding.weight",
             config.num_patches + (config.type == "clip"),
@@ -148,48 +88,44 @@ def tower_maps(config: VisionConfig, prefix: str = "", key_prefix: str = VISION_
         ),
     ]
     if config.type == "clip":
-        maps.append(_copy(f"{prefix}class_embedding", f"{embeddings}.class_embedding", size))
+        maps.append(copied(f"{prefix}class_embedding", f"{embeddings}.class_embedding", size))
         # The released name, letter for letter.
-        maps += _norm(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)
+        maps += norm_maps(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)
     else:
-        maps.append(_copy(f"{prefix}patch_embedding.bias", f"{embeddings}.patch_embedding.bias", size))
+        maps.append(copied(f"{prefix}patch_embedding.bias", f"{embeddings}.patch_embedding.bias", size))
     run = num_layers_run(config)
     for layer in range(run):
         maps += _tower_block(config, f"{prefix}encoder.layers.{layer}", f"{key_prefix}encoder.layers.{layer}")
-    skipped = _norm("", f"{key_prefix}post_layernorm", size)
+    skipped = norm_maps("", f"{key_prefix}post_layernorm", size)
     for layer in range(run, config.num_layers):
         skipped += _tower_block(config, "", f"{key_prefix}encoder.layers.{layer}")
     for entry in skipped:
         for key, shape in zip(entry.keys, entry.shapes, strict=True):
-            maps.append(_copy(prefix + unused_name(key.removeprefix(key_prefix)), key, *shape))
+            maps.append(copied(prefix + unused_name(key.removeprefix(key_prefix)), key, *shape))
     return maps
 
 
 def _efficientnet_maps(prefix: str, key_prefix: str) -> list[TensorMap]:
     with torch.device("meta"):
         state = EfficientNetLite0().state_dict()
-    return [_copy(prefix + name, key_prefix + name, *tensor.shape) for name, tensor in state.items()]
-
-
-def _norm(name: str, key: str, size: int) -> list[TensorMap]:
-    return [_copy(f"{name}.{kind}", f"{key}.{kind}", size) for kind in ("weight", "bias")]
+    return [copied(prefix + name, key_prefix + name, *tensor.shape) for name, tensor in state.items()]
 
 
 def _tower_block(config: VisionConfig, ours: str, key: str) -> list[TensorMap]:
     size, ffn, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
     maps = [
-        *_norm(f"{ours}.input_layernorm", f"{key}.layer_norm1", size),
-        *_norm(f"{ours}.pre_mlp_layernorm", f"{key}.layer_norm2", size),
-        _qkv(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "weight", (size,) * 3, heads, size),
-        _qkv(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "bias", (size,) * 3, heads),
+        *norm_maps(f"{ours}.input_layernorm", f"{key}.layer_norm1", size),
+        *norm_maps(f"{ours}.pre_mlp_layernorm", f"{key}.layer_norm2", size),
+        qkv_map(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "weight", (size,) * 3, heads, size),
+        qkv_map(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "bias", (size,) * 3, heads),
     ]
     for name, part, rows, columns in (
         ("self_attention.linear_proj", "self_attn.out_proj", size, size),
         ("mlp.linear_fc1", "mlp.fc1", ffn, size),
         ("mlp.linear_fc2", "mlp.fc2", size, ffn),
     ):
-        maps.append(_copy(f"{ours}.{name}.weight", f"{key}.{part}.weight", rows, columns))
-        maps.append(_copy(f"{ours}.{name}.bias", f"{key}.{part}.bias", rows))
+        maps.append(copied(f"{ours}.{name}.weight", f"{key}.{part}.weight", rows, columns))
+        maps.append(copied(f"{ours}.{name}.bias", f"{key}.{part}.bias", rows))
     return maps
 
 
@@ -200,8 +136,8 @@ def projector_maps(config: ParrotConfig, prefix: str = "projector.") -> list[Ten
     for index in range(config.projector.depth):
         columns = config.vision.hidden_size if index == 0 else hidden
         released = "" if config.projector.type == "linear" else f"{2 * index}."
-        maps.append(_copy(f"{prefix}{2 * index}.weight", f"model.mm_projector.{released}weight", hidden, columns))
-        maps.append(_copy(f"{prefix}{2 * index}.bias", f"model.mm_projector.{released}bias", hidden))
+        maps.append(copied(f"{prefix}{2 * index}.weight", f"model.mm_projector.{released}weight", hidden, columns))
+        maps.append(copied(f"{prefix}{2 * index}.bias", f"model.mm_projector.{released}bias", hidden))
     return maps
 
 
@@ -227,7 +163,15 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
     """ParrotModel <-> the released layout with the tower inside, or without any tower."""
-    maps = llm_maps(config.llm, "decoder.") + projector_maps(config)
+    maps = llm_maps(config.llm, "decoder.") + llm_lora_maps(config.llm, config.lora, "decoder.")
+    if config.wings is not None:
+        maps += wings_maps(config.wings, config.llm, "decoder.")
+    if config.flamingo is None:
+        maps += projector_maps(config)
+    else:
+        maps = as_in_multimodal_gpt(maps) + flamingo_maps(
+            config.flamingo, config.llm.hidden_size, config.vision.hidden_size, config.llm.num_layers, config.lora
+        )
     if config.moe.num_experts:
         maps += moe_maps(config)
     if with_vision_tower:

@@ -1,4 +1,4 @@
-"""config.json of the released Parrot layout (`model_type: parrot_qwen2`) <-> ParrotConfig.
+"""config.json of the released layouts (`model_type: parrot_qwen2`, `wings_qwen2`, `wings_llama`) <-> ParrotConfig.
 
 Field names follow the public code (AIDC-AI/Parrot, parrot/model). Settings that the released layout cannot express
 (routing `topk`, residual `paper`, ...) are kept leaf by leaf under the key `parrot_sys`, so that import after export
@@ -11,16 +11,22 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from parrot_sys.config_values import config_from_dict, config_to_dict, section_class
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
+from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 MODEL_TYPE = "parrot_qwen2"
+MULTIMODAL_GPT = "multimodal_gpt"
+"""model_type of MultiModal-GPT as `parrot convert` puts it together: LLaMA's config.json, its own parts below
+`parrot_sys`."""
 OWN_KEY = "parrot_sys"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
@@ -70,17 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
-    """Decoder configuration from the config.json of a Qwen2 or Parrot checkpoint.
+    """Decoder configuration from the config.json of a Qwen2 or LLaMA checkpoint, or of one with such a decoder.
 
     Raises:
-        ConfigError: a field is missing, or asks for something that the Qwen2 block here does not do.
+        ConfigError: a field is missing, or asks for something that the decoder here does not do.
     """
-    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), ("rope_scaling", None)):
+    is_llama = "llama" in hf.get("model_type", "")
+    unbiased = (("attention_bias", False), ("mlp_bias", False)) if is_llama else ()
+    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), *unbiased):
         if hf.get(name, wanted) != wanted:
             raise ConfigError(f"config.json: {name} must be {wanted!r} for this decoder, got {hf[name]!r}")
     rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"config.json: rope_parameters.rope_type must be 'default', got {rope['rope_type']!r}")
     heads = _required(hf, "num_attention_heads")
     hidden_size = _required(hf, "hidden_size")
     head_dim = hf.get("head_dim")
@@ -93,10 +99,31 @@ def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
         ffn_hidden_size=_required(hf, "intermediate_size"),
         vocab_size=_required(hf, "vocab_size"),
         rope_base=float(hf["rope_theta"] if "rope_theta" in hf else rope.get("rope_theta", 10_000.0)),
+        rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
+        max_position_embeddings=hf.get("max_position_embeddings", 2_048 if is_llama else 32_768),
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        # Qwen2 has these biases and no such setting, LLaMA has neither.
+        qkv_bias=hf.get("attention_bias", not is_llama),
     )
+
+
+_SCALING_FIELDS = {
+    "factor": "factor",
+    "low_frequency": "low_freq_factor",
+    "high_frequency": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
+}
+"""Our setting -> the one in `rope_scaling` of config.json."""
+
+
+def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
+    kind = hf.get("rope_type", hf.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"config.json: rope_scaling.rope_type must be 'default' or 'llama3', got {kind!r}")
+    return RopeScaling(**{ours: _required(hf, theirs) for ours, theirs in _SCALING_FIELDS.items()})
 
 
 def vision_config_from_hf(hf: Mapping[str, Any], *, path: str | None = None) -> VisionConfig:
@@ -147,26 +174,31 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
-    for name, wanted in (
-        ("model_type", MODEL_TYPE),
-        ("mm_vision_select_feature", "cls_patch"),
-        ("mm_patch_merge_type", "flat"),
-    ):
-        if hf.get(name, wanted) != wanted:
-            raise ConfigError(f"config.json: {name} must be {wanted!r} for a Parrot checkpoint, got {hf[name]!r}")
+    kinds = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
+    if hf.get("model_type", MODEL_TYPE) not in kinds:
+        raise ConfigError(f"config.json: model_type must be one of {', '.join(kinds)}, got {hf['model_type']!r}")
+    if hf.get("mm_patch_merge_type", "flat") != "flat":
+        raise ConfigError(f"config.json: mm_patch_merge_type must be 'flat', got {hf['mm_patch_merge_type']!r}")
     if hf.get("tokenizer_padding_side", "right") != "right":
         raise ConfigError(
             f"config.json: tokenizer_padding_side must be 'right', got {hf['tokenizer_padding_side']!r}; "
             "logits of a batch are padded on the right here"
         )
     own = hf.get(OWN_KEY, {})
+    flamingo = hf.get("model_type") == MULTIMODAL_GPT
     llm = llm_config_from_hf(hf)
+    vision, wings, limit = _vision(hf, directory, own.get("vision", {})), None, "tokenizer_model_max_length"
+    if hf.get("model_type") in WINGS_TYPES:
+        names, limit = tensor_names(directory), "tokenizer_max_length"
+        vision, wings = tower_as_stored(vision, names), wings_from_hf(hf, names, llm.num_layers)
     config = ParrotConfig(
-        vision=_vision(hf, directory, own.get("vision", {})),
-        projector=ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
+        vision=vision,
+        projector=ProjectorConfig() if flamingo else ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
         moe=_moe_from_hf(hf, llm.hidden_size),
         llm=llm,
-        max_seq_len=hf.get("tokenizer_model_max_length") or ParrotConfig().max_seq_len,
+        wings=wings,
+        template="instruction" if flamingo else "chatml",
+        max_seq_len=hf.get(limit) or ParrotConfig().max_seq_len,
     )
     return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)
 
@@ -176,7 +208,7 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
 
     `original`, the config.json the model came from, keeps its order and every field that ParrotConfig does not know.
     """
-    hf = dict(_NEW_CHECKPOINT if original is None else original)
+    hf = dict((_NEW_CHECKPOINT if config.flamingo is None else {}) if original is None else original)
     hf.pop(OWN_KEY, None)
     for name, value in _hf_fields(config).items():
         if name not in hf or hf[name] != value:
@@ -194,7 +226,7 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
 
 def _required(hf: Mapping[str, Any], name: str) -> Any:
     if name not in hf:
-        raise ConfigError(f"config.json: {name} is missing; a Qwen2 decoder needs it")
+        raise ConfigError(f"config.json: {name} is missing; the decoder needs it")
     return hf[name]
 
 
@@ -218,8 +250,8 @@ def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig
 def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
     llm, moe = config.llm, config.moe
     fields: dict[str, Any] = {
-        "architectures": ["ParrotQwen2ForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": ["ParrotQwen2ForCausalLM" if config.flamingo is None else "MultimodalGPT"],
+        "model_type": MODEL_TYPE if config.flamingo is None else MULTIMODAL_GPT,
         "hidden_act": "silu",
         "hidden_size": llm.hidden_size,
         "num_hidden_layers": llm.num_layers,
@@ -232,13 +264,22 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
         "max_position_embeddings": llm.max_position_embeddings,
         "tie_word_embeddings": llm.tie_word_embeddings,
         "tokenizer_model_max_length": config.max_seq_len,
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_projector_type": config.projector.type,
-        "mm_vision_select_feature": "cls_patch",
         "mm_vision_select_layer": config.vision.select_layer,
-        "use_mm_proj": True,
-        "use_moe": moe.num_experts > 0,
     }
+    if config.flamingo is None:
+        fields |= {
+            "mm_hidden_size": config.vision.hidden_size,
+            "mm_projector_type": config.projector.type,
+            "mm_vision_select_feature": config.vision.select_feature,
+            "use_mm_proj": True,
+        }
+    else:
+        fields["attention_bias"] = llm.qkv_bias
+    if config.wings is not None:
+        del fields["tokenizer_model_max_length"]
+        fields |= wings_fields(config.wings, llm, config.rows_per_image, config.max_seq_len)
+    elif config.flamingo is None:
+        fields["use_moe"] = moe.num_experts > 0
     if llm.head_dim is not None:
         fields["head_dim"] = llm.head_dim
     if moe.num_experts:
@@ -256,6 +297,7 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
 
 def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> VisionConfig:
     select_layer = hf.get("mm_vision_select_layer", VisionConfig().select_layer)
+    select_feature = hf.get("mm_vision_select_feature", "patch" if hf.get("model_type") in WINGS_TYPES else "cls_patch")
     name = hf.get("mm_vision_tower") or ""
     tower = find_tower_directory(hf, directory)
     if tower is not None:
@@ -271,7 +313,11 @@ def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> V
             f"into {directory / EXPORTED_TOWER}"
         )
     base = _apply(base, own, f"{OWN_KEY}.vision")
-    return dataclasses.replace(base, select_layer=own.get("select_layer", select_layer))
+    return dataclasses.replace(
+        base,
+        select_layer=own.get("select_layer", select_layer),
+        select_feature=own.get("select_feature", select_feature),
+    )
 
 
 def _leaves(config: Any) -> dict[str, Any]:
@@ -285,7 +331,9 @@ def _difference(base: Any, config: Any) -> dict[str, Any]:
         ours, theirs = getattr(config, field.name), getattr(base, field.name)
         if field.name in _LOCAL_FIELDS or ours == theirs:
             continue
-        if dataclasses.is_dataclass(ours):
+        if dataclasses.is_dataclass(ours) and theirs is None:  # an optional section, all of it
+            result[field.name] = config_to_dict(ours)
+        elif dataclasses.is_dataclass(ours):
             if nested := _difference(theirs, ours):
                 result[field.name] = nested
         else:
@@ -298,8 +346,14 @@ def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := sorted(set(changes) - known):
         raise ConfigError(f"config.json: {where} has unknown settings {unknown}; known are {sorted(known)}")
-    values = {
-        name: _apply(getattr(config, name), value, f"{where}.{name}") if isinstance(value, Mapping) else value
-        for name, value in changes.items()
-    }
+    sections = get_type_hints(type(config))
+    values = {}
+    for name, value in changes.items():
+        section = section_class(sections[name])
+        if section is None or value is None:
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif (current := getattr(config, name)) is None:
+            values[name] = config_from_dict(section, value)
+        else:
+            values[name] = _apply(current, value, f"{where}.{name}")
     return dataclasses.replace(config, **values)

@@ -1,4 +1,7 @@
-"""Configuration of the decoder: the Qwen2 block (QKV bias, RMSNorm, SwiGLU, RoPE, grouped-query attention)."""
+"""Configuration of the decoder: the block of Qwen2 and LLaMA (RMSNorm, SwiGLU, RoPE, grouped-query attention).
+
+Qwen2 has biases on the query, key and value projections (`qkv_bias`), LLaMA has none.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.modules.rotary import RopeScaling
 
 _SIZES = (
     "hidden_size",
@@ -20,7 +24,7 @@ _SIZES = (
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LLMConfig:
-    """Sizes of a Qwen2 decoder; the defaults are those of Qwen1.5-7B."""
+    """Sizes of a Qwen2 or LLaMA decoder; the defaults are those of Qwen1.5-7B."""
 
     hidden_size: int = 4096
     """H, width of the rows between the blocks."""
@@ -38,6 +42,8 @@ class LLMConfig:
     """Rows of the embedding and of the LM head; at least the number of the tokenizer's tokens."""
     rope_base: float = 1_000_000.0
     """Base of the rotary position embeddings (Hugging Face: rope_theta)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretches the long wave lengths, as Llama 3.1 does."""
     norm_eps: float = 1e-6
     """Epsilon of the RMSNorms."""
     max_position_embeddings: int = 32768
@@ -45,7 +51,7 @@ class LLMConfig:
     tie_word_embeddings: bool = False
     """Use the embedding as LM head too."""
     qkv_bias: bool = True
-    """Biases on the query, key and value projections, as in Qwen2."""
+    """Biases on the query, key and value projections: Qwen2 has them, LLaMA has not."""
 
     @property
     def kv_channels(self) -> int:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from parrot_sys.errors import ConfigError
 
 TowerType = Literal["clip", "siglip", "efficientnet_lite0"]
+Feature = Literal["cls_patch", "patch"]
 Activation = Literal["quick_gelu", "gelu_pytorch_tanh", "gelu", "relu6"]
 _SIZES = ("image_size", "patch_size", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
 _EFFICIENTNET_STRIDE = 32
@@ -41,6 +42,8 @@ class VisionConfig:
     """Epsilon of the layer norms (CLIP and SigLIP)."""
     select_layer: int = -2
     """Which of the tower's hidden states is used (-2: output of the block before the last, before the final norm)."""
+    select_feature: Feature = "cls_patch"
+    """Rows of an image: `cls_patch` the CLS (or mean) row and the patches (Parrot); `patch` the patches alone."""
 
     @property
     def num_patches(self) -> int:
@@ -51,11 +54,18 @@ class VisionConfig:
 
     @property
     def num_visual_rows(self) -> int:
-        """V: patches plus the CLS row. SigLIP and EfficientNet have no CLS: their mean row takes its place as row 0."""
-        return self.num_patches + 1
+        """V: patches, behind the CLS row unless `select_feature` leaves it out.
+
+        SigLIP and EfficientNet have no CLS: their mean row takes its place as row 0.
+        """
+        return self.num_patches + (self.select_feature == "cls_patch")
 
     def __post_init__(self) -> None:
-        for name, choices in (("type", get_args(TowerType)), ("activation", get_args(Activation))):
+        for name, choices in (
+            ("type", get_args(TowerType)),
+            ("activation", get_args(Activation)),
+            ("select_feature", get_args(Feature)),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"vision.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in _SIZES:

@@ -126,6 +126,14 @@ class PlanConfig:
             )
         if self.plot is not None and not self.plot.endswith((".svg", ".png", ".pdf")):
             raise ConfigError(f"plot must name a .svg, .png or .pdf file, got {self.plot!r}")
+        if self.model.lora is not None:
+            raise ConfigError(
+                "model.lora has no formulas in parrot plan: unset it (model.lora: null); a plan with trainable.llm "
+                "true bounds the memory of LoRA from above"
+            )
+        for name in ("wings", "flamingo"):
+            if getattr(self.model, name) is not None:
+                raise ConfigError(f"model.{name} has no formulas in parrot plan: unset it (model.{name}: null)")
         if self.model.vision.type == "efficientnet_lite0" and self.trainable.vision:
             raise ConfigError(
                 "vision.type efficientnet_lite0 can be planned with a frozen tower only, got trainable.vision=true: "

@@ -73,7 +73,7 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
     """
     saved = dict(_leaves(read_yaml(folder / "config.yaml")))
     for name, wanted in _leaves(config_to_dict(config)):
-        decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "loss_reduction")
+        decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "use_router", "loss_reduction")
         if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
             raise ConfigError(
                 f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "

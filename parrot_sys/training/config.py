@@ -8,12 +8,19 @@ from typing import Literal
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
 
-COMPONENTS = ("vision", "projector", "moe", "llm")
-"""Parts of the model that can be frozen and have learning rates of their own."""
+_SECTIONS = {
+    "lora": "lora",
+    "visual_learners": "wings",
+    "textual_learners": "wings",
+    "resampler": "flamingo",
+    "cross_attention": "flamingo",
+}
+"""Parts that only some models have -> the section of `model` that brings them."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,6 +51,16 @@ class OptimizerConfig:
     """Peak learning rate of router and experts, when it differs from `lr`."""
     llm_lr: float | None = None
     """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
+    lora_lr: float | None = None
+    """Peak learning rate of LoRA, when it differs from `lr`."""
+    visual_learners_lr: float | None = None
+    """Peak learning rate of the visual learners (`model.wings`), when it differs from `lr`."""
+    textual_learners_lr: float | None = None
+    """Peak learning rate of textual learners and routers (`model.wings`), when it differs from `lr`."""
+    resampler_lr: float | None = None
+    """Peak learning rate of the resampler (`model.flamingo`), when it differs from `lr`."""
+    cross_attention_lr: float | None = None
+    """Peak learning rate of the gated blocks (`model.flamingo`), when it differs from `lr`."""
     distributed: bool = False
     """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
@@ -53,7 +70,7 @@ class OptimizerConfig:
         return {name: lr for name, lr in lrs.items() if lr is not None and lr != self.lr}
 
     def __post_init__(self) -> None:
-        for name in ("lr", "vision_lr", "projector_lr", "moe_lr", "llm_lr"):
+        for name in ("lr", *(f"{component}_lr" for component in COMPONENTS)):
             if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(
                     f"optimizer.{name} must be a finite number > 0, got {value}; "
@@ -86,6 +103,16 @@ class TrainableConfig:
     """Router and experts."""
     llm: bool = True
     """The decoder with embeddings, norms and LM head."""
+    lora: bool = True
+    """The low-rank updates of `model.lora`, when there are any."""
+    visual_learners: bool = True
+    """The visual learners of `model.wings`, when there are any."""
+    textual_learners: bool = True
+    """The textual learners and the routers of `model.wings`, when there are any."""
+    resampler: bool = True
+    """The resampler of `model.flamingo`, when there is one."""
+    cross_attention: bool = True
+    """The gated blocks of `model.flamingo`, when there are any."""
 
     def as_dict(self) -> dict[str, bool]:
         """Component -> whether it learns."""
@@ -93,7 +120,7 @@ class TrainableConfig:
 
     def __post_init__(self) -> None:
         if not any(self.as_dict().values()):
-            raise ConfigError("trainable: at least one of vision, projector, moe and llm must be true, got none")
+            raise ConfigError(f"trainable: at least one of {', '.join(COMPONENTS)} must be true, got none")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -224,6 +251,9 @@ class TrainConfig:
     """Metrics and progress."""
     use_moe: bool = True
     """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
+    use_router: bool = True
+    """False adds the visual learners of Wings as they are (its first stage); textual learners and routers are kept,
+    frozen."""
     global_batch_size: int = 128
     """Samples of a step over all ranks and micro-batches."""
     epochs: float = 1.0
@@ -261,7 +291,7 @@ class TrainConfig:
                 f"model.max_seq_len must be <= model.llm.max_position_embeddings={positions}, "
                 f"got {self.model.max_seq_len}"
             )
-        self._check_moe()
+        self._check_parts()
         self._check_component_lrs()
         self._check_layout()
         if self.cache_image_features and self.trainable.vision:
@@ -270,20 +300,40 @@ class TrainConfig:
                 "set cache_image_features or trainable.vision to false"
             )
 
-    def _check_moe(self) -> None:
+    def _check_parts(self) -> None:
         experts = self.model.moe.num_experts
         active = self.use_moe and experts > 0
         if self.optimizer.moe_lr is not None and not active:
             raise ConfigError(
                 "optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts"
             )
-        if active or not self.trainable.moe:
-            return
-        only_moe = not (self.trainable.vision or self.trainable.projector or self.trainable.llm)
-        if only_moe:
+        learns = {name for name, value in self.trainable.as_dict().items() if value}
+        for part, section in _SECTIONS.items():
+            if getattr(self.model, section) is None:
+                if getattr(self.optimizer, f"{part}_lr") is not None:
+                    raise ConfigError(
+                        f"optimizer.{part}_lr has no effect, because model.{section} is not set: unset it, or set "
+                        f"a setting of model.{section}"
+                    )
+                learns.discard(part)
+        if not self.use_router and (lr := self.optimizer.textual_learners_lr) is not None:
+            raise ConfigError(
+                f"optimizer.textual_learners_lr={lr} has no effect with use_router=false: unset it, or set use_router"
+            )
+        if not self.use_router and learns == {"textual_learners"}:
+            raise ConfigError(
+                "trainable.textual_learners is the only part that learns, but use_router=false goes past it: set "
+                "use_router, or train another part"
+            )
+        if not active and learns == {"moe"}:
             raise ConfigError(
                 f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
                 f"model.moe.num_experts={experts}: switch the experts on or train another part"
+            )
+        if not learns:
+            raise ConfigError(
+                "trainable names only parts that the model does not have (see model.lora, model.wings and "
+                "model.flamingo): set one of them, or train another part"
             )
 
     def _check_component_lrs(self) -> None:

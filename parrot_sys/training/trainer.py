@@ -25,9 +25,10 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import optimizer as megatron_optimizer
 from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
+from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks, set_trainable
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
 from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
@@ -108,13 +109,16 @@ class Trainer:
         """From `model.tokenizer_path`, else from the checkpoint that training starts from."""
         model = self.config.model
         if model.tokenizer_path is not None:
-            return ParrotProcessor.for_tower(model.tokenizer_path, model.vision.type, model.vision.image_size)
+            return ParrotProcessor.for_tower(
+                model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
+            )
         folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
-        return ParrotProcessor.from_pretrained(folder)
+        return ParrotProcessor.from_pretrained(folder, model.template)
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()
-        return trainable | {"moe": trainable["moe"] and self._uses_moe()}
+        used = {"moe": self._uses_moe(), "textual_learners": self.config.use_router}
+        return trainable | {name: trainable[name] and value for name, value in used.items()}
 
     def _uses_moe(self) -> bool:
         return self.config.use_moe and self.config.model.moe.num_experts > 0
@@ -141,7 +145,7 @@ class Trainer:
                     group = model.tp_group
                     load_tower(tower, config.model.vision, rank=group.rank(), size=group.size())
             set_trainable(model, self._trainable())
-            model.use_moe = self._uses_moe()
+            model.use_moe, model.use_router = self._uses_moe(), self.config.use_router
             model.train()
             if tower is not None and not config.trainable.vision:
                 tower.eval()  # batch statistics of a frozen tower stay as they are
@@ -152,7 +156,7 @@ class Trainer:
         return ParrotDataLoader(
             data,
             self.processor,
-            num_visual_rows=model.vision.num_visual_rows,
+            num_visual_rows=model.rows_per_image,
             max_seq_len=model.max_seq_len,
             guidance=model.moe.guidance,
             global_batch_size=self.config.global_batch_size,
@@ -363,6 +367,7 @@ def _validation_data(config: TrainConfig) -> DataConfig:
         languages=(),
         weights=(),
         language_weights={},
+        text_ratio=None,
     )
 
 

@@ -17,6 +17,7 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.mixture import Group, epoch_length, epoch_order
+from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError
 
 ROWS = 17  # visual rows of the tiny tower
@@ -458,7 +459,7 @@ def test_lengths_are_cached_by_content(write_records, records, make_loader, tmp_
     first = make_loader(config)
     (cached,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("parrot_sys.data.datasets.render_conversation", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(ParrotProcessor, "encode", lambda *_: pytest.fail("tokenised again"))
         second = make_loader(config)
         assert np.array_equal(first.datasets[0].rows, second.datasets[0].rows)
         with pytest.raises(pytest.fail.Exception, match="tokenised again"):

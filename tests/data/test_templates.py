@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import move_image_markers, render_conversation
-from parrot_sys.errors import DataError
+from parrot_sys.data.templates import move_image_markers, render_conversation, render_instruction
+from parrot_sys.errors import CheckpointError, DataError
 
 
 @pytest.mark.parametrize("index", range(8))
@@ -129,3 +133,126 @@ def test_wrong_turns_are_errors(turns, message, processor: ParrotProcessor):
 def test_a_turn_of_another_form_is_an_error(turn):
     with pytest.raises(DataError, match=r"turn 1 must be \{\"from\": \.\.\., \"value\": text\}, got"):
         render_conversation([{"from": "human", "value": "a"}, turn])
+
+
+# ------------------------------------------------------------------------------------------- MultiModal-GPT's format
+
+
+HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory, parrot_tiny) -> ParrotProcessor:
+    """A processor with a tokenizer like LLaMA's: a space before the text, bytes for newlines, no tokens of ChatML."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    lines = [HEADER, "### Instruction:", "What is it?", "### Response:", "It is a cat.", "### Image:", "0123456789"]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(lines * 3, trainer)
+    folder = tmp_path_factory.mktemp("instruct")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    values = json.loads((parrot_tiny / "clip-vit-tiny" / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(values | {"conversation_template": "instruction"}))
+    return ParrotProcessor.from_pretrained(folder)
+
+
+def test_instruction_text(instruct):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "Which one?", "input": "a, b"},
+        {"from": "gpt", "value": "b"},
+    ]
+    assert instruct.format_conversation(turns)["prompt"] == (
+        f"{HEADER}\n\n### Image:\n<image>\n\n### Instruction:\nWhat is it?\n\n### Response:\nA cat."
+        "\n\n### Instruction:\nWhich one?\n\n### Input:\na, b\n\n### Response:\nb"
+    )
+    opened = instruct.format_conversation(turns[:1], add_generation_prompt=True)
+    assert opened["prompt"].endswith("\n\n### Instruction:\nWhat is it?\n\n### Response:\n")
+    text_only = [{"from": "human", "value": " Keep  this\n"}, {"from": "gpt", "value": "x"}]
+    assert instruct.format_conversation(text_only)["prompt"] == (
+        f"{HEADER}\n\n### Instruction:\n Keep  this\n\n\n### Response:\nx"
+    )
+    with_system = [{"from": "system", "value": "Be short."}, *text_only]
+    assert instruct.format_conversation(with_system)["prompt"].startswith("Be short.\n\n### Instruction:")
+
+
+def instruction_format(tokenizer, pairs):
+    """The public code's rule for one question and answer (base_dataset.py, tokenize), for each pair of a dialogue.
+
+    The text of a pair is tokenised as one; the instruction's ids, counted by tokenising it alone, bear no loss. The
+    begin-of-sequence token stands once, not before each pair.
+    """
+
+    def ids_of(text):
+        ids = []
+        for chunk in text.split("<image>"):
+            ids += [*tokenizer(chunk, add_special_tokens=False).input_ids, IMAGE_TOKEN_ID]
+        return ids[:-1]
+
+    ids, labels = [tokenizer.bos_token_id], [IGNORE_ID]
+    for instruction, answer in pairs:
+        own = [*ids_of(instruction + answer), tokenizer.eos_token_id]
+        silent = len(ids_of(instruction))
+        ids += own
+        labels += [IGNORE_ID] * silent + own[silent:]
+    return ids, labels
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("image", [False, True])
+def test_every_question_is_learned_with_its_own_answer(count, image, instruct):
+    turns, pairs = [], []
+    for i in range(count):
+        marker = "<image>\n" if image and i == 0 else ""
+        turns += [{"from": "human", "value": f"{marker}What is {i}?"}, {"from": "gpt", "value": f"It is a cat {i}."}]
+        head = HEADER if i == 0 else ""
+        section = "\n\n### Image:\n<image>" if marker else ""
+        pairs.append((f"{head}{section}\n\n### Instruction:\nWhat is {i}?\n\n### Response:\n", f"It is a cat {i}."))
+    result = instruct.format_conversation(turns)
+    ids, labels = instruction_format(instruct.tokenizer, pairs)
+    assert result["input_ids"] == ids
+    assert result["labels"] == labels
+    eos = instruct.tokenizer.eos_token_id
+    assert labels.count(eos) == count
+    learned = [i for i in labels if i != IGNORE_ID]
+    decoded = instruct.tokenizer.decode(learned)
+    assert [part.strip() for part in decoded.split("</s>")] == [f"It is a cat {i}." for i in range(count)] + [""]
+    assert ids.count(instruct.tokenizer.bos_token_id) == 1
+
+
+def test_an_opened_answer_goes_on_as_in_training(instruct):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is a cat."}]
+    whole = instruct.format_conversation(turns)
+    opened = instruct.format_conversation(turns[:1], add_generation_prompt=True)
+    first_answer = next(i for i, label in enumerate(whole["labels"]) if label != IGNORE_ID)
+    assert opened["input_ids"] == whole["input_ids"][:first_answer]
+
+
+def test_the_format_is_kept_with_the_processor(instruct, processor, tmp_path):
+    instruct.save_pretrained(tmp_path / "instruction")
+    assert ParrotProcessor.from_pretrained(tmp_path / "instruction").template.name == "instruction"
+    processor.save_pretrained(tmp_path / "chatml")
+    assert ParrotProcessor.from_pretrained(tmp_path / "chatml").template.name == "chatml"
+    assert "conversation_template" not in (tmp_path / "chatml" / "preprocessor_config.json").read_text()
+    with pytest.raises(CheckpointError, match="special token"):
+        ParrotProcessor.from_pretrained(tmp_path / "instruction", "chatml")
+
+
+@pytest.mark.parametrize(
+    ("froms", "message"),
+    [(["gpt"], "beginning with human, got gpt"), (["human", "human"], "in turn"), (["system"], "got none")],
+)
+def test_turns_that_do_not_pair_are_errors(froms, message):
+    with pytest.raises(DataError, match=message):
+        render_instruction([{"from": name, "value": "x"} for name in froms])
+
+
+def test_chatml_puts_the_input_below_the_instruction():
+    text = "".join(s.text for s in render_conversation([{"from": "human", "value": "Sum up.", "input": "A text."}]))
+    assert text.endswith("<|im_start|>user\nSum up.\nA text.<|im_end|>")

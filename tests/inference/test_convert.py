@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import parrot_sys
-from parrot_sys.config_values import load_config
+from parrot_sys.config_values import config_to_dict, load_config
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.convert import main
 from parrot_sys.inference.pretrained import save_pretrained
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.modules.lora import LoRAConfig
 from tests.inference.released_reference import FIXTURE, ReleasedParrot, Shape, write_checkpoint
 
 
@@ -66,6 +67,35 @@ def test_released_to_released(tmp_path: Path) -> None:
     assert processor.image_processor.height == 56
     assert processor.image_processor.pad_to_square
     assert model.config.vision.num_layers == 3
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_merging_lora(copy: Path, tmp_path: Path, form: str) -> None:
+    base, layer = _tensors(copy), "model.layers.1.self_attn.k_proj"
+    lora = LoRAConfig(rank=2, alpha=3.0, targets=("k_proj",))
+    rows, columns = base[f"{layer}.weight"].shape
+    updates = {}
+    for index in range(2):
+        name = f"model.layers.{index}.self_attn.k_proj"
+        updates |= {f"{name}.lora_A.weight": torch.randn(2, columns), f"{name}.lora_B.weight": torch.randn(rows, 2)}
+    _rewrite(copy, base | updates)
+    settings = json.loads((copy / "config.json").read_text()) | {"parrot_sys": {"lora": config_to_dict(lora)}}
+    (copy / "config.json").write_text(json.dumps(settings))
+    main(["--checkpoint", str(copy), "--output", str(tmp_path / "plain")])
+    _assert_equal(_tensors(tmp_path / "plain"), base | updates)
+
+    main(["--checkpoint", str(copy), "--output", str(tmp_path / "one"), "--merge-lora", "--format", form])
+    main(["--checkpoint", str(tmp_path / "one"), "--output", str(tmp_path / "out")])
+    merged = _tensors(tmp_path / "out")
+    assert merged.keys() == base.keys()
+    for name, tensor in base.items():
+        if not name.endswith("k_proj.weight"):
+            assert torch.equal(merged[name], tensor), name
+    a, b = (updates[f"{layer}.lora_{which}.weight"].double() for which in "AB")
+    exact = base[f"{layer}.weight"].double() + 1.5 * (b @ a)
+    assert (merged[f"{layer}.weight"] - exact).abs().max() <= 2 * torch.finfo(torch.float32).eps * exact.abs().max()
+    with pytest.raises(CheckpointError, match="needs a checkpoint with LoRA"):
+        main(["--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "no"), "--merge-lora"])
 
 
 def test_through_a_training_checkpoint(tmp_path: Path) -> None:

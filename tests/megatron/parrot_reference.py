@@ -53,14 +53,16 @@ MIXED = (
 )
 
 
-def make_batch(samples: tuple[Sample, ...], *, pixels: bool = False, seed: int = 7) -> PackedBatch:
+def make_batch(
+    samples: tuple[Sample, ...], *, pixels: bool = False, seed: int = 7, rows_per_image: int = V
+) -> PackedBatch:
     """A packed micro-batch with random ids and random image features (or pixel values)."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels, positions, lengths, guidance, spans, image_sample = [], [], [], [0], [], [], []
     row = 0
     for index, sample in enumerate(samples):
         text = torch.randint(0, CONFIG.llm.vocab_size, (sample.prompt + sample.answer,), generator=generator)
-        visual = torch.full((sample.images * V,), IMAGE_TOKEN_ID)
+        visual = torch.full((sample.images * rows_per_image,), IMAGE_TOKEN_ID)
         sample_ids = torch.cat([text[:1], visual, text[1:]])
         first_answer = sample_ids.numel() - sample.answer
         shifted = torch.full_like(sample_ids, IGNORE_ID)

@@ -10,19 +10,17 @@ import torch
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
-    TensorMap,
     check_tensors,
     is_carried,
     llm_maps,
     num_layers_run,
-    pack_qkv,
     parrot_maps,
     projector_maps,
     tower_maps,
-    unpack_qkv,
 )
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_map import TensorMap, pack_qkv, unpack_qkv
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig

@@ -116,11 +116,11 @@ def test_top_k_of_a_released_file_is_not_used() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "llava"}, "model_type must be 'parrot_qwen2'"),
-        ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature must be 'cls_patch'"),
+        ({"model_type": "llava"}, "model_type must be one of parrot_qwen2, "),
+        ({"mm_vision_select_feature": "patch"}, "select_feature cls_patch, whose first row"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window must be False"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type must be 'default' or 'llama3', got 'yarn'"),
         ({"moe_hidden_size": 65}, r"moe_hidden_size must be 64 \(hidden_size\), got 65"),
         ({"parrot_sys": {"moe": {"topq": 1}}}, r"parrot_sys.moe has unknown settings \['topq'\]"),
         ({"mm_projector_type": "resampler"}, "projector.type must be"),

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks, set_trainable
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig

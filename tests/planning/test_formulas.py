@@ -11,8 +11,9 @@ import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
+from parrot_sys.megatron.components import component_parameters
 from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model, component_parameters
+from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.cluster import GPUS, ClusterConfig, Efficiency
 from parrot_sys.planning.communication import Message

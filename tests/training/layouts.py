@@ -15,16 +15,19 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from megatron.core import parallel_state
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.components import component_of, set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model, set_trainable
+from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
-from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
+from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 
 MODEL = replace(
     CONFIG,
@@ -34,17 +37,26 @@ MODEL = replace(
 )
 """Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
 TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
+LORA = replace(
+    MODEL, lora=LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
+)
+WINGS = replace(
+    MODEL,
+    moe=TextGuidedMoEConfig(num_experts=0),
+    max_seq_len=64,
+    wings=WingsConfig(rank=3, system_prompt_length=2, router_positions=64),
+)
 TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
 
 ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
 LR = 1e-2
 
 
-def micro_batches(pixels: bool, count: int = 4) -> list[PackedBatch]:
+def micro_batches(pixels: bool, count: int = 4, rows_per_image: int = V) -> list[PackedBatch]:
     """A step: packed samples with one, no and two images; one long sample; text only; nothing."""
     batches = [
-        make_batch(MIXED, pixels=pixels, seed=1),
-        make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2),
+        make_batch(MIXED, pixels=pixels, seed=1, rows_per_image=rows_per_image),
+        make_batch((Sample(prompt=4, images=1, answer=9),), pixels=pixels, seed=2, rows_per_image=rows_per_image),
         make_batch((Sample(prompt=4, images=0, answer=3), Sample(prompt=2, images=0, answer=5)), seed=3),
         PackedBatch.empty(),
     ]
@@ -73,7 +85,14 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
         def write(rank: int, size: int) -> None:
             initialize(ParallelConfig())
             torch.manual_seed(11)
-            export_released(build_parrot_model(config), path)
+            model = build_parrot_model(config)
+            for name, parameter in model.named_parameters():
+                # Zero at the start: nothing would reach what comes before, or the gated blocks.
+                if (component_of(name) == "lora" and name.endswith(".b")) or name.endswith("_up"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+                elif name.endswith("_gate"):
+                    torch.nn.init.normal_(parameter)
+            export_released(model, path)
 
         run_distributed(write, 1)
         yield path
@@ -92,6 +111,7 @@ def train(
     overlap: bool = False,
     reduction: Literal["global", "micro_batch"] = "global",
     num_batches: int = 4,
+    use_router: bool = True,
 ) -> Run:
     """`steps` steps under a layout; every rank must report the same losses, norms and metrics.
 
@@ -108,11 +128,12 @@ def train(
         overlap: reduce gradients while the backward pass runs.
         reduction: see `StepRunner`.
         num_batches: how many of `micro_batches` make a step.
+        use_router: see `ParrotModel`.
     """
     parallel = parallel or ParallelConfig()
     world_size = parallel.model_parallel_size * data_parallel
     with checkpoint(config) as path:
-        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches)
+        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches, use_router)
         runs = run_distributed(lambda rank, size: _train(config, parallel, path, *settings), world_size)
     first = runs[0]
     for run in runs[1:]:
@@ -133,11 +154,13 @@ def _train(
     overlap: bool,
     reduction: Literal["global", "micro_batch"],
     num_batches: int,
+    use_router: bool,
 ) -> Run:
     initialize(parallel)
     chunks = build_parrot_chunks(config, parallel, recompute=recompute)
     for chunk in chunks:
         load_released(chunk, path)
+        chunk.use_router = use_router
     set_trainable(chunks, trainable)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=distributed, overlap=overlap)
     settings: dict[str, Any] = {"lr": LR * 1e3, "eps": 1e3, "betas": (0.0, 0.999)} if sgd else {"lr": LR}
@@ -152,7 +175,7 @@ def _train(
         reduction=reduction,
         optimizer=optimizer,
     )
-    mine = micro_batches(trainable["vision"], num_batches)[
+    mine = micro_batches(trainable["vision"], num_batches, config.rows_per_image)[
         parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
     ]
     losses, aux_losses, norms, gradients, metrics = [], [], [], {}, []

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import ALL, MODEL, TIED, TOPK, Run, assert_same, train
+from tests.training.layouts import ALL, LORA, MODEL, TIED, TOPK, Run, assert_same, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 
@@ -119,6 +120,27 @@ def test_frozen_experts_are_shared_all_the_same() -> None:
     frozen = tuple(name for name, learns in trainable.items() if not learns)
     run = train(TOPK, layout(experts=2), data_parallel=2, trainable=trainable)
     assert_same(run, one_process(TOPK, frozen))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "settings"),
+    [
+        pytest.param(layout(tensor=2), {}, id="tp2"),
+        pytest.param(layout(tensor=2, sequence=True), {"recompute": "full"}, id="tp2-sp-recompute"),
+        pytest.param(layout(pipeline=2, chunks=2, tensor=2, sequence=True), {}, id="tp2-sp-pp2-vpp2"),
+        pytest.param(layout(context=2), {"data_parallel": 2, "distributed": True}, id="cp2-dp2-zero1"),
+    ],
+)
+def test_lora_alone_learns_like_in_one_process(parallel: ParallelConfig, settings: dict[str, Any]) -> None:
+    run = train(LORA, parallel, trainable=dict.fromkeys(ALL, False), **settings)
+    reference = one_process(LORA, tuple(ALL))
+    assert reference.gradients
+    assert all(is_lora(name) for name in reference.gradients)
+    assert_same(run, reference)
+
+
+def test_lora_and_everything_else_learn_like_in_one_process() -> None:
+    assert_same(train(LORA, layout(tensor=2, sequence=True)), one_process(LORA))
 
 
 def test_adam_on_pipeline_stages() -> None:

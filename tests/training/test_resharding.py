@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.lora_maps import is_lora
+from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
 from tests.training.tiny import MODEL, signal_before, tiny_config
@@ -66,13 +69,50 @@ def _train(config: TrainConfig, ranks: int, *, stop_at: int | None = None) -> No
 def test_goes_on_under_another_layout(
     before: tuple[ParallelConfig, int], after: tuple[ParallelConfig, int], distributed: bool, tmp_path: Path
 ) -> None:
-    _train(dataclasses.replace(_config(tmp_path, "start"), max_steps=1), 1)
-    _train(_config(tmp_path, "whole", distributed=distributed), 1)
-    _train(_config(tmp_path, "moved", before[0], distributed=distributed), before[1], stop_at=3)
-    _train(_config(tmp_path, "moved", after[0], distributed=distributed), after[1])
+    _goes_on(tmp_path, before, after, distributed=distributed)
+
+
+def test_lora_goes_on_under_another_layout(tmp_path: Path) -> None:
+    """Only the updates learn."""
+    lora = LoRAConfig(rank=4, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+    names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, lora=lora)
+    assert any(is_lora(name) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (0, 3)], ids=["all-layers", "some-layers"])
+def test_wings_goes_on_under_another_layout(layers: tuple[int, ...] | None, tmp_path: Path) -> None:
+    wings = WingsConfig(rank=4, layers=layers, router_positions=512)
+    names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, wings=wings)
+    assert any(".attn_t_pool." in name for name in names)
+
+
+def _goes_on(
+    tmp_path: Path,
+    before: tuple[ParallelConfig, int],
+    after: tuple[ParallelConfig, int],
+    *,
+    distributed: bool,
+    lora: LoRAConfig | None = None,
+    wings: WingsConfig | None = None,
+) -> set[str]:
+    """Names of the tensors that are the same in the end."""
+
+    def config(output: str, parallel: ParallelConfig = ONE) -> TrainConfig:
+        base = _config(tmp_path, output, parallel, distributed=distributed)
+        if lora is None:
+            return dataclasses.replace(base, model=dataclasses.replace(base.model, wings=wings))
+        frozen = TrainableConfig(projector=False, moe=False, llm=False)
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, lora=lora), trainable=frozen)
+
+    _train(dataclasses.replace(config("start"), max_steps=1), 1)
+    _train(config("whole"), 1)
+    _train(config("moved", before[0]), before[1], stop_at=3)
+    _train(config("moved", after[0]), after[1])
     losses = [[record["loss"] for record in read_metrics(tmp_path / run, "train")] for run in ("whole", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     ours, theirs = (load_file(tmp_path / run / "hf" / "model.safetensors") for run in ("moved", "whole"))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-5), name
+    return set(theirs)

@@ -12,9 +12,10 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.components import component_parameters, set_trainable
 from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model, component_parameters, set_trainable
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed

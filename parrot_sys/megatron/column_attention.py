@@ -1,0 +1,77 @@
+"""Attention that also tells its weights, summed over heads, times two columns: what a router reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parrot_sys.ops import router_attention, router_attention_parts
+from parrot_sys.parallel import context_attention
+
+if TYPE_CHECKING:
+    from parrot_sys.megatron.core_attention import AttentionContext
+
+
+@dataclass(kw_only=True)
+class ColumnSum:
+    """Asks a layer's attention for its weights, summed over the heads of this rank, times two columns.
+
+    `columns[p]` belongs to the key at position p of its sample; `sums` is the answer (see `router_attention`).
+    """
+
+    columns: Tensor  # [P, 2], P at least the longest sample
+    sums: Tensor | None = None  # [T, 2] float32
+
+
+def with_columns(
+    query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, asked: ColumnSum, scale: float
+) -> Tensor:
+    """Causal attention of a pack that also answers a `ColumnSum`.
+
+    Args:
+        query: [T, n, d], rotated; key, value: [T, g, d], or the cache's buffers [S, capacity, g, d] when decoding.
+        context: of the micro-batch.
+        asked: gets its `sums`.
+        scale: factor of the scores.
+
+    Returns:
+        [T, n, d].
+    """
+    if context.shared is not None:
+        assert context.positions is not None, "the decoder gives them"
+        # The columns of a row's position travel with its value; keys are no wider for it.
+        own = asked.columns.index_select(0, context.positions).to(value.dtype)[:, None].expand(-1, value.shape[1], 2)
+        wide = (F.pad(query, (0, 2)), F.pad(key, (0, 2)), torch.cat((value, own), dim=-1))
+        output = context_attention(*wide, context.shared, scale=scale)
+        asked.sums = output[..., -2:].float().sum(1)
+        return output[..., :-2]
+    if key.dim() == 4:  # decoding: one row for each request
+        assert context.cached is not None, "buffers come from a cache"
+        cache = context.cached.cache
+        longest = cache.max_length + 1
+        ends = torch.arange(0, (len(query) + 1) * longest, longest, dtype=torch.int32, device=query.device)
+        # (Keys behind a request's last row are masked by their positions.)
+        places = torch.stack((cache.lengths, torch.zeros_like(cache.lengths)), dim=1).to(torch.int32)
+        output, sums, _ = router_attention_parts(
+            query,
+            key[:, :longest].flatten(0, 1),
+            value[:, :longest].flatten(0, 1),
+            asked.columns,
+            context.cu_seqlens,
+            ends,
+            max_seqlen_q=1,
+            max_seqlen_kv=longest,
+            scale=scale,
+            positions=places,
+        )
+        asked.sums = sums.sum(0)
+        return output
+    lengths, longest = (context.cu_seqlens, context.cu_seqlens), context.max_seqlen
+    output, asked.sums, _ = router_attention(
+        query, key, value, asked.columns, *lengths, max_seqlen_q=longest, max_seqlen_kv=longest, scale=scale
+    )
+    return output

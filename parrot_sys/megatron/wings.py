@@ -1,0 +1,240 @@
+"""Wings on Megatron layers: modality learners beside each decoder layer, their router and what they remember.
+
+T rows of a pack, M rows of the memory (R visual rows and the text rows), S samples, H hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from parrot_sys.megatron.column_attention import ColumnSum
+from parrot_sys.megatron.core_attention import AttentionContext
+from parrot_sys.megatron.wings_memory import KINDS, WingsPlan
+from parrot_sys.modules.rotary import rotary_cos_sin, rotate
+from parrot_sys.modules.wings import CUT_DIMS, LorraLearner, WingsConfig, WingsRouter
+from parrot_sys.parallel import copy_to_group, reduce_from_group
+
+
+def with_learners(spec: ModuleSpec, wings: WingsConfig, layer: int, *, rope_base: float) -> ModuleSpec:
+    """The spec of decoder layer `layer` (counted from 0), with learners where `wings` wants them.
+
+    Args:
+        spec: of a `TransformerLayer`.
+        wings: settings.
+        layer: number of the layer.
+        rope_base: of the rotary embeddings of queries and memory.
+    """
+    if not wings.has_learners(layer):
+        return spec
+    plain = spec.submodules
+    submodules = WingsLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
+    submodules.learners = ModuleSpec(module=WingsLearners, params={"wings": wings, "rope_base": rope_base})
+    changed = copy.copy(spec)
+    changed.module, changed.submodules = WingsLayer, submodules
+    return changed
+
+
+@dataclasses.dataclass
+class WingsLayerSubmodules(TransformerLayerSubmodules):
+    """A transformer layer's parts and its learners."""
+
+    learners: ModuleSpec | None = None
+
+
+class WingsLayer(TransformerLayer):
+    """A transformer layer whose rows also read the memory, between attention and MLP."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: WingsLayerSubmodules,
+        layer_number: int = 1,
+        *args: Any,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        super().__init__(config, submodules, layer_number, *args, pg_collection=groups, **kwargs)
+        self.learners = build_module(
+            submodules.learners, config=config, layer_number=self.layer_number, tp_group=groups.tp
+        )
+
+    def _forward_attention(
+        self,
+        *args: Any,
+        context: Tensor | None = None,
+        packed_seq_params: AttentionContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert packed_seq_params is not None, "the decoder describes every micro-batch"
+        # The layer's own copy: nothing of one layer is left for the next.
+        own = copy.copy(packed_seq_params)
+        if isinstance(own.memory, WingsPlan) and own.memory.routed:
+            own.router = ColumnSum(columns=self.learners.router.columns())
+        hidden, _ = super()._forward_attention(*args, packed_seq_params=own, **kwargs)
+        return hidden + self.learners(hidden, context, own), context
+
+
+class WingsLearners(MegatronModule):
+    """Visual and textual learner and their router: what is added to the rows behind a layer's attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        wings: WingsConfig,
+        rope_base: float,
+        layer_number: int,
+        tp_group: ProcessGroup,
+    ) -> None:
+        """
+        Args:
+            config: of the decoder.
+            wings: settings.
+            rope_base: of the rotary embeddings of queries and memory.
+            layer_number: of the layer, for the caches.
+            tp_group: ranks that share the heads.
+        """
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.rope_base = rope_base
+        self.tp_group = tp_group
+        self._shared = tp_group if tp_group.size() > 1 else None
+        sizes = (config.hidden_size, config.num_attention_heads, wings.rank)
+        self.visual_learner = LorraLearner(*sizes, dtype=config.params_dtype, group=self._shared)
+        self.textual_learner = LorraLearner(*sizes, dtype=config.params_dtype, group=self._shared)
+        self.router = WingsRouter(wings.router_positions, dtype=config.params_dtype, group=self._shared)
+        for learner in (self.visual_learner, self.textual_learner):
+            for name, dim in CUT_DIMS.items() if self._shared else ():
+                parameter: Any = learner.get_parameter(name)
+                parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
+
+    def forward(self, hidden: Tensor, memory: Tensor | None, context: AttentionContext) -> Tensor:
+        """
+        Args:
+            hidden: [T, 1, H] behind the layer's attention; under sequence parallelism this rank's rows.
+            memory: [M, H].
+            context: of the micro-batch, with the answer of the layer's attention.
+
+        Returns:
+            What to add, like `hidden`.
+        """
+        plan, asked = context.memory, context.router
+        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        assert memory is not None, "a plan comes with a memory"
+        rows = self._whole(hidden)
+        rotary = self._rotary(context)
+        parts = [self._read(0, self.visual_learner, rows, memory, context, rotary)]
+        if plan.routed:
+            assert asked is not None, "the layer has asked its attention"
+            assert asked.sums is not None, "and it has answered"
+            parts += [self._read(1, self.textual_learner, rows, memory, context, rotary), asked.sums]
+        # One message for all: r numbers a learner, two for the router; summed in float32.
+        widths = [part.shape[1] for part in parts]
+        summed = self._summed(torch.cat([part.float() for part in parts], dim=1)).split(widths, dim=1)
+        ups = [self._own_rows(learner.o_up) for learner in (self.visual_learner, self.textual_learner)]
+        read = [F.linear(part.to(up.dtype), up) for part, up in zip(summed, ups, strict=False)]
+        if not plan.routed:
+            return read[0].unsqueeze(1)
+        weights = self._weights(plan, summed[2]).to(hidden.dtype)
+        blend = weights[:, :1] * read[0] + weights[:, 1:] * read[1]
+        return blend.unsqueeze(1)
+
+    def _weights(self, plan: WingsPlan, attended: Tensor) -> Tensor:
+        """Float32 [T, 2], of this rank's rows: those of text alone take the textual learner as it is."""
+        active, factors = plan.active, plan.factors
+        routed = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
+        if self.config.sequence_parallel:
+            active, factors = (self._part(rows) for rows in (active, factors))
+        alone = torch.tensor([0.0, 1.0], device=routed.device)
+        weights = torch.where(active[:, None], routed * factors, alone)
+        plan.keep(self.layer_number, routed)
+        return weights
+
+    def _read(
+        self,
+        kind: int,
+        learner: LorraLearner,
+        rows: Tensor,
+        memory: Tensor,
+        context: AttentionContext,
+        rotary: tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]],
+    ) -> Tensor:
+        """[T, r], this rank's part of what the rows read of one kind of memory."""
+        plan = context.memory
+        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        key, value = learner.key_value(memory.split(plan.kinds)[kind])
+        key = rotate(key, *rotary[1][kind])
+        query = rotate(learner.query(rows), *rotary[0])
+        if kind == 1 and plan.uniform is not None:
+            query = torch.where(plan.uniform[:, None, None], 0.0, query)
+        if plan.places is not None:
+            assert context.cached is not None, "places are those of a cache"
+            samples, indices = plan.places[kind]
+            buffers = context.cached.cache.append(
+                (self.layer_number, KINDS[kind]), key, value, samples, indices, plan.capacities[kind]
+            )
+            if plan.decoding:
+                key, value = (buffer.flatten(0, 1) for buffer in buffers)
+        return learner.attend(query, key, value, plan.segments[:, kind])
+
+    def _rotary(self, context: AttentionContext) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
+        """Rotation of the rows and of each kind of memory; worked out once for all layers."""
+        plan = context.memory
+        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        assert plan.positions is not None, "with positions"
+        assert context.positions is not None, "the decoder gives them"
+        if "rotary" not in plan.scratch:
+            width, dtype = self.visual_learner.head_dim, self.config.params_dtype
+            of_rows = rotary_cos_sin(context.positions, width, self.rope_base, dtype)
+            of_kinds = [rotary_cos_sin(part, width, self.rope_base, dtype) for part in plan.positions.split(plan.kinds)]
+            plan.scratch["rotary"] = (of_rows, of_kinds)
+        rotary: tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]] = plan.scratch["rotary"]
+        return rotary
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[T, H], all rows; each rank uses them for its heads, so that their gradients are partial sums."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return hidden.squeeze(1)
+
+    def _summed(self, parts: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(parts, group=self.tp_group)
+        return reduce_from_group(parts, self._shared)
+
+    def _own_rows(self, parameter: Tensor) -> Tensor:
+        """A parameter that each rank uses for rows of its own under sequence parallelism."""
+        return copy_to_group(parameter, self._shared if self.config.sequence_parallel else None)
+
+    def _part(self, rows: Tensor) -> Tensor:
+        return rows.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every tensor with its place in the whole model, for distributed checkpoints."""
+        cut = {f"{kind}_learner.{name}": dim for kind in KINDS for name, dim in CUT_DIMS.items()}
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets
+        )
+        return state

@@ -1,0 +1,308 @@
+"""MultiModal-GPT's released files -> one directory that loads, in released names (open-mmlab/Multimodal-GPT, 9c73e47).
+
+It was released as four things: a LLaMA directory, OpenFlamingo's resampler and gated blocks (`.pt`), the LoRA weights
+and settings of its training (`.pt`), and OpenAI's CLIP ViT-L/14. No tensor is changed, but that the embedding gets rows
+for the tokens that OpenFlamingo added.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parrot_sys.errors import CheckpointError
+from parrot_sys.models.flamingo import FlamingoConfig
+from parrot_sys.models.flamingo_maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
+from parrot_sys.models.hf_checkpoint import check_tensors, parrot_maps
+from parrot_sys.models.hf_config import (
+    EXPORTED_TOWER,
+    config_to_hf,
+    llm_config_from_hf,
+    read_json,
+    vision_config_from_hf,
+)
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.lora_maps import is_lora
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
+from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
+from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.perceiver import ResamplerConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+
+logger = logging.getLogger(__name__)
+
+ADDED_TOKENS = ("<|endofchunk|>", "<image>")
+"""Tokens that OpenFlamingo puts behind LLaMA's, in this order."""
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD_DIM = 64  # fixed in the released code, and not to be told from the weights
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+Read = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultimodalGptFiles:
+    """Where the released parts lie."""
+
+    llm: Path
+    """LLaMA in Hugging Face layout."""
+    flamingo: Path
+    """OpenFlamingo's `.pt`."""
+    lora: Path | None
+    """The `.pt` of MultiModal-GPT's training; None for OpenFlamingo alone."""
+    vision: Path
+    """CLIP in Hugging Face layout."""
+
+
+def assemble(
+    files: MultimodalGptFiles,
+    output: Path,
+    *,
+    num_tokens: int | None = None,
+    image_token_id: int | None = None,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> ParrotConfig:
+    """Write the parts as one directory, which appears only when everything is in it.
+
+    Args:
+        files: the parts.
+        output: to be created.
+        num_tokens: tokens of the tokenizer with the added ones; None: as many as the embedding has rows.
+        image_token_id: id of `<image>`; None: the last row of the embedding.
+        save_tokenizer: writes the tokenizer with the added tokens into a directory.
+        overwrite: replace an existing directory.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit the others; lists tensors by name.
+        ConfigError: LLaMA or CLIP are of a kind that the model here cannot be.
+    """
+    hf = read_json(files.llm / "config.json")
+    llm = _llm_config(hf)
+    flamingo_tensors = _flamingo_tensors(read_pickle(files.flamingo), files.flamingo)
+    lora, lora_tensors = (None, {}) if files.lora is None else _read_lora(files.lora)
+    with TensorFiles(files.llm) as llm_tensors:
+        sources = _llm_sources(llm_tensors, flamingo_tensors, num_tokens)
+        rows = sources[_EMBEDDING][0][0]
+        llm = replace(llm, vocab_size=rows)
+        config = ParrotConfig(
+            vision=replace(
+                vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1, select_feature="patch"
+            ),
+            moe=TextGuidedMoEConfig(num_experts=0),
+            llm=llm,
+            lora=lora,
+            template="instruction",
+            max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
+            flamingo=replace(
+                _flamingo_config(flamingo_tensors, files.flamingo),
+                image_token_id=rows - 1 if image_token_id is None else image_token_id,
+            ),
+        )
+        for tensors in (flamingo_tensors, lora_tensors):
+            sources |= {key: (tuple(tensor.shape), partial(_itself, tensor)) for key, tensor in tensors.items()}
+        maps = parrot_maps(config, with_vision_tower=False)
+        if config.llm.tie_word_embeddings:
+            sources.pop(_HEAD, None)
+        where = ", ".join(str(path) for path in (files.llm, files.flamingo, files.lora) if path)
+        check_tensors(maps, {key: shape for key, (shape, _) in sources.items()}, where)
+        with new_directory(output, overwrite=overwrite) as target:
+            _copy_files(files.llm, target, weights=False)
+            _copy_files(files.vision, target / EXPORTED_TOWER, weights=True)
+            if save_tokenizer is not None:
+                save_tokenizer(target)
+            original = {**hf, "mm_vision_tower": EXPORTED_TOWER, "attention_bias": config.llm.qkv_bias}
+            text = json.dumps(config_to_hf(config, original, target), indent=2, ensure_ascii=False)
+            (target / "config.json").write_text(text + "\n", encoding="utf-8")
+            write_tensors(((key, read()) for key, (_, read) in sources.items()), target)
+    return config
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a `.pt`, without running any code that it holds.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds other things than tensors and plain values.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; wanted a .pt file that torch.save wrote") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects, which are not loaded because they can run any code: keep its tensors and "
+            f"plain values only (on a machine where you trust it: torch.save of its state dict). {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, or no file that torch.save wrote: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a dictionary, got {type(values).__name__}")
+    return values
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _llm_config(hf: Mapping[str, Any]) -> LLMConfig:
+    if hf.get("model_type") != "llama":
+        raise CheckpointError(
+            f"the LLaMA directory's config.json: model_type must be 'llama', got {hf.get('model_type')!r}"
+        )
+    return llm_config_from_hf(hf)
+
+
+# ------------------------------------------------------------------------------------------------- OpenFlamingo's part
+
+
+def _state_dict(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without the prefix of a data-parallel wrapper."""
+    for name in ("model_state_dict", "state_dict"):
+        if isinstance(values.get(name), dict):
+            values = values[name]
+    tensors = {key.removeprefix("module."): value for key, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors; it holds {', '.join(map(str, values)) or 'nothing'}")
+    return tensors
+
+
+def _flamingo_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Released name -> tensor; the embedding of the decoder keeps its key."""
+    wrapped = re.compile(r"^lang_encoder\.model\.layers\.(\d+)\.gated_cross_attn_layer\.")
+    tensors = {}
+    for key, tensor in _state_dict(values, path).items():
+        # A saved model names what it uses in several places several times, and may hold its frozen parts.
+        if key.startswith(("vision_encoder.", "lang_encoder.old_decoder_blocks.")) or ".decoder_layer." in key:
+            continue
+        tensors[wrapped.sub(rf"{BLOCKS_KEY}\1.", key)] = tensor
+    return tensors
+
+
+def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfig:
+    """What shapes and names tell.
+
+    Raises:
+        CheckpointError: tensors are missing, or the gated blocks stand at irregular distances.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in tensors:
+            raise CheckpointError(f"{path} is no OpenFlamingo checkpoint: it has no {key}")
+        return tuple(tensors[key].shape)
+
+    numbers = sorted({int(key.removeprefix(BLOCKS_KEY).split(".")[0]) for key in tensors if key.startswith(BLOCKS_KEY)})
+    every = numbers[0] + 1 if numbers else 0
+    if not numbers or numbers != [every * (i + 1) - 1 for i in range(len(numbers))]:
+        raise CheckpointError(f"{path}: gated blocks must stand in front of every n-th layer, got those of {numbers}")
+    depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(f"{RESAMPLER_KEY}layers."))
+    latents, width = shape(f"{RESAMPLER_KEY}latents")
+    block = f"{BLOCKS_KEY}{numbers[0]}"
+    inner, hidden = shape(f"{block}.attn.to_q.weight")
+    return FlamingoConfig(
+        resampler=ResamplerConfig(
+            num_latents=latents,
+            num_layers=depth,
+            num_attention_heads=shape(f"{RESAMPLER_KEY}layers.0.0.to_q.weight")[0] // _HEAD_DIM,
+            head_dim=_HEAD_DIM,
+            ffn_multiplier=shape(f"{RESAMPLER_KEY}layers.0.1.1.weight")[0] // width,
+        ),
+        cross_attention=GatedCrossAttentionConfig(
+            num_attention_heads=inner // _HEAD_DIM,
+            head_dim=_HEAD_DIM,
+            ffn_multiplier=shape(f"{block}.ff.1.weight")[0] // hidden,
+        ),
+        every_n_layers=every,
+        media_rule="next",
+        image_token_id=0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ language model
+
+
+def _llm_sources(
+    files: TensorFiles, flamingo: dict[str, Tensor], num_tokens: int | None
+) -> dict[str, tuple[tuple[int, ...], Read]]:
+    """LLaMA's tensors, shape and how to read each; takes the trained embedding, if there is one, out of `flamingo`."""
+    sources: dict[str, tuple[tuple[int, ...], Read]] = {
+        key: (files.shape(key), partial(files.tensor, key))
+        for key in files.names()
+        if not key.endswith(".rotary_emb.inv_freq")
+    }
+    for key, name in ((_EMBEDDING, "lang_encoder.model.embed_tokens.weight"), (_HEAD, "lang_encoder.lm_head.weight")):
+        if (trained := flamingo.pop(name, None)) is not None:
+            sources[key] = tuple(trained.shape), partial(_itself, trained)
+    if _EMBEDDING not in sources:
+        raise CheckpointError(f"{files.directory} holds no {_EMBEDDING}; it is no LLaMA in Hugging Face layout")
+    rows = max(num_tokens or 0, *(sources[key][0][0] for key in (_EMBEDDING, _HEAD) if key in sources))
+    for key in (_EMBEDDING, _HEAD):
+        if key in sources and (held := sources[key][0][0]) < rows:
+            logger.warning(
+                "%s has %d rows for %d tokens: those of the others get the mean of all rows", key, held, rows
+            )
+            shape, read = sources[key]
+            sources[key] = (rows, *shape[1:]), partial(_with_mean_rows, read, rows - held)
+    return sources
+
+
+def _with_mean_rows(read: Read, count: int) -> Tensor:
+    rows = read()
+    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    return torch.cat((rows, mean.expand(count, -1)))
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Settings and updates of a training checkpoint of the released code."""
+    values = read_pickle(path)
+    saved = _state_dict(values, path)
+    tensors = dict(_named_once(saved))
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key and tensor.dim() == 2}
+    if len(ranks) != 1:
+        raise CheckpointError(f"{path}: the updates must have one rank, got {sorted(ranks) or 'no updates'}")
+    tuning = values.get("tuning_config")
+    settings: Mapping[str, Any] = tuning if isinstance(tuning, Mapping) else {}
+    if "lora_alpha" not in settings:
+        raise CheckpointError(
+            f"{path} holds no tuning_config with lora_alpha, so the scale of its updates is unknown: add it, as "
+            "{'lora_alpha': 16} for the released weights"
+        )
+    default = LoRAConfig()
+    present = {target for target in default.targets if any(f".{target}.lora_A." in key for key in tensors)}
+    config = LoRAConfig(
+        rank=ranks.pop(),
+        alpha=float(settings["lora_alpha"]),
+        dropout=float(settings.get("lora_dropout", 0.0)),
+        targets=tuple(target for target in default.targets if target in present),
+    )
+    return config, tensors
+
+
+def _named_once(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The updates by their names below the layers; the same tensors' other names and frozen parts are left out."""
+    own_list = re.compile(r"^lang_encoder\.base_model\.model\.gated_cross_attn_layers\.(\d+)\.")
+    for key, tensor in tensors.items():
+        if ".old_decoder_blocks." in key or (not is_lora(key) and not key.startswith(RESAMPLER_KEY)):
+            continue
+        yield own_list.sub(rf"{LORA_KEY}\1.gated_cross_attn_layer.", key), tensor
+
+
+def _copy_files(source: Path, target: Path, *, weights: bool) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (weights or not file.name.endswith(_WEIGHT_SUFFIXES)):
+            shutil.copyfile(file, target / file.name)

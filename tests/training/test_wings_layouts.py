@@ -1,0 +1,59 @@
+"""Wings under every parallel dimension: losses, every gradient and parameters after three steps as in one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.parrot import ParrotConfig
+from tests.training.layouts import ALL, WINGS, Run, assert_same, train
+from tests.training.test_layouts import layout
+
+SOME = replace(WINGS, wings=replace(WINGS.wings, layers=(1, 3)))
+"""Two of four layers have learners."""
+DEEP = replace(WINGS, llm=replace(WINGS.llm, num_layers=8))
+STAGE_1 = {**dict.fromkeys(ALL, False), "projector": True, "visual_learners": True, "textual_learners": False}
+
+
+@functools.cache
+def one_process(config: ParrotConfig, first_stage: bool = False) -> Run:
+    return train(config, trainable=STAGE_1, use_router=False) if first_stage else train(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "settings"),
+    [
+        pytest.param(WINGS, layout(tensor=2), {}, id="tp2", marks=pytest.mark.slow),
+        pytest.param(WINGS, layout(tensor=2, sequence=True), {"recompute": "full"}, id="tp2-sp-recompute"),
+        pytest.param(WINGS, layout(pipeline=2), {"data_parallel": 2, "overlap": True}, id="pp2-dp2-overlap"),
+        pytest.param(SOME, layout(pipeline=4), {}, id="pp4-some-layers", marks=pytest.mark.slow),
+        pytest.param(WINGS, layout(pipeline=2, chunks=2), {}, id="pp2-vpp2", marks=pytest.mark.slow),
+        pytest.param(DEEP, layout(pipeline=4, chunks=2), {}, id="pp4-vpp2"),
+        pytest.param(WINGS, layout(context=2), {}, id="cp2"),
+        pytest.param(
+            WINGS, layout(), {"data_parallel": 2, "distributed": True}, id="dp2-zero1", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            WINGS,
+            layout(tensor=2, sequence=True, pipeline=2, context=2),
+            {},
+            id="tp2-sp-pp2-cp2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_trains_like_one_process(config: ParrotConfig, parallel: ParallelConfig, settings: dict[str, Any]) -> None:
+    reference = one_process(config)
+    assert any("reweight_module" in name for name in reference.gradients)
+    assert_same(train(config, parallel, **settings), reference)
+
+
+def test_first_stage_trains_like_one_process() -> None:
+    run = train(WINGS, layout(tensor=2, pipeline=2), trainable=STAGE_1, use_router=False)
+    reference = one_process(WINGS, first_stage=True)
+    assert all("mm_projector" in name or ".attn_pool." in name for name in reference.gradients)
+    assert_same(run, reference)
