@@ -33,7 +33,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_commands(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
     text = capsys.readouterr().err
-    assert f"unknown command '{name}', want one of data, train, plan, eval, compare, attention, chat, convert, info" in text
+    assert (
+        f"unknown command '{name}', want one of data, train, plan, eval, compare, attention, chat, convert, info"
+        in text
+    )
     assert hint in text
 
 
