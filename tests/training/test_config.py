@@ -140,3 +140,10 @@ def test_lora_needs_something_to_learn() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             config_from_dict(TrainConfig, wrong)
+
+
+@pytest.mark.parametrize("model", ["parrot_7b", "wings_qwen1_5_7b", "multimodal_gpt_9b"])
+def test_the_lora_preset_freezes_everything_else(model: str) -> None:
+    config = parse_config(TrainConfig, ["--config", model, "--config", "lora_instruct", *FLAGS])
+    assert [name for name, learns in config.trainable.as_dict().items() if learns] == ["lora"]
+    assert config.model.lora == LoRAConfig()
