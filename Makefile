@@ -1,5 +1,7 @@
 # PYTHON: the Python (3.11 or 3.12) that .venv is made from.   ARGS: further arguments of the program that a target runs.
+# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt.
 PYTHON ?= python3
+MODEL ?= parrot
 ARGS ?=
 
 BIN := .venv/bin
@@ -10,6 +12,7 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, report, talk (five minutes on two cores)"
+	@echo "                  MODEL=wings and MODEL=multimodal_gpt do the same with the other systems"
 	@echo "make experiment   set up and train the variants of the report, three seeds each (an hour; resumable)"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
@@ -35,10 +38,10 @@ sanitize: setup
 	.ci/sanitize $(ARGS)
 
 demo: setup
-	$(BIN)/python train/demo.py $(ARGS)
+	$(BIN)/python train/demo.py --model $(MODEL) $(ARGS)
 
 experiment: setup
-	$(BIN)/python train/experiment.py $(ARGS)
+	$(BIN)/python train/experiment.py --model $(MODEL) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,8 +21,11 @@ class _Command:
 COMMANDS = {
     "data": _Command(
         "parrot_sys.data.main",
-        "Build the default data set: pictures, conversations and questions in six languages.",
-        ("parrot data build --output data/default", "parrot data build --help"),
+        "Build the default data set (pictures, conversations and questions in six languages), or import public sets.",
+        (
+            "parrot data build --output data/default",
+            "parrot data import --source llava --input conversation_58k.json --images coco --output llava.json",
+        ),
     ),
     "train": _Command(
         "parrot_sys.training.main",
@@ -48,6 +51,19 @@ COMMANDS = {
         (
             "parrot eval --checkpoint runs/first/hf --data data/default/benchmark --output runs/first/eval",
             "parrot eval --help",
+        ),
+    ),
+    "compare": _Command(
+        "parrot_sys.evaluation.answer_lengths",
+        "Compare how long two evaluated models answer the same questions.",
+        ("parrot compare --evaluations runs/a/eval runs/b/eval --names with-vqa without", "parrot compare --help"),
+    ),
+    "attention": _Command(
+        "parrot_sys.evaluation.attention",
+        "Measure, layer by layer, the attention on the text before and after an image.",
+        (
+            "parrot attention --checkpoint runs/first/hf --data data/default/iit --output runs/first/attention",
+            "parrot attention --help",
         ),
     ),
     "chat": _Command(
@@ -77,7 +93,7 @@ def help_text() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:8} {command.summary}", *(f"             $ {example}" for example in command.examples), ""]
+        lines += [f"  {name:9} {command.summary}", *(f"              $ {example}" for example in command.examples), ""]
     lines += [
         "Settings come from presets and YAML files (--config NAME_OR_PATH, repeatable) and from flags; flags win.",
         "--traceback (or PARROT_TRACEBACK=1) shows where an error came from.",

@@ -1,10 +1,12 @@
-"""The demo: builds the default data, trains Parrot in its three stages, evaluates six languages, reports, and talks.
+"""The demo of a system: builds the default data, trains the small model in its stages, evaluates, reports, and talks.
 
-    python train/demo.py            everything; what is done is not done again
-    python train/demo.py --fresh    from the start
-    python train/demo.py --quick    a few steps of everything, to see that it works (own folder, runs/demo-quick)
+    python train/demo.py                   everything; what is done is not done again
+    python train/demo.py --model wings     another system: parrot, wings or multimodal_gpt
+    python train/demo.py --fresh           from the start
+    python train/demo.py --quick           a few steps of everything, to see that it works (runs/demo-quick)
 
-Results: runs/demo/report/report.md (with plots) and report.json; the model: runs/demo/instruct/hf.
+Results of Parrot: runs/demo/report/report.md (with plots) and report.json; the model: runs/demo/instruct/hf. Those of
+another system lie below runs/demo-MODEL.
 """
 
 from __future__ import annotations
@@ -17,23 +19,15 @@ from pathlib import Path
 
 from parrot_sys.cli import run_main
 
-QUICK_DATA = [
-    "--concepts",
-    "24",
-    "--held-out",
-    "8",
-    "--text-rounds",
-    "2",
-    "--instruct-rounds",
-    "2",
-    "--align-rounds",
-    "1",
-]
-QUICK_TRAIN = ["--max-steps", "4"]
+DIALOGUES = 30
+"""Dialogues of each type and language that are asked before and after visual tuning."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    from parrot_sys.evaluation.recipes import SYSTEMS
+
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=list(SYSTEMS), default="parrot", help="the system (parrot)")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results and start from the beginning")
     parser.add_argument("--quick", action="store_true", help="little data and four steps a stage: shows that it works")
     return parser.parse_args(argv)
@@ -43,42 +37,37 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     from parrot_sys.evaluation import recipes
     from parrot_sys.evaluation.conversation import sample_conversations
-    from parrot_sys.evaluation.pipeline import Pipeline
-    from parrot_sys.evaluation.report import ReportInput, build_report
+    from parrot_sys.evaluation.demo import evaluate_demo, report_demo
+    from parrot_sys.evaluation.pipeline import Pipeline, Step
 
     begin = time.perf_counter()
-    root = Path("runs/demo-quick" if options.quick else "runs/demo")
+    system = recipes.SYSTEMS[options.model]
+    name = "demo" if system is recipes.PARROT else f"demo-{system.name}"
+    root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
     if options.fresh:
         shutil.rmtree(root, ignore_errors=True)
     pipeline = Pipeline(root, say=lambda line: print(line, flush=True))
-    flags = QUICK_TRAIN if options.quick else []
-    data = recipes.build_data(pipeline, QUICK_DATA if options.quick else [])
-    pretrain = recipes.train(pipeline, recipes.PRETRAIN, data, flags=flags)
-    align = recipes.train(pipeline, recipes.ALIGN, data, pretrain, flags=flags)
-    instruct = recipes.train(pipeline, recipes.INSTRUCT, data, align, flags=flags, validate=True)
-    routings = ["--routing", "model", "off", "other-language", "--max-new-tokens", "16"]
-    evaluation = recipes.evaluate(pipeline, instruct, data, flags=routings)
-    runs = {"0 text": pretrain.folder, "1 alignment": align.folder, "2 instruction": instruct.folder}
-
-    def report(folder: Path) -> None:
-        notes = [
-            f"The demo's small model ({recipes.MODEL_PRESET}) on its default data; every held-out question is asked."
-        ]
-        title = "Parrot demo: held-out questions in six languages"
-        build_report(ReportInput(evaluation=evaluation.folder, output=folder, runs=runs, title=title, notes=notes))
-
-    reported = pipeline.step("report", report, after=[evaluation])
+    flags = recipes.QUICK_TRAIN if options.quick else ()
+    data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
+    stages: list[Step] = []
+    for stage in system.stages:
+        last = stage is system.stages[-1]
+        start = stages[-1] if stages else None
+        stages.append(recipes.train(pipeline, system, stage, data, start, flags=flags, validate=last))
+    evaluations = evaluate_demo(pipeline, system, stages, data, limit=2 if options.quick else DIALOGUES)
+    reported = report_demo(pipeline, system, stages, evaluations)
+    model = recipes.released(stages[-1])
     talked = pipeline.step(
         "conversation",
-        lambda folder: sample_conversations(recipes.released(instruct), data.folder / "benchmark", folder),
-        after=[instruct, data],
+        lambda folder: sample_conversations(model, data.folder / recipes.BENCHMARK, folder, speaker=system.title),
+        after=[stages[-1], data],
     )
     print("\n" + (talked.folder / "conversation.txt").read_text(encoding="utf-8"))
     print("\n".join(f"{step.seconds:7.0f} s  {step.name}" for step in pipeline.steps))
     work = sum(step.seconds for step in pipeline.steps)
     print(f"{work:7.0f} s  of work in all, {time.perf_counter() - begin:.0f} s now")
     print(f"report: {reported.folder / 'report.md'}")
-    print(f"talk to it: .venv/bin/parrot chat --checkpoint {recipes.released(instruct)} --image PICTURE --show-routing")
+    print(f"talk to it: .venv/bin/parrot chat --checkpoint {model} --image PICTURE --show-routing")
     return 0
 
 

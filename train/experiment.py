@@ -1,11 +1,12 @@
-"""The experiment: experts on and off, three language mixes, three seeds, from the demo's data and stages.
+"""The experiment of a system, three seeds each, from the demo's data and stages.
 
-    python train/experiment.py            everything (an hour or more); what is done is not done again
-    python train/experiment.py --fresh    from the start
-    python train/experiment.py --quick    one seed and four steps a stage, to see that it works
+    python train/experiment.py                  parrot: experts on and off, three language mixes (an hour or more)
+    python train/experiment.py --model wings    what visual tuning costs in questions about text, and what learners keep
+    python train/experiment.py --fresh          from the start; otherwise what is done is not done again
+    python train/experiment.py --quick          one seed and four steps a stage, to see that it works
 
-Each result is kept in benchmarks/results/DEVICE/experiment.json as soon as it is there
-(--quick: in runs/experiment-quick/experiment.json).
+Work lies below runs/experiment or runs/experiment-MODEL. Each result is kept in benchmarks/results/DEVICE as soon as it
+is there (--quick: below runs/).
 """
 
 from __future__ import annotations
@@ -19,25 +20,15 @@ from typing import Any
 from parrot_sys.cli import run_main
 
 SEEDS = (0, 1, 2)
-QUICK_DATA = [
-    "--concepts",
-    "24",
-    "--held-out",
-    "8",
-    "--text-rounds",
-    "2",
-    "--instruct-rounds",
-    "2",
-    "--align-rounds",
-    "1",
-]
-QUICK_TRAIN = ["--max-steps", "4"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    from parrot_sys.evaluation.variants import EXPERIMENTS
+
     parser = argparse.ArgumentParser(
         prog="experiment.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", choices=list(EXPERIMENTS), default="parrot", help="the system (parrot)")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs and start from the beginning")
     parser.add_argument("--quick", action="store_true", help="one seed, little data, four steps a stage")
     return parser.parse_args(argv)
@@ -48,29 +39,34 @@ def main(argv: list[str]) -> int:
     from parrot_sys import platform
     from parrot_sys.evaluation import experiment, recipes
     from parrot_sys.evaluation.pipeline import Pipeline
+    from parrot_sys.evaluation.variants import EXPERIMENTS
 
-    root = Path("runs/experiment-quick" if options.quick else "runs/experiment")
+    chosen = EXPERIMENTS[options.model]
+    name = "experiment" if options.model == "parrot" else f"experiment-{options.model}"
+    root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
     if options.fresh:
         shutil.rmtree(root, ignore_errors=True)
     device = "gpu" if platform.cuda_available() else "cpu"
-    kept = root / "experiment.json" if options.quick else Path("benchmarks/results") / device / "experiment.json"
+    kept = root / chosen.file if options.quick else Path("benchmarks/results") / device / chosen.file
     pipeline = Pipeline(root, say=lambda line: print(line, flush=True))
-    data = recipes.build_data(pipeline, QUICK_DATA if options.quick else [])
+    data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
     content: dict[str, Any] = {
         **recipes.provenance(),
+        "title": chosen.title,
+        "about": chosen.about,
         "chance": 25.0,
-        "variants": {variant.name: variant.description for variant in experiment.VARIANTS},
+        "variants": {variant.name: variant.description for variant in chosen.variants},
         "results": {},
     }
     report = root / "report" / "report.md"
     for seed in SEEDS[:1] if options.quick else SEEDS:
-        for variant in experiment.VARIANTS:
-            flags = QUICK_TRAIN if options.quick else []
-            evaluation = experiment.run_variant(pipeline, data, variant, seed, flags)
-            accuracy, counts = experiment.accuracies(evaluation.folder)
+        flags = recipes.QUICK_TRAIN if options.quick else ()
+        run = experiment.Run(pipeline=pipeline, data=data, seed=seed, flags=flags)
+        for variant in chosen.variants:
+            accuracy, counts = experiment.accuracies(variant.evaluate(run).folder)
             record = {"accuracy": accuracy, "n": counts}
             content["results"].setdefault(variant.name, {})[str(seed)] = record
-            content["summary"] = experiment.summarize(content["results"])
+            content["summary"] = experiment.summarize(content["results"], chosen.comparisons)
             experiment.write_result(content, kept)
             report = experiment.write_report(content, root / "report")
             print(f"{variant.name}, seed {seed}: " + ", ".join(f"{p} {a['mean']:.1f}" for p, a in accuracy.items()))

@@ -7,6 +7,7 @@ DIR/instruct.json           stage 2: several kinds of questions, some with sever
 DIR/validation.json         multiple-choice questions about pictures of training concepts that no training set holds
 DIR/images/                 pictures in the training style and their variants
 DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
+DIR/iit/iit_*.tsv           dialogues that end in a question with or without a picture (data/dialogues.py)
 DIR/tokenizer/              a small Qwen2 tokenizer
 DIR/decoder/                the small decoder that stage 0 starts from: a Qwen2 checkpoint with that tokenizer
 """
@@ -31,6 +32,7 @@ from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write
 from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN, LANGUAGES
 from parrot_sys.data.conversations import Asker, picture_turns, record, wordings
+from parrot_sys.data.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
 from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
 from parrot_sys.data.pictures import training_picture
 from parrot_sys.data.templates import render_conversation
@@ -39,7 +41,7 @@ from parrot_sys.data.tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
-_FORMAT = 2  # raise it when the same settings give other files
+_FORMAT = 3  # raise it when the same settings give other files
 _MIN_VOCAB = 256 + 3  # bytes and special tokens
 
 
@@ -185,9 +187,13 @@ def _write_all(config: DataBuildConfig, folder: Path) -> None:
         for name, content in records.items():
             _write_records(folder / f"{name}.json", content)
         bar.update()
-        (folder / "benchmark").mkdir()
+        for name in ("benchmark", "iit"):
+            (folder / name).mkdir()
+        dialogues = draw_dialogues(questions, config.seed)
+        drawings = {question.concept.emoji: picture for question, picture in zip(questions, pictures, strict=True)}
         for language in config.languages:
             write_benchmark(folder / "benchmark", language, questions, pictures)
+            write_dialogues(folder / "iit", language, config.languages, dialogues, drawings, config.seed)
             bar.update()
         vocabulary = train_tokenizer(_texts(records), config.vocab_size, folder / "tokenizer")
         bar.update()
@@ -198,6 +204,7 @@ def _write_all(config: DataBuildConfig, folder: Path) -> None:
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "overwrite")},
         "records": {name: _count_languages(content) for name, content in records.items()},
         "questions": {split: sum(q.split == split for q in questions) for split in ("style", "concept")},
+        "dialogues": {kind: sum(dialogue.type == kind for dialogue in dialogues) for kind in DIALOGUE_TYPES},
         "pictures": len(known) * (config.variants + 1),
         "vocabulary": vocabulary,
         "concepts": {"train": [c.emoji for c in known], "held_out": [c.emoji for c in unseen]},

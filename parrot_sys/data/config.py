@@ -73,7 +73,7 @@ class DataConfig:
                 raise ConfigError(f"{name} must be a finite number >= 0, got {weight}")
         if self.text_ratio is not None and not (self.text_ratio > 0 and math.isfinite(self.text_ratio)):
             raise ConfigError(
-                f"data.text_ratio must be a finite number > 0 or unset, got {self.text_ratio}; to leave a data set out, "
+                f"data.text_ratio must be a finite number > 0 or unset, got {self.text_ratio}; to leave a set out, "
                 "give it a weight of 0"
             )
         for name, least in (("num_workers", 1), ("prefetch_steps", 1), ("seed", 0)):

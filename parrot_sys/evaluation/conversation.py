@@ -11,7 +11,7 @@ from parrot_sys.inference.chat import ChatSession, routing_table
 from parrot_sys.inference.pretrained import load_pretrained
 
 
-def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Path:
+def sample_conversations(checkpoint: Path, benchmark: Path, output: Path, *, speaker: str) -> Path:
     """Asks in each language about a picture of its own, in two turns.
 
     The pictures stand evenly spread in the first split, so that nobody chose them by hand.
@@ -20,6 +20,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Pat
         checkpoint: the model.
         benchmark: folder with tables in several languages.
         output: folder for `conversation.txt` and the pictures, `LANGUAGE.png`.
+        speaker: what the model is called.
 
     Returns:
         Path of conversation.txt.
@@ -34,6 +35,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Pat
         part = next(iter(tables[language].parts().values()))
         question = part[(2 * number + 1) * len(part) // (2 * len(spoken))]
         picture = output / f"{language}.png"
+        assert question.image_key is not None, "the benchmark's questions are about pictures"
         tables[language].image(question.image_key).save(picture)
         session.reset()
         session.add_image(picture)
@@ -41,7 +43,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path) -> Pat
         phrases = load_phrases()[language]
         for text in (phrases["name"][0], phrases["category"]):
             answer = session.ask(text)
-            lines += [f"user    {text}", f"parrot  {answer.text}"]
+            lines += [f"{'user':{len(speaker)}}  {text}", f"{speaker:4}  {answer.text}"]
         if answer.experts is not None:
             lines.append(routing_table(answer.experts))
     path = output / "conversation.txt"

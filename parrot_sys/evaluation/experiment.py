@@ -1,35 +1,46 @@
-"""What the experts and the language mix do: variants of one small model, trained from the same seeds.
-
-Per seed, all variants share the text-pretrained decoder, and variants of one mix share the aligned projector, bit for
-bit; with and without experts differ in the instruction stage only. All take the same number of steps per stage.
-"""
+"""An experiment: variants of one small model, trained from several seeds, compared seed by seed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.evaluation import plots, recipes
+from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.markdown import table
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.report import headline, load_scores
-from parrot_sys.training.writer import read_metrics
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""
 _PLUS_MINUS = "\u00b1"
-_OTHERS = tuple(language for language in LANGUAGES if language != "en")
-MIXES: Mapping[str, Mapping[str, float]] = {
-    "balanced": {},
-    "imbalanced": dict.fromkeys(_OTHERS, 0.1),
-    "english": dict.fromkeys(_OTHERS, 0.0),
-}
-"""Mix -> how often an epoch of stages 1 and 2 takes each conversation of a language; 1 where not named."""
+
+Accuracy = dict[str, dict[str, float]]
+"""part -> language (and AVERAGE) -> percent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What every variant is trained with."""
+
+    pipeline: Pipeline
+    data: Step
+    seed: int
+    flags: tuple[str, ...] = ()
+    """Further settings of `parrot train`."""
+
+    @property
+    def seeded(self) -> list[str]:
+        """Settings of `parrot train` for this seed."""
+        seed = str(self.seed)
+        return ["--seed", seed, "--data.seed", seed, "--checkpoint.keep-last", "1", *self.flags]
+
+    def name(self, step: str) -> str:
+        """Name of a step of this seed."""
+        return f"seed{self.seed}/{step}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,61 +48,22 @@ class Variant:
     """One way to train."""
 
     name: str
-    mix: str
-    experts: bool
     description: str
+    evaluate: Callable[[Run], Step]
+    """Trains and evaluates; steps that variants share are done once. Returns the evaluation."""
 
 
-VARIANTS = (
-    Variant(name="experts, balanced", mix="balanced", experts=True, description="as in the demo"),
-    Variant(name="plain, balanced", mix="balanced", experts=False, description="routing off: projector only"),
-    Variant(
-        name="experts, imbalanced", mix="imbalanced", experts=True, description="stages 1 and 2 with 10 % of the others"
-    ),
-    Variant(name="plain, imbalanced", mix="imbalanced", experts=False, description="the same, projector only"),
-    Variant(name="experts, English only", mix="english", experts=True, description="stages 1 and 2 in English only"),
-)
-COMPARISONS = (
-    ("experts - plain, balanced", "experts, balanced", "plain, balanced"),
-    ("experts - plain, imbalanced", "experts, imbalanced", "plain, imbalanced"),
-    ("balanced - imbalanced, experts", "experts, balanced", "experts, imbalanced"),
-    ("balanced - English only, experts", "experts, balanced", "experts, English only"),
-)
-"""(name, variant, variant it is compared with); differences are taken seed by seed."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """Variants and what they show."""
 
-Accuracy = dict[str, dict[str, float]]
-"""part -> language (and AVERAGE) -> percent."""
-
-
-def run_variant(pipeline: Pipeline, data: Step, variant: Variant, seed: int, flags: Sequence[str]) -> Step:
-    """Trains and evaluates; steps that variants share are done once.
-
-    Returns:
-        The evaluation step.
-    """
-    seeded = ["--seed", str(seed), "--data.seed", str(seed), "--checkpoint.keep-last", "1", *flags]
-    root = f"seed{seed}"
-    pretrain = recipes.train(pipeline, recipes.PRETRAIN, data, name=f"{root}/pretrain", flags=seeded)
-    align = _stage(pipeline, recipes.ALIGN, data, pretrain, variant.mix, f"{root}/align", seeded)
-    if not variant.experts:
-        align = recipes.without_experts(pipeline, align, name=f"{root}/align-{variant.mix}-plain")
-        seeded += ["--model.moe.num-experts", "0"]
-    kind = "experts" if variant.experts else "plain"
-    model = _stage(pipeline, recipes.INSTRUCT, data, align, variant.mix, f"{root}/instruct-{kind}", seeded)
-    name = f"{root}/evaluation-{kind}-{variant.mix}"
-    return recipes.evaluate(pipeline, model, data, name=name, flags=["--max-new-tokens", "16"])
-
-
-def _stage(
-    pipeline: Pipeline, stage: recipes.Stage, data: Step, start: Step, mix: str, name: str, flags: Sequence[str]
-) -> Step:
-    """One stage on one mix, with as many steps as the balanced mix takes."""
-    if mix == "balanced":
-        return recipes.train(pipeline, stage, data, start, name=f"{name}-{mix}", flags=flags)
-    steps = read_metrics(pipeline.root / f"{name}-balanced", "train")[-1]["step"]
-    weights = [text for language, weight in MIXES[mix].items() for text in (language, str(weight))]
-    more = ["--data.language-weights", *weights, "--max-steps", str(steps)]
-    return recipes.train(pipeline, stage, data, start, name=f"{name}-{mix}", flags=[*flags, *more])
+    title: str
+    about: str
+    variants: tuple[Variant, ...]
+    comparisons: tuple[tuple[str, str, str], ...]
+    """(name, variant, variant it is compared with); differences are taken seed by seed."""
+    file: str
+    """Name of the kept result."""
 
 
 def accuracies(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
@@ -106,11 +78,14 @@ def accuracies(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
     return accuracy, counts
 
 
-def summarize(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def summarize(
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]], comparisons: Sequence[tuple[str, str, str]]
+) -> dict[str, Any]:
     """Mean and spread over seeds of every variant, and of the differences between variants.
 
     Args:
         results: variant -> seed -> record with `accuracy`.
+        comparisons: of the experiment.
 
     Returns:
         `variants` and `differences`: name -> part -> language -> `mean`, `std` (sample, None for one seed), `seeds`
@@ -122,7 +97,7 @@ def summarize(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
         },
         "differences": {
             name: _spread([_minus(results[a][s]["accuracy"], results[b][s]["accuracy"]) for s in common])
-            for name, a, b in COMPARISONS
+            for name, a, b in comparisons
             if (common := [seed for seed in results.get(a, {}) if seed in results.get(b, {})])
         },
     }
@@ -158,11 +133,9 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     seeds = max((len(runs) for runs in content["results"].values()), default=0)
     lines = [
-        "# What the experts and the language mix do",
+        f"# {content['title']}",
         "",
-        __doc__.split("\n\n", 1)[1].replace("\n", " ").strip(),
-        "The variants without experts have fewer parameters. One data set serves all seeds; a seed decides initial "
-        "weights and the order of the data.",
+        f"{content['about']} One data set serves all seeds; a seed decides initial weights and the order of the data.",
         "",
         f"Accuracy in percent, mean {_PLUS_MINUS} sample standard deviation over at most {seeds} seeds; guessing gives "
         f"{content['chance']:.0f}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from parrot_sys.evaluation.results import Plan, identity, make_room
 from parrot_sys.evaluation.runner import (
     Item,
     Mode,
+    Options,
     Predictor,
     Routing,
     check_experts,
@@ -27,6 +28,7 @@ from parrot_sys.evaluation.runner import (
     make_items,
     scores_path,
     select_tables,
+    settings_of,
 )
 from parrot_sys.evaluation.tsv import QuestionSet
 from parrot_sys.logging import setup_logging
@@ -56,6 +58,8 @@ class EvalConfig:
     mode: Mode = "generate"
     """`generate`: greedy answer, option extracted by rules; `likelihood`: the most likely option letter;
     `text-likelihood`: the option whose text is the most likely answer."""
+    options: Options = "shown"
+    """`hidden`: the prompt is the question alone, and its options only what answers are compared with."""
     rules: Rules = "current"
     """Version of the public kit's extraction rules."""
     routing: tuple[Routing, ...] = ("model",)
@@ -85,6 +89,10 @@ class EvalConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not self.data:
             raise ConfigError("data must name at least one TSV file or folder, got nothing")
+        if self.options == "hidden" and self.mode == "likelihood":
+            raise ConfigError(
+                "mode likelihood takes an option's letter, which options hidden does not show; use text-likelihood"
+            )
         if not self.routing or len(set(self.routing)) < len(self.routing):
             raise ConfigError(f"routing must name each wanted routing once, got {' '.join(self.routing) or 'nothing'}")
         if self.output.resolve().is_relative_to(self.checkpoint.resolve()):
@@ -171,6 +179,7 @@ def evaluate(config: EvalConfig, predictor: Predictor, loaded: Sequence[Question
                 rules=config.rules,
                 batch_size=config.batch_size,
                 output=config.output,
+                options=config.options,
                 overwrite=config.overwrite,
                 extra={"notes": notes, **({"logit_change": changes} if routing == "model" else {})},
             )
@@ -183,7 +192,8 @@ def _items(
     items = {}
     for routing in config.routing:
         limit = config.limit_of(routing)
-        items[routing] = make_items(table.limited(limit) if limit else table, routing, translations)
+        asked = table.limited(limit) if limit else table
+        items[routing] = make_items(asked, routing, translations, show_options=config.options == "shown")
     return items
 
 
@@ -199,7 +209,7 @@ def _make_room(
         for table, items in jobs
         for routing in items
     ]
-    wanted = identity(config.model_name, config.rules, predictor.settings)
+    wanted = identity(config.model_name, config.rules, settings_of(predictor, config.options))
     make_room(config.output, plans, wanted, overwrite=config.overwrite)
 
 
@@ -216,7 +226,10 @@ def _measure_routes(
     notes = list(predictor.notes)
     if not predictor.has_experts:
         return {}, notes
-    probes: dict[Routing, QuestionSet] = {"off": table, "other-language": guided_questions(table, translations)}
+    shown = replace(table, questions=tuple(q for q in table.questions if q.image_key is not None))
+    if not shown.questions:
+        return {}, notes
+    probes: dict[Routing, QuestionSet] = {"off": shown, "other-language": guided_questions(shown, translations)}
     if not probes["other-language"].questions:
         del probes["other-language"]
         why = "the other language's table holds none of its questions"

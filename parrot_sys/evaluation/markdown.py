@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 _EXPLANATION = """\
@@ -12,13 +13,16 @@ set of this name. *Guessing* is the expected accuracy of a random option, *major
 frequent letter."""
 
 
-def render(title: str, content: Mapping[str, Any], images: Sequence[tuple[str, str]]) -> str:
+def render(
+    title: str, content: Mapping[str, Any], images: Sequence[tuple[str, str]], appendix: Sequence[str] = ()
+) -> str:
     """Markdown of a report.
 
     Args:
         title: heading.
         content: what report.json holds.
         images: (caption, file name beside the report).
+        appendix: lines behind the tables.
     """
     details = content["details"]
     lines = [f"# {title}", ""]
@@ -29,12 +33,14 @@ def render(title: str, content: Mapping[str, Any], images: Sequence[tuple[str, s
         _EXPLANATION,
         "",
     ]
+    if len(details["average"]) > 1:
+        lines += ["## All parts", "", *_overview(content), ""]
     for suite, cells in details["cells"].items():
         if cells:
             lines += _suite(suite, cells, details)
     if details["training"]:
         lines += ["## Training", "", *_training(details["training"]), ""]
-    lines += ["## Plots", ""]
+    lines += [*appendix, "## Plots", ""]
     for caption, file in images:
         lines += [f"![{caption}]({file})", f"*{caption}*", ""]
     return "\n".join(lines)
@@ -49,6 +55,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def percent(value: float | None) -> str:
     """One decimal, or a dash where there is no number."""
     return "-" if value is None else f"{value:.1f}"
+
+
+def _overview(content: Mapping[str, Any]) -> list[str]:
+    """One line a part: the accuracy that its set is known by, per language."""
+    details = content["details"]
+    languages = list(dict.fromkeys(language for part in details["average"] for language in content[part]))
+    rows = []
+    for part, average in details["average"].items():
+        accuracies = [percent(content[part].get(language)) for language in languages]
+        guessing = fmean(c["baselines"]["random"][details["headline"][part]] for c in details["cells"][part].values())
+        rows.append([part, *accuracies, f"**{percent(average)}**", percent(guessing)])
+    return table(["accuracy (%)", *languages, "mean", "guessing"], rows)
 
 
 def _suite(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+_PANELS_IN_A_ROW = 3
 _ROUTING_COLORS = {"model": "#2b6cb0", "off": "#a0aec0", "other-language": "#dd6b20"}
 
 
@@ -41,9 +43,13 @@ def accuracy_by_language(
         title: suite -> title of its panel.
         path: PNG file.
     """
-    figure = Figure(figsize=(1.2 + 4.6 * len(accuracy), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(accuracy), squeeze=False, sharey=True)[0]
-    for ax, (suite, routings) in zip(axes, accuracy.items(), strict=True):
+    columns = min(len(accuracy), _PANELS_IN_A_ROW)
+    rows = math.ceil(len(accuracy) / columns)
+    figure = Figure(figsize=(1.2 + 4.6 * columns, 0.4 + 3.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for ax in axes[len(accuracy) :]:
+        ax.set_axis_off()
+    for ax, (suite, routings) in zip(axes, accuracy.items(), strict=False):
         languages = list(next(iter(routings.values())))
         width = 0.8 / len(routings)
         for number, (routing, values) in enumerate(routings.items()):
@@ -57,6 +63,52 @@ def accuracy_by_language(
         ax.set_ylim(0, 105)
     axes[0].set_ylabel("accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    _save(figure, path)
+
+
+def accuracy_by_part(
+    values: Mapping[str, Mapping[str, float]], guessing: Mapping[str, float], *, title: str, path: Path
+) -> None:
+    """A bar for the mean over languages of each part, a dot for each language.
+
+    Args:
+        values: part -> language -> percent.
+        guessing: part -> accuracy of guessing, drawn as a line.
+        title: of the plot.
+        path: PNG file.
+    """
+    figure = Figure(figsize=(2.4 + 0.9 * len(values), 3.4), layout="constrained")
+    ax = figure.subplots()
+    at = np.arange(len(values))
+    bars = ax.bar(at, [float(np.mean(list(row.values()))) for row in values.values()], 0.6, color="#90cdf4")
+    ax.bar_label(bars, fmt="%.1f", fontsize=8, padding=8)
+    for language in dict.fromkeys(language for row in values.values() for language in row):
+        dots = [row.get(language, np.nan) for row in values.values()]
+        ax.plot(at, dots, linestyle="none", marker="o", markersize=4, label=language)
+    for x, part in enumerate(values):
+        ax.plot([x - 0.3, x + 0.3], [guessing[part]] * 2, color="black", linewidth=1, linestyle="--")
+    ax.set_xticks(at, list(values))
+    ax.set_ylim(0, 105)
+    ax.set_ylabel("accuracy (%); dashed: guessing")
+    ax.set_title(title)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    _save(figure, path)
+
+
+def curves_over_layers(curves: Mapping[str, Mapping[str, Sequence[float]]], *, y_label: str, path: Path) -> None:
+    """One panel a part. `curves`: panel -> line -> value of each layer."""
+    figure = Figure(figsize=(1.2 + 3.6 * len(curves), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for ax, (title, lines) in zip(axes, curves.items(), strict=True):
+        for name, values in lines.items():
+            ax.plot(range(1, len(values) + 1), values, label=name, marker="o", markersize=3)
+        ax.set_title(title)
+        ax.set_xlabel("layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(y_label)
+    axes[0].legend(fontsize=8)
     _save(figure, path)
 
 
@@ -107,15 +159,16 @@ def heat_map(
 
 
 def means_with_spread(
-    values: Mapping[str, Mapping[str, Sequence[float]]], *, chance: float, title: str, path: Path
+    values: Mapping[str, Mapping[str, Sequence[float]]], *, chance: float, title: str, path: Path, dots: str = "seeds"
 ) -> None:
-    """Means over seeds as bars with each seed as a dot.
+    """Means as bars with what they are the mean of as dots.
 
     Args:
-        values: variant -> language -> accuracy (%) of each seed.
+        values: variant -> language (or another group) -> accuracy (%) of each seed.
         chance: accuracy of guessing, drawn as a line.
         title: of the plot.
         path: PNG file.
+        dots: what the means are over.
     """
     languages = list(dict.fromkeys(language for rows in values.values() for language in rows))
     figure = Figure(figsize=(3 + 1.3 * len(languages), 3.8), layout="constrained")
@@ -130,7 +183,7 @@ def means_with_spread(
             ax.plot([x] * len(seeds), seeds, linestyle="none", marker="o", markersize=2.5, color="black")
     ax.axhline(chance, color="black", linewidth=1, linestyle="--", label="guessing")
     ax.set_xticks(np.arange(len(languages)), languages)
-    ax.set_ylabel("accuracy (%), dots: seeds")
+    ax.set_ylabel(f"accuracy (%), dots: {dots}")
     ax.set_title(title)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)

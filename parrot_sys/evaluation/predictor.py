@@ -80,7 +80,7 @@ class ModelPredictor:
             return self._by_letter(items, override)
         if self.mode == "text-likelihood":
             return self._by_text(items, override)
-        tokenizer, samples = self.processor.tokenizer, self._samples(items)
+        tokenizer, samples = self.processor.tokenizer, self.samples(items)
         tokens, routes = generate_tokens(
             self.lockstep,
             samples,
@@ -93,13 +93,13 @@ class ModelPredictor:
         responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [
             Prediction(response=response.strip(), experts=experts)
-            for response, experts in zip(responses, self._experts(routes, len(items)), strict=True)
+            for response, experts in zip(responses, self._experts(routes, items), strict=True)
         ]
 
     @torch.inference_mode()
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
-        samples = self._samples(items)
+        samples = self.samples(items)
         own, _, _ = prefill(self.lockstep, samples, 0)
         changed, _, _ = prefill(self.lockstep, samples, 0, self._override(items, routing))
         return (own - changed).abs().max().item()
@@ -112,10 +112,10 @@ class ModelPredictor:
         return min(self.max_new_tokens, max(1, positions - longest))
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.lockstep, self._samples(items), 0, override)
+        logits, _, routes = prefill(self.lockstep, self.samples(items), 0, override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
-        for item, row, experts in zip(items, log_probs, self._experts(routes, len(items)), strict=True):
+        for item, row, experts in zip(items, log_probs, self._experts(routes, items), strict=True):
             predictions.append(
                 _most_likely({letter: row[self._letter_id(letter)].item() for letter in item.question.options}, experts)
             )
@@ -128,10 +128,10 @@ class ModelPredictor:
             [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in options.values()]
             for options in (item.question.options for item in items)
         ]
-        sums, routes = continuation_log_probs(self.lockstep, self._samples(items), answers, override)
+        sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
         return [
             _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts)
-            for item, scores, experts in zip(items, sums, self._experts(routes, len(items)), strict=True)
+            for item, scores, experts in zip(items, sums, self._experts(routes, items), strict=True)
         ]
 
     def _letter_id(self, letter: str) -> int:
@@ -148,40 +148,47 @@ class ModelPredictor:
         assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
-        _, _, routes = prefill(self.lockstep, self._samples(items, guidance=True), 0)
-        assert routes is not None, "every item has an image"
-        return RoutingOverride(probs=routes.probs)
+        _, _, routes = prefill(self.lockstep, self.samples(items, guidance=True), 0)
+        return None if routes is None else RoutingOverride(probs=routes.probs)  # None: no item has a picture
 
-    def _samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
+    def samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
+        """Prompts with their pictures' features; with `guidance` those whose text guides the routing instead."""
         features = self._image_features(items)
         samples = []
         for item, feature in zip(items, features, strict=True):
             prompt = item.guidance_prompt if guidance else item.prompt
             assert prompt is not None, "runner.make_items gives guiding prompts for other-language"
-            turns = [{"from": "human", "value": prompt}]
-            ids = self.processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+            ids = self.processor.format_conversation(item.turns(prompt), add_generation_prompt=True)["input_ids"]
             samples.append(Sample(input_ids=torch.tensor(ids), image_features=feature, language=item.table.language))
         return samples
 
-    def _image_features(self, items: Sequence[Item]) -> list[Tensor]:
+    def _image_features(self, items: Sequence[Item]) -> list[Tensor | None]:
         """[1, V, C] of each item's picture; the key is its content, as the languages of a benchmark share pictures."""
-        keys = [hashlib.sha256(item.table.images[item.question.image_key].encode()).hexdigest() for item in items]
-        new = {key: item for key, item in zip(keys, items, strict=True) if key not in self._features}
+        cells = [(item.table, item.question.image_key) for item in items]
+        keys = [
+            None if cell is None else hashlib.sha256(table.images[cell].encode()).hexdigest() for table, cell in cells
+        ]
+        new = {
+            key: table.image(cell)
+            for key, (table, cell) in zip(keys, cells, strict=True)
+            if key is not None and cell is not None and key not in self._features
+        }
         if new:
-            pixels = self.processor.images(item.table.image(item.question.image_key) for item in new.values())
+            pixels = self.processor.images(new.values())
             features = self.lockstep.encode(pixels)
             if features is None:
                 raise CheckpointError(
                     "the checkpoint was loaded without its vision tower, so it cannot see the questions' images"
                 )
             self._features.update(zip(new, features.cpu().split(1), strict=True))
-        return [self._features[key] for key in keys]
+        return [None if key is None else self._features[key] for key in keys]
 
-    def _experts(self, routes: RoutingOutput | None, count: int) -> list[list[float]]:
+    def _experts(self, routes: RoutingOutput | None, items: Sequence[Item]) -> list[list[float]]:
+        """Weights of each item's picture; none for items without one."""
         if routes is None or not self.has_experts:
-            return [[]] * count
-        weights: list[list[float]] = routes.probs.float().cpu().tolist()
-        return weights
+            return [[]] * len(items)
+        weights = iter(routes.probs.float().cpu().tolist())
+        return [[] if item.question.image_key is None else next(weights) for item in items]
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:

@@ -13,15 +13,23 @@ _CJK = re.compile("[\u4e00-\u9fff]")
 _AROUND = string.punctuation + string.whitespace
 
 
-def question_prompt(question: Question, language: str) -> str:
+def question_prompt(question: Question, language: str, *, show_options: bool = True) -> str:
     """User turn of one question: image marker, newline, then hint, question, options and the instruction in `language`.
+    The marker and its newline are left out where the question has no picture.
+
+    With `show_options` False neither options nor instruction stand there, as sets such as HellaSwag are asked, where
+    the likeliest option counts.
 
     A Chinese character anywhere makes the instruction Chinese whatever the language, as in the wrapper.
     """
     shown = [question.hint or "", question.question, *question.options.values()]
     if _CJK.search("".join(shown)):
         language = "zh"
-    return f"{IMAGE_TOKEN}\n{build_mcq_prompt(question.question, question.options, language, question.hint)}"
+    if show_options:
+        text = build_mcq_prompt(question.question, question.options, language, question.hint)
+    else:
+        text = "\n".join(filter(None, (question.hint, question.question)))
+    return text if question.image_key is None else f"{IMAGE_TOKEN}\n{text}"
 
 
 def clean_answer(response: str, prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""The steps that demo and experiment share: data, three training stages, evaluation."""
+"""The steps that demos and experiments share: data, training stages, evaluation; and the small model of each system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,74 @@ from parrot_sys.data.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 
-MODEL_PRESET = "parrot_tiny_cpu"
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 EXPERT_PREFIX = "model.moe_model."
 """Names of the experts' tensors in the released layout."""
+BENCHMARK, DIALOGUES = "benchmark", "iit"
+"""Folders of the data set with tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One training stage of the tiny model."""
+    """One training stage of a small model."""
 
     name: str
+    title: str
+    """In reports."""
     preset: str
     records: str
     """File of the data set."""
 
 
-PRETRAIN = Stage(name="pretrain", preset="tiny_pretrain", records="text.json")
-ALIGN = Stage(name="align", preset="tiny_align", records="align.json")
-INSTRUCT = Stage(name="instruct", preset="tiny_instruct", records="instruct.json")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """One of the systems as a small model."""
+
+    name: str
+    title: str
+    model: str
+    """Preset of the model."""
+    stages: tuple[Stage, ...]
+    """The first one reads text alone."""
+    routings: tuple[str, ...] = ("model",)
+    """What the demo evaluates, see `parrot eval --routing`."""
+
+
+PRETRAIN = Stage(name="pretrain", title="0 text", preset="tiny_pretrain", records="text.json")
+ALIGN = Stage(name="align", title="1 alignment", preset="tiny_align", records="align.json")
+INSTRUCT = Stage(name="instruct", title="2 instruction", preset="tiny_instruct", records="instruct.json")
+PARROT = System(
+    name="parrot",
+    title="Parrot",
+    model="parrot_tiny_cpu",
+    stages=(PRETRAIN, ALIGN, INSTRUCT),
+    routings=("model", "off", "other-language"),
+)
+PLAIN = System(name="plain", title="Plain", model="plain_tiny_cpu", stages=(PRETRAIN, ALIGN, INSTRUCT))
+"""The same model with a projector alone, which experiments compare with; no system of its own."""
+WINGS = System(
+    name="wings",
+    title="Wings",
+    model="wings_tiny_cpu",
+    stages=(PRETRAIN, replace(ALIGN, preset="tiny_wings_align"), replace(INSTRUCT, preset="tiny_wings_instruct")),
+)
+SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS)}
+
+
+QUICK_DATA = (
+    "--concepts",
+    "24",
+    "--held-out",
+    "8",
+    "--text-rounds",
+    "2",
+    "--instruct-rounds",
+    "2",
+    "--align-rounds",
+    "1",
+)
+QUICK_TRAIN = ("--max-steps", "4")
+"""Settings of data and training that show in a few minutes that everything works."""
 
 
 def num_processes() -> int:
@@ -61,6 +110,7 @@ def build_data(pipeline: Pipeline, flags: Sequence[str] = ()) -> Step:
 
 def train(
     pipeline: Pipeline,
+    system: System,
     stage: Stage,
     data: Step,
     start: Step | None = None,
@@ -73,6 +123,7 @@ def train(
 
     Args:
         pipeline: where the step belongs.
+        system: preset of the model.
         stage: preset and records.
         data: the data set.
         start: step whose model this one starts from; None starts with the decoder that the data set brings.
@@ -80,7 +131,7 @@ def train(
         flags: further settings of `parrot train`.
         validate: also measure the loss on the validation records.
     """
-    arguments = ["--config", MODEL_PRESET, "--config", stage.preset, "--data.paths", str(data.folder / stage.records)]
+    arguments = ["--config", system.model, "--config", stage.preset, "--data.paths", str(data.folder / stage.records)]
     arguments += ["--model.tokenizer-path", str(data.folder / "tokenizer")]
     if validate:
         arguments += ["--validation.paths", str(data.folder / "validation.json")]
@@ -92,36 +143,56 @@ def train(
     def run(folder: Path) -> None:
         pipeline.command([*launcher, str(TRAIN_SCRIPT), *arguments, *flags, "--output", str(folder)])
 
-    presets = {preset: list_presets()[preset].read_text(encoding="utf-8") for preset in (MODEL_PRESET, stage.preset)}
+    presets = {preset: list_presets()[preset].read_text(encoding="utf-8") for preset in (system.model, stage.preset)}
     settings = {"presets": presets, "arguments": arguments, "flags": list(flags)}
     return pipeline.step(name or stage.name, run, settings, [data, *([start] if start else [])])
 
 
 def evaluate(
     pipeline: Pipeline,
+    system: System,
     model: Step,
     data: Step,
     *,
     name: str = "evaluation",
-    mode: str = "text-likelihood",
+    tables: str = BENCHMARK,
     flags: Sequence[str] = (),
 ) -> Step:
-    """All languages of the held-out questions."""
+    """All languages of the held-out questions, by the likelihood of the options' texts.
+
+    Args:
+        pipeline: where the step belongs.
+        system: names the model in files.
+        model: step that trained it.
+        data: the data set.
+        name: of the step.
+        tables: folder of the data set.
+        flags: further settings of `parrot eval`.
+    """
 
     def run(folder: Path) -> None:
-        arguments = [
-            "--checkpoint",
-            str(released(model)),
-            "--data",
-            str(data.folder / "benchmark"),
-            "--name",
-            "parrot-tiny",
-            "--mode",
-            mode,
-        ]
+        arguments = ["--checkpoint", str(released(model)), "--data", str(data.folder / tables)]
+        arguments += ["--name", f"{system.name}-tiny", "--mode", "text-likelihood", "--max-new-tokens", "16"]
         pipeline.command(_parrot("eval", *arguments, "--output", str(folder), *flags))
 
-    return pipeline.step(name, run, {"mode": mode, "flags": list(flags)}, [model, data])
+    return pipeline.step(name, run, {"tables": tables, "flags": list(flags)}, [model, data])
+
+
+def evaluate_dialogues(pipeline: Pipeline, system: System, model: Step, data: Step, *, name: str, limit: int) -> Step:
+    """The six types of dialogue, `limit` questions a type and language, options hidden."""
+    flags = ["--options", "hidden", "--limit", str(limit)]
+    return evaluate(pipeline, system, model, data, name=name, tables=DIALOGUES, flags=flags)
+
+
+def measure_attention(pipeline: Pipeline, model: Step, data: Step, *, name: str, limit: int) -> Step:
+    """Attention before and after the picture in the dialogues."""
+
+    def run(folder: Path) -> None:
+        arguments = ["--checkpoint", str(released(model)), "--data", str(data.folder / DIALOGUES)]
+        arguments += ["--options", "hidden", "--limit", str(limit)]
+        pipeline.command(_parrot("attention", *arguments, "--output", str(folder)))
+
+    return pipeline.step(name, run, {"limit": limit}, [model, data])
 
 
 def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:
@@ -136,6 +207,23 @@ def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:
         strip_experts(released_folder(folder))
 
     return pipeline.step(name, run, after=[model])
+
+
+def bare_decoder(pipeline: Pipeline, model: Step, data: Step, *, name: str) -> Step:
+    """The decoder of a model as a checkpoint of its own, laid out like the one that the data set brings.
+
+    Models of any system can then start from the same decoder, bit for bit, their other parts from initial weights.
+    """
+
+    def run(folder: Path) -> None:
+        target = released_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(data.folder / "decoder", target)
+        trained = load_file(released(model) / "model.safetensors")
+        held = load_file(target / "model.safetensors")
+        save_file({key: trained[key] for key in held}, target / "model.safetensors", metadata={"format": "pt"})
+
+    return pipeline.step(name, run, after=[model, data])
 
 
 def strip_experts(folder: Path) -> None:

@@ -43,6 +43,8 @@ class ReportInput:
     title: str = "Evaluation report"
     notes: Sequence[str] = ()
     """Sentences that a reader must know, such as that questions were sub-sampled."""
+    appendix: Sequence[str] = ()
+    """Lines of Markdown behind the tables."""
 
 
 def headline(dataset: str) -> str:
@@ -73,7 +75,7 @@ def build_report(report: ReportInput) -> dict[str, Any]:
     plain = _finite(content)
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     (report.output / "report.json").write_text(text, encoding="utf-8")
-    (report.output / "report.md").write_text(render(report.title, plain, images), encoding="utf-8")
+    (report.output / "report.md").write_text(render(report.title, plain, images, report.appendix), encoding="utf-8")
     return content
 
 
@@ -176,14 +178,14 @@ def _draw(
     if curves:
         plots.loss_curves(curves, output / "loss.png")
         images.append(("Loss of each stage", "loss.png"))
+    guessing = {suite: _guessing(_any_languages(routings)) for suite, routings in scores.items()}
+    own = {suite: _headlines(routings["model"]) for suite, routings in scores.items() if "model" in routings}
+    if len(own) > 1:
+        plots.accuracy_by_part(own, guessing, title="All parts, the model's own routing", path=output / "parts.png")
+        images.append(("Accuracy of each part: mean over languages (bar) and each language (dots)", "parts.png"))
     plots.accuracy_by_language(
         {suite: {routing: _headlines(languages) for routing, languages in r.items()} for suite, r in scores.items()},
-        {
-            suite: fmean(
-                r["scores"]["baselines"]["random"][headline(r["dataset"])] for r in _any_languages(routings).values()
-            )
-            for suite, routings in scores.items()
-        },
+        guessing,
         {suite: f"{suite} ({headline(_first(routings)['dataset'])} accuracy)" for suite, routings in scores.items()},
         output / "accuracy.png",
     )
@@ -247,6 +249,10 @@ def _draw_categories(suite: str, languages: Mapping[str, Mapping[str, Any]], out
 
 def _any_languages(routings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Mapping[str, Any]]:
     return next(iter(routings.values()))
+
+
+def _guessing(languages: Mapping[str, Mapping[str, Any]]) -> float:
+    return fmean(r["scores"]["baselines"]["random"][headline(r["dataset"])] for r in languages.values())
 
 
 def _first(routings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Mapping[str, Any]:

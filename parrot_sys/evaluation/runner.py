@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Routing = Literal["model", "off", "other-language"]
 Mode = Literal["generate", "likelihood", "text-likelihood"]
+Options = Literal["shown", "hidden"]
 SCORES_SUFFIX = ".scores.json"
 
 
@@ -37,9 +38,18 @@ class Item:
     table: QuestionSet
     question: Question
     prompt: str
-    """User turn, with its image marker."""
+    """Last user turn, with its image marker if there is a picture."""
     guidance_prompt: str | None = None
     """The same question in another language: its text decides the route (`other-language` only)."""
+
+    def turns(self, prompt: str) -> list[dict[str, str]]:
+        """The conversation that `prompt` is the last turn of, behind the earlier turns of the question."""
+        earlier = [
+            {"from": sender, "value": text}
+            for turn in self.question.history
+            for sender, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        return [*earlier, {"from": "human", "value": prompt}]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +109,16 @@ def select_tables(tables: Sequence[QuestionSet], languages: Sequence[str]) -> li
     return tables
 
 
-def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, QuestionSet]) -> list[Item]:
+def make_items(
+    table: QuestionSet, routing: Routing, translations: Mapping[str, QuestionSet], *, show_options: bool = True
+) -> list[Item]:
     """Items of a table, with the guiding prompts that `routing` needs.
 
     Args:
         table: the questions.
         routing: only `other-language` needs more than the table itself.
         translations: language -> the same benchmark in that language.
+        show_options: whether the options stand in the prompts.
 
     Raises:
         DataError: the other language's table or one of its rows is missing.
@@ -113,7 +126,7 @@ def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, 
     guidance: dict[int, str] = {}
     if routing == "other-language":
         language, other = _translation(table, translations)
-        guidance = {question.index: question_prompt(question, language) for question in other.questions}
+        guidance = {q.index: question_prompt(q, language, show_options=show_options) for q in other.questions}
         absent = [question.index for question in table.questions if question.index not in guidance]
         if absent:
             raise DataError(
@@ -123,7 +136,7 @@ def make_items(table: QuestionSet, routing: Routing, translations: Mapping[str, 
         Item(
             table=table,
             question=question,
-            prompt=question_prompt(question, table.language),
+            prompt=question_prompt(question, table.language, show_options=show_options),
             guidance_prompt=guidance.get(question.index),
         )
         for question in table.questions
@@ -148,6 +161,11 @@ def _translation(table: QuestionSet, translations: Mapping[str, QuestionSet]) ->
     raise DataError(f"--routing other-language needs {table.suite} in a second language beside {table.path}")
 
 
+def settings_of(predictor: Predictor, options: Options) -> dict[str, Any]:
+    """Everything that decides the answers, beside routing and table."""
+    return {**predictor.settings, **({"options": options} if options == "hidden" else {})}
+
+
 def scores_path(output: Path, table: QuestionSet, routing: Routing, model_name: str) -> Path:
     """Score file of a table under a routing."""
     return output / table.suite / routing / f"{model_name}_{table.name}{SCORES_SUFFIX}"
@@ -163,6 +181,7 @@ def evaluate_table(
     rules: Rules,
     batch_size: int,
     output: Path,
+    options: Options = "shown",
     overwrite: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -176,7 +195,7 @@ def evaluate_table(
     begin = time.perf_counter()
     path = scores_path(output, table, routing, model_name)
     stem = path.parent / path.name.removesuffix(SCORES_SUFFIX)
-    settings = {**predictor.settings, "routing": routing, "table": table.digest}
+    settings = {**settings_of(predictor, options), "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         _answer(items, predictor, store, routing, batch_size)
         records = {item.question.index: store.records[item.question.index] for item in items}

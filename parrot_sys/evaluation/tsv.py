@@ -2,9 +2,10 @@
 
 Columns: `index`, `question`, option columns (any single capital letter; an empty cell means that the option does not
 exist), `answer`, `image` (base64, or the `index` of the row that holds it), and where present `hint`, `category`,
-`l2-category`, `split`, `g_index`. Case and `-`/`_` in column names do not matter. Read as VLMEvalKit reads them
-(vlmeval/dataset/image_base.py), except that every cell stays text, so that an option such as `None`, `NA` or `1.50` is
-kept as it is written.
+`l2-category`, `split`, `g_index`, and `history`: a JSON list of the turns before the question, `[question, answer]`
+each. Only in a table with that column may a row have no picture (an empty `image`): it is about text alone. Case and
+`-`/`_` in column names do not matter. Read as VLMEvalKit reads them (vlmeval/dataset/image_base.py), except that every
+cell stays text, so that an option such as `None`, `NA` or `1.50` is kept as it is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import base64
 import binascii
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
 from parrot_sys.errors import DataError
 
 _REFERENCE_LENGTH = 64
@@ -45,10 +47,12 @@ class Question:
     """Letter -> text, in alphabetical order, of the options that exist."""
     answer: str
     """The right letter."""
-    image_key: str
-    """Key of the picture in `QuestionSet.images`; rows that share a picture share the key."""
+    image_key: str | None
+    """Key of the picture in `QuestionSet.images`; rows that share a picture share the key; None: no picture."""
     group: int
     """The question that this row is a rotation of (`g_index`, or index modulo 1,000,000)."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Question and answer of each earlier turn; none of them has a picture."""
     hint: str | None = None
     category: str = ""
     l2_category: str = ""
@@ -150,7 +154,10 @@ def read_table(path: str | Path) -> QuestionSet:
             raise DataError(f"{path}, row {number + 2}: index {question.index} occurs twice; every row needs its own")
         cells[question.index] = str(row["image"]).strip()
         questions.append(question)
-    keys = {index: _resolve(index, cells, path) for index in cells}
+    dialogues = "history" in frame.columns
+    keys = {
+        index: None if dialogues and not _present(cells[index]) else _resolve(index, cells, path) for index in cells
+    }
     stem = path.stem.lower()
     language = language_of(stem)
     base = stem.rsplit("_", 1)[0] if stem.rsplit("_", 1)[-1] in _LANGUAGE_OF_SUFFIX else stem
@@ -159,8 +166,8 @@ def read_table(path: str | Path) -> QuestionSet:
         name=f"{_KIT_NAMES[base]}_{_SUFFIX_OF_LANGUAGE.get(language, language)}" if base in _KIT_NAMES else path.stem,
         suite=base,
         language=language,
-        questions=tuple(replace(q, image_key=str(keys[q.index])) for q in questions),
-        images={str(index): cells[index] for index in set(keys.values())},
+        questions=tuple(replace(q, image_key=_key(keys[q.index])) for q in questions),
+        images={str(index): cells[index] for index in set(keys.values()) if index is not None},
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
 
@@ -210,13 +217,37 @@ def _read_row(row: Mapping[str, object], letters: Sequence[str], where: str) -> 
         question=str(row["question"]),
         options=options,
         answer=answer,
-        image_key="",
+        image_key=None,
+        history=_read_history(row.get("history", ""), where),
         group=_whole_number(g_index, "g_index", where) if _present(g_index) else index % _ROTATION,
         hint=str(row["hint"]) if _present(row.get("hint", "")) else None,
         category=_text(row.get("category", "")),
         l2_category=_text(row.get("l2-category", "")),
         split=_text(row.get("split", "")),
     )
+
+
+def _read_history(cell: object, where: str) -> tuple[tuple[str, str], ...]:
+    if not _present(cell):
+        return ()
+    try:
+        turns = json.loads(str(cell))
+    except ValueError as error:
+        raise DataError(f"{where}: history is no JSON ({error})") from error
+    texts = isinstance(turns, list) and all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text for text in turn)
+        for turn in turns
+    )
+    if not texts or IMAGE_TOKEN in str(cell):
+        raise DataError(
+            f"{where}: history must be a list of earlier turns [question, answer] without {IMAGE_TOKEN} (the picture "
+            f"belongs to the last turn), got {str(cell)[:120]}"
+        )
+    return tuple((question, answer) for question, answer in turns)
+
+
+def _key(index: int | None) -> str | None:
+    return None if index is None else str(index)
 
 
 def _present(cell: object) -> bool:

@@ -10,16 +10,9 @@ from typing import Any
 
 import pytest
 
-from parrot_sys.evaluation.experiment import (
-    COMPARISONS,
-    MIXES,
-    VARIANTS,
-    accuracies,
-    summarize,
-    write_report,
-    write_result,
-)
+from parrot_sys.evaluation.experiment import accuracies, summarize, write_report, write_result
 from parrot_sys.evaluation.recipes import provenance
+from parrot_sys.evaluation.variants import EXPERIMENTS, EXPERTS, MIXES
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,32 +28,40 @@ RESULTS = {
 
 
 def test_summary_by_hand() -> None:
-    summary = summarize(RESULTS)
+    summary = summarize(RESULTS, EXPERTS.comparisons)
     english = summary["variants"]["experts, balanced"]["style"]["en"]
     assert english == {"mean": 70.0, "std": pytest.approx(10.0), "seeds": [60, 70, 80]}
     # paired by seed, over the two seeds that both have: +10 and +30
     difference = summary["differences"]["experts - plain, balanced"]["style"]["en"]
     assert difference == {"mean": 20.0, "std": pytest.approx(200**0.5), "seeds": [10, 30]}
     assert set(summary["differences"]) == {"experts - plain, balanced"}
-    assert summarize({"a": {"0": record(1, 2)}})["variants"]["a"]["style"]["mean"]["std"] is None
+    assert summarize({"a": {"0": record(1, 2)}}, ())["variants"]["a"]["style"]["mean"]["std"] is None
 
 
-def test_variants_and_comparisons_fit_together() -> None:
-    names = {variant.name for variant in VARIANTS}
-    assert all({first, second} <= names for _, first, second in COMPARISONS)
-    assert {variant.mix for variant in VARIANTS} == set(MIXES)
-    # the balanced mix sets the number of steps, so it comes first for each kind
-    first = {experts: next(v.mix for v in VARIANTS if v.experts is experts) for experts in (True, False)}
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_variants_and_comparisons_fit_together(name: str) -> None:
+    names = [variant.name for variant in EXPERIMENTS[name].variants]
+    assert len(set(names)) == len(names)
+    assert all({first, second} <= set(names) for _, first, second in EXPERIMENTS[name].comparisons)
+
+
+def test_the_balanced_mix_comes_first() -> None:
+    """It sets the number of steps."""
+    settings = [variant.evaluate.keywords for variant in EXPERTS.variants]  # type: ignore[attr-defined]
+    assert {each["mix"] for each in settings} == set(MIXES)
+    first = {experts: next(s["mix"] for s in settings if s["experts"] is experts) for experts in (True, False)}
     assert first == {True: "balanced", False: "balanced"}
 
 
 def test_report_of_unfinished_results(tmp_path: Path) -> None:
     content = {
         **provenance(),
+        "title": EXPERTS.title,
+        "about": EXPERTS.about,
         "chance": 25.0,
-        "variants": {v.name: v.description for v in VARIANTS},
+        "variants": {v.name: v.description for v in EXPERTS.variants},
         "results": RESULTS,
-        "summary": summarize(RESULTS),
+        "summary": summarize(RESULTS, EXPERTS.comparisons),
     }
     write_result(content, tmp_path / "deep" / "experiment.json")
     assert json.loads((tmp_path / "deep" / "experiment.json").read_text())["results"] == RESULTS

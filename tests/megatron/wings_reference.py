@@ -1,4 +1,4 @@
-"""Wings in plain torch, sample by sample with whole matrices, by released names: the paper's rule and the public code's.
+"""Wings in plain torch, sample by sample with whole matrices, by released names: both rules.
 
 The public code's rule follows AIDC-AI/Wings 5dec325 (wings/model): padded samples, the decoder's mask cut to the length
 of the text memory, lowest numbers added where a key is not seen.

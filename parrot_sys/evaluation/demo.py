@@ -1,0 +1,124 @@
+"""Evaluation and report of a demo: the benchmark, and the six types of dialogue before and after visual tuning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from parrot_sys.evaluation import plots, recipes
+from parrot_sys.evaluation.markdown import percent, table
+from parrot_sys.evaluation.pipeline import Pipeline, Step
+from parrot_sys.evaluation.recipes import System
+from parrot_sys.evaluation.report import ReportInput, build_report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluations:
+    """What the report of a demo is made of."""
+
+    benchmark: Step
+    before: Step
+    """Dialogues, after the stage that reads text alone."""
+    after: Step
+    """The same dialogues, after the last stage."""
+    attention: Step
+
+
+def evaluate_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], data: Step, *, limit: int) -> Evaluations:
+    """Asks the first and the last stage.
+
+    Args:
+        pipeline: where the steps belong.
+        system: the model.
+        stages: training steps, in order.
+        data: the data set.
+        limit: dialogues of each type and language.
+    """
+    first, last = stages[0], stages[-1]
+    routings = ["--routing", *system.routings]
+    dialogues = {
+        name: recipes.evaluate_dialogues(pipeline, system, model, data, name=f"dialogues-{name}", limit=limit)
+        for name, model in (("before", first), ("after", last))
+    }
+    return Evaluations(
+        benchmark=recipes.evaluate(pipeline, system, last, data, flags=routings),
+        **dialogues,
+        attention=recipes.measure_attention(pipeline, last, data, name="attention", limit=limit),
+    )
+
+
+def report_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], evaluations: Evaluations) -> Step:
+    """report.md, report.json and plots of everything."""
+    runs = {stage.title: step.folder for stage, step in zip(system.stages, stages, strict=True)}
+
+    def report(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = [f"The demo's small model ({system.model}) on its default data; every held-out question is asked."]
+        inputs = ReportInput(
+            evaluation=evaluations.benchmark.folder,
+            output=folder,
+            runs=runs,
+            title=f"{system.title} demo: held-out questions in six languages",
+            notes=notes,
+            appendix=[*forgetting(evaluations, folder), *attention(evaluations.attention.folder, folder)],
+        )
+        build_report(inputs)
+
+    before = [evaluations.benchmark, evaluations.before, evaluations.after, evaluations.attention]
+    return pipeline.step("report", report, after=before)
+
+
+def forgetting(evaluations: Evaluations, folder: Path) -> list[str]:
+    """Section of the report: the six types before and after visual tuning, with a plot and forgetting.json."""
+    runs = {"before": _accuracies(evaluations.before.folder), "after": _accuracies(evaluations.after.folder)}
+    change = {
+        kind: {language: value - runs["before"][kind][language] for language, value in row.items()}
+        for kind, row in runs["after"].items()
+    }
+    content = {**runs, "change": change}
+    (folder / "forgetting.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    means = {name: {kind: fmean(row.values()) for kind, row in kinds.items()} for name, kinds in content.items()}
+    languages = list(next(iter(change.values())))
+    rows = [
+        [kind, percent(means["before"][kind]), percent(means["after"][kind]), f"{means['change'][kind]:+.1f}"]
+        + [f"{row[language]:+.1f}" for language in languages]
+        for kind, row in change.items()
+    ]
+    plots.means_with_spread(
+        {name: {kind: list(row.values()) for kind, row in runs[name].items()} for name in runs},
+        chance=25.0,
+        title="Dialogues before and after visual tuning",
+        path=folder / "forgetting.png",
+        dots="languages",
+    )
+    return [
+        "## Six types of dialogue",
+        "",
+        "Accuracy in percent over languages after the stage that reads text alone (before) and after the last one; "
+        "options are hidden, guessing gives 25. Each letter is a turn, T about words and V about a picture; the last "
+        "one counts. What T, TT and TTT lose is text-only forgetting.",
+        "",
+        *table(["type", "before", "after", "change", *(f"change {language}" for language in languages)], rows),
+        "",
+        "![Six types of dialogue before and after visual tuning](forgetting.png)",
+        "",
+    ]
+
+
+def _accuracies(evaluation: Path) -> Mapping[str, Mapping[str, float]]:
+    content: dict[str, Any] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
+    del content["details"]
+    return content
+
+
+def attention(measured: Path, folder: Path) -> list[str]:
+    """Section of the report: what `parrot attention` wrote, with its plot."""
+    for name in ("attention.png", "attention.json"):
+        shutil.copy(measured / name, folder / name)
+    heading, *lines = (measured / "attention.md").read_text(encoding="utf-8").split("\n")
+    return [f"#{heading}", *(f"#{line}" if line.startswith("#") else line for line in lines)]
