@@ -73,6 +73,12 @@ class Asker:
         """What does the picture show? The name."""
         return self.generator.choice(self.phrases["name"]), concept.names[self.language]
 
+    def detail(self, concept: Concept) -> Turn:
+        """The same question, answered at length: name, category and keywords."""
+        question, name = self.name(concept)
+        facts = [name, self.phrases["categories"][concept.category], self._words(concept)]
+        return question, ". ".join(fact for fact in facts if fact) + "."
+
     def name_choice(self, concept: Concept) -> Turn:
         """The question of the benchmark: which of four names does the picture show?"""
         return self._choice_of_names(self.phrases["name"][0], concept)
