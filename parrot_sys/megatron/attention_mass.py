@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, rotate
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention
 from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.modules.rotary import rotate
 from parrot_sys.ops.router_attention import router_attention_parts
 
 BEFORE, IMAGE, AFTER = 0, 1, 2
