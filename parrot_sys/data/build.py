@@ -3,6 +3,7 @@
 DIR/manifest.json           settings, their hash, and what was written
 DIR/text.json               stage 0: conversations about words, no pictures
 DIR/align.json              stage 1: what does the picture show?
+DIR/detail.json             the same question with long answers: name, category and keywords
 DIR/instruct.json           stage 2: several kinds of questions, some with several turns, some without a picture
 DIR/validation.json         multiple-choice questions about pictures of training concepts that no training set holds
 DIR/images/                 pictures in the training style and their variants
@@ -240,14 +241,16 @@ def _records(
     return {
         "text": list(words),
         "align": list(_picture_conversations(config, known, "align")),
+        "detail": list(_picture_conversations(config, known, "detail")),
         "instruct": [*_picture_conversations(config, known, "instruct"), *words_again],
         "validation": list(_validation(config, known)),
     }
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question; stage `instruct`: one to four questions of different kinds about a picture."""
-    rounds = config.align_rounds if stage == "align" else config.instruct_rounds
+    """Stage `align`: the open question; `detail`: the same with long answers; `instruct`: one to four questions of
+    different kinds about a picture."""
+    rounds = config.instruct_rounds if stage == "instruct" else config.align_rounds
     for language, weight in config.weights().items():
         for number in range(round(weight * rounds * len(known))):
             concept = known[number % len(known)]
@@ -255,6 +258,8 @@ def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], st
             asker = Asker(language=language, pool=known, languages=config.languages, generator=generator)
             if stage == "align":
                 turns = [asker.name(concept)]
+            elif stage == "detail":
+                turns = [asker.description(concept)]
             else:
                 turns = picture_turns(asker, concept, count=generator.randint(1, 4))
             # languages start at different variants, so that every picture is asked about in several languages

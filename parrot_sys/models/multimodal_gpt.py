@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
-from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.lora import LoRAConfig, Target
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
@@ -141,9 +141,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a .pt file that torch.save wrote") from None
     except pickle.UnpicklingError as error:
+        # (Torch's own words advise to load it all the same.)
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"objects of {named[1]}" if named else "no tensors and plain values, or more than these"
         raise CheckpointError(
-            f"{path} holds Python objects, which are not loaded because they can run any code: keep its tensors and "
-            f"plain values only (on a machine where you trust it: torch.save of its state dict). {error}"
+            f"{path} holds {what}, which are not loaded because they can run any code: where you trust the file, load "
+            "it, turn settings into a plain dict, and torch.save it again"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no file that torch.save wrote: {error}") from error
@@ -281,13 +284,12 @@ def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
             f"{path} holds no tuning_config with lora_alpha, so the scale of its updates is unknown: add it, as "
             "{'lora_alpha': 16} for the released weights"
         )
-    default = LoRAConfig()
-    present = {target for target in default.targets if any(f".{target}.lora_A." in key for key in tensors)}
+    present = {target for target in get_args(Target) if any(f".{target}.lora_A." in key for key in tensors)}
     config = LoRAConfig(
         rank=ranks.pop(),
         alpha=float(settings["lora_alpha"]),
         dropout=float(settings.get("lora_dropout", 0.0)),
-        targets=tuple(target for target in default.targets if target in present),
+        targets=tuple(target for target in get_args(Target) if target in present),
     )
     return config, tensors
 

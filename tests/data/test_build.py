@@ -28,7 +28,7 @@ from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.prompts import question_prompt
 from parrot_sys.evaluation.tsv import read_table
 
-STAGES = ("text", "align", "instruct", "validation")
+STAGES = ("text", "align", "detail", "instruct", "validation")
 
 
 def config(output: Path, **changes: Any) -> DataBuildConfig:
