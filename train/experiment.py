@@ -2,6 +2,7 @@
 
     python train/experiment.py                  parrot: experts on and off, three language mixes (an hour or more)
     python train/experiment.py --model wings    what visual tuning costs in questions about text, and what learners keep
+    python train/experiment.py --model multimodal_gpt    how long answers are with and without a set of short ones
     python train/experiment.py --fresh          from the start; otherwise what is done is not done again
     python train/experiment.py --quick          one seed and four steps a stage, to see that it works
 
@@ -15,7 +16,6 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from parrot_sys.cli import run_main
 
@@ -50,20 +50,13 @@ def main(argv: list[str]) -> int:
     kept = root / chosen.file if options.quick else Path("benchmarks/results") / device / chosen.file
     pipeline = Pipeline(root, say=lambda line: print(line, flush=True))
     data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
-    content: dict[str, Any] = {
-        **recipes.provenance(),
-        "title": chosen.title,
-        "about": chosen.about,
-        "chance": 25.0,
-        "variants": {variant.name: variant.description for variant in chosen.variants},
-        "results": {},
-    }
+    content = experiment.experiment_content(chosen, recipes.provenance())
     report = root / "report" / "report.md"
     for seed in SEEDS[:1] if options.quick else SEEDS:
         flags = recipes.QUICK_TRAIN if options.quick else ()
         run = experiment.Run(pipeline=pipeline, data=data, seed=seed, flags=flags)
         for variant in chosen.variants:
-            accuracy, counts = experiment.accuracies(variant.evaluate(run).folder)
+            accuracy, counts = chosen.measure(variant.evaluate(run).folder)
             record = {"accuracy": accuracy, "n": counts}
             content["results"].setdefault(variant.name, {})[str(seed)] = record
             content["summary"] = experiment.summarize(content["results"], chosen.comparisons)

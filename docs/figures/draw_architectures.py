@@ -1,4 +1,4 @@
-"""Draws the three architectures of docs/models.md: `python docs/figures/draw_architectures.py` writes the SVGs beside it.
+"""Draws the architectures of docs/models.md: `python docs/figures/draw_architectures.py` writes the SVGs beside it.
 
 A figure is a list of boxes on a grid and of arrows between them; the text is in the boxes, the mathematics in the page.
 """

@@ -13,13 +13,41 @@ from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.markdown import table
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.report import headline, load_scores
+from parrot_sys.evaluation.results import read_score_files
+from parrot_sys.evaluation.runner import SCORES_SUFFIX
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""
 _PLUS_MINUS = "\u00b1"
 
 Accuracy = dict[str, dict[str, float]]
-"""part -> language (and AVERAGE) -> percent."""
+"""part -> language (and AVERAGE) -> percent (or another unit)."""
+
+
+def accuracies(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
+    """(accuracy, rows) per part and language of an evaluation."""
+    accuracy: Accuracy = {}
+    counts: dict[str, dict[str, int]] = {}
+    for part, routings in load_scores(evaluation).items():
+        results = routings["model"]
+        values = {language: r["scores"][headline(r["dataset"])] for language, r in results.items()}
+        accuracy[part] = {**values, AVERAGE: fmean(values.values())}
+        counts[part] = {language: r["scores"]["n"] for language, r in results.items()}
+    return accuracy, counts
+
+
+def answer_lengths(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
+    """(characters of an answer, answers) per suite and language of an evaluation with generated answers."""
+    lengths: Accuracy = {}
+    counts: dict[str, dict[str, int]] = {}
+    for file in read_score_files(evaluation):
+        stem = file.path.name.removesuffix(SCORES_SUFFIX)
+        lines = (file.path.parent / f"{stem}.jsonl").read_text(encoding="utf-8").split("\n")[1:]
+        answers = [json.loads(line)["response"] for line in lines if line]
+        suite, language = file.content["suite"], file.content["language"]
+        lengths.setdefault(suite, {})[language] = fmean(len(answer) for answer in answers)
+        counts.setdefault(suite, {})[language] = len(answers)
+    return {suite: {**row, AVERAGE: fmean(row.values())} for suite, row in lengths.items()}, counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,18 +92,25 @@ class Experiment:
     """(name, variant, variant it is compared with); differences are taken seed by seed."""
     file: str
     """Name of the kept result."""
+    unit: str = "accuracy in percent"
+    """What is compared."""
+    chance: float | None = 25.0
+    """What guessing gives."""
+    measure: Callable[[Path], tuple[Accuracy, dict[str, dict[str, int]]]] = accuracies
+    """Values and rows per part and language of an evaluation."""
 
 
-def accuracies(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
-    """(accuracy, rows) per part and language of an evaluation."""
-    accuracy: Accuracy = {}
-    counts: dict[str, dict[str, int]] = {}
-    for part, routings in load_scores(evaluation).items():
-        results = routings["model"]
-        values = {language: r["scores"][headline(r["dataset"])] for language, r in results.items()}
-        accuracy[part] = {**values, AVERAGE: fmean(values.values())}
-        counts[part] = {language: r["scores"]["n"] for language, r in results.items()}
-    return accuracy, counts
+def experiment_content(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The kept result of an experiment before its first run."""
+    return {
+        **provenance,
+        "title": experiment.title,
+        "about": experiment.about,
+        "unit": experiment.unit,
+        "chance": experiment.chance,
+        "variants": {variant.name: variant.description for variant in experiment.variants},
+        "results": {},
+    }
 
 
 def summarize(
@@ -137,8 +172,8 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
         "",
         f"{content['about']} One data set serves all seeds; a seed decides initial weights and the order of the data.",
         "",
-        f"Accuracy in percent, mean {_PLUS_MINUS} sample standard deviation over at most {seeds} seeds; guessing gives "
-        f"{content['chance']:.0f}.",
+        f"{content['unit'].capitalize()}, mean {_PLUS_MINUS} sample standard deviation over at most {seeds} seeds"
+        + ("." if content["chance"] is None else f"; guessing gives {content['chance']:.0f}."),
         "",
         *[f"* **{name}**: {description}" for name, description in content["variants"].items()],
         "",
@@ -151,15 +186,16 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
         lines += [*_spread_table("variant", rows), ""]
         differences = {name: parts[part] for name, parts in summary["differences"].items()}
         if differences:
-            lines += ["Differences in percentage points, taken seed by seed:", ""]
+            lines += ["Differences, taken seed by seed:", ""]
             lines += [*_spread_table("difference", differences), ""]
         plots.means_with_spread(
             {name: {language: cell["seeds"] for language, cell in row.items()} for name, row in rows.items()},
             chance=content["chance"],
-            title=f"{part}: accuracy per language",
+            title=f"{part}: {content['unit']}",
+            y_label=content["unit"],
             path=folder / f"{part}.png",
         )
-        lines += [f"![Accuracy per language, {part}]({part}.png)", ""]
+        lines += [f"![{content['unit'].capitalize()}, {part}]({part}.png)", ""]
     machine = {key: content[key] for key in ("device", "python", "versions", "commit")}
     lines += ["Made with: " + ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
     path = folder / "report.md"

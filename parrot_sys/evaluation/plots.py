@@ -159,15 +159,22 @@ def heat_map(
 
 
 def means_with_spread(
-    values: Mapping[str, Mapping[str, Sequence[float]]], *, chance: float, title: str, path: Path, dots: str = "seeds"
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    chance: float | None,
+    title: str,
+    path: Path,
+    y_label: str = "accuracy (%)",
+    dots: str = "seeds",
 ) -> None:
     """Means as bars with what they are the mean of as dots.
 
     Args:
-        values: variant -> language (or another group) -> accuracy (%) of each seed.
-        chance: accuracy of guessing, drawn as a line.
+        values: variant -> language (or another group) -> value of each seed.
+        chance: what guessing gives, drawn as a line; None draws none.
         title: of the plot.
         path: PNG file.
+        y_label: what the values are.
         dots: what the means are over.
     """
     languages = list(dict.fromkeys(language for rows in values.values() for language in rows))
@@ -181,9 +188,10 @@ def means_with_spread(
         for x, language in zip(at, languages, strict=True):
             seeds = rows[language]
             ax.plot([x] * len(seeds), seeds, linestyle="none", marker="o", markersize=2.5, color="black")
-    ax.axhline(chance, color="black", linewidth=1, linestyle="--", label="guessing")
+    if chance is not None:
+        ax.axhline(chance, color="black", linewidth=1, linestyle="--", label="guessing")
     ax.set_xticks(np.arange(len(languages)), languages)
-    ax.set_ylabel(f"accuracy (%), dots: {dots}")
+    ax.set_ylabel(f"{y_label}; dots: {dots}")
     ax.set_title(title)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)

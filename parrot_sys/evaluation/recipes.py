@@ -34,8 +34,8 @@ class Stage:
     title: str
     """In reports."""
     preset: str
-    records: str
-    """File of the data set."""
+    records: tuple[str, ...]
+    """Files of the data set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +52,9 @@ class System:
     """What the demo evaluates, see `parrot eval --routing`."""
 
 
-PRETRAIN = Stage(name="pretrain", title="0 text", preset="tiny_pretrain", records="text.json")
-ALIGN = Stage(name="align", title="1 alignment", preset="tiny_align", records="align.json")
-INSTRUCT = Stage(name="instruct", title="2 instruction", preset="tiny_instruct", records="instruct.json")
+PRETRAIN = Stage(name="pretrain", title="0 text", preset="tiny_pretrain", records=("text.json",))
+ALIGN = Stage(name="align", title="1 alignment", preset="tiny_align", records=("align.json",))
+INSTRUCT = Stage(name="instruct", title="2 instruction", preset="tiny_instruct", records=("instruct.json",))
 PARROT = System(
     name="parrot",
     title="Parrot",
@@ -70,7 +70,17 @@ WINGS = System(
     model="wings_tiny_cpu",
     stages=(PRETRAIN, replace(ALIGN, preset="tiny_wings_align"), replace(INSTRUCT, preset="tiny_wings_instruct")),
 )
-SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS)}
+MULTIMODAL_GPT = System(
+    name="multimodal_gpt",
+    title="MultiModal-GPT",
+    model="multimodal_gpt_tiny_cpu",
+    stages=(
+        PRETRAIN,
+        replace(ALIGN, preset="tiny_multimodal_gpt_align"),
+        replace(INSTRUCT, preset="tiny_multimodal_gpt_instruct"),
+    ),
+)
+SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS, MULTIMODAL_GPT)}
 
 
 QUICK_DATA = (
@@ -131,7 +141,8 @@ def train(
         flags: further settings of `parrot train`.
         validate: also measure the loss on the validation records.
     """
-    arguments = ["--config", system.model, "--config", stage.preset, "--data.paths", str(data.folder / stage.records)]
+    arguments = ["--config", system.model, "--config", stage.preset]
+    arguments += ["--data.paths", *(str(data.folder / records) for records in stage.records)]
     arguments += ["--model.tokenizer-path", str(data.folder / "tokenizer")]
     if validate:
         arguments += ["--validation.paths", str(data.folder / "validation.json")]
@@ -156,9 +167,10 @@ def evaluate(
     *,
     name: str = "evaluation",
     tables: str = BENCHMARK,
+    mode: str = "text-likelihood",
     flags: Sequence[str] = (),
 ) -> Step:
-    """All languages of the held-out questions, by the likelihood of the options' texts.
+    """All languages of the held-out questions.
 
     Args:
         pipeline: where the step belongs.
@@ -167,15 +179,16 @@ def evaluate(
         data: the data set.
         name: of the step.
         tables: folder of the data set.
+        mode: how answers are found, see `parrot eval --mode`.
         flags: further settings of `parrot eval`.
     """
 
     def run(folder: Path) -> None:
         arguments = ["--checkpoint", str(released(model)), "--data", str(data.folder / tables)]
-        arguments += ["--name", f"{system.name}-tiny", "--mode", "text-likelihood", "--max-new-tokens", "16"]
+        arguments += ["--name", f"{system.name}-tiny", "--mode", mode, "--max-new-tokens", "32"]
         pipeline.command(_parrot("eval", *arguments, "--output", str(folder), *flags))
 
-    return pipeline.step(name, run, {"tables": tables, "flags": list(flags)}, [model, data])
+    return pipeline.step(name, run, {"tables": tables, "mode": mode, "flags": list(flags)}, [model, data])
 
 
 def evaluate_dialogues(pipeline: Pipeline, system: System, model: Step, data: Step, *, name: str, limit: int) -> Step:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.evaluation import recipes
-from parrot_sys.evaluation.experiment import Experiment, Run, Variant
+from parrot_sys.evaluation.experiment import Experiment, Run, Variant, answer_lengths
 from parrot_sys.evaluation.pipeline import Step
-from parrot_sys.evaluation.recipes import ALIGN, INSTRUCT, PARROT, PLAIN, PRETRAIN, WINGS, Stage, System
+from parrot_sys.evaluation.recipes import (
+    ALIGN,
+    INSTRUCT,
+    MULTIMODAL_GPT,
+    PARROT,
+    PLAIN,
+    PRETRAIN,
+    WINGS,
+    Stage,
+    System,
+)
 from parrot_sys.training.writer import read_metrics
 
 _OTHERS = tuple(language for language in LANGUAGES if language != "en")
@@ -141,5 +152,47 @@ FORGETTING = Experiment(
     ),
     file="forgetting.json",
 )
-EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS, "wings": FORGETTING}
+
+
+def run_answers(run: Run, *, kind: str, records: tuple[str, ...]) -> Step:
+    """MultiModal-GPT, its LoRA tuned on some sets; evaluated by what it says to open questions about pictures."""
+    pretrain, align, instruct = MULTIMODAL_GPT.stages
+    text = recipes.train(run.pipeline, MULTIMODAL_GPT, pretrain, run.data, name="pretrain", flags=run.flags)
+    name = run.name("align")
+    aligned = recipes.train(run.pipeline, MULTIMODAL_GPT, align, run.data, text, name=name, flags=run.seeded)
+    name, stage = run.name(f"instruct-{kind}"), replace(instruct, records=records)
+    flags = ["--max-steps", str(_ANSWER_STEPS), *run.seeded]
+    model = recipes.train(run.pipeline, MULTIMODAL_GPT, stage, run.data, aligned, name=name, flags=flags)
+    flags, name = ["--options", "hidden", "--limit", str(_DIALOGUES)], run.name(f"answers-{kind}")
+    return recipes.evaluate(run.pipeline, MULTIMODAL_GPT, model, run.data, name=name, mode="generate", flags=flags)
+
+
+_ANSWER_STEPS = 180
+"""Steps of the instruction stage: an epoch of one set."""
+ANSWERS = Experiment(
+    title="What a set of short answers does to the length of answers",
+    about=(
+        "MultiModal-GPT's authors left out sets with short answers, as these make it terse. LoRA is tuned for "
+        f"{_ANSWER_STEPS} steps on long answers (name, category and keywords) to open questions about pictures, or on "
+        "these and as many short ones (the name) to the same questions; then it is asked about held-out pictures."
+    ),
+    variants=(
+        Variant(
+            name="long answers",
+            description="detail.json",
+            evaluate=partial(run_answers, kind="long", records=("detail.json",)),
+        ),
+        Variant(
+            name="long and short answers",
+            description="detail.json and align.json",
+            evaluate=partial(run_answers, kind="both", records=("detail.json", "align.json")),
+        ),
+    ),
+    comparisons=(("long and short - long answers", "long and short answers", "long answers"),),
+    file="answers.json",
+    unit="characters in an answer",
+    chance=None,
+    measure=answer_lengths,
+)
+EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS, "wings": FORGETTING, "multimodal_gpt": ANSWERS}
 """System -> its experiment."""

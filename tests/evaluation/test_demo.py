@@ -14,8 +14,8 @@ from parrot_sys.data.constants import LANGUAGES
 SCRIPT = Path(__file__).parents[2] / "train" / "demo.py"
 
 
-def run(folder: Path) -> str:
-    command = [sys.executable, str(SCRIPT), "--quick"]
+def run(folder: Path, model: str = "parrot") -> str:
+    command = [sys.executable, str(SCRIPT), "--quick", "--model", model]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False, cwd=folder)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
@@ -40,3 +40,20 @@ def test_quick_demo_and_its_second_start(tmp_path: Path) -> None:
     again = run(tmp_path)
     assert again.count("done before") == len(stamps) == 10
     assert {path.name: path.read_text() for path in (root / "stamps").iterdir()} == stamps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["wings", "multimodal_gpt"])
+def test_quick_demo_of_the_other_systems(tmp_path: Path, model: str) -> None:
+    output = run(tmp_path, model)
+    root = tmp_path / "runs" / f"demo-{model}-quick"
+    report = json.loads((root / "report" / "report.json").read_text(encoding="utf-8"))
+    assert list(report["style"]) == list(LANGUAGES)
+    forgetting = json.loads((root / "report" / "forgetting.json").read_text(encoding="utf-8"))
+    assert set(forgetting) == {"before", "after", "change"}
+    assert list(forgetting["change"]) == ["T", "TT", "TTT", "TTV", "TV", "V"]
+    text = (root / "report" / "report.md").read_text(encoding="utf-8")
+    for part in ("## Six types of dialogue", "## Attention on text before and after the image", "### TTV"):
+        assert part in text
+    assert (root / "report" / "attention.png").is_file()
+    assert "--- en: the right name is" in output

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from parrot_sys.evaluation.experiment import accuracies, summarize, write_report, write_result
+from parrot_sys.evaluation.experiment import (
+    accuracies,
+    answer_lengths,
+    experiment_content,
+    summarize,
+    write_report,
+    write_result,
+)
 from parrot_sys.evaluation.recipes import provenance
 from parrot_sys.evaluation.variants import EXPERIMENTS, EXPERTS, MIXES
 
@@ -54,12 +61,7 @@ def test_the_balanced_mix_comes_first() -> None:
 
 
 def test_report_of_unfinished_results(tmp_path: Path) -> None:
-    content = {
-        **provenance(),
-        "title": EXPERTS.title,
-        "about": EXPERTS.about,
-        "chance": 25.0,
-        "variants": {v.name: v.description for v in EXPERTS.variants},
+    content = experiment_content(EXPERTS, provenance()) | {
         "results": RESULTS,
         "summary": summarize(RESULTS, EXPERTS.comparisons),
     }
@@ -84,6 +86,18 @@ def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
         }  # fmt: skip
         (folder / f"m_MMMB_{language}.scores.json").write_text(json.dumps(result))
     assert accuracies(tmp_path) == ({"style": {"en": 60.0, "tr": 40.0, "mean": 50.0}}, {"style": {"en": 7, "tr": 7}})
+
+
+def test_lengths_of_answers(tmp_path: Path) -> None:
+    folder = tmp_path / "mmmb" / "model"
+    folder.mkdir(parents=True)
+    for language, answers in (("en", ["four", "eight..."]), ("zh", ["\u732b"])):
+        stem = f"m_MMMB_{language}"
+        result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}"}
+        (folder / f"{stem}.scores.json").write_text(json.dumps(result))
+        lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 6.0, "zh": 1.0, "mean": 3.5}}, {"mmmb": {"en": 2, "zh": 1}})
 
 
 def test_provenance_names_machine_versions_and_commit() -> None:

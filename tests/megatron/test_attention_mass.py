@@ -16,9 +16,9 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import DataError
 from parrot_sys.megatron.attention_mass import AFTER, BEFORE, IMAGE, attention_mass, row_kinds
-from parrot_sys.megatron.core_attention import rotate
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.modules.rotary import rotate
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
 TOLERANCE = 1e-5  # float32 sums of at most a hundred weights
