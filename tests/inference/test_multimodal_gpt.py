@@ -85,10 +85,12 @@ def test_images_one_behind_the_other(tiny: ParrotForConditionalGeneration, expec
     assert _relative(tiny(torch.where(ids == 199, -200, ids), images=list(images.flatten(0, 2))).logits, wanted) < 1e-4
 
 
-def test_greedy_tokens(tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor], use_cache: bool) -> None:
     ids, images = expected["generate.input_ids"], expected["generate.vision_x"]
     wanted = expected["generate.output_ids"]
-    output = tiny.generate(ids, images=images, max_new_tokens=wanted.shape[1] - ids.shape[1])
+    count = wanted.shape[1] - ids.shape[1]
+    output = tiny.generate(ids, images=images, max_new_tokens=count, use_cache=use_cache)
     assert torch.equal(output, wanted)
 
 
@@ -178,6 +180,16 @@ def test_tokenizer_gets_the_added_tokens(with_tokenizer: dict[str, Path], tmp_pa
     ids = processor.format_conversation(turns)["input_ids"]
     assert ids.count(-200) == 1
     assert model(torch.tensor([ids]), images=torch.randn(1, 3, 28, 28)).logits.shape == (1, len(ids), 43)
+
+
+def test_vocabulary_for_several_ranks(directory: Path, expected: dict[str, Tensor], tmp_path: Path) -> None:
+    settings = {"source_format": "multimodal_gpt", **PARTS}
+    convert(ConvertConfig(output=tmp_path / "model", vocab_multiple=64, **settings))
+    model, _ = parrot_sys.load_pretrained(tmp_path / "model")
+    assert (model.config.llm.vocab_size, model.config.flamingo.image_token_id) == (256, 199)
+    wanted = expected["generate.output_ids"]
+    output = model.generate(expected["generate.input_ids"], images=expected["generate.vision_x"], max_new_tokens=8)
+    assert torch.equal(output, wanted)
 
 
 def test_training_checkpoint_and_back(with_tokenizer: dict[str, Path], tmp_path: Path) -> None:
