@@ -93,7 +93,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def set_cpu_threads() -> None:
-    """Gives each process of a launcher its share of this machine's cores (torchrun itself sets one thread each)."""
-    if launch().from_launcher:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Gives each process of a launcher its share of this machine's cores, unless OMP_NUM_THREADS is set.
+
+    torchrun itself sets it to 1 where it starts several processes, so that this value is no wish of the user's there.
+    """
+    if not launch().from_launcher:
+        return
+    processes, wish = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS")
+    if wish is None or (wish == "1" and processes > 1):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

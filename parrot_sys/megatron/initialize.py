@@ -8,9 +8,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from parrot_sys import platform
 from parrot_sys.errors import ConfigError
+from parrot_sys.parallel.rendezvous import fresh_store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,10 +155,11 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1234, time
     if not dist.is_initialized():
         limit = timedelta(seconds=timeout)
         if launched.from_launcher:
-            dist.init_process_group(platform.backend(), timeout=limit)
+            store, rank, world_size = next(rendezvous("env://", timeout=limit))
+            store = fresh_store(store, rank, world_size, limit)
         else:
-            store = torch._C._distributed_c10d.HashStore()
-            dist.init_process_group(platform.backend(), timeout=limit, store=store, rank=0, world_size=1)
+            store, rank, world_size = torch._C._distributed_c10d.HashStore(), 0, 1
+        dist.init_process_group(platform.backend(), timeout=limit, store=store, rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -107,7 +107,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
 def _namespaces(holders: list[subprocess.Popen[str]]) -> tuple[Node, Node]:
     tools = all(map(shutil.which, ("ip", "unshare", "nsenter")))
     first = _hold(["unshare", *_AS_ROOT, "--net"], holders) if tools else None
-    if first is None:  # containers often forbid namespaces
+    if first is None or not _may_lay_cables(first):  # containers often forbid namespaces, or what is done in them
         with socket.socket() as free:
             free.bind(("127.0.0.3", 0))
             port = free.getsockname()[1]
@@ -134,6 +134,11 @@ def _hold(unshare: list[str], holders: list[subprocess.Popen[str]]) -> int | Non
     holders.append(holder)
     assert holder.stdout is not None
     return holder.pid if holder.stdout.readline() else None
+
+
+def _may_lay_cables(pid: int) -> bool:
+    command = [*_inside(pid), "ip", "link", "add", "probe0", "type", "veth", "peer", "name", "probe1"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def _inside(pid: int) -> list[str]:
