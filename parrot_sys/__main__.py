@@ -21,8 +21,11 @@ class _Command:
 COMMANDS = {
     "data": _Command(
         "parrot_sys.data.main",
-        "Build the default data set: pictures, conversations and questions in six languages.",
-        ("parrot data build --output data/default", "parrot data build --help"),
+        "Build the default data set (pictures, conversations and questions in six languages), or import public sets.",
+        (
+            "parrot data build --output data/default",
+            "parrot data import --source llava --input conversation_58k.json --images coco --output llava.json",
+        ),
     ),
     "train": _Command(
         "parrot_sys.training.main",
@@ -49,6 +52,11 @@ COMMANDS = {
             "parrot eval --checkpoint runs/first/hf --data data/default/benchmark --output runs/first/eval",
             "parrot eval --help",
         ),
+    ),
+    "compare": _Command(
+        "parrot_sys.evaluation.answer_lengths",
+        "Compare how long two evaluated models answer the same questions.",
+        ("parrot compare --evaluations runs/a/eval runs/b/eval --names with-vqa without", "parrot compare --help"),
     ),
     "attention": _Command(
         "parrot_sys.evaluation.attention",

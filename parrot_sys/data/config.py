@@ -39,6 +39,9 @@ class DataConfig:
     """How often an epoch takes each record of a data set; 0.25 takes another random quarter each epoch (default: 1)."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """The same for the records of a language, multiplied with `weights` (default of a language: 1)."""
+    text_ratio: float | None = None
+    """Samples without an image for each one with an image, in every step; an epoch then is one of the samples with
+    images, and those without are repeated or drawn as it takes (default: an epoch of all; as the records come)."""
     max_tokens_per_micro_batch: int | None = None
     """Most rows (text and image) in one packed micro-batch; the longest sample allowed when not set."""
     seed: int = 42
@@ -68,6 +71,11 @@ class DataConfig:
         for name, weight in weights:
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ConfigError(f"{name} must be a finite number >= 0, got {weight}")
+        if self.text_ratio is not None and not (self.text_ratio > 0 and math.isfinite(self.text_ratio)):
+            raise ConfigError(
+                f"data.text_ratio must be a finite number > 0 or unset, got {self.text_ratio}; to leave a set out, "
+                "give it a weight of 0"
+            )
         for name, least in (("num_workers", 1), ("prefetch_steps", 1), ("seed", 0)):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"data.{name} must be >= {least}, got {value}")

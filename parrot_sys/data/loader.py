@@ -108,8 +108,10 @@ class ParrotDataLoader:
         self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
         self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
         self._capacity = _check_capacity(capacity, int(self._rows.max()))
-        self._groups = _groups(self.datasets, config.language_weights)
-        self._epoch_length = epoch_length(self._groups)
+        self._groups = _groups(self.datasets, config.language_weights, by_images=config.text_ratio is not None)
+        if config.text_ratio is not None:
+            _check_kinds(self._groups, config.text_ratio)
+        self._epoch_length = epoch_length(self._groups, config.text_ratio)
         if not self._epoch_length:
             raise ConfigError("data.weights and data.language_weights leave no sample in an epoch")
         self._epoch, self._samples = 0, 0
@@ -177,7 +179,7 @@ class ParrotDataLoader:
         self.statistics = LoaderStatistics(**copy.deepcopy(state["statistics"]))
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        order = epoch_order(self._groups, self.config.seed, self._epoch)[self._samples :]
+        order = epoch_order(self._groups, self.config.seed, self._epoch, self.config.text_ratio)[self._samples :]
         size = self._global_batch_size
         waiting = iter([order[i : i + size] for i in range(0, len(order), size)])
         pending: deque[Future[_Step]] = deque()
@@ -281,6 +283,8 @@ class ParrotDataLoader:
             identity[f"{name}.weight"] = dataset.source.weight
             identity[f"{name}.language"] = dataset.source.language
         identity["data.language_weights"] = dict(sorted(self.config.language_weights.items()))
+        if self.config.text_ratio is not None:
+            identity["data.text_ratio"] = self.config.text_ratio
         identity["data.names"] = [dataset.source.name for dataset in self.datasets]
         return identity
 
@@ -294,16 +298,31 @@ def _check_capacity(capacity: int, longest: int) -> int:
     return capacity
 
 
-def _groups(datasets: Sequence[RecordDataset], language_weights: dict[str, float]) -> list[Group]:
-    """Samples by data set and language, numbered through all data sets."""
+def _check_kinds(groups: Sequence[Group], text_ratio: float) -> None:
+    """Whether there are samples of both kinds that a ratio can hold between."""
+    for text_only, kind in ((False, "with"), (True, "without")):
+        if not sum(group.count for group in groups if group.text_only == text_only):
+            raise ConfigError(
+                f"data.text_ratio={text_ratio} needs samples with and without images, got none {kind} an image: add a "
+                "data set, or unset it"
+            )
+
+
+def _groups(
+    datasets: Sequence[RecordDataset], language_weights: dict[str, float], *, by_images: bool = False
+) -> list[Group]:
+    """Samples by data set and language (and, `by_images`, whether they have any), numbered through all data sets."""
     groups = []
     known: set[str] = set()
     start = 0
     for dataset in datasets:
         languages = np.array([record.language for record in dataset.records])
+        text_only = np.array([by_images and not record.images for record in dataset.records])
         for language in sorted(set(languages.tolist())):
             weight = dataset.source.weight * language_weights.get(language, 1.0)
-            groups.append(Group(start + np.flatnonzero(languages == language), weight))
+            for kind in (False, True) if by_images else (False,):
+                members = np.flatnonzero((languages == language) & (text_only == kind))
+                groups.append(Group(start + members, weight, kind))
             known.add(language)
         start += len(languages)
     if unknown := sorted(set(language_weights) - known):

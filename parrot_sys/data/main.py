@@ -1,4 +1,4 @@
-"""`parrot data`: make the default data set."""
+"""`parrot data`: make the default data set, import public ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from parrot_sys.cli import parse_config
 from parrot_sys.data.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.importing import DataImportConfig, import_set
 from parrot_sys.data.vendor import VendorConfig, vendor
 
 _HELP = """usage: parrot data COMMAND [options]
@@ -15,6 +16,10 @@ _HELP = """usage: parrot data COMMAND [options]
   build    make the default data set: pictures, conversations in six languages, tokenizer, benchmark tables
              $ parrot data build --output data/default
              $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
+  import   turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize) into
+           records to train on
+             $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
+               --output data/mmgpt/aokvqa.json
   vendor   make the vendored names and drawings again from their public sources (for maintainers)
 """
 
@@ -25,12 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command == "build":
         return _build(parse_config(DataBuildConfig, rest, prog="parrot data build"))
+    if command == "import":
+        return _import(parse_config(DataImportConfig, rest, prog="parrot data import"))
     if command == "vendor":
         config = parse_config(VendorConfig, rest, prog="parrot data vendor")
         print(f"{vendor(config)} concepts written to {config.output}")
         return 0
     print(_HELP, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
+
+
+def _import(config: DataImportConfig) -> int:
+    report = import_set(config)
+    for problem in report.bad:
+        print(f"left out: {problem}", file=sys.stderr)
+    not_drawn = report.read - len(report.bad) - report.written
+    print(
+        f"{config.output}: {report.written} records of {report.read} rows; {len(report.bad)} left out as bad, "
+        f"{not_drawn} not drawn (--limit)"
+    )
+    return 0
 
 
 def _build(config: DataBuildConfig) -> int:

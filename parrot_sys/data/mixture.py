@@ -13,10 +13,12 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Samples that share a weight: those of one language in one data set."""
+    """Samples that share a weight: those of one language in one data set (with a set ratio, with or without images)."""
 
     samples: IntArray
     weight: float
+    text_only: bool = False
+    """Whether they have no image; matters with a set ratio only."""
 
     @property
     def count(self) -> int:
@@ -24,18 +26,36 @@ class Group:
         return round(self.weight * len(self.samples))
 
 
-def epoch_length(groups: Sequence[Group]) -> int:
-    """Samples in every epoch: the sum over the groups of size times weight, each rounded."""
-    return sum(group.count for group in groups)
+def epoch_length(groups: Sequence[Group], text_ratio: float | None = None) -> int:
+    """Samples in every epoch: the sum over the groups of size times weight, each rounded.
+
+    With a `text_ratio`, an epoch is one of the samples with images, and brings that many times as many without.
+    """
+    if text_ratio is None:
+        return sum(group.count for group in groups)
+    with_images = sum(group.count for group in groups if not group.text_only)
+    return with_images + round(text_ratio * with_images)
 
 
-def epoch_order(groups: Sequence[Group], seed: int, epoch: int) -> IntArray:
+def epoch_order(groups: Sequence[Group], seed: int, epoch: int, text_ratio: float | None = None) -> IntArray:
     """Sample numbers of one epoch in their order, int64 [epoch_length].
 
     A weight of 2.25 takes each sample of the group twice and a random quarter of them a third time, another quarter in
-    every epoch.
+    every epoch. With a `text_ratio`, samples without an image are spread evenly among those with one, so that any
+    stretch of the order has that ratio to within one sample; there are as many as it takes, each as often as another.
     """
     stream = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    if text_ratio is None:
+        return _shuffled(groups, stream)
+    with_images = _shuffled([group for group in groups if not group.text_only], stream)
+    text_only = _shuffled([group for group in groups if group.text_only], stream)
+    text_only = np.resize(text_only, round(text_ratio * len(with_images)))
+    places = [(np.arange(len(part)) + 0.5) / max(len(part), 1) for part in (with_images, text_only)]
+    return np.concatenate((with_images, text_only))[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def _shuffled(groups: Sequence[Group], stream: np.random.PCG64) -> IntArray:
+    """What an epoch takes of the groups, in a random order."""
     parts = []
     for group in groups:
         order = group.samples[_permutation(stream, len(group.samples))]

@@ -153,8 +153,8 @@ def _convert(config: ConvertConfig, checkpoint: Path) -> None:
         model.model.parrot = replace(model.config, vision=tower)
     if config.format == "megatron" and isinstance(processor.tokenizer, MissingTokenizer):
         raise CheckpointError(
-            f"--format megatron makes a checkpoint to train on, which needs a tokenizer, but {config.llm or checkpoint} "
-            "holds none: put tokenizer.json or tokenizer.model there"
+            "--format megatron makes a checkpoint to train on, which needs a tokenizer, but "
+            f"{config.llm or checkpoint} holds none: put tokenizer.json or tokenizer.model there"
         )
     if config.merge_lora:
         _merge_lora(model)

@@ -1,4 +1,4 @@
-"""Attention that also tells its weights, summed over heads, times two columns: what a router or a diagnostic reads."""
+"""Attention that also tells its weights, summed over heads, times two columns: what a router reads."""
 
 from __future__ import annotations
 
@@ -25,24 +25,6 @@ class ColumnSum:
 
     columns: Tensor  # [P, 2], P at least the longest sample
     sums: Tensor | None = None  # [T, 2] float32
-
-
-class AttentionWatch:
-    """Collects, layer by layer, how much attention rows pay to two sets of positions (a diagnostic, no gradients)."""
-
-    def __init__(self, columns: Tensor) -> None:
-        """
-        Args:
-            columns: float [P, 2], 1 where a position belongs to a set.
-        """
-        self.columns = columns
-        self.sums: dict[int, Tensor] = {}
-        """Number of each layer, from 1 -> float32 [T, 2], summed over the heads of this rank."""
-
-    def take(self, layer_number: int, answer: ColumnSum) -> None:
-        """Keep what a layer's attention answered."""
-        assert answer.sums is not None, "the layer has answered"
-        self.sums[layer_number] = answer.sums
 
 
 def with_columns(
@@ -74,10 +56,10 @@ def with_columns(
         ends = torch.arange(0, (len(query) + 1) * longest, longest, dtype=torch.int32, device=query.device)
         # (Keys behind a request's last row are masked by their positions.)
         places = torch.stack((cache.lengths, torch.zeros_like(cache.lengths)), dim=1).to(torch.int32)
-        buffers = (rows[:, :longest].flatten(0, 1) for rows in (key, value))
         output, sums, _ = router_attention_parts(
             query,
-            *buffers,
+            key[:, :longest].flatten(0, 1),
+            value[:, :longest].flatten(0, 1),
             asked.columns,
             context.cu_seqlens,
             ends,

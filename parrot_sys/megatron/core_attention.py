@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.column_attention import AttentionWatch, ColumnSum, with_columns
+from parrot_sys.megatron.column_attention import ColumnSum, with_columns
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.megatron.packed_attention import (
@@ -56,7 +56,6 @@ class AttentionContext(PackedSeqParams):
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
     memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
     router: ColumnSum | None = None  # set by layers whose router reads their attention
-    watch: AttentionWatch | None = None  # looks at the attention of every layer
     positions: Tensor | None = None  # [T] int64, place of each row in its sample
 
 
@@ -70,7 +69,6 @@ def make_context(
     shared: SharedPack | None = None,
     memory: MemoryPlan | None = None,
     positions: Tensor | None = None,
-    watch: AttentionWatch | None = None,
 ) -> AttentionContext:
     """Everything about a micro-batch that its attention layers share, computed once.
 
@@ -83,7 +81,6 @@ def make_context(
         shared: from `share_pack` under context parallelism.
         memory: for layers that read one, with the padded pack's rows of this rank.
         positions: int64 [T], place of each row in its sample; for `ColumnSum` under context parallelism.
-        watch: looks at the attention of every layer.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
     decoding = cache is not None and cache.max_length > 0
@@ -96,7 +93,6 @@ def make_context(
         shared=shared,
         memory=memory,
         positions=positions,
-        watch=watch,
         cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
     )
 
@@ -173,11 +169,6 @@ class CoreAttention(nn.Module):
         return self._packed(query, key, value, context).flatten(1).unsqueeze(1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        if context.watch is not None:
-            with torch.no_grad():
-                asked = ColumnSum(columns=context.watch.columns)
-                with_columns(query, key, value, context, asked, self.scale)
-                context.watch.take(self.layer_number, asked)
         cached = context.cached
         if context.router is not None:
             keys_values = (key, value)

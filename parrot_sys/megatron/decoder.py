@@ -34,7 +34,6 @@ from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.backends import parallel_linear_layers
-from parrot_sys.megatron.column_attention import AttentionWatch
 from parrot_sys.megatron.compat import mlp_submodule
 from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context
 from parrot_sys.megatron.kv_cache import KVCache
@@ -193,7 +192,6 @@ class Qwen2Decoder(GPTModel):
         split: RowSplit | None = None,
         memory: Tensor | None = None,
         memory_plan: MemoryPlan | None = None,
-        watch: AttentionWatch | None = None,
     ) -> Tensor:
         """Losses of the label rows, or logits when there are no targets.
 
@@ -212,7 +210,6 @@ class Qwen2Decoder(GPTModel):
             memory: [M, W] on the first pipeline stage, whole on each tensor-parallel rank; None on the others. Layers
                 get it as `context`.
             memory_plan: with a memory, on every stage; for the whole pack.
-            watch: looks at the attention of this rank's layers.
 
         Returns:
             float32 [L], or logits [rows, vocabulary], or what the next pipeline stage receives: hidden states
@@ -229,7 +226,7 @@ class Qwen2Decoder(GPTModel):
             max_seqlen = max(max_seqlen, padding)
         if memory_plan is not None:
             memory_plan = memory_plan.padded(padding)
-        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan, watch)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan)
         hidden, message = self._inputs(embeddings, memory, memory_plan, padding, split)
         # (Layers may not change it: what they return in its place is not looked at.)
         memory = None if message is None or memory_plan is None else self._memory.unpack(message, memory_plan)
@@ -308,7 +305,6 @@ class Qwen2Decoder(GPTModel):
         cache: KVCache | None,
         split: RowSplit | None,
         memory: MemoryPlan | None,
-        watch: AttentionWatch | None,
     ) -> AttentionContext:
         """What all layers need to know about the padded pack; made once."""
         shared = None
@@ -327,7 +323,6 @@ class Qwen2Decoder(GPTModel):
             shared=shared,
             memory=memory,
             positions=position_ids,
-            watch=watch,
         )
 
     def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:

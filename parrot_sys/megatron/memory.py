@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class MemoryPlan:
         return ("segments", "active")
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> MemoryPlan:
-        return replace(self, **{name: change(getattr(self, name)) for name in self.per_row()})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in self.per_row()}
+        return replace(self, **changed)
 
 
 class MemoryMessage:

@@ -23,7 +23,6 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import DataError
 from parrot_sys.megatron import backends
-from parrot_sys.megatron.column_attention import AttentionWatch
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Qwen2Decoder, layer_spec
 from parrot_sys.megatron.experts import (
@@ -164,7 +163,6 @@ class ParrotModel(MegatronModule):
         logits_rows: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
         kv_cache: KVCache | None = None,
-        watch: AttentionWatch | None = None,
         router_weights: dict[int, Tensor] | None = None,
     ) -> ParrotOutput:
         """
@@ -175,7 +173,6 @@ class ParrotModel(MegatronModule):
             logits_rows: int64 rows of the pack; all rows when None.
             routing_override: replaces the routes of the images (evaluation only).
             kv_cache: cache of the samples of this batch; its first use is the prefill, then one row a sample.
-            watch: looks at the attention of this rank's layers (not with a cache).
             router_weights: filled with what the routers of Wings weigh the learners by: number of each layer of this
                 rank, from 1 -> float32 [T, 2], visual and textual (of this rank's rows, where they are dealt).
 
@@ -211,7 +208,6 @@ class ParrotModel(MegatronModule):
             split=None if batch.context is None else batch.context.rows,
             memory=memory,
             memory_plan=plan,
-            watch=watch,
         )
         if not self.post_process:
             return ParrotOutput(hidden=output, routing=routing)
@@ -364,7 +360,8 @@ def build_parrot_model(
         initialize_weights=initialize_weights and device.type != "meta",
     )
     # (Megatron's spelling.) Layers with and without a gated block differ.
-    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None
+    some_layers = parrot.wings is not None and parrot.wings.layers is not None
+    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None or some_layers
     first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
     with torch.device("meta" if device.type == "meta" else "cpu"), backends.building_for(device):
         tower = None

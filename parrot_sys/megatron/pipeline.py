@@ -23,7 +23,7 @@ def forward_logits(
     logits_rows: Tensor | None = None,
     routing_override: RoutingOverride | None = None,
     kv_cache: KVCache | None = None,
-    **watched: Any,
+    router_weights: dict[int, Tensor] | None = None,
 ) -> ParrotOutput:
     """`model(batch, mode="logits", ...)` for one micro-batch; all ranks of one copy of the model call it alike.
 
@@ -32,14 +32,19 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache: see `ParrotModel.forward`.
-        **watched: `watch`, `router_weights` of `ParrotModel.forward`; each stage's are those of its own layers.
+        logits_rows, routing_override, kv_cache, router_weights: see `ParrotModel.forward`; the weights of a stage are
+            those of its own layers.
 
     Raises:
         ConfigError: gradients are wanted of a model in stages.
     """
     stages = model.pg_collection.pp
-    inputs = {"logits_rows": logits_rows, "routing_override": routing_override, "kv_cache": kv_cache, **watched}
+    inputs = {
+        "logits_rows": logits_rows,
+        "routing_override": routing_override,
+        "kv_cache": kv_cache,
+        "router_weights": router_weights,
+    }
     if stages.size() == 1:
         output: ParrotOutput = model(batch, mode="logits", **inputs)
         return output

@@ -351,7 +351,7 @@ def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
     for name, value in changes.items():
         section = section_class(sections[name])
         if section is None or value is None:
-            values[name] = value
+            values[name] = tuple(value) if isinstance(value, list) else value
         elif (current := getattr(config, name)) is None:
             values[name] = config_from_dict(section, value)
         else:

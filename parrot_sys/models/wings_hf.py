@@ -77,7 +77,7 @@ def wings_fields(wings: WingsConfig, llm: LLMConfig, num_visual_rows: int, max_s
 
 
 def wings_maps(wings: WingsConfig, llm: LLMConfig, prefix: str = "") -> list[TensorMap]:
-    """Learners and routers of a decoder, its names after `prefix`, <-> `attn_pool`, `attn_t_pool`, `reweight_module`."""
+    """Learners and routers of a decoder (names after `prefix`) <-> `attn_pool`, `attn_t_pool`, `reweight_module`."""
     hidden, rank = llm.hidden_size, wings.rank
     maps = []
     for layer in filter(wings.has_learners, range(llm.num_layers)):

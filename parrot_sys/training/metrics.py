@@ -170,10 +170,21 @@ class FlopCounter:
         # Routers cost next to nothing; what both learners of a layer see are the rows that its own attention sees.
         self._learner_row = 2 * sum(m.shapes[0][0] * m.shapes[0][1] for m in learners if ".router." not in m.name)
         self._learner_pair = self._llm_pair * len({m.name.split(".learners.")[0] for m in learners}) / llm.num_layers
+        self._media = None if model.flamingo is None else _media_flops(model)
+        absent = {"lora"} if not updates else set()
+        absent |= {"resampler", "cross_attention"} if self._media is None else {"projector", "moe"}
         gradient = False
         self._passes = {}
-        for name in ("vision", "projector", "moe", "lora", "llm"):  # LoRA begins in the first layer
-            learns = (name != "lora" or bool(updates)) and trainable[name]
+        for name in (
+            "vision",
+            "resampler",
+            "projector",
+            "moe",
+            "lora",
+            "cross_attention",
+            "llm",
+        ):  # LoRA begins in the first layer
+            learns = name not in absent and trainable[name]
             self._passes[name] = 3 if learns else 2 if gradient else 1
             gradient = gradient or learns
 
@@ -190,7 +201,12 @@ class FlopCounter:
         llm /= _context_ranks(batch)
         flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
         flops += self._passes["lora"] * batch.num_rows * self._lora_row / _context_ranks(batch)
-        flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
+        if self._media is None:
+            flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
+        elif batch.visual_rows.numel():  # text alone passes the gated blocks
+            per_image, per_row = self._media
+            flops += self._passes["resampler"] * batch.num_images * per_image
+            flops += self._passes["cross_attention"] * batch.num_rows * per_row / _context_ranks(batch)
         if batch.pixel_values is not None:
             flops += self._passes["vision"] * batch.num_images * self._image
         return flops
@@ -199,6 +215,26 @@ class FlopCounter:
 def _context_ranks(batch: PackedBatch) -> int:
     """Ranks that share the rows of a micro-batch."""
     return 1 if batch.context is None else batch.context.rows.size
+
+
+def _media_flops(model: ParrotConfig) -> tuple[float, float]:
+    """Forward pass of the resampler over one image, and of all gated blocks over one row of text.
+
+    The blocks' keys and values of the latents count to the resampler: they depend on the images only.
+    """
+    flamingo = model.flamingo
+    assert flamingo is not None, "the caller asks for a model with cross-attention"
+    shape, latents, width = flamingo.resampler, flamingo.resampler.num_latents, model.vision.hidden_size
+    rows = model.vision.num_visual_rows + latents
+    inner = shape.num_attention_heads * shape.head_dim
+    # Queries and output of the latents, keys and values of all rows, scores and values, the MLP.
+    block = 4 * latents * width * inner + 4 * rows * width * inner + 4 * latents * rows * inner
+    block += 4 * latents * width * width * shape.ffn_multiplier
+    cross, hidden = flamingo.cross_attention, model.llm.hidden_size
+    blocks = model.llm.num_layers // flamingo.every_n_layers
+    inner = cross.num_attention_heads * cross.head_dim
+    per_row = 4 * hidden * inner + 4 * latents * inner + 4 * hidden * hidden * cross.ffn_multiplier
+    return shape.num_layers * block + blocks * 4 * latents * width * inner, blocks * per_row
 
 
 def _tower_flops(model: ParrotConfig) -> float:

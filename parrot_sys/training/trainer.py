@@ -367,6 +367,7 @@ def _validation_data(config: TrainConfig) -> DataConfig:
         languages=(),
         weights=(),
         language_weights={},
+        text_ratio=None,
     )
 
 

@@ -197,7 +197,7 @@ def test_text_needs_a_tokenizer(directory: Path) -> None:
 
 
 def test_training_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="which needs a tokenizer, but .*llama holds none"):
+    with pytest.raises(CheckpointError, match=r"which needs a tokenizer, but .*llama holds none"):
         convert(ConvertConfig(source_format="multimodal_gpt", output=tmp_path / "own", format="megatron", **PARTS))
     assert not (tmp_path / "own").exists()
 

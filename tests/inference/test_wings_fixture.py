@@ -1,4 +1,4 @@
-"""The released Wings: logits, loss, router weights, gradients and greedy tokens of the public code; files bit for bit."""
+"""The released Wings: logits, loss, router weights, gradients, greedy tokens of the public code; files bit for bit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import parrot_sys
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import save_pretrained
 from parrot_sys.megatron.initialize import shutdown
@@ -118,3 +119,11 @@ def test_export_is_bit_equal(tmp_path: Path) -> None:
 def test_unknown_compat() -> None:
     with pytest.raises(ConfigError, match="compat must be"):
         parrot_sys.load_pretrained(FIXTURE / "model", compat="public")
+
+
+def test_convert_to_a_training_checkpoint_and_back(tmp_path: Path) -> None:
+    convert(ConvertConfig(checkpoint=FIXTURE / "model", output=tmp_path / "training", format="megatron"))
+    convert(ConvertConfig(checkpoint=tmp_path / "training", output=tmp_path / "hf"))
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", FIXTURE / "model"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

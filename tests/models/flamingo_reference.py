@@ -30,6 +30,7 @@ class Shape:
     ffn: int = 40
     vocab: int = 61
     vision: int = 24
+    vision_heads: int = 3
     image_size: int = 28
     latents: int = 5
     depth: int = 2
@@ -151,7 +152,7 @@ class ReleasedMultimodalGpt(nn.Module):
                 hidden_size=shape.vision,
                 intermediate_size=20,
                 num_hidden_layers=2,
-                num_attention_heads=3,
+                num_attention_heads=shape.vision_heads,
                 image_size=shape.image_size,
                 patch_size=14,
             )

@@ -9,7 +9,7 @@ import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
-from parrot_sys.megatron.components import component_parameters
+from parrot_sys.megatron.components import component_parameters, set_trainable
 from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.models.hf_checkpoint import parrot_maps
@@ -48,6 +48,24 @@ def test_sizes(name: str) -> None:
     released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
     assert released == projector + moe + llm + tower
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_size_of_multimodal_gpt() -> None:
+    """Counts of the public code (open-mmlab/Multimodal-GPT); that of LoRA is what its training log printed."""
+    config = config_from_dict(ParrotConfig, read_yaml(list_presets()["multimodal_gpt_9b"])["model"])
+    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    stage = read_yaml(list_presets()["multimodal_gpt_instruct"])
+    set_trainable(model, stage["trainable"])
+    parts = {name: sum(p.numel() for p in part) for name, part in component_parameters(model).items()}
+    assert parts["resampler"] == 63_019_008
+    assert parts["cross_attention"] == 8 * 139_476_994
+    assert parts["lora"] == 23_461_888
+    assert parts["llm"] == 6_738_415_616 + 3 * 2 * 4096  # LLaMA-7B and three tokens
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 23_461_888
+    released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
+    tower = sum(tensor.numel() for tensor in (*model.vision_tower.parameters(), *model.vision_tower.buffers()))
+    assert released == sum(parts.values()) - parts["vision"] + tower
 
 
 # A learner: 4 x 2 H r; a router: 2 x 4096 + 2. SigLIP so400m without its pooling head: 27 blocks and the final norm.

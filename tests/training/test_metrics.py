@@ -11,11 +11,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
+from parrot_sys.modules.gated_cross_attention import GatedCrossAttention
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
+from tests.training.test_flamingo_layouts import FLAMINGO
 
 LANGUAGES = ("zh", "ko", "en")  # one that is not among the six
 E = CONFIG.moe.num_experts
@@ -169,3 +172,27 @@ def test_flops_of_images_count_projector_experts_and_tower() -> None:
     text = dataclasses.replace(cached, image_sample=cached.image_sample[:0], image_features=None)
     assert plain.count(cached) - plain.count(text) == 2 * V * 2 * (width * hidden + hidden * hidden)
     assert counter.count(pixels) > counter.count(cached)
+
+
+def test_flops_of_resampler_and_gated_blocks() -> None:
+    flamingo = FLAMINGO.flamingo
+    frozen = dict.fromkeys(("vision", "projector", "moe", "llm", "lora", "resampler", "cross_attention"), False)
+    counter = FlopCounter(dataclasses.replace(FLAMINGO, lora=None), frozen, use_moe=False)
+    batch = make_batch((Sample(prompt=3, images=2, answer=2),), rows_per_image=1)
+    text = dataclasses.replace(
+        batch, visual_rows=batch.visual_rows[:0], image_sample=batch.image_sample[:0], image_features=None
+    )
+    width, hidden, latents = FLAMINGO.vision.hidden_size, FLAMINGO.llm.hidden_size, flamingo.resampler.num_latents
+    resampler = PerceiverResampler(flamingo.resampler, width).requires_grad_(False)
+    block = GatedCrossAttention(flamingo.cross_attention, hidden, width).requires_grad_(False)
+    with FlopCounterMode(display=False) as mode, torch.no_grad():
+        resampler(torch.zeros(2, V, width))
+        for _ in range(2):
+            block.attention.keys_values(torch.zeros(2 * latents, width))
+            rows = block.attention.to_q(torch.zeros(batch.num_rows, hidden))
+            block.mlp(block.attention.to_out(rows))
+    cross = flamingo.cross_attention
+    # (The mode does not see into fused attention.)
+    attention = 2 * 4 * latents * (V + latents) * flamingo.resampler.num_attention_heads * flamingo.resampler.head_dim
+    attention += 2 * 4 * batch.num_rows * latents * cross.num_attention_heads * cross.head_dim
+    assert counter.count(batch) - counter.count(text) == mode.get_total_flops() + attention

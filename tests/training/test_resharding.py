@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
@@ -78,6 +79,14 @@ def test_lora_goes_on_under_another_layout(tmp_path: Path) -> None:
     assert any(is_lora(name) for name in names)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (0, 3)], ids=["all-layers", "some-layers"])
+def test_wings_goes_on_under_another_layout(layers: tuple[int, ...] | None, tmp_path: Path) -> None:
+    wings = WingsConfig(rank=4, layers=layers, router_positions=512)
+    names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, wings=wings)
+    assert any(".attn_t_pool." in name for name in names)
+
+
 def _goes_on(
     tmp_path: Path,
     before: tuple[ParallelConfig, int],
@@ -85,13 +94,14 @@ def _goes_on(
     *,
     distributed: bool,
     lora: LoRAConfig | None = None,
+    wings: WingsConfig | None = None,
 ) -> set[str]:
     """Names of the tensors that are the same in the end."""
 
     def config(output: str, parallel: ParallelConfig = ONE) -> TrainConfig:
         base = _config(tmp_path, output, parallel, distributed=distributed)
         if lora is None:
-            return base
+            return dataclasses.replace(base, model=dataclasses.replace(base.model, wings=wings))
         frozen = TrainableConfig(projector=False, moe=False, llm=False)
         return dataclasses.replace(base, model=dataclasses.replace(base.model, lora=lora), trainable=frozen)
 

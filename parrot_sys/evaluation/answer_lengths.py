@@ -1,0 +1,182 @@
+"""`parrot compare`: how long two evaluated models answer the same questions.
+
+Training data with short answers make a model terse (MultiModal-GPT, arXiv 2305.04790, section 4.1); accuracy alone does
+not show it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from parrot_sys.cli import parse_config
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.markdown import table
+from parrot_sys.evaluation.results import ScoreFile, read_score_files
+from parrot_sys.evaluation.runner import SCORES_SUFFIX
+
+SHORT = 2
+"""Answers of at most so many words count as short."""
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")
+_ALL = "all"
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class CompareConfig:
+    """Compares the answers of two models to the same questions by their lengths, question by question."""
+
+    evaluations: tuple[Path, Path]
+    """Two output folders of `parrot eval` with generated answers (`--mode generate`) to the same tables."""
+    names: tuple[str, str] = ("first", "second")
+    """Names of the two models in the report."""
+    output: Path | None = None
+    """Folder for lengths.md and lengths.json; printed only when not given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Words of the answers of one model."""
+
+    mean: float
+    median: float
+    short: float
+    """Share of answers of at most `SHORT` words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Lengths of the answers of two models to the same questions."""
+
+    questions: int
+    first: Lengths
+    second: Lengths
+    difference: float
+    """Mean of second minus first, over the questions, in words."""
+    margin: float
+    """Half of the 95% interval of `difference` (normal approximation; infinite for a single question)."""
+
+
+def count_words(text: str) -> int:
+    """Stretches without a blank; Chinese characters, which are written without blanks, count as words each."""
+    return len(_WORD.findall(text))
+
+
+def compare_answers(answers: Sequence[tuple[str, str]]) -> Comparison:
+    """Lengths of pairs of answers to the same question.
+
+    Args:
+        answers: (of the first model, of the second), one pair for each question; at least one.
+    """
+    words = [(count_words(first), count_words(second)) for first, second in answers]
+    differences = [second - first for first, second in words]
+    spread = statistics.stdev(differences) if len(differences) > 1 else math.inf
+    return Comparison(
+        questions=len(words),
+        first=_lengths([first for first, _ in words]),
+        second=_lengths([second for _, second in words]),
+        difference=statistics.fmean(differences),
+        margin=1.96 * spread / math.sqrt(len(differences)),
+    )
+
+
+def _lengths(words: Sequence[int]) -> Lengths:
+    return Lengths(
+        mean=statistics.fmean(words),
+        median=statistics.median(words),
+        short=sum(count <= SHORT for count in words) / len(words),
+    )
+
+
+def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
+    """Table -> comparison over the questions that both models answered, and one over all tables under `all`.
+
+    Raises:
+        ConfigError: no table in common, or tables of the same name that differ, or answers that are no text.
+        DataError: a file is missing or damaged.
+    """
+    ours, theirs = _score_files(first), _score_files(second)
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        raise ConfigError(
+            f"evaluations must share a table, got {', '.join(sorted(ours)) or 'none'} in {first} and "
+            f"{', '.join(sorted(theirs)) or 'none'} in {second}"
+        )
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for name in common:
+        digests = [file.content["settings"]["table"] for file in (ours[name], theirs[name])]
+        if digests[0] != digests[1]:
+            raise ConfigError(
+                f"the tables {name} of {first} and {second} differ: evaluate both models on the same files"
+            )
+        mine, yours = _answers(ours[name]), _answers(theirs[name])
+        if shared := sorted(mine.keys() & yours.keys()):
+            pairs[name] = [(mine[index], yours[index]) for index in shared]
+    if not pairs:
+        raise ConfigError(f"{first} and {second} have no question in common: evaluate both with the same --limit")
+    result = {name: compare_answers(each) for name, each in pairs.items()}
+    return result | {_ALL: compare_answers([pair for each in pairs.values() for pair in each])}
+
+
+def _score_files(folder: Path) -> dict[str, ScoreFile]:
+    """Table -> its scores, under the model's own routes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no directory; wanted an output folder of parrot eval")
+    files = [file for file in read_score_files(folder) if file.content["routing"] == "model"]
+    for file in files:
+        if (mode := file.content["settings"].get("mode")) != "generate":
+            raise ConfigError(f"{file.path} holds answers of mode {mode}: evaluate with --mode generate to have texts")
+    return {file.content["dataset"]: file for file in files}
+
+
+def _answers(scores: ScoreFile) -> dict[int, str]:
+    """Row index -> answer."""
+    path = scores.path.with_name(scores.path.name.removesuffix(SCORES_SUFFIX) + ".jsonl")
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
+        return {int(record["index"]): str(record["prediction"]) for record in records}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run parrot eval again") from error
+
+
+def lengths_report(comparisons: Mapping[str, Comparison], names: tuple[str, str]) -> str:
+    """The comparison as Markdown."""
+    header = ["table", "questions"]
+    header += [f"{name}: {what}" for what in ("mean words", "median", f"<= {SHORT} words") for name in names]
+    rows = [
+        [
+            name,
+            str(each.questions),
+            *(f"{lengths.mean:.1f}" for lengths in (each.first, each.second)),
+            *(f"{lengths.median:g}" for lengths in (each.first, each.second)),
+            *(f"{lengths.short:.0%}" for lengths in (each.first, each.second)),
+            f"{each.difference:+.1f} ± {each.margin:.1f}",
+        ]
+        for name, each in comparisons.items()
+    ]
+    lines = [f"# Lengths of the answers of {names[0]} and {names[1]}", ""]
+    lines += table([*header, f"{names[1]} - {names[0]}"], rows)
+    lines += ["", "Words in the answers to the same questions; the last column is their mean difference with its 95%"]
+    return "\n".join([*lines, "interval over the questions.", ""])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `parrot compare`."""
+    config = parse_config(CompareConfig, argv, prog="parrot compare")
+    comparisons = compare_evaluations(*config.evaluations)
+    text = lengths_report(comparisons, config.names)
+    if config.output is not None:
+        config.output.mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {
+            "names": list(config.names),
+            "tables": {name: asdict(each) for name, each in comparisons.items()},
+        }
+        (config.output / "lengths.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (config.output / "lengths.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0

@@ -1,0 +1,237 @@
+"""Learners, routers and their memory against a plain model with whole matrices, in shapes that no fixture has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from parrot_sys.data.packing import Sample, pack_samples
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.megatron.initialize import initialize, shutdown
+from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.state_dict import released_tensors
+from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.models.vision import VisionConfig
+from parrot_sys.modules.rotary import RopeScaling
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.wings import WingsConfig
+from tests.megatron.wings_reference import Sequence, WingsReference
+
+QWEN = ParrotConfig(
+    vision=VisionConfig(
+        image_size=28,
+        patch_size=14,
+        hidden_size=12,
+        num_layers=2,
+        num_attention_heads=2,
+        ffn_hidden_size=20,
+        select_feature="patch",
+    ),
+    moe=TextGuidedMoEConfig(num_experts=0),
+    wings=WingsConfig(rank=5, system_prompt_length=3, router_positions=48),
+    llm=LLMConfig(
+        hidden_size=24,
+        num_layers=3,
+        num_attention_heads=6,
+        num_query_groups=2,
+        ffn_hidden_size=28,
+        vocab_size=53,
+        rope_base=10_000.0,
+        max_position_embeddings=64,
+    ),
+    max_seq_len=48,
+)
+LLAMA = replace(
+    QWEN,
+    wings=replace(QWEN.wings, layers=(0, 2)),
+    llm=replace(
+        QWEN.llm,
+        qkv_bias=False,
+        rope_base=500.0,
+        rope_scaling=RopeScaling(factor=4.0, original_positions=32),
+        tie_word_embeddings=True,
+    ),
+)
+V, IMAGE = 4, -200
+# Where the images stand among how many text ids.
+ONE, LATE, TWO, TEXT, SHORT = (12, (5,)), (9, (8,)), (14, (4, 9)), (17, ()), (6, (4,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    initialize()
+    yield
+    shutdown()
+
+
+def build(config: ParrotConfig) -> ParrotModel:
+    torch.manual_seed(3)
+    model = build_parrot_model(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_up"):
+            torch.nn.init.normal_(parameter, std=0.3)
+        if "_down" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        if "router" in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def make(shapes: tuple[tuple[int, tuple[int, ...]], ...], seed: int = 5) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for count, places in shapes:
+        ids = torch.randint(0, 53, (count,), generator=generator).tolist()
+        for place in reversed(places):
+            ids.insert(place, IMAGE)
+        pixels = torch.randn(len(places), 3, 28, 28, generator=generator)
+        samples.append(Sample(input_ids=torch.tensor(ids), pixel_values=pixels if places else None))
+    return samples
+
+
+def run(model: ParrotModel, samples: list[Sample]) -> list[Tensor]:
+    batch = pack_samples(samples, num_visual_rows=V)
+    with torch.no_grad():
+        return list(model(batch, mode="logits").logits.split(batch.cu_seqlens.diff().tolist()))
+
+
+def reference(model: ParrotModel, samples: list[Sample]) -> list[Tensor]:
+    with torch.no_grad():
+
+        def rows(pixels: Tensor) -> Tensor:
+            return model.projector(model.vision_tower(pixels)).flatten(0, 1)
+
+        sequences = [
+            Sequence(
+                ids=sample.input_ids.repeat_interleave(torch.where(sample.input_ids < 0, V, 1)),
+                visual=torch.empty(0, 24) if sample.pixel_values is None else rows(sample.pixel_values),
+            )
+            for sample in samples
+        ]
+        plain = WingsReference(dict(released_tensors(model)), model.parrot, rows(torch.zeros(1, 3, 28, 28)))
+        return plain.logits(sequences)
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    scale = max(float(each.abs().max()) for each in theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.shape == their.shape
+        assert float((our - their).abs().max()) < 2e-5 * scale
+
+
+@pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["qwen", "llama"])
+@pytest.mark.parametrize(
+    "shapes",
+    [(ONE,), (TWO,), (TEXT,), (ONE, TEXT, TWO), (TEXT, SHORT, LATE, TEXT)],
+    ids=["one-image", "two-images", "text", "mixed", "mixed-with-text-first"],
+)
+def test_papers_rule(config: ParrotConfig, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+    model, samples = build(config), make(shapes)
+    assert_close(run(model, samples), reference(model, samples))
+
+
+@pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["qwen", "llama"])
+@pytest.mark.parametrize(
+    "shapes",
+    [(ONE,), (ONE, SHORT, LATE), (TEXT,), (TEXT, SHORT), (ONE, (7, ()), LATE, TEXT), ((3, ()), (5, ()))],
+    ids=["one-image", "images", "text", "mixed", "mixed-more", "short-texts"],
+)
+def test_released_rule(config: ParrotConfig, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+    model, samples = build(config.following("released")), make(shapes)
+    assert_close(run(model, samples), reference(model, samples))
+
+
+def test_no_row_reads_a_later_one_and_samples_do_not_meet() -> None:
+    model, samples = build(QWEN), make((TWO, TEXT, ONE))
+    wanted = run(model, samples)
+    changed = [
+        replace(samples[0], input_ids=torch.cat((samples[0].input_ids[:-2], torch.tensor([1, 2])))),
+        *samples[1:],
+    ]
+    got = run(model, changed)
+    assert torch.equal(got[0][:-2], wanted[0][:-2])
+    assert not torch.equal(got[0][-1], wanted[0][-1])
+    assert_close(got[1:], wanted[1:])
+    assert_close(run(model, samples[:1]), wanted[:1])
+
+
+def test_new_learners_add_nothing() -> None:
+    torch.manual_seed(3)
+    model, samples = build_parrot_model(QWEN), make((ONE, TEXT))
+    torch.manual_seed(3)
+    plain = build_parrot_model(replace(QWEN, wings=None))
+    state = model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    assert_close(run(model, samples), run(plain, samples))
+
+
+def test_router_weights_sum_to_one() -> None:
+    model, batch = build(LLAMA), pack_samples(make((ONE, TEXT)), num_visual_rows=V)
+    weights: dict[int, Tensor] = {}
+    with torch.no_grad():
+        model(batch, mode="logits", router_weights=weights)
+    assert sorted(weights) == [1, 3]
+    for each in weights.values():
+        assert each.shape == (batch.num_rows, 2)
+        torch.testing.assert_close(each.sum(1), torch.ones(batch.num_rows))
+
+
+def test_cached_decoding_is_whole_decoding() -> None:
+    model, samples = build(LLAMA), make((ONE, TEXT, TWO))
+    batch = pack_samples(samples, num_visual_rows=V)
+    cache = KVCache(3, batch.max_seqlen + 4)
+    steps = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4], [50, 51, 52, 0]])
+    with torch.no_grad():
+        model(batch, mode="logits", logits_rows=batch.cu_seqlens[1:].long() - 1, kv_cache=cache)
+        kept = torch.tensor([2, 0])
+        for step in range(4):
+            if step == 2:
+                cache.keep(kept)
+            tokens = steps[:, step] if step < 2 else steps[kept, step]
+            one = pack_samples([Sample(input_ids=token[None]) for token in tokens], num_visual_rows=V)
+            logits = model(replace(one, position_ids=cache.lengths.clone()), mode="logits", kv_cache=cache).logits
+    longer = [replace(s, input_ids=torch.cat((s.input_ids, steps[i]))) for i, s in enumerate(samples)]
+    assert_close(list(logits), [run(model, longer)[int(place)][-1] for place in kept])
+
+
+def test_refusals() -> None:
+    model = build(QWEN)
+    with pytest.raises(DataError, match="at most 48 rows"):
+        run(model, make(((49, ()),)))
+    batch = pack_samples(make((ONE,)), num_visual_rows=V)
+    released = build(QWEN.following("released"))
+    with pytest.raises(ConfigError, match="use_cache=False"):
+        released(batch, mode="logits", kv_cache=KVCache(1, 40))
+    with pytest.raises(ConfigError, match=r"model.wings.layers must be in 0 .. 2"):
+        replace(QWEN, wings=replace(QWEN.wings, layers=(1, 3)))
+
+
+def test_stage_one_file_has_no_routers(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from parrot_sys.megatron.export import export_released
+    from parrot_sys.megatron.state_dict import load_released
+    from parrot_sys.models.hf_config import config_from_hf, read_json
+    from parrot_sys.models.tensor_files import TensorFiles
+
+    model = build(LLAMA)
+    export_released(model, tmp_path / "model")
+    config = config_from_hf(read_json(tmp_path / "model" / "config.json"), tmp_path / "model")
+    assert config == LLAMA
+    with TensorFiles(tmp_path / "model") as files:
+        tensors = {name: files.tensor(name) for name in files.names() if "reweight_module" not in name}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    loaded = build_parrot_model(LLAMA)
+    load_released(loaded, tmp_path / "model")
+    assert not loaded.use_router
+    assert model.use_router
+    model.use_router = False
+    samples = make((ONE, TEXT))
+    assert_close(run(loaded, samples), run(model, samples))
