@@ -196,11 +196,11 @@ def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> None:
             f"sample {sample.record_id!r} must have one image for each of its {markers} markers, got {count}"
         )
     # (A row that only marks an image says nothing about the rows of its features.)
-    own_rows = sample.image_features is not None and count and num_visual_rows > 1
-    if own_rows and sample.image_features.shape[1] != num_visual_rows:
+    features = sample.image_features if count and num_visual_rows > 1 else None
+    if features is not None and features.shape[1] != num_visual_rows:
         raise DataError(
             f"sample {sample.record_id!r}: image_features must be [{count}, {num_visual_rows}, C], "
-            f"got {list(sample.image_features.shape)}"
+            f"got {list(features.shape)}"
         )
 
 

@@ -56,6 +56,8 @@ class ConvertConfig:
     """multimodal_gpt: CLIP ViT-L/14 in Hugging Face layout."""
     image_token_id: int | None = None
     """multimodal_gpt: id of <image>, when --llm holds no tokenizer; the last row of the embedding when not given."""
+    vocab_multiple: int = 1
+    """multimodal_gpt: fill the embedding up to a multiple of this; its 32003 tokens cannot be cut over ranks."""
     format: Literal["hf", "megatron"] = "hf"
     """`hf`: released layout, for other people's tools; `megatron`: a training checkpoint (weights, no optimizer)."""
     dtype: DtypeName | None = None
@@ -118,6 +120,8 @@ def _check_sources(config: ConvertConfig) -> None:
                 + [f"{', '.join(foreign)} belong to the other format"] * bool(foreign)
             )
         )
+    if config.vocab_multiple < 1:
+        raise CheckpointError(f"vocab-multiple must be >= 1, got {config.vocab_multiple}")
     target = config.output.resolve()
     for name, path in wanted.items():
         source = None if path is None else path.resolve()
@@ -142,7 +146,7 @@ def _assemble(config: ConvertConfig, output: Path) -> None:
             "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             "save_tokenizer": tokenizer.save_pretrained,
         }
-    assemble(files, output, overwrite=config.force, **settings)
+    assemble(files, output, vocab_multiple=config.vocab_multiple, overwrite=config.force, **settings)
 
 
 def _convert(config: ConvertConfig, checkpoint: Path) -> None:

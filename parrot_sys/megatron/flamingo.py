@@ -201,6 +201,7 @@ def _gated_block(
     column, row = partial(linear, column_parallel), partial(linear, row_parallel)
     builders: dict[str, Any] = {"column": column, "memory": memory, "row": row}
     block = GatedCrossAttention(shape, config.hidden_size, media_size, dtype=config.params_dtype, **builders)
+    parameter: Any
     for name, parameter in block.named_parameters():
         if "norm." in name or name.endswith("_gate"):
             # Each rank sees a part of the rows: partial sums, which Megatron adds up over the tensor-parallel group.
@@ -224,6 +225,7 @@ def _sharded(
     own: dict[str, Any] = {}
     module._save_to_state_dict(own, "", keep_vars=True)
     state: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, {}, offsets)
+    child: Any
     for name, child in module.named_children():
         if hasattr(child, "sharded_state_dict"):
             state |= child.sharded_state_dict(f"{prefix}{name}.", offsets, metadata)

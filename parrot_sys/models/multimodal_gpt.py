@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
-from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.lora import LoRAConfig, Target
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
@@ -72,6 +72,7 @@ def assemble(
     *,
     num_tokens: int | None = None,
     image_token_id: int | None = None,
+    vocab_multiple: int = 1,
     save_tokenizer: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> ParrotConfig:
@@ -81,7 +82,8 @@ def assemble(
         files: the parts.
         output: to be created.
         num_tokens: tokens of the tokenizer with the added ones; None: as many as the embedding has rows.
-        image_token_id: id of `<image>`; None: the last row of the embedding.
+        image_token_id: id of `<image>`; None: the last token.
+        vocab_multiple: the embedding gets rows up to a multiple of this number, so that it can be cut over ranks.
         save_tokenizer: writes the tokenizer with the added tokens into a directory.
         overwrite: replace an existing directory.
 
@@ -94,9 +96,8 @@ def assemble(
     flamingo_tensors = _flamingo_tensors(read_pickle(files.flamingo), files.flamingo)
     lora, lora_tensors = (None, {}) if files.lora is None else _read_lora(files.lora)
     with TensorFiles(files.llm) as llm_tensors:
-        sources = _llm_sources(llm_tensors, flamingo_tensors, num_tokens)
-        rows = sources[_EMBEDDING][0][0]
-        llm = replace(llm, vocab_size=rows)
+        sources, tokens = _llm_sources(llm_tensors, flamingo_tensors, num_tokens, vocab_multiple)
+        llm = replace(llm, vocab_size=sources[_EMBEDDING][0][0])
         config = ParrotConfig(
             vision=replace(
                 vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1, select_feature="patch"
@@ -108,7 +109,7 @@ def assemble(
             max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
             flamingo=replace(
                 _flamingo_config(flamingo_tensors, files.flamingo),
-                image_token_id=rows - 1 if image_token_id is None else image_token_id,
+                image_token_id=tokens - 1 if image_token_id is None else image_token_id,
             ),
         )
         for tensors in (flamingo_tensors, lora_tensors):
@@ -141,9 +142,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; wanted a .pt file that torch.save wrote") from None
     except pickle.UnpicklingError as error:
+        # (Torch's own words advise to load it all the same.)
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"objects of {named[1]}" if named else "no tensors and plain values, or more than these"
         raise CheckpointError(
-            f"{path} holds Python objects, which are not loaded because they can run any code: keep its tensors and "
-            f"plain values only (on a machine where you trust it: torch.save of its state dict). {error}"
+            f"{path} holds {what}, which are not loaded because they can run any code: where you trust the file, load "
+            "it, turn settings into a plain dict, and torch.save it again"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, or no file that torch.save wrote: {error}") from error
@@ -233,9 +237,13 @@ def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfi
 
 
 def _llm_sources(
-    files: TensorFiles, flamingo: dict[str, Tensor], num_tokens: int | None
-) -> dict[str, tuple[tuple[int, ...], Read]]:
-    """LLaMA's tensors, shape and how to read each; takes the trained embedding, if there is one, out of `flamingo`."""
+    files: TensorFiles, flamingo: dict[str, Tensor], num_tokens: int | None, multiple: int
+) -> tuple[dict[str, tuple[tuple[int, ...], Read]], int]:
+    """LLaMA's tensors, shape and how to read each, and the number of tokens.
+
+    Takes the trained embedding, if there is one, out of `flamingo`. Rows that are nowhere get the mean of the others: in
+    the LM head that is the mean of all logits, which never is the largest.
+    """
     sources: dict[str, tuple[tuple[int, ...], Read]] = {
         key: (files.shape(key), partial(files.tensor, key))
         for key in files.names()
@@ -246,15 +254,15 @@ def _llm_sources(
             sources[key] = tuple(trained.shape), partial(_itself, trained)
     if _EMBEDDING not in sources:
         raise CheckpointError(f"{files.directory} holds no {_EMBEDDING}; it is no LLaMA in Hugging Face layout")
-    rows = max(num_tokens or 0, *(sources[key][0][0] for key in (_EMBEDDING, _HEAD) if key in sources))
+    tokens = max(num_tokens or 0, *(sources[key][0][0] for key in (_EMBEDDING, _HEAD) if key in sources))
+    rows = -(-tokens // multiple) * multiple
     for key in (_EMBEDDING, _HEAD):
         if key in sources and (held := sources[key][0][0]) < rows:
-            logger.warning(
-                "%s has %d rows for %d tokens: those of the others get the mean of all rows", key, held, rows
-            )
+            if held < tokens:
+                logger.warning("%s has %d rows for %d tokens: the others get the mean of all rows", key, held, tokens)
             shape, read = sources[key]
             sources[key] = (rows, *shape[1:]), partial(_with_mean_rows, read, rows - held)
-    return sources
+    return sources, tokens
 
 
 def _with_mean_rows(read: Read, count: int) -> Tensor:
@@ -281,13 +289,12 @@ def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
             f"{path} holds no tuning_config with lora_alpha, so the scale of its updates is unknown: add it, as "
             "{'lora_alpha': 16} for the released weights"
         )
-    default = LoRAConfig()
-    present = {target for target in default.targets if any(f".{target}.lora_A." in key for key in tensors)}
+    present = {target for target in get_args(Target) if any(f".{target}.lora_A." in key for key in tensors)}
     config = LoRAConfig(
         rank=ranks.pop(),
         alpha=float(settings["lora_alpha"]),
         dropout=float(settings.get("lora_dropout", 0.0)),
-        targets=tuple(target for target in default.targets if target in present),
+        targets=tuple(target for target in get_args(Target) if target in present),
     )
     return config, tensors
 

@@ -116,7 +116,7 @@ class PerceiverResampler(nn.Module):
             dtype: of the parameters.
         """
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.latents = nn.Parameter(torch.randn(config.num_latents, width, device=device, dtype=dtype))
         self.layers = nn.ModuleList(PerceiverBlock(config, width, **factory) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, **factory)

@@ -180,6 +180,16 @@ def test_tokenizer_gets_the_added_tokens(with_tokenizer: dict[str, Path], tmp_pa
     assert model(torch.tensor([ids]), images=torch.randn(1, 3, 28, 28)).logits.shape == (1, len(ids), 43)
 
 
+def test_vocabulary_for_several_ranks(directory: Path, expected: dict[str, Tensor], tmp_path: Path) -> None:
+    settings = {"source_format": "multimodal_gpt", **PARTS}
+    convert(ConvertConfig(output=tmp_path / "model", vocab_multiple=64, **settings))
+    model, _ = parrot_sys.load_pretrained(tmp_path / "model")
+    assert (model.config.llm.vocab_size, model.config.flamingo.image_token_id) == (256, 199)
+    wanted = expected["generate.output_ids"]
+    output = model.generate(expected["generate.input_ids"], images=expected["generate.vision_x"], max_new_tokens=8)
+    assert torch.equal(output, wanted)
+
+
 def test_training_checkpoint_and_back(with_tokenizer: dict[str, Path], tmp_path: Path) -> None:
     source = {"source_format": "multimodal_gpt", **with_tokenizer}
     convert(ConvertConfig(output=tmp_path / "released", **source))
@@ -277,7 +287,10 @@ def test_wrong_sources(tmp_path: Path) -> None:
     fails(r"nowhere\.pt is missing", flamingo=tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("no tensors")
     fails("text.pt", flamingo=tmp_path / "text.pt")
-    fails("holds Python objects", flamingo=_torch_file(tmp_path / "open_flamingo.pt", lambda v: v.update(x=Unwanted())))
+    fails(
+        r"holds objects of \S*Unwanted, which are not loaded",
+        flamingo=_torch_file(tmp_path / "open_flamingo.pt", lambda v: v.update(x=Unwanted())),
+    )
     name = "perceiver.norm.bias"
     lacks = _torch_file(tmp_path / "open_flamingo.pt", lambda values: values.pop(name))
     fails(rf"1 missing:\n  {name} \[32\]", flamingo=lacks)

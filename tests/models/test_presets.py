@@ -57,6 +57,7 @@ def test_size_of_multimodal_gpt() -> None:
     stage = read_yaml(list_presets()["multimodal_gpt_instruct"])
     set_trainable(model, stage["trainable"])
     parts = {name: sum(p.numel() for p in part) for name, part in component_parameters(model).items()}
+    assert (config.vision.num_visual_rows, config.rows_per_image) == (256, 1)
     assert parts["resampler"] == 63_019_008
     assert parts["cross_attention"] == 8 * 139_476_994
     assert parts["lora"] == 23_461_888

@@ -9,6 +9,8 @@ import pytest
 
 from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.components import COMPONENTS
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.training.config import TrainConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -76,7 +78,7 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
         assert config.optimizer.lr == lr
         assert config.global_batch_size == batch
         assert config.use_moe is use_moe
-        assert config.trainable.as_dict().items() >= trainable.items()
+        assert config.trainable.as_dict() == dict.fromkeys(COMPONENTS, True) | trainable
         assert (config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (0.03, 0.0)
         assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
         assert config.optimizer.distributed, "the papers used ZeRO"
@@ -106,3 +108,42 @@ def test_presets_of_model_and_stage_combine() -> None:
     config = parse_config(TrainConfig, argv)
     assert config.model.llm.hidden_size == 4096
     assert (config.use_moe, config.trainable.llm, config.trainable.moe) == (False, True, False)
+
+
+def test_the_sets_of_multimodal_gpt_with_and_without_short_answers() -> None:
+    base = [
+        *("--config", "multimodal_gpt_9b", "--config", "multimodal_gpt_instruct"),
+        *("--output", "x", "--model.tokenizer-path", "t"),
+    ]
+    without, with_short = (
+        parse_config(TrainConfig, [*base, "--config", name])
+        for name in ("multimodal_gpt_data", "multimodal_gpt_data_short_answers")
+    )
+    assert without.data.text_ratio == with_short.data.text_ratio == 1.0
+    sources = with_short.data.sources()
+    assert [source for source in sources if source.name != "vqa_v2"] == list(without.data.sources())
+    assert len(sources) == len(without.data.sources()) + 1
+
+
+def test_lora_needs_something_to_learn() -> None:
+    values = {**NEEDED, "trainable": {name: name == "lora" for name in COMPONENTS}}
+    with_lora = {**values, "model": {"tokenizer_path": "t", "lora": {"rank": 4}}, "optimizer": {"lora_lr": 1e-3}}
+    config = config_from_dict(TrainConfig, with_lora)
+    assert config.model.lora == LoRAConfig(rank=4)
+    assert config.optimizer.component_lrs() == {"lora": 1e-3}
+    for wrong, message in (
+        (values, r"trainable names only parts that the model does not have \(see model\.lora"),
+        (
+            {**NEEDED, "optimizer": {"lora_lr": 1e-3}},
+            r"optimizer\.lora_lr has no effect, because model\.lora is not set",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config_from_dict(TrainConfig, wrong)
+
+
+@pytest.mark.parametrize("model", ["parrot_7b", "wings_qwen1_5_7b", "multimodal_gpt_9b"])
+def test_the_lora_preset_freezes_everything_else(model: str) -> None:
+    config = parse_config(TrainConfig, ["--config", model, "--config", "lora_instruct", *FLAGS])
+    assert [name for name, learns in config.trainable.as_dict().items() if learns] == ["lora"]
+    assert config.model.lora == LoRAConfig()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.lora_maps import is_lora
+from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.perceiver import ResamplerConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
@@ -87,6 +92,20 @@ def test_wings_goes_on_under_another_layout(layers: tuple[int, ...] | None, tmp_
     assert any(".attn_t_pool." in name for name in names)
 
 
+@pytest.mark.slow
+def test_gated_blocks_go_on_under_another_layout(tmp_path: Path) -> None:
+    """Layers with and without a block, and updates beside its linear layers; everything learns."""
+    flamingo = FlamingoConfig(
+        resampler=ResamplerConfig(num_latents=4, num_layers=1, num_attention_heads=2, head_dim=8),
+        cross_attention=GatedCrossAttentionConfig(num_attention_heads=4, head_dim=6, ffn_multiplier=2),
+        every_n_layers=2,
+        image_token_id=1,
+    )
+    changes = {"flamingo": flamingo, "moe": TextGuidedMoEConfig(num_experts=0), "lora": LoRAConfig(rank=4)}
+    names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, everything=changes)
+    assert any(".gated_cross_attn_layer.attn.to_kv.lora_B" in name for name in names)
+
+
 def _goes_on(
     tmp_path: Path,
     before: tuple[ParallelConfig, int],
@@ -95,11 +114,14 @@ def _goes_on(
     distributed: bool,
     lora: LoRAConfig | None = None,
     wings: WingsConfig | None = None,
+    everything: dict[str, Any] | None = None,
 ) -> set[str]:
     """Names of the tensors that are the same in the end."""
 
     def config(output: str, parallel: ParallelConfig = ONE) -> TrainConfig:
         base = _config(tmp_path, output, parallel, distributed=distributed)
+        if everything is not None:
+            return dataclasses.replace(base, model=dataclasses.replace(base.model, **everything))
         if lora is None:
             return dataclasses.replace(base, model=dataclasses.replace(base.model, wings=wings))
         frozen = TrainableConfig(projector=False, moe=False, llm=False)
