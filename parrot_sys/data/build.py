@@ -3,8 +3,8 @@
 DIR/manifest.json           settings, their hash, and what was written
 DIR/text.json               stage 0: conversations about words, no pictures
 DIR/align.json              stage 1: what does the picture show?
+DIR/detail.json             the same question with long answers: name, category and keywords
 DIR/instruct.json           stage 2: several kinds of questions, some with several turns, some without a picture
-DIR/detail.json             the question of stage 1 with long answers (to see what short ones do to a model)
 DIR/validation.json         multiple-choice questions about pictures of training concepts that no training set holds
 DIR/images/                 pictures in the training style and their variants
 DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
@@ -241,15 +241,15 @@ def _records(
     return {
         "text": list(words),
         "align": list(_picture_conversations(config, known, "align")),
-        "instruct": [*_picture_conversations(config, known, "instruct"), *words_again],
         "detail": list(_picture_conversations(config, known, "detail")),
+        "instruct": [*_picture_conversations(config, known, "instruct"), *words_again],
         "validation": list(_validation(config, known)),
     }
 
 
 def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], stage: str) -> Iterator[dict[str, Any]]:
-    """Stage `align`: the open question; `detail`: the same, with long answers; stage `instruct`: one to four questions
-    of different kinds about a picture."""
+    """Stage `align`: the open question; `detail`: the same with long answers; `instruct`: one to four questions of
+    different kinds about a picture."""
     rounds = config.instruct_rounds if stage == "instruct" else config.align_rounds
     for language, weight in config.weights().items():
         for number in range(round(weight * rounds * len(known))):
@@ -259,7 +259,7 @@ def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], st
             if stage == "align":
                 turns = [asker.name(concept)]
             elif stage == "detail":
-                turns = [asker.detail(concept)]
+                turns = [asker.description(concept)]
             else:
                 turns = picture_turns(asker, concept, count=generator.randint(1, 4))
             # languages start at different variants, so that every picture is asked about in several languages

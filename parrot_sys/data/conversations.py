@@ -73,11 +73,12 @@ class Asker:
         """What does the picture show? The name."""
         return self.generator.choice(self.phrases["name"]), concept.names[self.language]
 
-    def detail(self, concept: Concept) -> Turn:
-        """The same question, answered at length: name, category and keywords."""
+    def description(self, concept: Concept) -> Turn:
+        """What does the picture show? Name, category and keywords: a long answer to the question of `name`."""
         question, name = self.name(concept)
-        facts = [name, self.phrases["categories"][concept.category], self._words(concept)]
-        return question, ". ".join(fact for fact in facts if fact) + "."
+        words = self.words(concept)
+        parts = [name, self.phrases["categories"][concept.category], *([words] if words else [])]
+        return question, self.phrases["separator"].join(parts)
 
     def name_choice(self, concept: Concept) -> Turn:
         """The question of the benchmark: which of four names does the picture show?"""
@@ -102,7 +103,7 @@ class Asker:
 
     def keywords(self, concept: Concept) -> Turn:
         """Keywords for the picture; CLDR must have some in this language."""
-        return self.phrases["keywords"], self._words(concept)
+        return self.phrases["keywords"], self.words(concept)
 
     def translation(self, concept: Concept) -> Turn:
         """A word of another language, to be said in this one."""
@@ -119,7 +120,7 @@ class Asker:
 
     def riddle(self, concept: Concept) -> Turn:
         """What do these keywords describe? The name, which CLDR often has among the keywords."""
-        words = self._words(concept)
+        words = self.words(concept)
         return (
             (self.phrases["riddle"].format(words=words), concept.names[self.language])
             if words
@@ -128,7 +129,7 @@ class Asker:
 
     def riddle_choice(self, concept: Concept) -> Turn:
         """Which of four names do these keywords describe?"""
-        words = self._words(concept)
+        words = self.words(concept)
         if not words:
             return self.meaning_choice(concept)
         return self._choice_of_names(self.phrases["riddle"].format(words=words), concept)
@@ -140,7 +141,7 @@ class Asker:
 
     def word_keywords(self, concept: Concept) -> Turn:
         """Keywords for the word; its category where CLDR has none."""
-        words = self._words(concept)
+        words = self.words(concept)
         if not words:
             return self.word_category(concept)
         return self.phrases["word_keywords"].format(name=concept.names[self.language]), words
@@ -150,7 +151,8 @@ class Asker:
         others = [language for language in self.languages if language != self.language]
         return self.generator.choice(others or [self.language])
 
-    def _words(self, concept: Concept) -> str:
+    def words(self, concept: Concept) -> str:
+        """Some of the concept's keywords in this language; empty where CLDR has none."""
         words = concept.keywords[self.language]
         count = min(len(words), _MAX_KEYWORDS_IN_ANSWER)
         return self.phrases["separator"].join(self.generator.sample(words, count))

