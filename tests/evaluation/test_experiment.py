@@ -91,13 +91,13 @@ def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
 def test_lengths_of_answers(tmp_path: Path) -> None:
     folder = tmp_path / "mmmb" / "model"
     folder.mkdir(parents=True)
-    for language, answers in (("en", ["four", "eight..."]), ("zh", ["\u732b"])):
+    for language, answers in (("en", ["two words", "and four of them"]), ("zh", ["\u732b"])):
         stem = f"m_MMMB_{language}"
         result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}"}
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
-        lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
+        lines = [{"settings": {}}, *({"index": i, "prediction": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 6.0, "zh": 1.0, "mean": 3.5}}, {"mmmb": {"en": 2, "zh": 1}})
+    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0}}, {"mmmb": {"en": 2, "zh": 1}})
 
 
 def test_provenance_names_machine_versions_and_commit() -> None:
