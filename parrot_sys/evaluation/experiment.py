@@ -177,6 +177,16 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
         "",
     ]
     summary = content["summary"]
+    parts = list(next(iter(summary["variants"].values()), {}))
+    if len(parts) > 1:
+        plots.means_with_spread(
+            {name: {part: row[part][AVERAGE]["seeds"] for part in parts} for name, row in summary["variants"].items()},
+            chance=content["chance"],
+            title=f"{content['unit'].capitalize()}, mean over languages",
+            y_label=content["unit"],
+            path=folder / "parts.png",
+        )
+        lines += ["![Mean over languages of each part](parts.png)", ""]
     for part in next(iter(summary["variants"].values()), {}):
         rows = {name: parts[part] for name, parts in summary["variants"].items()}
         counts = next(iter(next(iter(content["results"].values())).values()))["n"][part]

@@ -72,6 +72,7 @@ def test_report_of_unfinished_results(tmp_path: Path) -> None:
     assert "| experts - plain, balanced | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
     assert "## style (n = 40 to 40 rows a language and seed)" in text
     assert (tmp_path / "style.png").stat().st_size > 5000
+    assert not (tmp_path / "parts.png").exists(), "one part needs no overview"
 
 
 def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
