@@ -130,12 +130,13 @@ def catch_common_state() -> Iterator[dict[str, Any]]:
 
     Later versions plan these values like tensors; nothing is caught then.
     """
-    from megatron.core.dist_checkpointing.strategies import base, common
+    from megatron.core.dist_checkpointing.strategies import common
 
     caught: dict[str, Any] = {}
     if not hasattr(common, "TorchCommonSaveStrategy"):
         yield caught
         return
+    from megatron.core.dist_checkpointing.strategies import base
 
     class Caught(common.TorchCommonSaveStrategy):
         def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:

@@ -235,8 +235,13 @@ class Qwen2Decoder(GPTModel):
             cache.advance(cu_seqlens.diff().long(), max_seqlen)
         if not self.post_process:
             return hidden if message is None else self._memory.append(hidden, message)
+        return self._head(hidden, num_rows, label_rows if targets is not None else logits_rows, targets, split)
+
+    def _head(
+        self, hidden: Tensor, num_rows: int, rows: Tensor | None, targets: Tensor | None, split: RowSplit | None
+    ) -> Tensor:
+        """Losses or logits of `rows` (all when None) of a pack of `num_rows`."""
         hidden = self._from_layers(hidden)
-        rows = label_rows if targets is not None else logits_rows
         if split is None:
             hidden = hidden[:num_rows]
         elif rows is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
 from parrot_sys.megatron.adam import install_adam
@@ -98,7 +101,20 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay * group["wd_mult"]
+    _gather_parameters_once(optimizer)
     return optimizer
+
+
+def _gather_parameters_once(optimizer: MegatronOptimizer) -> None:
+    """Leaves the gathering of updated parameters to the last of the chained optimizers.
+
+    Each would gather those of all of them, once too often where experts have an optimizer of their own
+    (github.com/NVIDIA/Megatron-LM/issues/1527).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [])[:-1]:
+        if isinstance(part, DistributedOptimizer):
+            # What DistributedOptimizer adds to it is the gathering.
+            part.step_with_ready_grads = partial(MixedPrecisionOptimizer.step_with_ready_grads, part)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

@@ -116,13 +116,7 @@ def _paper(batch: PackedBatch, wings: WingsConfig, cache: KVCache | None, common
     active = before[stop] > before[start]
     skipped = torch.minimum(start + wings.system_prompt_length, stop)
     first_text = torch.where(active, skipped - before[skipped], start - before[start])
-    segments = torch.stack(
-        (
-            torch.stack((before[start], before[rows + 1]), dim=1),
-            torch.stack((first_text, rows + 1 - before[rows + 1]), dim=1),
-        ),
-        dim=1,
-    )
+    segments = _segments((before[start], before[rows + 1]), (first_text, rows + 1 - before[rows + 1]))
     num_visual = batch.visual_rows.numel()
     text_rows = torch.argsort(is_visual, stable=True)[: num_rows - num_visual]
     source = torch.cat((batch.visual_rows, text_rows))
@@ -132,7 +126,7 @@ def _paper(batch: PackedBatch, wings: WingsConfig, cache: KVCache | None, common
         kinds=(num_visual, num_rows - num_visual),
         source=source,
         positions=batch.position_ids[source],
-        segments=segments.to(torch.int32),
+        segments=segments,
         active=active,
         factors=torch.ones(num_rows, 2, device=device),
     )
@@ -168,20 +162,15 @@ def _decoding(batch: PackedBatch, cache: KVCache, common: dict[str, Any]) -> Win
     text = cache.lengths - visual
     none = torch.empty(0, dtype=torch.int64, device=device)
     longest = cache.visual_capacity
-    segments = torch.stack(
-        (
-            torch.stack((requests * longest, requests * longest + visual), dim=1),
-            torch.stack((requests * cache.capacity + first_text, requests * cache.capacity + text + 1), dim=1),
-        ),
-        dim=1,
-    )
+    first, all_text = requests * longest, requests * cache.capacity
+    segments = _segments((first, first + visual), (all_text + first_text, all_text + text + 1))
     return WingsPlan(
         **common,
         rows=count,
         kinds=(0, count),
         source=requests,
         positions=batch.position_ids,
-        segments=segments.to(torch.int32),
+        segments=segments,
         active=visual > 0,
         factors=torch.ones(count, 2, device=device),
         decoding=True,
@@ -209,57 +198,82 @@ def _released(batch: PackedBatch, wings: WingsConfig, rows_per_image: int, commo
         )
     mixed = 0 < num_images < samples
     left_out = wings.system_prompt_length + rows_per_image
-    grid = longest + (left_out if mixed else 0)
-    bounds = batch.cu_seqlens.long()
+    bounds, num_visual = batch.cu_seqlens.long(), batch.visual_rows.numel()
     lengths = bounds.diff()
     is_visual = torch.zeros(num_rows + 1, dtype=torch.bool, device=device).index_fill(0, batch.visual_rows, True)
-    columns = torch.arange(grid, device=device)
-    places = columns.clamp(max=max(longest - 1, 0))
-    cells = torch.where(places < lengths[:, None], bounds[:-1, None] + places, num_rows)  # [S, grid]
-    flags = (is_visual[cells] & (columns < longest)).flatten()
-    text_before = torch.arange(flags.numel() + 1, device=device) - _counts(flags)
-    num_text = flags.numel() - batch.visual_rows.numel()
-    text_cells = torch.argsort(flags, stable=True)[:num_text]
+    lists = _text_lists(is_visual, bounds, longest, left_out if mixed else 0, num_visual)
     rows = torch.arange(num_rows, device=device)
     sample = _owners(rows, batch.cu_seqlens)
     before = _counts(is_visual[:num_rows])
     visual = before[bounds[1:]] - before[bounds[:-1]]
     has_image = visual > 0
-    first_visual = is_visual[cells].int().argmax(1) if grid and samples else visual
-    skipped = torch.where(has_image, first_visual.clamp(max=wings.system_prompt_length), 0)
+    skipped = torch.where(has_image, lists.first_visual.clamp(max=wings.system_prompt_length), 0)
     entries = torch.full_like(lengths, longest) if mixed else longest - visual - skipped
-    start = text_before[torch.arange(samples, device=device) * grid + skipped][sample]
+    start = lists.before[torch.arange(samples, device=device) * lists.width + skipped][sample]
     own = rows - bounds[sample]
     seen = torch.minimum(torch.minimum(own + 1, lengths[sample]), entries[sample])
     uniform = None
     if mixed:
         uniform = has_image[sample] & (own >= longest - left_out)
         seen = torch.where(uniform, longest, seen)
-    num_visual = batch.visual_rows.numel()
     first_image = torch.where(has_image, before[bounds[:-1]], num_visual)[sample]
     read = torch.full_like(first_image, rows_per_image if num_images else 0)
-    segments = torch.stack(
-        (torch.stack((first_image, first_image + read), dim=1), torch.stack((start, start + seen), dim=1)), dim=1
-    )
     blank = num_rows + 1 + torch.arange(rows_per_image if mixed else 0, device=device)
     factors = torch.full((num_rows, 2), 2.0, device=device)
     factors[:, 0] -= (~has_image[sample]).float()
-    image_rows = torch.cat((batch.visual_rows, blank))
-    positions = torch.cat(
-        (batch.position_ids[batch.visual_rows], blank - num_rows - 1, places.repeat(samples)[text_cells])
-    )
+    image_positions = (batch.position_ids[batch.visual_rows], blank - num_rows - 1)
     return WingsPlan(
         **common,
-        rows=image_rows.numel() + num_text,
-        kinds=(image_rows.numel(), num_text),
-        source=torch.cat((image_rows, cells.flatten()[text_cells])),
-        positions=positions,
-        segments=segments.to(torch.int32),
+        rows=num_visual + blank.numel() + lists.source.numel(),
+        kinds=(num_visual + blank.numel(), lists.source.numel()),
+        source=torch.cat((batch.visual_rows, blank, lists.source)),
+        positions=torch.cat((*image_positions, lists.positions)),
+        segments=_segments((first_image, first_image + read), (start, start + seen)),
         active=torch.full((num_rows,), num_images > 0, device=device),
         factors=factors,
         uniform=uniform,
         needs_blank=mixed,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _TextLists:
+    """The text of every padded sample, one list behind the other (released rule)."""
+
+    source: Tensor  # row of the pack, T where it is padding
+    positions: Tensor  # place in the sample
+    before: Tensor  # entries before each cell of the grid [S, width] of padded samples, flat
+    width: int
+    first_visual: Tensor  # [S] place of the first visual row, 0 without
+
+
+def _text_lists(is_visual: Tensor, bounds: Tensor, longest: int, repeats: int, num_visual: int) -> _TextLists:
+    """
+    Args:
+        is_visual: bool [T + 1], the last one False.
+        bounds: int64 [S + 1].
+        longest: N, to which samples are padded.
+        repeats: how often the last place of each is repeated.
+        num_visual: R.
+    """
+    num_rows, samples, width = is_visual.numel() - 1, bounds.numel() - 1, longest + repeats
+    columns = torch.arange(width, device=bounds.device)
+    places = columns.clamp(max=max(longest - 1, 0))
+    cells = torch.where(places < bounds.diff()[:, None], bounds[:-1, None] + places, num_rows)  # [S, width]
+    flags = (is_visual[cells] & (columns < longest)).flatten()
+    text = torch.argsort(flags, stable=True)[: flags.numel() - num_visual]
+    return _TextLists(
+        source=cells.flatten()[text],
+        positions=places.repeat(samples)[text],
+        before=torch.arange(flags.numel() + 1, device=bounds.device) - _counts(flags),
+        width=width,
+        first_visual=is_visual[cells].int().argmax(1) if cells.numel() else bounds[:-1],
+    )
+
+
+def _segments(visual: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> Tensor:
+    """int32 [T, 2, 2] from the first and one past the last memory row of each kind, [T] each."""
+    return torch.stack((torch.stack(visual, dim=1), torch.stack(text, dim=1)), dim=1).to(torch.int32)
 
 
 def _counts(flags: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from typing import Literal
 
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import padded_elements
-from parrot_sys.planning.weights import Weight, stage_weights, trainable_weights
+from parrot_sys.planning.weights import Weight, cut_projector_layers, stage_weights, trainable_weights
 
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 """Gradients that Megatron's overlapped reduction sends together."""
@@ -99,9 +100,17 @@ def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> 
 
 
 def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
-    """Rows of a cut vocabulary are added up; the tower, cut by heads, sums twice in each block."""
+    """Rows of a cut vocabulary are added up; the tower, cut by heads, sums twice in each block, the projector for two
+    layers."""
     vision, size = job.model.vision, layout.tensor
     row = job.bytes * job.model.llm.hidden_size
+    visual = layout.local_images(batch.images) * vision.num_visual_rows
+    for first in range(0, cut_projector_layers(job.model), 2):
+        yield _message("tensor", "all_reduce", visual * row, 1, size)
+        if first and job.gradient_reaches("projector"):
+            yield _message("tensor", "all_reduce", visual * row, 1, size, backward=True)
+        if not first and job.trainable.vision:
+            yield _message("tensor", "all_reduce", job.bytes * visual * vision.hidden_size, 1, size, backward=True)
     yield _message("tensor", "all_reduce", batch.rows * row, 1, size)
     if layout.sequence:
         yield _message("tensor", "all_gather", layout.local_rows(batch.rows) * row, 1, size, backward=True)
@@ -167,17 +176,48 @@ def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) 
 
 
 def _expert_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
-    """Whole images to the ranks of their experts and back, in both directions; sums over the slices of an expert."""
-    visual = layout.local_images(batch.images) * job.model.vision.num_visual_rows
-    payload = job.bytes * visual * job.model.llm.hidden_size
-    backward = (False, True) if job.gradient_reaches("moe") else (False,)
-    if layout.expert > 1:
-        copies = layout.expert if job.model.moe.routing == "dense" else min(job.chosen_experts, layout.expert)
-        for direction in backward:
-            yield _message("expert", "all_to_all", payload * copies, 2, layout.expert, backward=direction)
+    """Whole images and their weights to the ranks of their experts, the experts' sums back; the same for gradients."""
+    moe, way = job.model.moe, Dispatch.of(job, layout, layout.local_images(batch.images))
+    image = job.bytes * job.model.vision.num_visual_rows * job.model.llm.hidden_size
+    # Bytes of what goes there, and whether its gradients come back.
+    there = ((image, job.gradient_reaches("projector")), (4 * moe.num_experts, job.gradient_reaches("moe")))
+    ranks = layout.expert * layout.expert_tensor
+    if way.way == "in_place":
+        yield _message("experts", "all_reduce", image * way.images, 1, ranks)
+        for size, learns in there:
+            if learns:
+                yield _message("experts", "all_reduce", size * way.images, 1, ranks, backward=True)
+        return
+    if layout.tensor > 1:  # the ranks split the images before, and gather the results behind
+        whole = way.own * layout.tensor
+        yield _message("tensor", "all_gather", image * whole, 1, layout.tensor)
+        for size, learns in there:
+            if learns:
+                yield _message("tensor", "all_gather", size * whole, 1, layout.tensor, backward=True)
+    if ranks == 1:
+        return
+    counts = 1 if way.way == "gathered" else 2 * layout.expert
+    yield _message("experts", "all_gather", 8 * counts * ranks, 1, ranks)
+    for size, learns in there:
+        yield from _travel(layout, way, size, there=True)
+        if learns:
+            yield from _travel(layout, way, size, there=False, backward=True)
+    yield from _travel(layout, way, image, there=False)
+    if job.gradient_reaches("moe"):
+        yield from _travel(layout, way, image, there=True, backward=True)
+
+
+def _travel(layout: Layout, way: Dispatch, size: float, *, there: bool, backward: bool = False) -> Iterator[Message]:
+    """What `size` bytes an image cost on the way to the experts, or their sums on the way back."""
+    operation: Operation = "all_gather" if there else "reduce_scatter"
+    if way.way == "gathered":
+        ranks = layout.expert * layout.expert_tensor
+        yield _message("experts", operation, size * way.arriving, 1, ranks, backward=backward)
+        return
+    yield _message("expert", "all_to_all", size * way.sent, 1, layout.expert, backward=backward)
     if layout.expert_tensor > 1:
-        for direction in backward:
-            yield _message("expert_tensor", "all_reduce", payload, 1, layout.expert_tensor, backward=direction)
+        slices = layout.expert_tensor
+        yield _message("expert_tensor", operation, size * way.arriving, 1, slices, backward=backward)
 
 
 def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
+from parrot_sys.planning.weights import cut_projector_layers
 
 # Kernels of a decoder layer without fusions beyond norm and attention (forward, backward), counted in the code.
 LAYER_KERNELS = (35, 65)
@@ -106,14 +108,13 @@ def _visual(job: Job, batch: MicroBatch) -> float:
 def stage_seconds(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: MicroBatch) -> dict[str, Work]:
     """Time of a micro-batch on a rank of pipeline stage `stage`, without communication.
 
-    Rows and images are dealt over context-parallel ranks, matrices cut over tensor-parallel ones; projector and experts
-    (but for expert tensor parallelism) are whole on each of the latter.
+    Rows and images are dealt over context-parallel ranks, matrices cut over tensor-parallel ones.
     """
     work = _decoder_seconds(job, layout, cluster, stage, batch)
     if stage == 0:
         mine = replace(batch, images=layout.local_images(batch.images))
         work["vision"] = _times(job, "vision", cluster.gemm_seconds(vision_flops(job, mine) / _tower_cut(job, layout)))
-        work["projector"] = _times(job, "projector", cluster.gemm_seconds(projector_flops(job, mine)))
+        work["projector"] = _times(job, "projector", cluster.gemm_seconds(_projector_share(job, layout, mine)))
         if job.moe_active:
             work["experts"] = _expert_seconds(job, layout, cluster, mine)
     if stage == layout.pipeline - 1:
@@ -121,6 +122,15 @@ def stage_seconds(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, 
         # Logits are computed again in the backward pass instead of being kept.
         work["LM head"] = Work(once, once * (1 + _backward(job, "llm")))
     return work
+
+
+def _projector_share(job: Job, layout: Layout, batch: MicroBatch) -> float:
+    """Forward work of a rank: pairs of layers are cut, a last one without a partner is not."""
+    whole = job.model.projector.depth - cut_projector_layers(job.model)
+    size = job.model.llm.hidden_size
+    width = size if job.model.projector.depth > 1 else job.model.vision.hidden_size
+    last = 2 * _visual(job, batch) * size * width * whole
+    return last + (projector_flops(job, batch) - last) / layout.tensor
 
 
 def _tower_cut(job: Job, layout: Layout) -> int:
@@ -173,9 +183,10 @@ def _moved_bytes(job: Job, layout: Layout, batch: MicroBatch) -> tuple[float, fl
 def _expert_seconds(job: Job, layout: Layout, cluster: ClusterConfig, batch: MicroBatch) -> Work:
     """Experts; under expert parallelism the rank with the most images decides."""
     moe = job.model.moe
-    once = cluster.gemm_seconds(expert_flops(job, batch) / layout.expert_tensor)
+    sent = Dispatch.of(job, layout, batch.images)
+    once = cluster.gemm_seconds(expert_flops(job, replace(batch, images=sent.worth)))
     if moe.routing == "topk":
-        once *= expected_imbalance(layout.expert, batch.images * layout.expert * moe.topk)
+        once *= expected_imbalance(layout.expert, sent.own * layout.expert * layout.expert_tensor * moe.topk)
     # With `recompute` the up-projection, two of the three matrices, runs again.
     again = 2 / 3 * once if moe.recompute and job.gradient_reaches("moe") else 0.0
     return Work(once, once * _backward(job, "moe") + again)

@@ -19,6 +19,7 @@ _DIMENSIONS = {
     "tensor": "tensor parallel",
     "context": "context parallel",
     "pipeline": "pipeline messages",
+    "experts": "expert parallel",
     "expert": "expert parallel",
     "expert_tensor": "expert parallel",
     "data": "data parallel",

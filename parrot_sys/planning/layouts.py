@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,9 +66,11 @@ class Layout:
 
     def layers(self, num_layers: int, stage: int) -> int:
         """Decoder layers of a pipeline rank, in all its chunks."""
-        if self.pipeline == 1:
-            return num_layers
-        return sum(self.parallel.layers_of_stages(num_layers)[stage :: self.pipeline])
+        return sum(self.chunk_layers(num_layers, stage))
+
+    def chunk_layers(self, num_layers: int, stage: int) -> tuple[int, ...]:
+        """Decoder layers of each chunk of a pipeline rank."""
+        return _layers_of_stages(num_layers, self.pipeline, self.virtual)[stage :: self.pipeline]
 
     def local_rows(self, rows: float) -> float:
         """Rows of a pack that a context-parallel rank works on, with padding."""
@@ -92,6 +95,7 @@ class Layout:
         """Distance of neighbouring ranks of a group in the order of Megatron-Core: tp, cp, (ep,) dp, pp."""
         return {
             "tensor": 1,
+            "experts": 1,  # all that share the experts: expert tensor and expert parallel
             "context": self.tensor,
             "data": self.tensor,  # with the context-parallel ranks
             "expert_tensor": 1,
@@ -126,12 +130,18 @@ class Layout:
         chosen = [f"--{name} {size}" for name, size in flags.items() if size > 1]
         if self.sequence:
             chosen.append("--parallel.sequence-parallel")
-        if self.tensor > 1:
+        if self.expert_tensor != self.tensor:  # what it is when not set
             chosen.append(f"--parallel.expert-tensor-parallel-size {self.expert_tensor}")
         chosen.append("--optimizer.distributed" if self.distributed_optimizer else "--optimizer.no-distributed")
         chosen.append(f"--recompute {'full' if self.recompute else 'none'}")
         chosen.append(f"--data.max-tokens-per-micro-batch {rows}")
         return chosen
+
+
+@functools.cache
+def _layers_of_stages(num_layers: int, pipeline: int, virtual: int) -> tuple[int, ...]:
+    """As the trainer deals them out."""
+    return Layout(pipeline=pipeline, virtual=virtual).parallel.layers_of_stages(num_layers)
 
 
 def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: int) -> None:
@@ -179,6 +189,8 @@ def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str,
         (*tensor, "llm.ffn_hidden_size", llm.ffn_hidden_size),
         (*tensor, "llm.vocab_size", llm.vocab_size),
     ]
+    if model.projector.depth > 1:
+        rules.append((*tensor, "llm.hidden_size", llm.hidden_size))
     if vision.type != "efficientnet_lite0" and num_layers_run(vision):
         rules.append((*tensor, "vision.num_attention_heads", vision.num_attention_heads))
         rules.append((*tensor, "vision.ffn_hidden_size", vision.ffn_hidden_size))

@@ -14,10 +14,17 @@ import math
 from dataclasses import dataclass
 
 from parrot_sys.models.hf_checkpoint import num_layers_run
+from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.schedule import peak_in_flight
-from parrot_sys.planning.weights import Weight, buffer_elements, stage_weights, trainable_weights
+from parrot_sys.planning.weights import (
+    Weight,
+    buffer_elements,
+    cut_projector_layers,
+    stage_weights,
+    trainable_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,20 +103,15 @@ def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, nu
     inputs, kept = layer_input_bytes(job, layout, batch), layer_bytes(job, layout, batch)
     if not job.gradient_reaches("llm"):
         inputs = kept = 0.0
-    chunks = [count * (inputs if layout.recompute else kept) for count in _chunk_layers(job, layout, stage)]
+    chunks = [
+        count * (inputs if layout.recompute else kept) for count in layout.chunk_layers(job.model.llm.num_layers, stage)
+    ]
     if stage == 0:
         chunks[0] += first_stage_bytes(job, layout, batch)
     total = peak_in_flight(chunks, layout.pipeline, stage, num_micro_batches)
     # Once layers are computed again, what the LM head kept is gone.
     head = head_bytes(job, layout, batch) if stage == layout.pipeline - 1 else 0.0
     return total + max(head, kept - inputs if layout.recompute else 0.0)
-
-
-def _chunk_layers(job: Job, layout: Layout, stage: int) -> tuple[int, ...]:
-    """Decoder layers of each chunk of a pipeline rank."""
-    if layout.pipeline == 1:
-        return (job.model.llm.num_layers,)
-    return layout.parallel.layers_of_stages(job.model.llm.num_layers)[stage :: layout.pipeline]
 
 
 def _rows(layout: Layout, batch: MicroBatch) -> tuple[float, float]:
@@ -167,8 +169,8 @@ def _attention_bytes(job: Job, layout: Layout) -> float:
 def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     """Tower, projector, experts and embeddings.
 
-    Context-parallel ranks share the images out, and each puts all of them in place; tensor-parallel ones cut the tower
-    only.
+    Context-parallel ranks share the images out, and each puts all of them in place; tensor-parallel ones cut tower and
+    projector.
     """
     model, b = job.model, job.bytes
     size, images = model.llm.hidden_size, layout.local_images(batch.images)
@@ -183,7 +185,10 @@ def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     if learns.projector:
         total += b * visual * model.vision.hidden_size
     if job.gradient_reaches("projector"):
-        total += b * visual * size * (model.projector.depth - 1) * (2 if learns.projector else 1)
+        # Behind each layer but the last: what the activation takes, and what it gives to a layer that learns.
+        cut = cut_projector_layers(model) // 2
+        widths = size * (cut / layout.tensor + model.projector.depth - 1 - cut)
+        total += b * visual * widths * (2 if learns.projector else 1)
     if job.moe_active and (job.gradient_reaches("moe")):
         total += expert_bytes(job, layout, batch)
         total += b * batch.guidance_rows * size + (8 * batch.guidance_rows if learns.llm else 0)
@@ -196,18 +201,18 @@ def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
 def expert_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     """X [n, V, H] and z [experts of an image, n, V, 2, I] (ops/expert_mlp.py); with `moe.recompute` X only.
 
-    Under expert parallelism the images that other ranks sent are kept in place of those sent there; their number is
-    that of balanced routing.
+    Where images travel, those that arrived are X, and the router keeps the rank's own; images sent to chosen ranks are
+    kept once more when they are back, each copy of them (ops/permute.py).
     """
     moe, b = job.model.moe, job.bytes
-    visual = layout.local_images(batch.images) * job.model.vision.num_visual_rows
-    held = 1.0
-    if layout.expert > 1:
-        # Own rows for the router and the residual, and a copy for each rank that a row of the group goes to.
-        spread = layout.expert if moe.routing == "dense" else min(layout.expert, job.chosen_experts)
-        held += spread
-    z = 0.0 if moe.recompute else 2 * job.chosen_experts * moe.ffn_hidden_size / layout.expert_tensor
-    return b * visual * (held * job.model.llm.hidden_size + z)
+    sent = Dispatch.of(job, layout, layout.local_images(batch.images))
+    held = sent.arriving
+    if sent.way in ("gathered", "exchanged"):
+        held += sent.images
+    if sent.way == "exchanged":
+        held += sent.sent
+    z = 0.0 if moe.recompute else 2 * job.chosen_experts * moe.ffn_hidden_size
+    return b * job.model.vision.num_visual_rows * (held * job.model.llm.hidden_size + sent.worth * z)
 
 
 def _tower_bytes(job: Job, layout: Layout, images: float) -> float:
@@ -238,16 +243,19 @@ def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: Micr
     """What exists for a moment only, at its largest.
 
     In the backward pass: the gradient of the largest matrix before it is added to the buffer, gradients of the widest
-    rows, and what sequence and context parallelism gather. In the update (activations are gone then): one float32
-    number for each element of the optimizer's share (our Adam without a fused kernel).
+    rows (or of the experts and of the images that are with them), and what sequence and context parallelism gather. In
+    the update (activations are gone then): one float32 number for each element of the optimizer's share (our Adam
+    without a fused kernel).
     """
     rows = layout.local_rows(batch.rows)
     llm, b = job.model.llm, job.bytes
     widest = max(3 * llm.ffn_hidden_size / layout.tensor, 4 * llm.hidden_size)
     experts = 0.0
     if job.moe_active:
-        inner = job.chosen_experts * job.model.moe.ffn_hidden_size / layout.expert_tensor
-        experts = 3 * layout.local_images(batch.images) * job.model.vision.num_visual_rows * inner
+        sent = Dispatch.of(job, layout, layout.local_images(batch.images))
+        inner = 3 * sent.worth * job.chosen_experts * job.model.moe.ffn_hidden_size
+        travelling = 2 * sent.arriving * llm.hidden_size if sent.way in ("gathered", "exchanged") else 0.0
+        experts = job.model.vision.num_visual_rows * (inner + travelling)
     passing = b * (max((weight.numel for weight in learning), default=0) + max(rows * widest, experts))
     if layout.sequence:
         passing += b * rows * llm.hidden_size

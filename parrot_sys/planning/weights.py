@@ -24,7 +24,7 @@ class Weight:
     component: str  # vision, projector, moe, llm
     numel: int  # on this rank
     count: int = 1
-    routed: bool = False  # an expert's: reduced over the ranks that hold the same experts
+    routed: bool = False  # an expert's, whose copies are on other ranks than those of dense parameters
     replicated: bool = False  # whole on every tensor-parallel rank, used on a part of the rows under SP
 
     @property
@@ -40,7 +40,7 @@ def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weigh
     size, vocabulary = llm.hidden_size, llm.vocab_size // tensor
     weights: list[Weight] = []
     if first:
-        weights += [*_vision(model.vision, tensor), *_projector(model), *_experts(model, layout)]
+        weights += [*_vision(model.vision, tensor), *_projector(model, tensor), *_experts(model, layout)]
         weights.append(Weight("llm", vocabulary * size))
     weights += _decoder_layers(model, layout, stage)
     if last:
@@ -65,21 +65,28 @@ def _decoder_layers(model: ParrotConfig, layout: Layout, stage: int) -> Iterator
     yield Weight("llm", ffn * size, count)
 
 
-def _projector(model: ParrotConfig) -> Iterator[Weight]:
+def cut_projector_layers(model: ParrotConfig) -> int:
+    """The projector's layers that tensor-parallel ranks share: pairs, from the first on."""
+    return model.projector.depth // 2 * 2
+
+
+def _projector(model: ParrotConfig, tensor: int) -> Iterator[Weight]:
     size = model.llm.hidden_size
     for layer in range(model.projector.depth):
-        yield Weight("projector", (model.vision.hidden_size if layer == 0 else size) * size)
-        yield Weight("projector", size)
+        parts = tensor if layer < cut_projector_layers(model) else 1
+        yield Weight("projector", (model.vision.hidden_size if layer == 0 else size) * size // parts)
+        # Second layers of a pair are cut by their inputs.
+        yield Weight("projector", size // parts if layer % 2 == 0 else size)
 
 
 def _experts(model: ParrotConfig, layout: Layout) -> Iterator[Weight]:
     moe, size = model.moe, model.llm.hidden_size
     if moe.num_experts:
         inner = moe.num_experts // layout.expert * moe.ffn_hidden_size // layout.expert_tensor
-        cut = layout.expert > 1 or layout.expert_tensor > 1
+        apart = layout.expert * layout.expert_tensor != layout.tensor
         yield Weight("moe", moe.num_experts * size)
-        yield Weight("moe", 2 * inner * size, routed=cut)
-        yield Weight("moe", inner * size, routed=cut)
+        yield Weight("moe", 2 * inner * size, routed=apart)
+        yield Weight("moe", inner * size, routed=apart)
 
 
 def _vision(vision: VisionConfig, tensor: int) -> Iterator[Weight]:

@@ -229,12 +229,13 @@ def test_presets_of_the_paper_have_the_published_sizes(name: str) -> None:
     )
     model = build_parrot_model(config, device="meta", dtype=torch.bfloat16, with_vision_tower=False)
     counts = {part: sum(p.numel() for p in ps) for part, ps in component_parameters(model).items()}
-    assert counts == {"vision": 0, "projector": projector, "moe": moe, "llm": llm, "lora": 0}
+    held = {part: count for part, count in counts.items() if count}
+    assert held == {"projector": projector, "moe": moe, "llm": llm}
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def test_unknown_part_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="parts of the model are vision, projector, moe, llm, lora, got tower"):
+    with pytest.raises(ConfigError, match=r"parts of the model are vision, projector, .*, got tower"):
         set_trainable(_model(), {"tower": False})
 
 

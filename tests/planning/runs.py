@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import build_parrot_chunks
+from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
@@ -112,11 +113,15 @@ class Measured:
 def make_batch(
     config: ParrotConfig, *, samples: int, prompt: int = 24, answer: int = 20, images: int = 1
 ) -> PackedBatch:
-    """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer."""
+    """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer.
+
+    Each prompt is one token over and over, another one for each sample, so that `balance_routes` can choose routes.
+    """
     generator = torch.Generator().manual_seed(3)
     visual = config.vision.num_visual_rows * images
     length, n, side = prompt + visual + answer, samples * images, config.vision.image_size
     ids = torch.randint(0, config.llm.vocab_size, (samples, length), generator=generator)
+    ids[:, : prompt + visual] = torch.arange(samples)[:, None]
     ids[:, 1 : 1 + visual] = IMAGE_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_ID)
     labels[:, length - answer - 1 : -1] = ids[:, length - answer :]
@@ -139,6 +144,31 @@ def make_batch(
         pixel_values=torch.randn(n, 3, side, side, generator=generator) if n else None,
         image_features=None,
     )
+
+
+def even_experts(model: ParrotConfig, ranks: int) -> ParrotConfig:
+    """The model with as many experts as `ranks` can share, at least those it has."""
+    experts = -(-model.moe.num_experts // ranks) * ranks
+    return replace(model, moe=replace(model.moe, num_experts=experts))
+
+
+@torch.no_grad()
+def balance_routes(model: ParrotModel, batch: PackedBatch) -> None:
+    """Sets the router so that top-k routes go through all sets of experts in turn, halves of the experts alternating.
+
+    Six images are balanced over two ranks for top-1, and for top-2 of four experts, of which there are six pairs.
+    """
+    assert model.moe is not None, "the first stage has the experts"
+    config = model.moe.config
+    half = config.num_experts // 2
+    order = sorted(range(config.num_experts), key=lambda expert: (expert % half, expert))
+    routes = itertools.cycle(itertools.combinations(order, config.topk))
+    wanted = torch.full((batch.num_images, config.num_experts), -1.0)
+    for image, route in zip(range(batch.num_images), routes, strict=False):
+        wanted[image, list(route)] = 1.0
+    # All guiding rows of an image are alike, so the text that it attends to is any of them.
+    text = model.decoder.embed(batch.input_ids[batch.guidance_rows[batch.guidance_start]])
+    model.moe.router_weight.copy_((torch.linalg.pinv(text.float()) @ wanted).T)
 
 
 def sizes(batch: PackedBatch) -> MicroBatch:
@@ -242,6 +272,8 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     recompute = "full" if layout.recompute else "none"
     chunks = build_parrot_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
     set_trainable(chunks, case.trainable.as_dict())
+    if chunks[0].moe is not None and config.moe.routing == "topk":
+        balance_routes(chunks[0], batch)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=layout.distributed_optimizer)
     optimizer = build_optimizer(wrapped, lr=1e-3)
     runner = StepRunner(

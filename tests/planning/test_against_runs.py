@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.communication import micro_batch_messages, step_messages
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.training.config import TrainableConfig
-from tests.planning.runs import SHAPES, Case, make_batch, run, sizes
+from tests.planning.runs import SHAPES, Case, even_experts, make_batch, run, sizes
 
 ALL = TrainableConfig(vision=True)
 PROJECTOR = TrainableConfig(moe=False, llm=False)
@@ -36,24 +39,62 @@ CASES = {
     "DP2": Case(layout=Layout(data=2)),
     "DP2, ZeRO-1": Case(layout=Layout(data=2, distributed_optimizer=True)),
     "DP2, ZeRO-1, bf16": Case(layout=Layout(data=2, distributed_optimizer=True), precision="bf16"),
+    # Dense experts or top-k, as the shape has them.
+    "EP2": Case(layout=Layout(data=2, expert=2)),
+    "EP2, ZeRO-1, bf16": Case(layout=Layout(data=2, expert=2, distributed_optimizer=True), precision="bf16"),
+    "EP2, projector alone": Case(layout=Layout(data=2, expert=2), trainable=PROJECTOR),
+    "ETP2": Case(layout=Layout(data=2, expert_tensor=2)),
+    "TP2, ETP2": Case(layout=Layout(tensor=2, expert_tensor=2)),
+    "TP2+SP, EP2": Case(layout=Layout(tensor=2, sequence=True, expert=2)),
+    "PP2, EP2": Case(layout=Layout(pipeline=2, data=2, expert=2), micro_batches=3),
+}
+# Mixes on four processes.
+MIXES = {
+    "EP4": Case(layout=Layout(data=4, expert=4)),
+    "EP2, DP4, ZeRO-1": Case(layout=Layout(data=4, expert=2, distributed_optimizer=True)),
+    "EP2, ETP2": Case(layout=Layout(data=4, expert=2, expert_tensor=2)),
+    "TP2, DP2, EP4": Case(layout=Layout(tensor=2, data=2, expert=4)),
+    "TP2+SP, DP2, EP2, ETP2": Case(layout=Layout(tensor=2, sequence=True, data=2, expert=2, expert_tensor=2)),
+    "TP2, DP2": Case(layout=Layout(tensor=2, data=2)),
+    "TP4, EP2": Case(layout=Layout(tensor=4, expert=2)),
+    "CP2, DP2, EP2": Case(layout=Layout(context=2, data=2, expert=2)),
+    "TP2, PP2, EP2": Case(layout=Layout(tensor=2, pipeline=2, expert=2), micro_batches=3),
 }
 # Labels, metrics and norms: counts that no formula follows (about 600 bytes, more with more experts).
 SMALL_MESSAGES = 1500
 
 
-# `parrot plan` refuses a trainable EfficientNet.
-PAIRS = [
-    (shape, name)
-    for shape, config in SHAPES.items()
-    for name, case in CASES.items()
-    if not (case.trainable.vision and config.vision.type == "efficientnet_lite0")
-]
+# Seen with every shape in each run of the tests; of the other layouts each with one shape, the rest are slow.
+EVERY_SHAPE = ("one process", "TP2+SP", "PP2", "EP2", "ETP2", "TP2+SP, EP2")
 
 
-@pytest.mark.parametrize(("shape", "name"), PAIRS)
+def _pairs() -> Iterator[Any]:
+    for row, (name, case) in enumerate(CASES.items()):
+        # `parrot plan` refuses a trainable EfficientNet.
+        fit = [s for s, c in SHAPES.items() if not (case.trainable.vision and c.vision.type == "efficientnet_lite0")]
+        for column, shape in enumerate(fit):
+            quick = name in EVERY_SHAPE or column == row % len(fit)
+            yield pytest.param(shape, name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("shape", "name"), list(_pairs()))
 def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
-    config, case = SHAPES[shape], CASES[name]
-    batch = make_batch(config, samples=6)
+    _compare(SHAPES[shape], CASES[name], samples=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    # Four ranks can share the heads of one shape only.
+    [(shape, name) for shape in SHAPES for name in MIXES if not name.startswith("TP4") or "EfficientNet" in shape],
+)
+def test_bytes_of_mixes_are_those_of_a_real_step(shape: str, name: str) -> None:
+    _compare(SHAPES[shape], MIXES[name], samples=24)
+
+
+def _compare(config: ParrotConfig, case: Case, *, samples: int) -> None:
+    config = even_experts(config, case.layout.expert)
+    batch = make_batch(config, samples=samples)
     job, layout, micro_batch = case.job(config), case.layout, sizes(batch)
     for stage, measured in run(config, case, batch).items():
         state = state_bytes(job, layout, stage_weights(config, layout, stage), stage)
@@ -70,7 +111,7 @@ def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
         messages = micro_batch_messages(job, layout, stage, micro_batch) * case.micro_batches
         for message in [*messages, *step_messages(job, layout, stage)]:
             predicted[message.operation] += message.payload
-        sent = dict(measured.messages)
+        sent = Counter(measured.messages)
         if layout.num_gpus > 1:
             assert 0 <= sent.pop("all_reduce") - predicted.pop("all_reduce", 0) < SMALL_MESSAGES
         assert sent == predicted

@@ -19,6 +19,7 @@ from parrot_sys.planning.cluster import GPUS, ClusterConfig, Efficiency
 from parrot_sys.planning.communication import Message
 from parrot_sys.planning.compute import expected_imbalance, model_flops
 from parrot_sys.planning.config import PlanConfig, SampleConfig
+from parrot_sys.planning.dispatch import ranks_of_choices
 from parrot_sys.planning.estimate import estimate, micro_batches, peak_memory
 from parrot_sys.planning.job import Job
 from parrot_sys.planning.layouts import Layout
@@ -85,6 +86,17 @@ def test_expected_imbalance_is_that_of_drawn_routes(ranks: int, choices: int) ->
     drawn = loads.amax(1).mean().item() * ranks / choices
     # The Poisson limit is worst where a handful of images meets a handful of ranks.
     assert expected_imbalance(ranks, choices) == pytest.approx(drawn, rel=0.1 if choices < 10 else 0.02)
+
+
+@pytest.mark.parametrize(("experts", "ranks", "topk"), [(4, 2, 1), (4, 2, 2), (6, 3, 2), (64, 8, 2), (8, 2, 5)])
+def test_ranks_that_an_image_goes_to_are_those_of_drawn_routes(experts: int, ranks: int, topk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(20_000, experts, generator=generator).argsort(1)[:, :topk]
+    seen = torch.zeros(len(draws), ranks).scatter_(1, draws // (experts // ranks), 1.0)
+    # Three standard deviations of the mean of so many draws of a number between 1 and topk.
+    assert ranks_of_choices(experts, ranks, topk) == pytest.approx(
+        seen.sum(1).mean().item(), abs=1.5 * topk / 20_000**0.5
+    )
 
 
 def test_imbalance_of_very_many_choices_goes_on_smoothly() -> None:

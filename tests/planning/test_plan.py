@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from parrot_sys.__main__ import main
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.config import to_transformer_config
+from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.parallel.image_dispatch import check_experts
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
 from parrot_sys.planning.layouts import Layout, check
@@ -110,6 +116,73 @@ def test_invalid_layouts_are_refused_with_the_nearest_values(layout: Layout, mes
 def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_layouts(replace(BASE, fix=fix))
+
+
+SIZES = {
+    "tensor": (1, 2, 3, 4, 5, 8),
+    "pipeline": (1, 2, 3),
+    "virtual": (1, 2, 9),
+    "context": (1, 2),
+    "expert": (1, 2, 4, 6),
+    "expert_tensor": (1, 2, 3),
+}
+
+
+def test_what_the_trainer_refuses_is_refused_and_nothing_else() -> None:
+    refused = 0
+    for sizes in itertools.product(*SIZES.values()):
+        layout = Layout(**dict(zip(SIZES, sizes, strict=True)))
+        error = _trainers_error(layout, 12)
+        refused += error is not None
+        assert (_refusal(MODEL, layout, 12) is None) == (error is None), (layout, error)
+    assert 0 < refused < math.prod(map(len, SIZES.values()))
+
+
+def _refusal(model: ParrotConfig, layout: Layout, num_gpus: int) -> str | None:
+    try:
+        check(model, layout, num_gpus, samples_per_step=1000)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _trainers_error(layout: Layout, num_gpus: int) -> str | None:
+    """What `parrot train` says before it builds anything, and what the modules say when they are cut."""
+    try:
+        parallel = layout.parallel
+        parallel.data_parallel_size(num_gpus)
+        parallel.layers_of_stages(MODEL.llm.num_layers)
+        to_transformer_config(MODEL.llm, parallel, dtype=torch.bfloat16, initialize_weights=False)
+        check_experts(MODEL.moe.num_experts, MODEL.moe.ffn_hidden_size, layout.expert, layout.expert_tensor)
+        if MODEL.vision.num_attention_heads % layout.tensor or MODEL.llm.hidden_size % layout.tensor:
+            raise ConfigError("tower and projector are cut too")
+    except (ConfigError, ValueError, AssertionError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("layout", "field"), [(Layout(expert=4), "expert"), (Layout(expert_tensor=3), "expert_tensor")]
+)
+def test_nearest_sizes_for_experts_are_those_of_the_trainer(layout: Layout, field: str) -> None:
+    error, refusal = _trainers_error(layout, 12), _refusal(MODEL, layout, 12)
+    assert error is not None
+    assert refusal is not None
+    suggested = error.rsplit(" to ", 1)[1]
+    assert f" {suggested}" in refusal.split("the nearest")[1]
+    assert _trainers_error(replace(layout, **{field: int(suggested)}), 12) is None
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(expert=2), Layout(tensor=2, expert=2), Layout(tensor=2, expert_tensor=2), Layout(expert_tensor=2)]
+)
+def test_printed_options_give_the_layout(layout: Layout) -> None:
+    options = [option for option in layout.flags(rows=1) if option.startswith("--parallel.")]
+    parsed = {name.removeprefix("--parallel.").replace("-", "_"): value for name, value in map(str.split, options)}
+    parallel = ParallelConfig(**{name: int(value) for name, value in parsed.items()})
+    assert parallel.expert_tensor_size == layout.expert_tensor
+    assert parallel.expert_model_parallel_size == layout.expert
+    assert parallel.tensor_model_parallel_size == layout.tensor
 
 
 def test_words_name_what_the_simpler_layouts_lack() -> None:
