@@ -114,7 +114,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
             raise ConfigError(
                 f"the tables {name} of {first} and {second} differ: evaluate both models on the same files"
             )
-        mine, yours = _answers(ours[name]), _answers(theirs[name])
+        mine, yours = read_answers(ours[name]), read_answers(theirs[name])
         if shared := sorted(mine.keys() & yours.keys()):
             pairs[name] = [(mine[index], yours[index]) for index in shared]
     if not pairs:
@@ -134,8 +134,12 @@ def _score_files(folder: Path) -> dict[str, ScoreFile]:
     return {file.content["dataset"]: file for file in files}
 
 
-def _answers(scores: ScoreFile) -> dict[int, str]:
-    """Row index -> answer."""
+def read_answers(scores: ScoreFile) -> dict[int, str]:
+    """Row index -> answer.
+
+    Raises:
+        DataError: the file with the answers is missing or damaged.
+    """
     path = scores.path.with_name(scores.path.name.removesuffix(SCORES_SUFFIX) + ".jsonl")
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]

@@ -10,11 +10,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from parrot_sys.evaluation import plots
+from parrot_sys.evaluation.answer_lengths import count_words, read_answers
 from parrot_sys.evaluation.markdown import table
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.report import headline, load_scores
 from parrot_sys.evaluation.results import read_score_files
-from parrot_sys.evaluation.runner import SCORES_SUFFIX
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""
@@ -37,15 +37,13 @@ def accuracies(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
 
 
 def answer_lengths(evaluation: Path) -> tuple[Accuracy, dict[str, dict[str, int]]]:
-    """(characters of an answer, answers) per suite and language of an evaluation with generated answers."""
+    """(words in an answer, answers) per suite and language of an evaluation with generated answers."""
     lengths: Accuracy = {}
     counts: dict[str, dict[str, int]] = {}
     for file in read_score_files(evaluation):
-        stem = file.path.name.removesuffix(SCORES_SUFFIX)
-        lines = (file.path.parent / f"{stem}.jsonl").read_text(encoding="utf-8").split("\n")[1:]
-        answers = [json.loads(line)["response"] for line in lines if line]
+        answers = read_answers(file).values()
         suite, language = file.content["suite"], file.content["language"]
-        lengths.setdefault(suite, {})[language] = fmean(len(answer) for answer in answers)
+        lengths.setdefault(suite, {})[language] = fmean(count_words(answer) for answer in answers)
         counts.setdefault(suite, {})[language] = len(answers)
     return {suite: {**row, AVERAGE: fmean(row.values())} for suite, row in lengths.items()}, counts
 
@@ -179,6 +177,16 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
         "",
     ]
     summary = content["summary"]
+    parts = list(next(iter(summary["variants"].values()), {}))
+    if len(parts) > 1:
+        plots.means_with_spread(
+            {name: {part: row[part][AVERAGE]["seeds"] for part in parts} for name, row in summary["variants"].items()},
+            chance=content["chance"],
+            title=f"{content['unit'].capitalize()}, mean over languages",
+            y_label=content["unit"],
+            path=folder / "parts.png",
+        )
+        lines += ["![Mean over languages of each part](parts.png)", ""]
     for part in next(iter(summary["variants"].values()), {}):
         rows = {name: parts[part] for name, parts in summary["variants"].items()}
         counts = next(iter(next(iter(content["results"].values())).values()))["n"][part]

@@ -190,7 +190,7 @@ ANSWERS = Experiment(
     ),
     comparisons=(("long and short - long answers", "long and short answers", "long answers"),),
     file="answers.json",
-    unit="characters in an answer",
+    unit="words in an answer",
     chance=None,
     measure=answer_lengths,
 )

@@ -72,6 +72,7 @@ def test_report_of_unfinished_results(tmp_path: Path) -> None:
     assert "| experts - plain, balanced | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
     assert "## style (n = 40 to 40 rows a language and seed)" in text
     assert (tmp_path / "style.png").stat().st_size > 5000
+    assert not (tmp_path / "parts.png").exists(), "one part needs no overview"
 
 
 def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
@@ -91,13 +92,13 @@ def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
 def test_lengths_of_answers(tmp_path: Path) -> None:
     folder = tmp_path / "mmmb" / "model"
     folder.mkdir(parents=True)
-    for language, answers in (("en", ["four", "eight..."]), ("zh", ["\u732b"])):
+    for language, answers in (("en", ["two words", "and four of them"]), ("zh", ["\u732b"])):
         stem = f"m_MMMB_{language}"
         result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}"}
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
-        lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
+        lines = [{"settings": {}}, *({"index": i, "prediction": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 6.0, "zh": 1.0, "mean": 3.5}}, {"mmmb": {"en": 2, "zh": 1}})
+    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0}}, {"mmmb": {"en": 2, "zh": 1}})
 
 
 def test_provenance_names_machine_versions_and_commit() -> None:
