@@ -163,7 +163,7 @@ class WingsLearners(MegatronModule):
         routed = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
         if self.config.sequence_parallel:
             active, factors = (self._part(rows) for rows in (active, factors))
-        alone = torch.tensor([0.0, 1.0], device=routed.device)
+        alone = torch.arange(2.0, device=routed.device)  # nothing visual, the text as it is
         weights = torch.where(active[:, None], routed * factors, alone)
         plan.keep(self.layer_number, routed)
         return weights

@@ -241,8 +241,8 @@ def _llm_sources(
 ) -> tuple[dict[str, tuple[tuple[int, ...], Read]], int]:
     """LLaMA's tensors, shape and how to read each, and the number of tokens.
 
-    Takes the trained embedding, if there is one, out of `flamingo`. Rows that are nowhere get the mean of the others: in
-    the LM head that is the mean of all logits, which never is the largest.
+    Takes the trained embedding, if there is one, out of `flamingo`. Rows that are nowhere get the mean of the
+    others: in the LM head that is the mean of all logits, which never is the largest.
     """
     sources: dict[str, tuple[tuple[int, ...], Read]] = {
         key: (files.shape(key), partial(files.tensor, key))

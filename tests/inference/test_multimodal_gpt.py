@@ -85,10 +85,12 @@ def test_images_one_behind_the_other(tiny: ParrotForConditionalGeneration, expec
     assert _relative(tiny(torch.where(ids == 199, -200, ids), images=list(images.flatten(0, 2))).logits, wanted) < 1e-4
 
 
-def test_greedy_tokens(tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(tiny: ParrotForConditionalGeneration, expected: dict[str, Tensor], use_cache: bool) -> None:
     ids, images = expected["generate.input_ids"], expected["generate.vision_x"]
     wanted = expected["generate.output_ids"]
-    output = tiny.generate(ids, images=images, max_new_tokens=wanted.shape[1] - ids.shape[1])
+    count = wanted.shape[1] - ids.shape[1]
+    output = tiny.generate(ids, images=images, max_new_tokens=count, use_cache=use_cache)
     assert torch.equal(output, wanted)
 
 

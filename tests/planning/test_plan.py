@@ -17,6 +17,7 @@ from parrot_sys.megatron.config import to_transformer_config
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.parallel.image_dispatch import check_experts
 from parrot_sys.planning.cluster import ClusterConfig
@@ -116,6 +117,11 @@ def test_invalid_layouts_are_refused_with_the_nearest_values(layout: Layout, mes
 def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_layouts(replace(BASE, fix=fix))
+
+
+def test_lora_is_refused_until_there_are_formulas_for_it() -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora has no formulas in parrot plan: unset it"):
+        replace(BASE, model=replace(BASE.model, lora=LoRAConfig()))
 
 
 SIZES = {
