@@ -58,7 +58,7 @@ PARROT = Figure(
     arrows=(
         ("image", "tower", ""),
         ("tower", "projector", ""),
-        ("projector", "attend", "CLS"),
+        ("projector", "attend", ""),
         ("prompt", "embedding", ""),
         ("embedding", "attend", ""),
         ("attend", "router", ""),
