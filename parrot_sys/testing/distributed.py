@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -93,6 +94,9 @@ def _run_rank(
 ) -> None:
     with open(os.path.join(folder, f"stack{rank}"), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file)
+        # What the parent left behind is not this process's to destroy: threads that process groups wait for in the end
+        # exist only there.
+        gc.freeze()
         # More threads than cores only slow the ranks down, and a forked OpenMP pool must not be used again.
         torch.set_num_threads(1)
         try:
