@@ -11,6 +11,7 @@ import queue
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ class CheckpointWrite:
                 self._digests[path.name] = digest_file(path, sync=True)
         except Exception as error:  # every failure has to reach the other ranks
             self._error = describe(error)
+            # Its frames hold buffers in reference cycles; Python 3.12.1 crashes when it collects those.
+            traceback.clear_frames(error.__traceback__)
 
     def _progress(self) -> tuple[int, int]:
         """(ranks that still write, bytes written by all)."""
