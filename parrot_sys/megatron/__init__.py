@@ -21,10 +21,12 @@ _PUBLIC = {
     "TextGuidedLayer": "text_guided",
     "TokenRouter": "moe_layer",
     "add_text_guidance": "text_guided",
+    "learner_inputs": "wings_inputs",
     "moe_layer_spec": "moe_layer",
     "text_guidance": "text_guided",
     "text_guided_spec": "text_guided",
     "with_grouped_experts": "moe_layer",
+    "with_learners": "wings",
     "with_norms": "norms",
 }
 """Public name -> module that holds it."""

@@ -144,7 +144,8 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            query: [s, b, n, d]; key, value: [s, b, g, d]. With a context b = 1 and s = T.
+            query: [s, b, n, d]; key, value: [s, b, g, d]. With a context T = s b, batch entry by batch entry (our own
+                decoder has b = 1).
             attention_mask, attention_bias: must be None; the mask follows from `attn_mask_type` of the constructor.
             packed_seq_params: context of a packed micro-batch.
 
@@ -163,10 +164,11 @@ class CoreAttention(nn.Module):
             batch_first = (rows.transpose(0, 1) for rows in (query, key, value))
             output = dense_attention(*batch_first, scale=self.scale, causal=self.causal).transpose(0, 1)
             return output.flatten(2)
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        batch = query.shape[1]
+        query, key, value = (rows.transpose(0, 1).flatten(0, 1) for rows in (query, key, value))
         if context.rotary is not None:
             query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
-        return self._packed(query, key, value, context).flatten(1).unsqueeze(1)
+        return self._packed(query, key, value, context).flatten(1).unflatten(0, (batch, -1)).transpose(0, 1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         cached = context.cached

@@ -121,7 +121,7 @@ class ParrotModel(MegatronModule):
     def _spec_of_layer(self, number: int) -> ModuleSpec:
         if self.parrot.wings is not None:
             spec = layer_spec(lora=self.parrot.lora)
-            return with_learners(spec, self.parrot.wings, number - 1, rope_base=self.parrot.llm.rope_base)
+            return with_learners(spec, self.parrot.wings, rope_base=self.parrot.llm.rope_base)
         if self.parrot.flamingo is None:
             return layer_spec(lora=self.parrot.lora)
         return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora)

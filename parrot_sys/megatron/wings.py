@@ -1,54 +1,83 @@
 """Wings on Megatron layers: modality learners beside each decoder layer, their router and what they remember.
 
-T rows of a pack, M rows of the memory (R visual rows and the text rows), S samples, H hidden size, r rank.
+T = s b rows of a pack (our own decoder has b = 1), M rows of the memory (R visual rows and the text rows), H hidden
+size, r rank.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.column_attention import ColumnSum
-from parrot_sys.megatron.core_attention import AttentionContext
+from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention
 from parrot_sys.megatron.wings_memory import KINDS, WingsPlan
 from parrot_sys.modules.rotary import rotary_cos_sin, rotate
 from parrot_sys.modules.wings import CUT_DIMS, LorraLearner, WingsConfig, WingsRouter
 from parrot_sys.parallel import copy_to_group, reduce_from_group
 
+Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
 
-def with_learners(spec: ModuleSpec, wings: WingsConfig, layer: int, *, rope_base: float) -> ModuleSpec:
-    """The spec of decoder layer `layer` (counted from 0), with learners where `wings` wants them.
+
+def with_learners(spec: Spec, wings: WingsConfig, *, rope_base: float) -> Spec:
+    """A copy of a layer or block spec whose layers have learners where `wings` wants them.
+
+    The learners' router reads the layer's own attention, so the core attention of the layers becomes `CoreAttention`.
 
     Args:
-        spec: of a `TransformerLayer`.
+        spec: of a `TransformerLayer` with causal `SelfAttention`, or a `TransformerBlockSubmodules` of such layers.
         wings: settings.
-        layer: number of the layer.
         rope_base: of the rotary embeddings of queries and memory.
+
+    Raises:
+        ConfigError: the spec is of something else.
     """
-    if not wings.has_learners(layer):
-        return spec
+    if isinstance(spec, TransformerBlockSubmodules):
+        specs = [with_learners(layer, wings, rope_base=rope_base) for layer in spec.layer_specs or []]
+        return dataclasses.replace(spec, layer_specs=specs)
     plain = spec.submodules
+    if spec.module is not TransformerLayer or not isinstance(plain, TransformerLayerSubmodules):
+        raise ConfigError(f"learners stand beside a TransformerLayer's attention, got the spec of {spec.module}")
     submodules = WingsLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
+    submodules.self_attention = _with_core_attention(plain.self_attention)
+    submodules.wings = wings
+    submodules.wings = wings
     submodules.learners = ModuleSpec(module=WingsLearners, params={"wings": wings, "rope_base": rope_base})
     changed = copy.copy(spec)
     changed.module, changed.submodules = WingsLayer, submodules
+    return changed
+
+
+def _with_core_attention(attention: Any) -> ModuleSpec:
+    """A copy of an attention's spec with the core attention that also tells its weights."""
+    if not isinstance(attention, ModuleSpec) or attention.module is not SelfAttention:
+        got = attention.module if isinstance(attention, ModuleSpec) else attention
+        raise ConfigError(f"the router of the learners reads the weights of a SelfAttention, got the spec of {got}")
+    mask = (attention.params or {}).get("attn_mask_type", AttnMaskType.causal)
+    if mask != AttnMaskType.causal:
+        raise ConfigError(f"learners need attn_mask_type {AttnMaskType.causal}, got {mask}")
+    changed = copy.copy(attention)
+    changed.submodules = dataclasses.replace(attention.submodules, core_attention=CoreAttention)
     return changed
 
 
@@ -56,6 +85,7 @@ def with_learners(spec: ModuleSpec, wings: WingsConfig, layer: int, *, rope_base
 class WingsLayerSubmodules(TransformerLayerSubmodules):
     """A transformer layer's parts and its learners."""
 
+    wings: WingsConfig | None = None
     learners: ModuleSpec | None = None
 
 
@@ -71,11 +101,22 @@ class WingsLayer(TransformerLayer):
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
+        if config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
+            raise ConfigError(
+                "the learners' router reads the weights of the core attention, which cannot be recomputed alone: take "
+                'core_attn out of recompute_modules, or set recompute_granularity to "full"'
+            )
+        if submodules.wings is not None and submodules.wings.layers and not config.hetereogenous_dist_checkpoint:
+            raise ConfigError(
+                "layers with and without learners are not alike in checkpoints: set hetereogenous_dist_checkpoint=True "
+                "in the TransformerConfig (Megatron's spelling), or leave wings.layers unset"
+            )
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config, submodules, layer_number, *args, pg_collection=groups, **kwargs)
-        self.learners = build_module(
-            submodules.learners, config=config, layer_number=self.layer_number, tp_group=groups.tp
-        )
+        self.learners: WingsLearners | None = None
+        if submodules.wings is not None and submodules.wings.has_learners(self.layer_number - 1):
+            spec = submodules.learners
+            self.learners = build_module(spec, config=config, layer_number=self.layer_number, tp_group=groups.tp)
 
     def _forward_attention(
         self,
@@ -84,7 +125,13 @@ class WingsLayer(TransformerLayer):
         packed_seq_params: AttentionContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        assert packed_seq_params is not None, "the decoder describes every micro-batch"
+        if self.learners is None:
+            return super()._forward_attention(*args, context=context, packed_seq_params=packed_seq_params, **kwargs)
+        if context is None or packed_seq_params is None:
+            raise ConfigError(
+                "layers with learners need a memory as context and its plan in packed_seq_params: give the model what "
+                "parrot_sys.megatron.learner_inputs returns"
+            )
         # The layer's own copy: nothing of one layer is left for the next.
         own = copy.copy(packed_seq_params)
         if isinstance(own.memory, WingsPlan) and own.memory.routed:
@@ -129,7 +176,7 @@ class WingsLearners(MegatronModule):
     def forward(self, hidden: Tensor, memory: Tensor | None, context: AttentionContext) -> Tensor:
         """
         Args:
-            hidden: [T, 1, H] behind the layer's attention; under sequence parallelism this rank's rows.
+            hidden: [s, b, H] behind the layer's attention; under sequence parallelism this rank's part of s.
             memory: [M, H].
             context: of the micro-batch, with the answer of the layer's attention.
 
@@ -139,7 +186,8 @@ class WingsLearners(MegatronModule):
         plan, asked = context.memory, context.router
         assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
         assert memory is not None, "a plan comes with a memory"
-        rows = self._whole(hidden)
+        batch = hidden.shape[1]
+        rows = whole_rows(hidden, self.tp_group, sequence_parallel=self.config.sequence_parallel)
         rotary = self._rotary(context)
         parts = [self._read(0, self.visual_learner, rows, memory, context, rotary)]
         if plan.routed:
@@ -148,24 +196,24 @@ class WingsLearners(MegatronModule):
             parts += [self._read(1, self.textual_learner, rows, memory, context, rotary), asked.sums]
         # One message for all: r numbers a learner, two for the router; summed in float32.
         widths = [part.shape[1] for part in parts]
-        summed = self._summed(torch.cat([part.float() for part in parts], dim=1)).split(widths, dim=1)
+        together = _by_place(torch.cat([part.float() for part in parts], dim=1), batch)
+        summed = self._summed(together).split(widths, dim=-1)
         ups = [self._own_rows(learner.o_up) for learner in (self.visual_learner, self.textual_learner)]
         read = [F.linear(part.to(up.dtype), up) for part, up in zip(summed, ups, strict=False)]
         if not plan.routed:
-            return read[0].unsqueeze(1)
-        weights = self._weights(plan, summed[2]).to(hidden.dtype)
-        blend = weights[:, :1] * read[0] + weights[:, 1:] * read[1]
-        return blend.unsqueeze(1)
+            return read[0]
+        visual, textual = self._weights(plan, summed[2]).to(hidden.dtype).split(1, dim=-1)
+        return visual * read[0] + textual * read[1]
 
     def _weights(self, plan: WingsPlan, attended: Tensor) -> Tensor:
-        """Float32 [T, 2], of this rank's rows: those of text alone take the textual learner as it is."""
-        active, factors = plan.active, plan.factors
+        """Float32 [s, b, 2], of this rank's rows: those of text alone take the textual learner as it is."""
+        active, factors = (_by_place(rows, attended.shape[1]) for rows in (plan.active, plan.factors))
         routed = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
         if self.config.sequence_parallel:
             active, factors = (self._part(rows) for rows in (active, factors))
         alone = torch.arange(2.0, device=routed.device)  # nothing visual, the text as it is
-        weights = torch.where(active[:, None], routed * factors, alone)
-        plan.keep(self.layer_number, routed)
+        weights = torch.where(active[..., None], routed * factors, alone)
+        plan.keep(self.layer_number, routed.transpose(0, 1).flatten(0, 1))
         return weights
 
     def _read(
@@ -209,14 +257,6 @@ class WingsLearners(MegatronModule):
         rotary: tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]] = plan.scratch["rotary"]
         return rotary
 
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """[T, H], all rows; each rank uses them for its heads, so that their gradients are partial sums."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return hidden.squeeze(1)
-
     def _summed(self, parts: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(parts, group=self.tp_group)
@@ -238,3 +278,21 @@ class WingsLearners(MegatronModule):
             self.state_dict(prefix="", keep_vars=True), prefix, cut, sharded_offsets
         )
         return state
+
+
+def whole_rows(hidden: Tensor, tp_group: ProcessGroup, *, sequence_parallel: bool) -> Tensor:
+    """[s, b, H], under sequence parallelism a part of s, -> [T, H], all rows, batch entry by batch entry.
+
+    Each rank uses them for its heads: their gradients are partial sums, which the backward pass adds up.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp_group)
+    else:
+        # (Megatron's own mapping leaves a gradient that is not contiguous as it is: this one is transposed.)
+        hidden = copy_to_group(hidden, tp_group if tp_group.size() > 1 else None)
+    return hidden.transpose(0, 1).flatten(0, 1)
+
+
+def _by_place(rows: Tensor, batch: int) -> Tensor:
+    """[T, ...] -> [s, b, ...]."""
+    return rows.unflatten(0, (batch, -1)).transpose(0, 1)

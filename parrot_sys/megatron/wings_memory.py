@@ -85,12 +85,7 @@ def plan_memory(
         DataError: a sample is longer than the router's positions, or has images that the released rule does not know.
         ConfigError: the released rule is asked to decode with a cache.
     """
-    longest = batch.max_seqlen + (0 if cache is None else cache.max_length)
-    if longest > wings.router_positions:
-        raise DataError(
-            f"a sample must have at most {wings.router_positions} rows with its images, got {longest}: the router has "
-            "weights for so many positions (model.wings.router_positions)"
-        )
+    check_length(wings, batch.max_seqlen + (0 if cache is None else cache.max_length))
     common: dict[str, Any] = {"width": width, "routed": routed, "weights": weights}
     if wings.rule == "released":
         if cache is not None:
@@ -101,48 +96,70 @@ def plan_memory(
         return _released(batch, wings, rows_per_image, common)
     if cache is not None and cache.max_length:
         return _decoding(batch, cache, common)
-    return _paper(batch, wings, cache, common)
+    plan = papers_plan(batch.cu_seqlens, batch.visual_rows, batch.position_ids, wings, **common)
+    return plan if cache is None else _filling(plan, batch, wings, cache)
 
 
-def _paper(batch: PackedBatch, wings: WingsConfig, cache: KVCache | None, common: dict[str, Any]) -> WingsPlan:
-    """Each row reads the images and the text of its sample up to itself; not the system prompt, if there are images."""
-    device, num_rows = batch.input_ids.device, batch.num_rows
-    bounds = batch.cu_seqlens.long()
+def check_length(wings: WingsConfig, longest: int) -> None:
+    """Refuses samples of more rows than the router has weights for.
+
+    Raises:
+        DataError: there are such samples.
+    """
+    if longest > wings.router_positions:
+        raise DataError(
+            f"a sample must have at most {wings.router_positions} rows with its images, got {longest}: the router has "
+            "weights for so many positions (model.wings.router_positions)"
+        )
+
+
+def papers_plan(
+    cu_seqlens: Tensor, visual_rows: Tensor, position_ids: Tensor, wings: WingsConfig, **common: Any
+) -> WingsPlan:
+    """Each row reads the images and the text of its sample up to itself; not the system prompt, if there are images.
+
+    Args:
+        cu_seqlens: int32 [S + 1].
+        visual_rows: int64 [R], ascending.
+        position_ids: int64 [T], place of each row in its sample.
+        wings: settings.
+        common: further fields of the plan.
+    """
+    device, num_rows = position_ids.device, position_ids.numel()
+    bounds = cu_seqlens.long()
     rows = torch.arange(num_rows, device=device)
-    is_visual = torch.zeros(num_rows, dtype=torch.bool, device=device).index_fill(0, batch.visual_rows, True)
+    is_visual = _flags(visual_rows, num_rows)
     before = _counts(is_visual)  # [T + 1] visual rows before each
-    sample = _owners(rows, batch.cu_seqlens)
+    sample = _owners(rows, cu_seqlens)
     start, stop = bounds[sample], bounds[sample + 1]
     active = before[stop] > before[start]
     skipped = torch.minimum(start + wings.system_prompt_length, stop)
     first_text = torch.where(active, skipped - before[skipped], start - before[start])
     segments = _segments((before[start], before[rows + 1]), (first_text, rows + 1 - before[rows + 1]))
-    num_visual = batch.visual_rows.numel()
+    num_visual = visual_rows.numel()
     text_rows = torch.argsort(is_visual, stable=True)[: num_rows - num_visual]
-    source = torch.cat((batch.visual_rows, text_rows))
-    plan = WingsPlan(
+    source = torch.cat((visual_rows, text_rows))
+    return WingsPlan(
         **common,
         rows=num_rows,
         kinds=(num_visual, num_rows - num_visual),
         source=source,
-        positions=batch.position_ids[source],
+        positions=position_ids[source],
         segments=segments,
         active=active,
         factors=torch.ones(num_rows, 2, device=device),
     )
-    return plan if cache is None else _filling(plan, batch, wings, cache, sample, before)
 
 
-def _filling(
-    plan: WingsPlan, batch: PackedBatch, wings: WingsConfig, cache: KVCache, sample: Tensor, before: Tensor
-) -> WingsPlan:
+def _filling(plan: WingsPlan, batch: PackedBatch, wings: WingsConfig, cache: KVCache) -> WingsPlan:
     """The plan of a prefill, which puts the memory into the cache too."""
     bounds = batch.cu_seqlens.long()
+    before = _counts(_flags(batch.visual_rows, batch.num_rows))
     visual = before[bounds[1:]] - before[bounds[:-1]]  # [S]
     skipped = torch.minimum(bounds[:-1] + wings.system_prompt_length, bounds[1:])
     first_text = torch.where(visual > 0, skipped - bounds[:-1] - (before[skipped] - before[bounds[:-1]]), 0)
     cache.facts = {"visual_rows": visual, "first_text": first_text}
-    owner = sample[plan.source]
+    owner = _owners(plan.source, batch.cu_seqlens)
     own_rows = plan.source - bounds[owner]
     seen = before[plan.source] - before[bounds[owner]]
     num_visual = plan.kinds[0]
@@ -200,7 +217,7 @@ def _released(batch: PackedBatch, wings: WingsConfig, rows_per_image: int, commo
     left_out = wings.system_prompt_length + rows_per_image
     bounds, num_visual = batch.cu_seqlens.long(), batch.visual_rows.numel()
     lengths = bounds.diff()
-    is_visual = torch.zeros(num_rows + 1, dtype=torch.bool, device=device).index_fill(0, batch.visual_rows, True)
+    is_visual = _flags(batch.visual_rows, num_rows + 1)
     lists = _text_lists(is_visual, bounds, longest, left_out if mixed else 0, num_visual)
     rows = torch.arange(num_rows, device=device)
     sample = _owners(rows, batch.cu_seqlens)
@@ -274,6 +291,11 @@ def _text_lists(is_visual: Tensor, bounds: Tensor, longest: int, repeats: int, n
 def _segments(visual: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor]) -> Tensor:
     """int32 [T, 2, 2] from the first and one past the last memory row of each kind, [T] each."""
     return torch.stack((torch.stack(visual, dim=1), torch.stack(text, dim=1)), dim=1).to(torch.int32)
+
+
+def _flags(rows: Tensor, num_rows: int) -> Tensor:
+    """bool [num_rows], set at `rows`."""
+    return torch.zeros(num_rows, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
 
 
 def _counts(flags: Tensor) -> Tensor:

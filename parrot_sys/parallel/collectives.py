@@ -15,10 +15,15 @@ all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tens
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy to be reduced in place: contiguous, which NCCL asks for."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
-        total = tensor.clone()
+        total = _owned(tensor)
         dist.all_reduce(total, group=group)
         return total
 
@@ -35,7 +40,7 @@ class _CopyToGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
+        grad = _owned(grad)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
 

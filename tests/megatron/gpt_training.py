@@ -38,6 +38,8 @@ def make_config(parallel: ParallelConfig, **moe: Any) -> TransformerConfig:
         num_attention_heads=2,
         ffn_hidden_size=20,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_dtype=torch.float32,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -68,13 +70,16 @@ def make_config(parallel: ParallelConfig, **moe: Any) -> TransformerConfig:
 
 def build(config: TransformerConfig, *, ours: bool) -> GPTModel:
     """Megatron's GPTModel with its own router and SequentialMLP, or with ours."""
-    spec = with_norms(get_gpt_layer_local_spec(num_experts=EXPERTS, normalization="RMSNorm"), LAYERS)
+    layers = LAYERS // config.pipeline_model_parallel_size
+    spec = with_norms(get_gpt_layer_local_spec(num_experts=EXPERTS, normalization="RMSNorm"), layers)
     return GPTModel(
         config=config,
         transformer_layer_spec=with_grouped_experts(spec) if ours else spec,
         vocab_size=VOCAB,
         max_sequence_length=SEQ,
         position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
 
 
@@ -117,7 +122,8 @@ class Run:
 
     losses: list[float] = field(default_factory=list)
     gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]] = field(default_factory=list)
-    expert_bias: np.ndarray | None = None
+    expert_bias: dict[int, np.ndarray] = field(default_factory=dict)
+    """Number of the layer -> bias."""
     chosen: np.ndarray | None = None
 
 
@@ -159,8 +165,9 @@ class Trainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        loss = torch.stack([report["loss"] for report in reports]).mean()
+        loss = torch.stack([report["loss"] for report in reports]).mean() if reports else torch.zeros(())
         torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
         self.first_gradients = gradients(self.model) if number == 0 else self.first_gradients
         self.optimizer.step()
         return float(loss / size)
@@ -190,7 +197,7 @@ def train(parallel: ParallelConfig, folder: Path, *, ours: bool, steps: int = 3,
     # The forward passes of the first step.
     run.chosen = torch.cat(maps[: len(maps) // steps]).numpy()
     if router.expert_bias is not None:
-        run.expert_bias = router.expert_bias.numpy()
+        run.expert_bias = {layer.layer_number: layer.mlp.router.expert_bias.numpy() for layer in model.decoder.layers}
     return run
 
 
@@ -222,7 +229,7 @@ def assemble(runs: list[Run]) -> dict[str, np.ndarray]:
         region = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
         known = target[region]
         if not np.isnan(known).any():
-            np.testing.assert_allclose(values, known, rtol=0, atol=1e-6 * max(abs(known).max(), 1e-3))
+            np.testing.assert_allclose(values, known, rtol=0, atol=1e-6 * max(abs(known).max(), 1e-3), err_msg=key)
         target[region] = values
     assert not [key for key, values in whole.items() if np.isnan(values).any()]
     return whole

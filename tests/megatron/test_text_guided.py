@@ -15,6 +15,7 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -57,8 +58,8 @@ def _config(parallel: ParallelConfig, **fields: Any) -> TransformerConfig:
     )
 
 
-def _llava(parallel: ParallelConfig | None = None) -> torch.nn.Module:
-    """Megatron's LLaVAModel with a CLIP tower of five rows an image."""
+def make_llava(parallel: ParallelConfig | None = None, spec: ModuleSpec | None = None) -> torch.nn.Module:
+    """Megatron's LLaVAModel with a CLIP tower of five rows an image; `spec` is that of its decoder's layers."""
     parallel = parallel or ParallelConfig()
     torch.manual_seed(3)
     language, vision = _config(parallel), _config(parallel)
@@ -72,7 +73,7 @@ def _llava(parallel: ParallelConfig | None = None) -> torch.nn.Module:
         llava_model.CLIPViTModel = lambda *a, **k: tower(*a, ln_pre_impl=WrappedTorchNorm, **k)
         return llava_model.LLaVAModel(
             language,
-            get_gpt_layer_local_spec(),
+            spec or get_gpt_layer_local_spec(),
             VOCAB,
             64,
             vision,
@@ -90,7 +91,7 @@ def _llava(parallel: ParallelConfig | None = None) -> torch.nn.Module:
         llava_model.CLIPViTModel = tower
 
 
-def _batch() -> dict[str, Tensor]:
+def make_batch() -> dict[str, Tensor]:
     """Two samples: one image and two, three answer tokens each."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(0, VOCAB, (2, SEQ), generator=generator)
@@ -108,13 +109,13 @@ def _batch() -> dict[str, Tensor]:
 
 
 def _loss(model: torch.nn.Module, **changes: Any) -> Tensor:
-    losses, mask = model(**{**_batch(), **changes})
+    losses, mask = model(**{**make_batch(), **changes})
     return (losses * mask).sum() / mask.sum()
 
 
 def _released_rule(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """The same computation by a hook of its own: each image by itself, with the embeddings of its prompt."""
-    ids, loss_mask = _batch()["input_ids"], _batch()["loss_mask"]
+    ids, loss_mask = make_batch()["input_ids"], make_batch()["loss_mask"]
 
     def route(_: torch.nn.Module, __: Any, rows: Tensor) -> Tensor:
         images = []
@@ -146,7 +147,7 @@ def test_guiding_tokens_are_the_text_that_is_no_answer() -> None:
 
 
 def test_llava_model_gains_the_released_rule() -> None:
-    guided, reference = _llava(), _llava()
+    guided, reference = make_llava(), make_llava()
     plain = set(guided.state_dict())
     layer = add_text_guidance(guided, MOE)
     assert isinstance(layer, TextGuidedLayer)
@@ -157,7 +158,7 @@ def test_llava_model_gains_the_released_rule() -> None:
     _released_rule(reference, state)
     loss, wanted = _loss(guided), _loss(reference)
     assert abs(loss.item() - wanted.item()) < 1e-5 * abs(wanted.item())
-    assert abs(_loss(_llava()).item() - wanted.item()) > 1e-3, "routing must matter"
+    assert abs(_loss(make_llava()).item() - wanted.item()) > 1e-3, "routing must matter"
     loss.backward()
     wanted.backward()
     expected = {name: p.grad for name, p in reference.named_parameters()}
@@ -175,7 +176,7 @@ def test_llava_model_gains_the_released_rule() -> None:
 
 
 def test_auxiliary_losses_are_of_this_micro_batch() -> None:
-    model = _llava()
+    model = make_llava()
     layer = add_text_guidance(
         model, text_guided_spec(TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=4, routing="topk", aux_loss_coeff=1))
     )
@@ -189,7 +190,7 @@ def test_auxiliary_losses_are_of_this_micro_batch() -> None:
 
 def _train(rank: int, size: int, parallel: ParallelConfig) -> tuple[list[float], dict[str, np.ndarray]]:
     initialize(parallel)
-    model = _llava(parallel)
+    model = make_llava(parallel)
     torch.manual_seed(4)
     layer = add_text_guidance(model, MOE)
     assert layer is not None
@@ -243,7 +244,7 @@ def test_a_model_of_ones_own_says_where_its_guidance_is() -> None:
 
 
 def test_what_cannot_serve_is_refused() -> None:
-    model = _llava()
+    model = make_llava()
     with pytest.raises(ConfigError, match=r"no 'projector' .*it has .*vision_projection"):
         add_text_guidance(model, MOE, projection="projector")
     model.language_model.embedding.word_embeddings.reduce_scatter_embeddings = True
