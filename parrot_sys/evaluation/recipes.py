@@ -76,7 +76,7 @@ MULTIMODAL_GPT = System(
     model="multimodal_gpt_tiny_cpu",
     stages=(
         PRETRAIN,
-        replace(ALIGN, preset="tiny_multimodal_gpt_align"),
+        replace(ALIGN, preset="tiny_multimodal_gpt_align", records=("align.json", "instruct.json")),
         replace(INSTRUCT, preset="tiny_multimodal_gpt_instruct"),
     ),
 )

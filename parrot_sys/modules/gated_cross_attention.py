@@ -42,6 +42,9 @@ class GatedCrossAttentionConfig:
     """Width of a head."""
     ffn_multiplier: int = 4
     """Inner width of the block's MLP in widths of the decoder."""
+    initial_gate: float = 0.0
+    """Attention's gate, before tanh, in a new block; closed (0) in Flamingo, so that the decoder is at first undisturbed.
+    But what lies behind a closed gate learns only once the gate has moved, which a run of minutes has no time for."""
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "head_dim", "ffn_multiplier"):
@@ -176,7 +179,7 @@ class GatedFeedForward(nn.Module):
 
 
 class GatedCrossAttention(nn.Module):
-    """x += tanh(attention_gate) * attention(x); x += tanh(mlp_gate) * mlp(x). Both gates are 0 in a new block."""
+    """x += tanh(attention_gate) * attention(x); x += tanh(mlp_gate) * mlp(x)."""
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class GatedCrossAttention(nn.Module):
         super().__init__()
         builders: dict[str, Any] = {"column": column, "row": row, "dtype": dtype}
         self.attention = CrossAttention(config, hidden_size, media_size, memory=memory, **builders)
-        self.attention_gate = nn.Parameter(torch.zeros(1, dtype=dtype))
+        self.attention_gate = nn.Parameter(torch.full((1,), config.initial_gate, dtype=dtype))
         self.mlp = GatedFeedForward(hidden_size, config.ffn_multiplier, **builders)
         self.mlp_gate = nn.Parameter(torch.zeros(1, dtype=dtype))
 

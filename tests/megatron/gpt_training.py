@@ -29,6 +29,24 @@ from parrot_sys.megatron.norms import with_norms
 
 VOCAB, SEQ, LAYERS, EXPERTS, SAMPLES = 32, 8, 2, 8, 4
 
+ON_CPU: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+}
+"""Fields of a `TransformerConfig` that a machine without a GPU asks for."""
+LLAMA_STYLE: dict[str, Any] = {
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "normalization": "RMSNorm",
+}
+
 
 def make_config(parallel: ParallelConfig, **moe: Any) -> TransformerConfig:
     """Sizes of the model, and the settings of its MoE layers."""
@@ -43,18 +61,8 @@ def make_config(parallel: ParallelConfig, **moe: Any) -> TransformerConfig:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        use_cpu_initialization=True,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        **ON_CPU,
+        **LLAMA_STYLE,
         # Large router weights, so that the experts of a token are not chosen by rounding.
         init_method_std=0.3,
         **{

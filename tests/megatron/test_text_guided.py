@@ -25,6 +25,7 @@ from parrot_sys.megatron import TextGuidedLayer, add_text_guidance, text_guidanc
 from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
+from tests.megatron.gpt_training import ON_CPU
 from tests.megatron.parrot_reference import moe_reference
 
 VOCAB, IMAGE, SEQ = 64, -200, 9
@@ -45,14 +46,7 @@ def _config(parallel: ParallelConfig, **fields: Any) -> TransformerConfig:
         num_attention_heads=2,
         ffn_hidden_size=24,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        **ON_CPU,
         init_method_std=0.2,
         **fields,
     )
