@@ -114,7 +114,7 @@ def _text_model(run: Run) -> Step:
     return recipes.train(run.pipeline, PLAIN, PRETRAIN, run.data, name="pretrain", flags=flags)
 
 
-_SLOW = ("--optimizer.llm-lr", "2e-4", "--optimizer.min-lr", "2e-5")
+_SLOW = ("--optimizer.llm-lr", "5e-5", "--optimizer.min-lr", "5e-6")
 """Rates of the decoder in `tiny_wings_instruct`."""
 FORGETTING = Experiment(
     title="What visual tuning costs in questions about text, and what the learners of Wings keep",
@@ -122,8 +122,8 @@ FORGETTING = Experiment(
         "All variants and seeds start from one text-pretrained decoder, bit for bit, and see the same conversations, "
         f"of which 7 % have no picture: one epoch of alignment, then {_FORGETTING_STEPS} steps of instruction. The "
         "parts are the six types of dialogue (T a turn about words, V about a picture, the last one counts), options "
-        "hidden. As in the released scripts, the decoder of Wings learns at a tenth of the rate of the plain model; "
-        "the plain model at that rate shows what the rate alone does."
+        "hidden. The decoder of Wings learns at a fortieth of the rate of the plain model; the plain model with its "
+        "decoder at that rate shows what the rate alone does."
     ),
     variants=(
         Variant(name="text decoder", description="before it sees a picture", evaluate=run_text),
@@ -134,12 +134,12 @@ FORGETTING = Experiment(
         ),
         Variant(
             name="plain, slow decoder",
-            description="the same, the decoder at a tenth of the rate",
+            description="the same, the decoder at a fortieth of the rate",
             evaluate=partial(run_forgetting, system=PLAIN, kind="plain-slow", rates=_SLOW),
         ),
         Variant(
             name="Wings",
-            description="projector and visual learners, then everything, the decoder at a tenth of the rate",
+            description="projector and visual learners, then everything, the decoder at a fortieth of the rate",
             evaluate=partial(run_forgetting, system=WINGS, kind="wings"),
         ),
     ),

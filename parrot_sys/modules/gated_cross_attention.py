@@ -43,8 +43,8 @@ class GatedCrossAttentionConfig:
     ffn_multiplier: int = 4
     """Inner width of the block's MLP in widths of the decoder."""
     initial_gate: float = 0.0
-    """Attention's gate, before tanh, in a new block; closed (0) in Flamingo, so that the decoder is at first undisturbed.
-    But what lies behind a closed gate learns only once the gate has moved, which a run of minutes has no time for."""
+    """Attention's gate, before tanh, in a new block. Flamingo's is closed (0), so that it disturbs nothing at first;
+    but what lies behind a closed gate learns only once the gate has moved, and runs of minutes have no time for it."""
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "head_dim", "ffn_multiplier"):
