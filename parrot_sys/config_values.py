@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import yaml
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.files import replace_text
 
 C = TypeVar("C")
 
@@ -40,8 +41,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes every setting of `config` as YAML."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes every setting of `config` as YAML; a file that is there stays whole until the new one is."""
+    replace_text(Path(path), yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def load_config(cls: type[C], path: str | Path) -> C:

@@ -15,6 +15,7 @@ from parrot_sys.evaluation.markdown import table
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.report import headline, load_scores
 from parrot_sys.evaluation.results import read_score_files
+from parrot_sys.files import replace_text
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""
@@ -156,9 +157,7 @@ def _spread(runs: Sequence[Accuracy]) -> dict[str, dict[str, dict[str, Any]]]:
 def write_result(content: Mapping[str, Any], path: Path) -> None:
     """Writes the JSON at once or not at all, so that a kept result is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_report(content: Mapping[str, Any], folder: Path) -> Path:

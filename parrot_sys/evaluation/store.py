@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.tsv import read_frame
+from parrot_sys.files import replace_text
 
 
 class PredictionStore:
@@ -83,9 +83,7 @@ class PredictionStore:
 
     def _rewrite(self, lines: Sequence[str]) -> None:
         """The file with only `lines`, so that appending never continues a broken line."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(line + "\n" for line in lines))
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:

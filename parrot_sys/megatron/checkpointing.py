@@ -27,6 +27,7 @@ _OPTIMIZER = "optimizer"
 _WANTED = "wanted_optimizer"
 _RANDOM = "random"
 _COMMON = "common"
+_LAYOUT = "layout"
 
 
 def begin_save(
@@ -53,7 +54,7 @@ def begin_save(
     if optimizer is not None:
         state[_OPTIMIZER] = optimizer.sharded_state_dict(state[_MODEL], metadata=_metadata())
         state[_RANDOM] = _sharded_random()
-    state[_COMMON] = common
+    state[_COMMON] = {**common, _LAYOUT: _layout()}
     return CheckpointWrite(Path(folder), state, copy=copy)
 
 
@@ -97,7 +98,7 @@ def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, ver
 def load_training_state(
     folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer
 ) -> dict[str, Any]:
-    """Loads weights, optimizer and, on as many ranks as saved them, the random state; returns `common`.
+    """Loads weights, optimizer and, on the layout that saved it, the random state; returns `common`.
 
     The files are taken as they are: `verify_checksums` is the caller's to call, who may have another checkpoint.
 
@@ -111,7 +112,8 @@ def load_training_state(
     _check_tensors(folder, wanted, hint="; resume with the trainable parts it was saved with")
     # Under another name than it was saved with: what is not a tensor stays apart, and finds its place below.
     state[_WANTED] = wanted
-    if same_ranks := read_common(folder)["world_size"] == dist.get_world_size():
+    # Elsewhere each rank keeps the state it started with: tensor-parallel ranks must draw alike.
+    if same_ranks := read_common(folder)[_LAYOUT] == _layout():
         state[_RANDOM] = _sharded_random()
     loaded = dist_checkpointing.load(state, str(folder))
     _load_chunks(chunks, loaded)
@@ -121,6 +123,20 @@ def load_training_state(
     if same_ranks:
         _set_random_state(loaded[_RANDOM])
     return loaded[_COMMON]
+
+
+def _layout() -> dict[str, int]:
+    """Which parts ranks have; equal where each rank does what the rank of its number did."""
+    state = parallel_state
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": state.get_tensor_model_parallel_world_size(),
+        "pipeline": state.get_pipeline_model_parallel_world_size(),
+        "virtual": state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": state.get_context_parallel_world_size(),
+        "expert": state.get_expert_model_parallel_world_size(),
+        "expert_tensor": state.get_expert_tensor_parallel_world_size(),
+    }
 
 
 def read_common(folder: str | Path) -> dict[str, Any]:

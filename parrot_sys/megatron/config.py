@@ -84,7 +84,7 @@ def to_transformer_config(
     Raises:
         ConfigError: if the decoder cannot be cut as `parallel` asks.
     """
-    _check_divisible(llm, parallel)
+    parallel.check_tensor_sizes("llm", llm.tensor_sizes())
     return TransformerConfig(
         **common_fields(parallel, dtype, initialize_weights=initialize_weights),
         **recompute_fields(recompute),
@@ -113,24 +113,3 @@ def _stage_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] 
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
-
-
-def _check_divisible(llm: LLMConfig, parallel: ParallelConfig) -> None:
-    tensor = parallel.tensor_model_parallel_size
-    sizes = {
-        "num_attention_heads": llm.num_attention_heads,
-        "ffn_hidden_size": llm.ffn_hidden_size,
-        "vocab_size": llm.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size % tensor:
-            raise ConfigError(
-                f"llm.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: "
-                f"{_nearest(size, tensor)}"
-            )
-
-
-def _nearest(size: int, parts: int) -> str:
-    """The number of parts closest to `parts` that divides `size`."""
-    fits = min((p for p in range(1, size + 1) if size % p == 0), key=lambda p: (abs(p - parts), p))
-    return f"the nearest size that fits is {fits}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -15,7 +14,6 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -44,7 +42,7 @@ from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import rotary_cos_sin
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
-from parrot_sys.parallel import RowSplit, share_pack
+from parrot_sys.parallel import RowSplit, combine_vocab_parts, share_pack
 
 
 def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None) -> ModuleSpec:
@@ -101,16 +99,8 @@ class OutputHead(ColumnParallelLinear):
         if self.tp_group.size() == 1:
             return linear_cross_entropy(hidden, weight, targets)
         start = self.tp_group.rank() * weight.shape[0]
-        return self._combine(*linear_cross_entropy_parts(hidden, weight, targets, vocab_start=start))
-
-    def _combine(self, lse: Tensor, target_logits: Tensor) -> Tensor:
-        """Losses from what each tensor-parallel rank knows about its part of the vocabulary."""
-        largest = lse.detach().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.tp_group)
-        # The reduction works in place, which must not reach what the backward pass of exp has kept.
-        parts = torch.stack(((lse - largest).exp(), target_logits))
-        total, target_logit = reduce_from_tensor_model_parallel_region(parts, group=self.tp_group)
-        return total.log() + largest - target_logit
+        parts = linear_cross_entropy_parts(hidden, weight, targets, vocab_start=start)
+        return combine_vocab_parts(*parts, self.tp_group)
 
 
 class Qwen2Decoder(GPTModel):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,6 +78,25 @@ class ParallelConfig:
         each, rest = divmod(num_layers, stages)
         first = (stages - rest + 1) // 2
         return tuple(each + (first <= stage < first + rest) for stage in range(stages))
+
+    def check_tensor_sizes(self, section: str, sizes: Mapping[str, int]) -> None:
+        """Refuses sizes that cannot be cut over the tensor-parallel ranks.
+
+        Args:
+            section: of the configuration, for the message.
+            sizes: name -> number of heads, columns or rows that the ranks share.
+
+        Raises:
+            ConfigError: names the size and the nearest `tensor_model_parallel_size` that fits all of them.
+        """
+        tensor, together = self.tensor_model_parallel_size, math.gcd(*sizes.values())
+        for name, size in sizes.items():
+            if size % tensor:
+                fits = (parts for parts in range(1, together + 1) if together % parts == 0)
+                raise ConfigError(
+                    f"{section}.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, got {size}: "
+                    f"the nearest size that fits is {min(fits, key=lambda parts: (abs(parts - tensor), parts))}"
+                )
 
     def __post_init__(self) -> None:
         for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
@@ -169,9 +190,10 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1234, time
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout / 60)),
     )
-    # Stages draw the weights of different layers; ranks of one stage must draw alike.
-    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     model_parallel_cuda_manual_seed(seed)
+    # Stages draw the weights of different layers; ranks of one stage must draw alike. (Last: without a GPU Megatron's
+    # seed goes to the same generator.)
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     return parallel
 
 

@@ -260,7 +260,8 @@ def merge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
                 update = layer.lora.update()
                 layer.weight.copy_(layer.weight.to(update.dtype) + update)
                 layer.lora.merged = True
-        chunk.parrot = replace(chunk.parrot, lora=None)
+        if chunk.parrot.lora is not None:
+            chunk.merged_lora, chunk.parrot = chunk.parrot.lora, replace(chunk.parrot, lora=None)
 
 
 @torch.no_grad()
@@ -271,7 +272,8 @@ def unmerge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
             if layer.lora.merged:
                 layer.weight.copy_(layer.lora.kept)
                 layer.lora.kept, layer.lora.merged = None, False
-            chunk.parrot = replace(chunk.parrot, lora=layer.lora.lora)
+        if chunk.merged_lora is not None:
+            chunk.parrot, chunk.merged_lora = replace(chunk.parrot, lora=chunk.merged_lora), None
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from parrot_sys.megatron.memory import MemoryPlan
 from parrot_sys.megatron.wings import with_learners
 from parrot_sys.megatron.wings_memory import WingsPlan, plan_memory, remembered
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.losses import attach_loss
 from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.projector import Projector
@@ -64,6 +65,9 @@ class ParrotModel(MegatronModule):
     textual learners of Wings (stage 1: the visual learners alone, added as they are). Under `mode="loss"` the
     backward pass includes the auxiliary losses; `ParrotOutput.routing` holds their values, to be reported only.
     """
+
+    merged_lora: LoRAConfig | None = None
+    """What `parrot.lora` was before `merge_lora`."""
 
     def __init__(
         self,

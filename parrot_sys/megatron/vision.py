@@ -153,15 +153,9 @@ class VisionTransformer(MegatronModule):
 def _transformer_config(
     config: VisionConfig, parallel: ParallelConfig, num_layers: int, dtype: torch.dtype, initialize_weights: bool
 ) -> TransformerConfig:
-    tensor = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "ffn_hidden_size"):
-        if getattr(config, name) % tensor:
-            raise ConfigError(
-                f"vision.{name} must be a multiple of parallel.tensor_model_parallel_size={tensor}, "
-                f"got {getattr(config, name)}"
-            )
+    parallel.check_tensor_sizes("vision", config.tensor_sizes())
     # Rows of an image are few and odd in number (577): the tower is cut by heads only.
-    cut = ParallelConfig(tensor_model_parallel_size=tensor)
+    cut = ParallelConfig(tensor_model_parallel_size=parallel.tensor_model_parallel_size)
     return TransformerConfig(
         **common_fields(cut, dtype, initialize_weights=initialize_weights),
         num_layers=max(num_layers, 1),

@@ -61,7 +61,6 @@ def with_learners(spec: Spec, wings: WingsConfig, *, rope_base: float) -> Spec:
     submodules = WingsLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     submodules.self_attention = _with_core_attention(plain.self_attention)
     submodules.wings = wings
-    submodules.wings = wings
     submodules.learners = ModuleSpec(module=WingsLearners, params={"wings": wings, "rope_base": rope_base})
     changed = copy.copy(spec)
     changed.module, changed.submodules = WingsLayer, submodules

@@ -58,6 +58,11 @@ class LLMConfig:
         """Width of one head."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
 
+    def tensor_sizes(self) -> dict[str, int]:
+        """What tensor-parallel ranks share: name -> heads, columns or rows."""
+        names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         for name in (*_SIZES, *(("head_dim",) if self.head_dim is not None else ())):
             if (size := getattr(self, name)) < 1:

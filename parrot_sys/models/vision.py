@@ -60,6 +60,12 @@ class VisionConfig:
         """
         return self.num_patches + (self.select_feature == "cls_patch")
 
+    def tensor_sizes(self) -> dict[str, int]:
+        """What tensor-parallel ranks share: name -> heads or columns; nothing of a convolutional tower."""
+        if self.type == "efficientnet_lite0":
+            return {}
+        return {name: getattr(self, name) for name in ("num_attention_heads", "ffn_hidden_size")}
+
     def __post_init__(self) -> None:
         for name, choices in (
             ("type", get_args(TowerType)),

@@ -16,7 +16,7 @@ from parrot_sys.parallel.collectives import (
 from parrot_sys.parallel.context_attention import SharedPack, context_attention, share_pack
 from parrot_sys.parallel.image_dispatch import Dispatch, ExpertGroups, check_experts, dispatch_images
 from parrot_sys.parallel.row_split import RowSplit
-from parrot_sys.parallel.vocab_parallel import vocab_parallel_linear_cross_entropy
+from parrot_sys.parallel.vocab_parallel import combine_vocab_parts, vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "Dispatch",
@@ -27,6 +27,7 @@ __all__ = [
     "all_reduce_max",
     "all_to_all_rows",
     "check_experts",
+    "combine_vocab_parts",
     "context_attention",
     "copy_to_group",
     "dispatch_images",

@@ -170,7 +170,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | N
 @torch.no_grad()
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Elementwise maximum over the ranks of `group`, without a gradient."""
-    result = tensor.detach().clone()
+    result = _owned(tensor.detach())
     if group is not None:
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
     return result

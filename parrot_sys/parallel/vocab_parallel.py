@@ -24,8 +24,17 @@ def vocab_parallel_linear_cross_entropy(
     """
     hidden = copy_to_group(hidden, group)
     lse, target_logits = linear_cross_entropy_parts(hidden, weight, targets, vocab_start=vocab_start)
-    if group is None:
-        return lse - target_logits
+    return lse - target_logits if group is None else combine_vocab_parts(lse, target_logits, group)
+
+
+def combine_vocab_parts(lse: Tensor, target_logits: Tensor, group: ProcessGroup) -> Tensor:
+    """Cross entropy, [L] float32, from what each rank of `group` knows about its part of the vocabulary.
+
+    Args:
+        lse: [L] float32, log of the summed exponentials of this rank's logits.
+        target_logits: [L] float32, the target's logit where this rank has it, else 0.
+        group: ranks that share the vocabulary.
+    """
     top = all_reduce_max(lse, group)
     total, target_logit = reduce_from_group(torch.stack(((lse - top).exp(), target_logits)), group)
     return top + total.log() - target_logit

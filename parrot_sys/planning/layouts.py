@@ -153,6 +153,8 @@ def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: 
     for name, size, of, total in _divisions(model, layout):
         if total % size:
             raise ConfigError(f"{name} must divide {of}={total}, got {size}: {nearest_divisors(size, total)}")
+    if layout.expert > 1 and not model.moe.num_experts:
+        raise ConfigError(f"fix.expert must be 1 without experts (model.moe.num_experts=0), got {layout.expert}")
     if layout.pipeline * layout.virtual > model.llm.num_layers:
         raise ConfigError(
             f"fix.pipeline x fix.virtual must be <= llm.num_layers={model.llm.num_layers}, got "
@@ -182,18 +184,12 @@ def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: 
 
 def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str, int]]:
     """(name of the size, size, what it divides, value)."""
-    llm, vision, tensor = model.llm, model.vision, ("fix.tensor", layout.tensor)
-    rules = [
-        (*tensor, "llm.num_attention_heads", llm.num_attention_heads),
-        (*tensor, "llm.num_query_groups", llm.num_query_groups),
-        (*tensor, "llm.ffn_hidden_size", llm.ffn_hidden_size),
-        (*tensor, "llm.vocab_size", llm.vocab_size),
-    ]
+    tensor = ("fix.tensor", layout.tensor)
+    rules = [(*tensor, f"llm.{name}", size) for name, size in model.llm.tensor_sizes().items()]
     if model.projector.depth > 1:
-        rules.append((*tensor, "llm.hidden_size", llm.hidden_size))
-    if vision.type != "efficientnet_lite0" and num_layers_run(vision):
-        rules.append((*tensor, "vision.num_attention_heads", vision.num_attention_heads))
-        rules.append((*tensor, "vision.ffn_hidden_size", vision.ffn_hidden_size))
+        rules.append((*tensor, "llm.hidden_size", model.llm.hidden_size))
+    if num_layers_run(model.vision):
+        rules += [(*tensor, f"vision.{name}", size) for name, size in model.vision.tensor_sizes().items()]
     if model.moe.num_experts:
         rules.append(("fix.expert", layout.expert, "moe.num_experts", model.moe.num_experts))
         rules.append(("fix.expert_tensor", layout.expert_tensor, "moe.ffn_hidden_size", model.moe.ffn_hidden_size))

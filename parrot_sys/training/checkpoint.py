@@ -71,8 +71,15 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
     Raises:
         ConfigError: the checkpoint belongs to a model or a stage with other settings.
     """
-    saved = dict(_leaves(read_yaml(folder / "config.yaml")))
-    for name, wanted in _leaves(config_to_dict(config)):
+    saved, own = dict(_leaves(read_yaml(folder / "config.yaml"))), dict(_leaves(config_to_dict(config)))
+    for one, other, verb in ((saved, own, "without"), (own, saved, "with")):
+        for name in one.keys() - other.keys():
+            if name.startswith("model.") and one[name] is None:  # a section that the other one has
+                raise ConfigError(
+                    f"this run is {verb} {name}, unlike {folder}; fix: give the same settings, or another --output "
+                    "with --checkpoint.load-from for a new run"
+                )
+    for name, wanted in own.items():
         decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "use_router", "loss_reduction")
         if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
             raise ConfigError(

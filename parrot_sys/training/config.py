@@ -345,6 +345,8 @@ class TrainConfig:
 
     def _check_layout(self) -> None:
         self.parallel.layers_of_stages(self.model.llm.num_layers)
+        for part, config in (("llm", self.model.llm), ("vision", self.model.vision)):
+            self.parallel.check_tensor_sizes(f"model.{part}", config.tensor_sizes())
         moe = self.model.moe
         if moe.num_experts:
             check_experts(

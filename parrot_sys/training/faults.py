@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from parrot_sys.errors import ParrotError
 from parrot_sys.training.config import FaultConfig
@@ -133,11 +131,14 @@ class StepGuard:
             return
         advice = "look at these records, lower optimizer.lr or use precision fp32"
         if too_many:
-            advice = f"{self._skipped} steps in a row, more than faults.max_consecutive_skips; {advice}"
-        raise TrainingError(
-            f"step {bad.step}: {bad.message}: {records}. The parameters were not updated; {advice}; "
-            "faults.on_nonfinite and faults.on_spike can be set to skip"
-        )
+            advice = (
+                f"{self._skipped} steps in a row are more than faults.max_consecutive_skips="
+                f"{self.config.max_consecutive_skips}: {advice}"
+            )
+        else:
+            setting = "on_spike" if bad.reason == "loss spike" else "on_nonfinite"
+            advice += f"; faults.{setting}=skip leaves such steps out"
+        raise TrainingError(f"step {bad.step}: {bad.message}: {records}. The parameters were not updated; {advice}")
 
     def _median(self) -> float | None:
         """None while there are too few losses to say what is usual."""
@@ -158,21 +159,6 @@ class StepGuard:
                 os.fsync(file.fileno())
         except OSError as error:
             logger.error("%s could not be written (%s); the line was: %s", self._path, error, json.dumps(record))
-
-
-class RunningStatistics:
-    """Means and variances that batch norms in training change in the forward pass: kept, to be put back."""
-
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        modules = (module for chunk in chunks for module in chunk.modules())
-        norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        self._kept: list[tuple[Tensor, Tensor]] = [(b, b.clone()) for norm in norms for b in norm.buffers()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """As they were when this object was made."""
-        for buffer, kept in self._kept:
-            buffer.copy_(kept)
 
 
 def listed(records: Sequence[str], limit: int = 20) -> str:

@@ -18,7 +18,7 @@ from parrot_sys.megatron.optimizer import data_parallel_group, gradient_norm, re
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.schedules import forward_backward, optimizer_step
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
-from parrot_sys.training.faults import BadStep, RunningStatistics, StepGuard
+from parrot_sys.training.faults import BadStep, StepGuard
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 
 
@@ -58,7 +58,6 @@ class StepRunner:
             TrainingError: the loss or the gradient is no number or spikes, on every rank, and `guard` says stop; the
                 message names step and records. Nothing has been updated.
         """
-        kept = RunningStatistics(self.chunks)
         metrics = self._run(batches, backward=True, stop=stop)
         grad_norm, guilty = math.nan, []
         if metrics.is_finite():
@@ -72,14 +71,20 @@ class StepRunner:
             optimizer_step(self.optimizer)
             return StepResult(metrics, grad_norm)
         self.optimizer.zero_grad()
-        kept.restore()
         self.guard.handle(bad, _gather([record for batch in batches for record in batch.record_ids]), guilty)
         return StepResult(metrics, grad_norm, skipped=True)
 
     @torch.no_grad()
     def validate(self, batches: Sequence[PackedBatch]) -> StepMetrics:
-        """Sums of one step's forward passes, over all ranks."""
-        return self._run(batches, backward=False)
+        """Sums of one step's forward passes, over all ranks; nothing is dropped out."""
+        learning = [module for chunk in self.chunks for module in chunk.modules() if module.training]
+        for module in learning:
+            module.training = False
+        try:
+            return self._run(batches, backward=False)
+        finally:
+            for module in learning:
+                module.training = True
 
     def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
         metrics = StepMetrics(self.num_experts, self.device)

@@ -30,6 +30,7 @@ from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
+from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.faults import StepGuard, TrainingError
@@ -148,7 +149,7 @@ class Trainer:
             model.use_moe, model.use_router = self._uses_moe(), self.config.use_router
             model.train()
             if tower is not None and not config.trainable.vision:
-                tower.eval()  # batch statistics of a frozen tower stay as they are
+                tower.eval()
         return chunks
 
     def _make_loader(self, data: DataConfig) -> ParrotDataLoader:
@@ -206,8 +207,7 @@ class Trainer:
             TrainingError: a loss or gradient is no number or spikes, and the configuration says stop.
             CheckpointWriteError: the last checkpoint could not be written.
         """
-        if dist.get_rank() == 0:
-            save_config(self.config, self.output / "config.yaml")
+        on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
         if self.step < self.total_steps:
             summary = self._run_steps()
         else:

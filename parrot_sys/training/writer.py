@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from parrot_sys.errors import DataError
+from parrot_sys.files import replace_text
 from parrot_sys.training.config import LoggingConfig
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        self._append(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        # JSON has no NaN.
+        plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+        self._append(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         if self._board is not None:
             try:
                 _add_to_board(self._board, kind, step, record)
@@ -141,17 +145,15 @@ def cut_records(path: Path, last_step: int) -> None:
     """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    before, kept = path.read_text(encoding="utf-8"), []
+    for line in before.splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
             continue
-        if record["step"] <= last_step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    if (after := "".join(kept)) != before:
+        replace_text(path, after)
 
 
 def _add_to_board(board: SummaryWriter, kind: str, step: int, record: dict[str, Any]) -> None:

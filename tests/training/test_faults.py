@@ -17,7 +17,7 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import FaultConfig, OptimizerConfig, TrainConfig
-from parrot_sys.training.faults import BAD_STEPS_FILE, RunningStatistics, StepGuard
+from parrot_sys.training.faults import BAD_STEPS_FILE, StepGuard
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
 from tests.training.tiny import Hook, losses, run, tiny_config
@@ -128,7 +128,7 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
         _spoil(3)(trainer)
         _spoil(4)(trainer)
 
-    with pytest.raises(RuntimeError, match="2 steps in a row, more than faults"):
+    with pytest.raises(RuntimeError, match="2 steps in a row are more than faults.max_consecutive_skips=1"):
         run(config, 1, hook)
     assert [(bad["step"], bad["action"]) for bad in _bad_steps(config)] == [(3, "skip"), (4, "stop")]
 
@@ -204,17 +204,6 @@ def test_ranks_agree_and_few_losses_say_nothing() -> None:
 
     wanted = [None, None, "loss spike", "gradient is no number", "loss spike"]
     assert run_distributed(judge, 2) == [wanted, wanted]
-
-
-def test_running_statistics_are_put_back() -> None:
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3).eval())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    kept = RunningStatistics([model])
-    model(torch.full((4, 3), float("nan")))
-    assert not model[0].running_mean.isfinite().all()
-    kept.restore()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.flamingo import FlamingoConfig
@@ -138,3 +139,23 @@ def _goes_on(
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-5), name
     return set(theirs)
+
+
+@pytest.mark.parametrize(("parallel", "restored"), [(ONE, True), (TP2, False)], ids=["same", "tp2"])
+def test_random_numbers_go_on_on_the_same_layout_only(parallel: ParallelConfig, restored: bool, tmp_path: Path) -> None:
+    """Tensor-parallel ranks must draw alike, data-parallel ones had drawn different numbers."""
+
+    def rank_main(rank: int, size: int, config: TrainConfig, drawn: int) -> tuple[Tensor, Tensor]:
+        trainer = Trainer(config)
+        torch.rand(drawn * (1 + rank))
+        before = torch.get_rng_state()
+        trainer.run()
+        return before, torch.get_rng_state()
+
+    first = dataclasses.replace(_config(tmp_path, "run"), max_steps=1)
+    saved = run_distributed(rank_main, 2, first, 7)
+    then = dataclasses.replace(first, parallel=parallel)
+    states = [before for before, _ in run_distributed(rank_main, 2, then, 0)]
+    assert torch.equal(*states) == (not restored)
+    if restored:
+        assert all(torch.equal(state, after) for state, (_, after) in zip(states, saved, strict=True))

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import checkpoint
 from parrot_sys.training.config import (
@@ -186,9 +188,11 @@ def test_cached_features_train_like_images(ranks: int, context: int, tmp_path: P
 
 
 def test_validation_is_over_the_same_samples_and_leaves_training_alone(tmp_path: Path) -> None:
-    plain = tiny_config(tmp_path, output="plain", max_steps=5)
+    """With dropout: validation neither drops anything out nor draws."""
+    model = dataclasses.replace(tiny_config(tmp_path).model, lora=LoRAConfig(rank=2, dropout=0.5))
+    plain = tiny_config(tmp_path, output="plain", max_steps=5, model=model)
     validation = ValidationConfig(paths=plain.data.paths, image_roots=(str(FIXTURE),), interval=2, batches=4)
-    config = tiny_config(tmp_path, output="validated", max_steps=5, validation=validation)
+    config = dataclasses.replace(plain, output=str(tmp_path / "validated"), validation=validation)
     run(plain)
     run(config)
     assert losses(config) == losses(plain)
@@ -258,6 +262,9 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))
     assert message.startswith("ConfigError")
     assert "was trained with trainable.llm False, now it is True" in message
+    wings = dataclasses.replace(base.model, wings=WingsConfig(rank=4, router_positions=512))
+    (message,) = run_distributed(build, 1, dataclasses.replace(base, model=wings))
+    assert message.startswith("ConfigError: this run is with model.wings, unlike")
     paper = dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, residual="paper"))
     (message,) = run_distributed(build, 1, dataclasses.replace(base, model=paper))
     assert "was trained with model.moe.residual code, now it is paper" in message
