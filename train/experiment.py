@@ -6,8 +6,8 @@
     python train/experiment.py --fresh          from the start; otherwise what is done is not done again
     python train/experiment.py --quick          one seed and four steps a stage, to see that it works
 
-Work lies below runs/experiment or runs/experiment-MODEL. Each result is kept in benchmarks/results/DEVICE as soon as it
-is there (--quick: below runs/).
+Work lies below runs/experiment or runs/experiment-MODEL, results so far and their report too. What a whole experiment
+gave is kept in benchmarks/results/DEVICE (not with --quick).
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def main(argv: list[str]) -> int:
             record = {"accuracy": accuracy, "n": counts}
             content["results"].setdefault(variant.name, {})[str(seed)] = record
             content["summary"] = experiment.summarize(content["results"], chosen.comparisons)
-            experiment.write_result(content, kept)
+            experiment.write_result(content, root / chosen.file)
             report = experiment.write_report(content, root / "report")
             print(f"{variant.name}, seed {seed}: " + ", ".join(f"{p} {a['mean']:.1f}" for p, a in accuracy.items()))
+    experiment.write_result(content, kept)
     print("\n" + report.read_text(encoding="utf-8"))
     seconds = sum({step.name: step.seconds for step in pipeline.steps}.values())
     print(f"{seconds / 60:.0f} minutes of work in all; numbers: {kept}; report: {report}")

@@ -14,6 +14,8 @@ from parrot_sys.errors import ConfigError
 
 ASSETS = Path(__file__).parent / "assets"
 CONCEPTS_FILE = "concepts.json.gz"
+MIN_CONCEPTS = 6
+"""Four options of a question, and two others for the turns before it."""
 ATLAS_FILE = "noto_atlas_64.webp"
 ATLAS_TILE = 64
 ATLAS_COLUMNS = 32
@@ -89,10 +91,10 @@ def choose_concepts(
         ConfigError: when there are fewer vendored concepts than asked for.
     """
     concepts = load_concepts() if concepts is None else concepts
-    if count < 4 or held_out < 0 or count + held_out > len(concepts):
+    if count < MIN_CONCEPTS or held_out < 0 or count + held_out > len(concepts):
         raise ConfigError(
-            f"concepts (>= 4) and held_out (>= 0) must sum to at most {len(concepts)}, the vendored concepts; "
-            f"got {count} and {held_out}"
+            f"concepts (>= {MIN_CONCEPTS}) and held_out (>= 0) must sum to at most {len(concepts)}, the vendored "
+            f"concepts; got {count} and {held_out}"
         )
     generator = random.Random(f"{seed}:concepts")
     by_category: dict[str, list[Concept]] = {}

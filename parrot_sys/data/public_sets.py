@@ -110,6 +110,10 @@ def _rows_below(path: Path, key: str) -> list[Any]:
     return list(values[key])
 
 
+def _lack(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _kind(values: Any) -> str:
     return f"an object with {sorted(values)[:5]}" if isinstance(values, Mapping) else type(values).__name__
 
@@ -138,6 +142,18 @@ def _text(row: Row, name: str, *, empty: bool = False) -> str:
     return value.strip()
 
 
+def _texts(row: Row, name: str) -> list[str]:
+    """A field with one or more strings, stripped.
+
+    Raises:
+        DataError: no list of strings there, or an empty one or one with nothing in it.
+    """
+    values = row[name]
+    if not isinstance(values, list) or not values:
+        raise DataError(f"`{name}` must be a list of texts, got {values!r}")
+    return [_text({name: value}, name) for value in values]
+
+
 def _coco_names(image_id: int) -> list[str]:
     """Where COCO's image may lie: its 2017 and 2014 names, with and without the folder of the split."""
     names = [f"{image_id:012d}.jpg", *(f"{split}2017/{image_id:012d}.jpg" for split in ("train", "val"))]
@@ -149,12 +165,10 @@ def _coco_names(image_id: int) -> list[str]:
 
 def _llava(row: Row, _: random.Random) -> Example:
     image = row.get("image")
-    if image is None:
-        names = []
-    elif (number := re.fullmatch(r"0*(\d+)\.jpg", Path(image).name)) is not None:
-        names = [image, *_coco_names(int(number[1]))]
-    else:
-        names = [image]
+    names = [] if image is None else [image]
+    # COCO's ids have twelve digits; other sets number their pictures as well.
+    if image is not None and re.fullmatch(r"\d{12}\.jpg", Path(image).name) is not None:
+        names += _coco_names(int(Path(image).stem))
     turns = row["conversations"]
     if image is not None and isinstance(turns, list) and not any(IMAGE_TOKEN in turn["value"] for turn in turns):
         raise DataError(f"has an image, but no turn has the marker {IMAGE_TOKEN}")
@@ -162,11 +176,11 @@ def _llava(row: Row, _: random.Random) -> Example:
 
 
 def _aokvqa(row: Row, generator: random.Random) -> Example:
-    choices, right = list(row["choices"]), row["correct_choice_idx"]
+    choices, right = _texts(row, "choices"), row["correct_choice_idx"]
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(choices):
         raise DataError(f"`correct_choice_idx` must be in [0, {len(choices)}), got {right!r}")
     question = f"{_text(row, 'question')} {generator.choice(WHY)}"
-    reasons = " ".join(reason.strip() for reason in row["rationales"])
+    reasons = " ".join(_texts(row, "rationales"))
     answer = f"The answer is {choices[right]}. Because {reasons}"
     options = ", ".join(choices) if generator.random() < 0.5 else ""
     return Example(
@@ -187,15 +201,22 @@ def _read_coco_caption(path: Path) -> Iterator[Any]:
     if isinstance(values, list):  # LAVIS: a caption a row
         yield from values
         return
-    for image in _rows_below(path, "images"):
-        if image["split"] not in ("train", "restval"):
+    for index, image in enumerate(_rows_below(path, "images")):
+        try:
+            if image["split"] not in ("train", "restval"):
+                continue
+            captions = [
+                {
+                    "caption": sentence["raw"],
+                    "image": f"{image['filepath']}/{image['filename']}",
+                    "image_id": f"{image['cocoid']}-{sentence['sentid']}",
+                }
+                for sentence in image["sentences"]
+            ]
+        except (KeyError, TypeError) as error:
+            yield DataError(f"image {index} of the file is none of Karpathy's: {_lack(error)}")
             continue
-        for sentence in image["sentences"]:
-            yield {
-                "caption": sentence["raw"],
-                "image": f"{image['filepath']}/{image['filename']}",
-                "image_id": f"{image['cocoid']}-{sentence['sentid']}",
-            }
+        yield from captions
 
 
 def _coco_caption(row: Row, generator: random.Random) -> Example:
@@ -209,13 +230,15 @@ def _read_ocr_vqa(path: Path) -> Iterator[Any]:
     if not isinstance(books, Mapping):
         raise DataError(f"{path} must hold a JSON object of books, got {type(books).__name__}")
     for name, book in books.items():
-        if book["split"] == 1:  # 2 validation, 3 test
+        if not isinstance(book, Mapping) or "split" not in book:
+            yield DataError(f"book {name} must be an object with a split, got {_kind(book)}")
+        elif book["split"] == 1:  # 2 validation, 3 test
             yield {"book": name, **book}
 
 
 def _ocr_vqa(row: Row, generator: random.Random) -> Example:
-    questions, answers = row["questions"], row["answers"]
-    if len(questions) != len(answers) or not questions:
+    questions, answers = _texts(row, "questions"), _texts(row, "answers")
+    if len(questions) != len(answers):
         raise DataError(f"must have as many answers as questions, got {len(questions)} and {len(answers)}")
     question, answer = generator.choice(list(zip(questions, answers, strict=True)))
     name = f"{row['book']}{Path(row['imageURL']).suffix}"
@@ -252,6 +275,8 @@ def _baize(row: Row, _: random.Random) -> Example:
     said = [(speaker, text.strip()) for speaker, text in zip(rest[::2], rest[1::2], strict=True)]
     if said and said[-1][0] == "Human":  # every row ends with a question that nobody answers, mostly an empty one
         said.pop()
+    if any(not text for _, text in said):
+        raise DataError("a turn before the last has no text")
     turns = [_human(text) if speaker == "Human" else _answer(text) for speaker, text in said]
     return Example(turns=turns, record_id="")
 
@@ -314,5 +339,4 @@ def examples(source: Source, rows: Iterable[Any], name: str, seed: int) -> Itera
         except DataError as error:
             yield index, error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            yield index, DataError(f"must look like {source.wanted}; it {problem}" if problem else source.wanted)
+            yield index, DataError(f"must look like {source.wanted}; {_lack(error)}")

@@ -2,6 +2,7 @@
 
 * `chatml`: Parrot and Wings. Sources: AIDC-AI/Parrot, parrot/model/conversation_formatter.py (format) and
   parrot/train/data.py (place of the marker).
+* `llama3`: Llama 3 Instruct's own format, with the same place of the marker (Wings on Llama-3.1).
 * `instruction`: MultiModal-GPT. Source: open-mmlab/Multimodal-GPT, mmgpt/datasets (arXiv 2305.04790, section 3.1).
   Every question stands with its own answer; in the public code's dialogues it does not (turn i goes with turn i + 1).
 """
@@ -24,7 +25,10 @@ INSTRUCTION_HEADER = (
 """First line of a conversation in the instruction format; a system turn replaces it."""
 RESPONSE_HEADER = "### Response:\n"
 
-TemplateName = Literal["chatml", "instruction"]
+LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+LLAMA3_END = "<|eot_id|>"
+
+TemplateName = Literal["chatml", "llama3", "instruction"]
 Turn = Mapping[str, str]
 """`{"from": "system" | "human" | "gpt", "value": text}`; a human turn may have `input`: what its text is about."""
 
@@ -84,22 +88,40 @@ def render_conversation(turns: Sequence[Turn], *, add_generation_prompt: bool = 
     Raises:
         DataError: no turns, or an unknown `from`.
     """
-    _check_turns(turns)
-    messages = [(turn["from"], move_image_markers(_with_input(turn))) for turn in turns]
-    if messages[0][0] != "system":
-        messages.insert(0, ("system", DEFAULT_SYSTEM_PROMPT))
     segments = [
         Segment(
             f"{IM_START}{ROLE_NAMES[name]}\n{message}{IM_END}\n",
             bears_loss=name == "gpt",
             prefix=ANSWER_HEADER if name == "gpt" else "",
         )
-        for name, message in messages
+        for name, message in _messages(turns)
     ]
     if add_generation_prompt:
         return [*segments, Segment(ANSWER_HEADER, bears_loss=True, prefix=ANSWER_HEADER)]
     last = segments[-1]
     return [*segments[:-1], Segment(last.text.removesuffix("\n"), last.bears_loss, last.prefix)]
+
+
+def render_llama3(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+    """The segments of a conversation in the format of Llama 3 Instruct; arguments and errors as `render_conversation`.
+
+    The model's own template strips every message, and so does this.
+    """
+    segments = []
+    for index, (name, message) in enumerate(_messages(turns)):
+        header = LLAMA3_HEADER.format(role=ROLE_NAMES[name])
+        segments.append(
+            Segment(
+                f"{header}{message.strip()}{LLAMA3_END}",
+                bears_loss=name == "gpt",
+                prefix=header if name == "gpt" else "",
+                begins=index == 0,
+            )
+        )
+    if add_generation_prompt:
+        header = LLAMA3_HEADER.format(role=ROLE_NAMES["gpt"])
+        segments.append(Segment(header, bears_loss=True, prefix=header))
+    return segments
 
 
 def render_instruction(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
@@ -146,8 +168,16 @@ CHATML = Template(
     pad_token=PAD_TOKEN,
     answer_header=ANSWER_HEADER,
 )
+LLAMA3 = Template(
+    name="llama3",
+    version="llama3-1",
+    render=render_llama3,
+    special_tokens=("<|start_header_id|>", "<|end_header_id|>", LLAMA3_END),
+    end_token=LLAMA3_END,
+    answer_header=LLAMA3_HEADER.format(role=ROLE_NAMES["gpt"]),
+)
 INSTRUCTION = Template(name="instruction", version="instruction-1", render=render_instruction)
-TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, INSTRUCTION)}
+TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, LLAMA3, INSTRUCTION)}
 
 
 def _question(turn: Turn) -> str:
@@ -157,6 +187,13 @@ def _question(turn: Turn) -> str:
     if turn.get("input"):
         sections.append(f"Input:\n{turn['input']}")
     return "".join(f"\n\n### {section}" for section in sections)
+
+
+def _messages(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    """(`from`, text with its markers in front) of every turn, a system turn first."""
+    _check_turns(turns)
+    messages = [(turn["from"], move_image_markers(_with_input(turn))) for turn in turns]
+    return messages if messages[0][0] == "system" else [("system", DEFAULT_SYSTEM_PROMPT), *messages]
 
 
 def _with_input(turn: Turn) -> str:

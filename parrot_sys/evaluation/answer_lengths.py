@@ -143,7 +143,8 @@ def read_answers(scores: ScoreFile) -> dict[int, str]:
     path = scores.path.with_name(scores.path.name.removesuffix(SCORES_SUFFIX) + ".jsonl")
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
-        return {int(record["index"]): str(record["prediction"]) for record in records}
+        # (`prediction` is what is left for the score: often a letter alone.)
+        return {int(record["index"]): str(record["response"]) for record in records}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({error}); run parrot eval again") from error
 

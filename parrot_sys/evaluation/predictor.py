@@ -105,9 +105,8 @@ class ModelPredictor:
         return (own - changed).abs().max().item()
 
     def _room(self, samples: Sequence[Sample]) -> int:
-        """Longest answer: as asked for, or what the decoder's positions leave behind the longest prompt."""
-        parrot = self.model.parrot
-        positions, rows = parrot.llm.max_position_embeddings, parrot.rows_per_image
+        """Longest answer: as asked for, or what the model's positions leave behind the longest prompt."""
+        positions, rows = self.model.parrot.max_positions, self.model.parrot.rows_per_image
         longest = max(expanded_lengths(sample.input_ids.numpy(), rows, positions)[1] for sample in samples)
         return min(self.max_new_tokens, max(1, positions - longest))
 

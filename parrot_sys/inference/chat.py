@@ -129,10 +129,10 @@ class ChatSession:
         return Answer(text=text, experts=None if routing is None else routing.probs.float().cpu())
 
     def _room(self, input_ids: Tensor, images: int) -> int:
-        """Tokens that the decoder's positions leave for the answer."""
+        """Tokens that the model's positions leave for the answer."""
         config = self.model.config
         rows = input_ids.shape[1] + images * (config.rows_per_image - 1)
-        return config.llm.max_position_embeddings - rows
+        return config.max_positions - rows
 
 
 class _Streamer(TextStreamer):

@@ -55,7 +55,7 @@ class ConvertConfig:
     vision: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """multimodal_gpt: CLIP ViT-L/14 in Hugging Face layout."""
     image_token_id: int | None = None
-    """multimodal_gpt: id of <image>, when --llm holds no tokenizer; the last row of the embedding when not given."""
+    """multimodal_gpt: id of <image>, when --llm holds no tokenizer (else the second one behind LLaMA's own)."""
     vocab_multiple: int = 1
     """multimodal_gpt: fill the embedding up to a multiple of this; its 32003 tokens cannot be cut over ranks."""
     format: Literal["hf", "megatron"] = "hf"
@@ -96,6 +96,7 @@ def convert(config: ConvertConfig) -> None:
     if config.format == "hf" and config.dtype is None and not config.merge_lora:
         _assemble(config, config.output)
         return
+    config.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.absolute().parent) as folder:
         whole = Path(folder) / "released"
         _assemble(config, whole)

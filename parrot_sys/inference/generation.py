@@ -89,17 +89,18 @@ def prefill(
         routes of the images.
 
     Raises:
-        DataError: a prompt with its images is longer than the decoder's positions.
+        DataError: a prompt with its images is longer than the model's positions.
     """
     parrot = model.model.parrot
-    limit = parrot.llm.max_position_embeddings
+    limit = parrot.max_positions
     rows = parrot.rows_per_image
     for index, sample in enumerate(samples):
         length = expanded_lengths(np.asarray(sample.input_ids), rows, limit)[1]
         if length + new_tokens > limit:
             raise DataError(
                 f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the "
-                f"{limit} positions of the decoder (max_position_embeddings): shorten it or lower max_new_tokens"
+                f"{limit} positions of the model (llm.max_position_embeddings, wings.router_positions): shorten it or "
+                "lower max_new_tokens"
             )
     if not (use_cache and model.model.takes_cache):
         requests = WholeRequests(samples, override)

@@ -91,7 +91,7 @@ def plan_memory(
         if cache is not None:
             raise ConfigError(
                 "the released rule of Wings lets earlier rows read later ones, which a KV cache cannot follow: "
-                "generate with use_cache=False, or take the paper's rule (compat=None)"
+                'generate with use_cache=False, or take the paper\'s rule (compat="paper")'
             )
         return _released(batch, wings, rows_per_image, common)
     if cache is not None and cache.max_length:
@@ -211,7 +211,7 @@ def _released(batch: PackedBatch, wings: WingsConfig, rows_per_image: int, commo
     if batch.visual_rows.numel() != num_images * rows_per_image or num_images > samples:
         raise DataError(
             f"the released rule of Wings knows one whole image a sample at most, got {num_images} images and "
-            f"{batch.visual_rows.numel()} rows of them in {samples} samples: take the paper's rule (compat=None)"
+            f'{batch.visual_rows.numel()} rows of them in {samples} samples: take the paper\'s rule (compat="paper")'
         )
     mixed = 0 < num_images < samples
     left_out = wings.system_prompt_length + rows_per_image

@@ -82,7 +82,8 @@ def assemble(
         files: the parts.
         output: to be created.
         num_tokens: tokens of the tokenizer with the added ones; None: as many as the embedding has rows.
-        image_token_id: id of `<image>`; None: the last token.
+        image_token_id: id of `<image>`; None: the second of the tokens behind LLaMA's own, as OpenFlamingo adds them
+            (`<|endofchunk|>`, `<image>`, `<PAD>`), or the last one of an embedding that holds them already.
         vocab_multiple: the embedding gets rows up to a multiple of this number, so that it can be cut over ranks.
         save_tokenizer: writes the tokenizer with the added tokens into a directory.
         overwrite: replace an existing directory.
@@ -97,6 +98,17 @@ def assemble(
     lora, lora_tensors = (None, {}) if files.lora is None else _read_lora(files.lora)
     with TensorFiles(files.llm) as llm_tensors:
         sources, tokens = _llm_sources(llm_tensors, flamingo_tensors, num_tokens, vocab_multiple)
+        if image_token_id is None:
+            own = llm_tensors.shape(_EMBEDDING)[0]
+            image_token_id = min(own + 1, tokens - 1)
+            logger.warning(
+                "%s holds no tokenizer: <image> is taken to be token %d of %d, of which LLaMA brings %d; say "
+                "--image-token-id if it is another",
+                files.llm,
+                image_token_id,
+                tokens,
+                own,
+            )
         llm = replace(llm, vocab_size=sources[_EMBEDDING][0][0])
         config = ParrotConfig(
             vision=replace(
@@ -109,7 +121,7 @@ def assemble(
             max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
             flamingo=replace(
                 _flamingo_config(flamingo_tensors, files.flamingo),
-                image_token_id=tokens - 1 if image_token_id is None else image_token_id,
+                image_token_id=image_token_id,
             ),
         )
         for tensors in (flamingo_tensors, lora_tensors):

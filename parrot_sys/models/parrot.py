@@ -37,8 +37,8 @@ class ParrotConfig:
     """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
-    template: Literal["chatml", "instruction"] = "chatml"
-    """Format of conversations: `chatml` (Parrot, Wings) or `instruction` (MultiModal-GPT)."""
+    template: Literal["chatml", "llama3", "instruction"] = "chatml"
+    """Format of conversations: `chatml` (Parrot, Wings), `llama3` (Llama 3), `instruction` (MultiModal-GPT)."""
     tokenizer_path: str | None = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048
@@ -61,6 +61,12 @@ class ParrotConfig:
     def rows_per_image(self) -> int:
         """Rows that an image takes among those of the text: those of the tower, or the image token alone."""
         return self.vision.num_visual_rows if self.flamingo is None else 1
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sample with its images and its answer: positions of the decoder, and of the router of Wings."""
+        positions = self.llm.max_position_embeddings
+        return positions if self.wings is None else min(positions, self.wings.router_positions)
 
     def following(self, compat: Compat | None) -> ParrotConfig:
         """The same model with the rules of the public code (`released`) or of the paper; as it is for None.

@@ -183,7 +183,7 @@ def test_vendor_names_a_missing_source(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--concepts 4 --held-out 0 --languages en zh --image-size 32 --variants 1 --text-rounds 1 --align-rounds 1"
+    flags = "--concepts 6 --held-out 0 --languages en zh --image-size 32 --variants 1 --text-rounds 1 --align-rounds 1"
     arguments = [
         "build",
         "--output",
@@ -196,7 +196,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ]
     assert main(arguments) == 0
     assert (
-        "built; records: text 2, align 8, detail 8, instruct 16, validation 2; pictures: 8" in capsys.readouterr().out
+        "built; records: text 4, align 12, detail 12, instruct 24, validation 4; pictures: 12"
+        in capsys.readouterr().out
     )
     assert main(arguments) == 0
     assert "up to date" in capsys.readouterr().out

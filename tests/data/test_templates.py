@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
@@ -256,3 +256,42 @@ def test_turns_that_do_not_pair_are_errors(froms, message):
 def test_chatml_puts_the_input_below_the_instruction():
     text = "".join(s.text for s in render_conversation([{"from": "human", "value": "Sum up.", "input": "A text."}]))
     assert text.endswith("<|im_start|>user\nSum up.\nA text.<|im_end|>")
+
+
+LLAMA3_TEMPLATE = (  # of Meta-Llama-3-8B-Instruct
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+@pytest.fixture
+def llama3(tmp_path) -> ParrotProcessor:
+    """A tokenizer with Llama 3's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["What is in the picture?"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[-1]).save_pretrained(
+        tmp_path
+    )
+    return ParrotProcessor.for_tower(tmp_path, "siglip", 384, "llama3")
+
+
+def test_llama3_is_the_models_own_template(llama3: ParrotProcessor):
+    turns = [("system", "Be short."), ("human", "What? "), ("gpt", "A cat.\n"), ("human", "And?")]
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[name], "content": text} for name, text in turns]
+    wanted = llama3.tokenizer.apply_chat_template(messages, chat_template=LLAMA3_TEMPLATE, return_dict=False)
+    result = llama3.format_conversation([{"from": n, "value": t} for n, t in turns], add_generation_prompt=True)
+    assert result["input_ids"] == wanted
+    answer = llama3.tokenizer("A cat.<|eot_id|>", add_special_tokens=False).input_ids
+    assert [label for label in result["labels"] if label != IGNORE_ID] == answer
+    picture = llama3.format_conversation([{"from": "human", "value": "Look<image>"}])["prompt"]
+    assert "<|start_header_id|>user<|end_header_id|>\n\n<image>\nLook<|eot_id|>" in picture
+    assert "You are a helpful assistant." in picture

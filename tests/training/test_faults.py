@@ -128,7 +128,7 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
         _spoil(3)(trainer)
         _spoil(4)(trainer)
 
-    with pytest.raises(RuntimeError, match="2 steps in a row are more than faults.max_consecutive_skips=1"):
+    with pytest.raises(RuntimeError, match=r"2 steps in a row are more than faults\.max_consecutive_skips=1"):
         run(config, 1, hook)
     assert [(bad["step"], bad["action"]) for bad in _bad_steps(config)] == [(3, "skip"), (4, "stop")]
 
