@@ -72,7 +72,7 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
         ConfigError: the checkpoint belongs to a model or a stage with other settings.
     """
     saved, own = dict(_leaves(read_yaml(folder / "config.yaml"))), dict(_leaves(config_to_dict(config)))
-    for one, other, verb in ((saved, own, "without"), (own, saved, "with")):
+    for one, other, verb in ((saved, own, "with"), (own, saved, "without")):
         for name in one.keys() - other.keys():
             if name.startswith("model.") and one[name] is None:  # a section that the other one has
                 raise ConfigError(

@@ -331,6 +331,33 @@ def test_dialogues_that_do_not_pair_are_named(tmp_path: Path, images: Path) -> N
         run("baize", [{"input": text}], tmp_path)
 
 
+def test_fields_that_are_no_texts_are_named(tmp_path: Path, images: Path) -> None:
+    book = OCR_VQA["761183272"]
+    with pytest.raises(DataError, match=r"`questions` must be a text that is not empty, got None"):
+        run("ocr_vqa", {"761183272": {**book, "questions": [None, ""]}}, tmp_path, images)
+    with pytest.raises(DataError, match=r"`rationales` must be a list of texts, got 'Because'"):
+        run("aokvqa", [{**AOKVQA[0], "rationales": "Because"}], tmp_path, images)
+    with pytest.raises(DataError, match="a turn before the last has no text"):
+        run("baize", [{"input": "x\n[|Human|] \n[|AI|] b\n[|Human|] "}], tmp_path)
+
+
+def test_one_bad_part_of_a_file_can_be_left_out(tmp_path: Path, images: Path) -> None:
+    records, report = run("ocr_vqa", {"1": {"questions": []}, **OCR_VQA}, tmp_path, images, on_bad_row="skip")
+    assert [record["id"] for record in records] == ["ocr_vqa-761183272"]
+    assert "book 1 must be an object with a split" in report.bad[0]
+    broken = {**KARPATHY, "images": [{"split": "train"}, *KARPATHY["images"]]}
+    records, report = run("coco_caption", broken, tmp_path, images, on_bad_row="skip")
+    assert len(records) == 2
+    assert "image 0 of the file is none of Karpathy's: it lacks 'sentences'" in report.bad[0]
+
+
+def test_no_picture_of_another_set_is_taken(tmp_path: Path, images: Path) -> None:
+    """Visual Genome numbers its pictures too; this number is one of COCO's."""
+    row = {**LLAVA[0], "image": "vg/VG_100K/33471.jpg"}
+    with pytest.raises(DataError, match=r"looked for vg/VG_100K/33471\.jpg\)"):
+        run("llava", [row], tmp_path, images)
+
+
 def test_a_limit_draws_the_same_rows_again(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(50)]
     first, second = (run("alpaca", rows, tmp_path, limit=7)[0] for _ in range(2))

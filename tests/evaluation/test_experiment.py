@@ -96,7 +96,7 @@ def test_lengths_of_answers(tmp_path: Path) -> None:
         stem = f"m_MMMB_{language}"
         result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}"}
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
-        lines = [{"settings": {}}, *({"index": i, "prediction": answer} for i, answer in enumerate(answers))]
+        lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert answer_lengths(tmp_path) == ({"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0}}, {"mmmb": {"en": 2, "zh": 1}})
 

@@ -182,6 +182,26 @@ def test_tokenizer_gets_the_added_tokens(with_tokenizer: dict[str, Path], tmp_pa
     assert model(torch.tensor([ids]), images=torch.randn(1, 3, 28, 28)).logits.shape == (1, len(ids), 43)
 
 
+def test_image_token_without_a_tokenizer(
+    with_tokenizer: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenFlamingo trained an embedding with its three tokens behind LLaMA's; the second is the image."""
+    for file in with_tokenizer["llm"].glob("*token*"):
+        file.unlink()
+    tensors = torch.load(with_tokenizer["flamingo"], weights_only=True)
+    for name in ("lang_encoder.model.embed_tokens.weight", "lang_encoder.lm_head.weight"):
+        tensors[name] = torch.randn(
+            43, load_file(with_tokenizer["llm"] / "model.safetensors")["lm_head.weight"].shape[1]
+        )
+    torch.save(tensors, with_tokenizer["flamingo"])
+    output = tmp_path / "new" / "model"
+    with caplog.at_level("WARNING"):
+        convert(ConvertConfig(source_format="multimodal_gpt", output=output, dtype="float32", **with_tokenizer))
+    model, _ = parrot_sys.load_pretrained(output)
+    assert (model.config.llm.vocab_size, model.config.flamingo.image_token_id) == (43, 41)
+    assert "<image> is taken to be token 41 of 43" in caplog.text
+
+
 def test_vocabulary_for_several_ranks(directory: Path, expected: dict[str, Tensor], tmp_path: Path) -> None:
     settings = {"source_format": "multimodal_gpt", **PARTS}
     convert(ConvertConfig(output=tmp_path / "model", vocab_multiple=64, **settings))

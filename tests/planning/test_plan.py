@@ -119,6 +119,12 @@ def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -
         find_layouts(replace(BASE, fix=fix))
 
 
+def test_experts_cannot_be_shared_where_there_are_none() -> None:
+    plain = replace(MODEL, moe=TextGuidedMoEConfig(num_experts=0))
+    with pytest.raises(ConfigError, match="fix.expert must be 1 without experts"):
+        check(plain, Layout(expert=2), 8, 16)
+
+
 def test_lora_is_refused_until_there_are_formulas_for_it() -> None:
     with pytest.raises(ConfigError, match=r"model\.lora has no formulas in parrot plan: unset it"):
         replace(BASE, model=replace(BASE.model, lora=LoRAConfig()))

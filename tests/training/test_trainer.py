@@ -279,6 +279,8 @@ def test_interrupted_metrics_are_taken_back(tmp_path: Path) -> None:
         logging = LoggingConfig(tensorboard=False, progress=False)
         with MetricsWriter(tmp_path, logging, total_steps=5, start_step=2) as writer:
             writer.write("train", 3, {"loss": 0.5})
+            writer.write("validation", 3, {"loss": float("nan")})
 
     run_distributed(write, 2)
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    found = [(r["step"], r["loss"]) for r in read_metrics(tmp_path)]
+    assert found == [(1, 1.0), (2, 1.0), (3, 0.5), (3, None)], "and JSON has no NaN"
