@@ -203,6 +203,7 @@ def test_cached_decoding_is_whole_decoding() -> None:
 
 def test_refusals() -> None:
     model = build(QWEN)
+    assert QWEN.max_positions == 48, "so that answers end in time"
     with pytest.raises(DataError, match="at most 48 rows"):
         run(model, make(((49, ()),)))
     batch = pack_samples(make((ONE,)), num_visual_rows=V)

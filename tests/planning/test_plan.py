@@ -121,7 +121,7 @@ def test_fixed_sizes_that_cannot_run_are_refused(fix: FixConfig, message: str) -
 
 def test_experts_cannot_be_shared_where_there_are_none() -> None:
     plain = replace(MODEL, moe=TextGuidedMoEConfig(num_experts=0))
-    with pytest.raises(ConfigError, match="fix.expert must be 1 without experts"):
+    with pytest.raises(ConfigError, match=r"fix\.expert must be 1 without experts"):
         check(plain, Layout(expert=2), 8, 16)
 
 
