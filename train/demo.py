@@ -12,6 +12,7 @@ another system lie below runs/demo-MODEL.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     from parrot_sys.evaluation.conversation import sample_conversations
     from parrot_sys.evaluation.demo import evaluate_demo, report_demo
     from parrot_sys.evaluation.pipeline import Pipeline, Step
+    from parrot_sys.files import replace_text
 
     begin = time.perf_counter()
     system = recipes.SYSTEMS[options.model]
@@ -65,6 +67,12 @@ def main(argv: list[str]) -> int:
     print("\n" + (talked.folder / "conversation.txt").read_text(encoding="utf-8"))
     print("\n".join(f"{step.seconds:7.0f} s  {step.name}" for step in pipeline.steps))
     work = sum(step.seconds for step in pipeline.steps)
+    times = {step.name: round(step.seconds, 1) for step in pipeline.steps}
+    replace_text(
+        root / "report" / "seconds.json",
+        json.dumps({**recipes.provenance(), "model": system.name, "seconds": times, "sum": round(work, 1)}, indent=1)
+        + "\n",
+    )
     print(f"{work:7.0f} s  of work in all, {time.perf_counter() - begin:.0f} s now")
     print(f"report: {reported.folder / 'report.md'}")
     print(f"talk to it: .venv/bin/parrot chat --checkpoint {model} --image PICTURE --show-routing")

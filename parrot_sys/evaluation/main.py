@@ -33,6 +33,7 @@ from parrot_sys.evaluation.runner import (
 from parrot_sys.evaluation.tsv import QuestionSet
 from parrot_sys.logging import setup_logging
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ class EvalConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    compat: Compat | None = None
+    """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
+    `released`. As the checkpoint says when not given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the processes of torchrun, for models that need several."""
     overwrite: bool = False
@@ -135,7 +139,11 @@ def load_predictor(config: EvalConfig) -> ModelPredictor:
 
     check_processes(config.parallel, platform.launch().world_size)
     model, processor = load_pretrained(
-        config.checkpoint, device=config.device, dtype=config.dtype, parallel=config.parallel
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        parallel=config.parallel,
+        compat=config.compat,
     )
     return ModelPredictor(
         model, processor, checkpoint=config.checkpoint, mode=config.mode, max_new_tokens=config.max_new_tokens

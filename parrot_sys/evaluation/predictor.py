@@ -20,6 +20,7 @@ from parrot_sys.inference.generation import continuation_log_probs, generate_tok
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import find_training_checkpoint
 from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class ModelPredictor:
             "mode": mode,
             "dtype": platform.dtype_name(model.dtype),
             **({"max_new_tokens": max_new_tokens} if mode == "generate" else {}),
+            **_rule(self.model.parrot),
         }
         self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [1, V, C]
 
@@ -188,6 +190,13 @@ class ModelPredictor:
             return [[]] * len(items)
         weights = iter(routes.probs.float().cpu().tolist())
         return [[] if item.question.image_key is None else next(weights) for item in items]
+
+
+def _rule(parrot: ParrotConfig) -> dict[str, str]:
+    """What `compat` changes, see `ParrotConfig.following`."""
+    if parrot.wings is not None:
+        return {"rule": parrot.wings.rule}
+    return {} if parrot.flamingo is None else {"rule": parrot.flamingo.media_rule}
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:

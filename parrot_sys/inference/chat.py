@@ -20,6 +20,7 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
 from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class ChatConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    compat: Compat | None = None
+    """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
+    `released`. As the checkpoint says when not given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the processes of torchrun, for models that need several."""
 
@@ -189,7 +193,11 @@ def _open_session(config: ChatConfig) -> ChatSession:
 
     check_processes(config.parallel, platform.launch().world_size)
     model, processor = load_pretrained(
-        config.checkpoint, device=config.device, dtype=config.dtype, parallel=config.parallel
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        parallel=config.parallel,
+        compat=config.compat,
     )
     return ChatSession(
         model=model,
