@@ -27,11 +27,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/setup_venv.py $(CPP_FILES)
 	$(PYTHON) .ci/setup_venv.py
 	@touch $@
 
+# Two workers: one takes the tests that start several processes, the other one the rest (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 	.ci/test_python312
 
 sanitize: setup

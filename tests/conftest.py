@@ -26,7 +26,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+_PROCESSES = frozenset({"integration", "megatron", "parallel", "training"})
+"""Folders of tests that start several processes."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # `make test` shares files between two workers; more than one such test at a time would crowd two cores.
+        group = "processes" if item.path.parent.name in _PROCESSES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if platform.cuda_available():
         return
     for item in items:
