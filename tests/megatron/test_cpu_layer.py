@@ -144,7 +144,7 @@ def test_layouts_that_cannot_be() -> None:
 def test_decoders_that_cannot_be_cut() -> None:
     llm = LLMConfig(hidden_size=60, num_layers=6, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=64)
     with pytest.raises(
-        ConfigError, match=r"num_attention_heads must be a multiple of .*=4, got 6: the nearest size that fits is 3"
+        ConfigError, match=r"num_attention_heads must be a multiple of .*=4, got 6: the nearest size that fits is 1"
     ):
         to_transformer_config(llm, ParallelConfig(tensor_model_parallel_size=4))
     with pytest.raises(ConfigError, match=r"num_layers must be >= the 8 pipeline stages .* use at most 6 stages"):

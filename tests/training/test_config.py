@@ -55,8 +55,11 @@ FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", 
         ({"parallel": {"expert_model_parallel_size": 4}}, "num_experts must be .*expert_model_parallel_size=4, got 6"),
         ({"parallel": {"expert_tensor_parallel_size": 3}}, "ffn_hidden_size must be .*expert_tensor_.*=3, got 4096"),
         (
-            {"parallel": {"tensor_model_parallel_size": 16}, "model": {"tokenizer_path": "t"}},
-            r"model.llm.num_query_groups must be a multiple .*=16, got \d+: the nearest size that fits is",
+            {
+                "parallel": {"tensor_model_parallel_size": 4},
+                "model": {"tokenizer_path": "t", "llm": {"num_query_groups": 2}},
+            },
+            "model.llm.num_query_groups must be a multiple .*=4, got 2: the nearest size that fits is 2",
         ),
         (
             {

@@ -14,6 +14,7 @@ import pytest
 from parrot_sys.cli import save_config
 from parrot_sys.inference import chat
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.checkpoint import latest_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
@@ -42,6 +43,9 @@ def _curve(config: TrainConfig) -> list[tuple[Any, ...]]:
 
 
 def _reached(config: TrainConfig, step: int) -> bool:
+    """Whether a step is done and a checkpoint, which is written in the background, is there."""
+    if latest_checkpoint(Path(config.output) / "checkpoints") is None:
+        return False
     return any(record["step"] >= step for record in read_metrics(config.output, "train"))
 
 
