@@ -16,7 +16,7 @@ from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
-from tests.training.tiny import tiny_config
+from tests.training.tiny import reached, tiny_config
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -33,7 +33,7 @@ def _start(config: TrainConfig, folder: Path) -> subprocess.Popen[bytes]:
 
 def _wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + SECONDS
-    while not any(record["step"] >= step for record in read_metrics(config.output, "train")):
+    while not reached(config, step):
         if process.poll() is not None or time.monotonic() > end:
             pytest.fail(f"the run did not reach step {step}:\n{log.read_text()}")
         time.sleep(0.02)

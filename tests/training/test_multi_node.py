@@ -14,11 +14,10 @@ import pytest
 from parrot_sys.cli import save_config
 from parrot_sys.inference import chat
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.checkpoint import latest_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
-from tests.training.tiny import FIXTURE, MODEL, tiny_config
+from tests.training.tiny import FIXTURE, MODEL, reached, tiny_config
 from tests.training.two_nodes import Node, agents, is_alive, two_nodes, wait_until
 
 STEPS = 24
@@ -42,13 +41,6 @@ def _curve(config: TrainConfig) -> list[tuple[Any, ...]]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(config.output, "train")]
 
 
-def _reached(config: TrainConfig, step: int) -> bool:
-    """Whether a step is done and a checkpoint, which is written in the background, is there."""
-    if latest_checkpoint(Path(config.output) / "checkpoints") is None:
-        return False
-    return any(record["step"] >= step for record in read_metrics(config.output, "train"))
-
-
 def _ended(processes: list[psutil.Process]) -> bool:
     return not any(is_alive(process) for process in processes)
 
@@ -66,7 +58,7 @@ def test_a_node_that_is_lost_comes_back(nodes: tuple[Node, Node], tmp_path: Path
     arguments = ("train", "--config", str(tmp_path / "settings.yaml"))
     with agents(nodes, tmp_path) as start:
         stays, lost = start(0, *arguments), start(1, *arguments)
-        wait_until(lambda: _reached(cut, 5), "step 5", stays, lost)
+        wait_until(lambda: reached(cut, 5), "step 5", stays, lost)
         before = stays.workers()
         lost.kill()
         wait_until(lambda: _ended(before), "the end of the process that is left alone", stays)
@@ -86,7 +78,7 @@ def test_a_cable_that_is_pulled(nodes: tuple[Node, Node], tmp_path: Path) -> Non
     arguments = ("train", "--config", str(tmp_path / "settings.yaml"), "--faults.hang-timeout", "8")
     with agents(nodes, tmp_path) as start:
         hosts, lost = start(0, *arguments), start(1, *arguments, STORE_TIMEOUT=20)
-        wait_until(lambda: _reached(cut, 5), "step 5", hosts, lost)
+        wait_until(lambda: reached(cut, 5), "step 5", hosts, lost)
         before = hosts.workers()
         # Its agent's read of the rendezvous ends with the connection. docs/multi_node.md advises 8 (100 s); 5 is 13 s.
         nodes[1].run("sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")

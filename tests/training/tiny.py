@@ -17,6 +17,7 @@ from parrot_sys.data.config import DataConfig
 from parrot_sys.logging import setup_logging
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.checkpoint import latest_checkpoint
 from parrot_sys.training.config import (
     CheckpointConfig,
     LoggingConfig,
@@ -85,6 +86,13 @@ def run(config: TrainConfig, ranks: int = 1, hook: Hook | None = None) -> list[d
 def losses(config: TrainConfig) -> list[tuple[int, float, float]]:
     """Step, loss and gradient norm of every record."""
     return [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(config.output, "train")]
+
+
+def reached(config: TrainConfig, step: int) -> bool:
+    """Whether a step is done and a checkpoint, which is written in the background, is there."""
+    if latest_checkpoint(Path(config.output) / "checkpoints") is None:
+        return False
+    return any(record["step"] >= step for record in read_metrics(config.output, "train"))
 
 
 def signal_before(step: int, number: int, rank: int = 0) -> Hook:
