@@ -57,7 +57,7 @@ def running_as(workload: Workload, name: str) -> Iterator[None]:
     with forced:
         try:
             yield
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # a back end's refusal (ops/registry.py): reported, with its reason
             raise Unavailable(str(error)) from error
         except Exception as error:
             if ours or isinstance(error, Unavailable | Mismatch):
@@ -246,4 +246,4 @@ def run_under_pytest(benchmark: Any, workload: Workload, name: str, which: Pass)
             run = pass_runs(workload, contender_of(workload, name), inputs)[which]
             benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     except Unavailable as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # a contender that cannot run on this device or is not installed; the text says which

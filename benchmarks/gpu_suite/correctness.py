@@ -72,7 +72,7 @@ def _results(problem: Problem, inputs: dict[str, Tensor], dtype: torch.dtype, ba
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         try:
             return outputs_and_gradients(problem.op, inputs, dtype)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # a back end's refusal (ops/registry.py): reported, with its reason
             raise Unavailable(str(error)) from error
 
 

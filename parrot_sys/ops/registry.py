@@ -65,6 +65,7 @@ def select(op: str, *args: object) -> ModuleType:
     forced = _forced[-1] if _forced else env.backend()
     if forced != "auto":
         if reason := _why_not(op, forced, args):
+            # Forcing is for comparing back ends: going on with another one would compare a back end with itself.
             raise NotImplementedError(f"{op}: the forced back end {forced!r} cannot run: {reason}")
         name = forced
     else:

@@ -72,6 +72,7 @@ def test_split_spans_match_float64(triton_device: torch.device, lengths: list[in
     assert_matches_float64(make_args(lengths, images, triton_device))
 
 
+# (A GPU orders programs by itself; there the GPU suite runs each op twice and compares bits.)
 @pytest.mark.skipif(not triton_support.INTERPRETING, reason="only the interpreter's order of programs can be changed")
 def test_order_of_the_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> None:
     args = make_args([90, 40], [3, 2], triton_device)

@@ -120,6 +120,7 @@ def test_what_the_build_lacks_is_named(project: Path, environment: dict[str, str
     assert message in result.stderr
 
 
+# (nvcc is the host's to bring; without it the CUDA sources are left out of a build.)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_sources_are_compiled_in(project: Path) -> None:
     source = project / "csrc" / "cuda" / "fill.cu"

@@ -239,6 +239,7 @@ def _in_small_disk(job: Callable[[Path], Any], megabytes: float) -> Any:
     finally:
         folder.rmdir()
     if isinstance(result, PermissionError):
+        # A full disk needs a file system of its own to fill, and mounting one a user namespace.
         pytest.skip(f"a small file system cannot be mounted here: {result.strerror} is not permitted")
     if isinstance(result, Exception):
         raise result

@@ -73,6 +73,7 @@ def test_a_node_that_is_lost_comes_back(nodes: tuple[Node, Node], tmp_path: Path
 @pytest.mark.slow
 def test_a_cable_that_is_pulled(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     if not nodes[0].inside:
+        # (The test above runs on loopback addresses too; a link that goes silent needs a link.)
         pytest.skip("network namespaces are not permitted here, and loopback addresses have no cable")
     whole, cut = _configs(tmp_path)
     arguments = ("train", "--config", str(tmp_path / "settings.yaml"), "--faults.hang-timeout", "8")
