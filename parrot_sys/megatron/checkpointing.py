@@ -113,7 +113,7 @@ def load_training_state(
     # Under another name than it was saved with: what is not a tensor stays apart, and finds its place below.
     state[_WANTED] = wanted
     # Elsewhere each rank keeps the state it started with: tensor-parallel ranks must draw alike.
-    if same_ranks := dist_checkpointing.load_common_state_dict(str(folder))[_LAYOUT] == _layout():
+    if same_ranks := dist_checkpointing.load_common_state_dict(str(folder)).get(_LAYOUT) == _layout():
         state[_RANDOM] = _sharded_random()
     loaded = dist_checkpointing.load(state, str(folder))
     _load_chunks(chunks, loaded)

@@ -74,7 +74,8 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
     saved, own = dict(_leaves(read_yaml(folder / "config.yaml"))), dict(_leaves(config_to_dict(config)))
     for one, other, verb in ((saved, own, "with"), (own, saved, "without")):
         for name in one.keys() - other.keys():
-            if name.startswith("model.") and one[name] is None:  # a section that the other one has
+            is_section = any(key.startswith(f"{name}.") for key in other)  # else only a setting of another version
+            if name.startswith("model.") and one[name] is None and is_section:
                 raise ConfigError(
                     f"this run is {verb} {name}, unlike {folder}; fix: give the same settings, or another --output "
                     "with --checkpoint.load-from for a new run"
