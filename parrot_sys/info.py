@@ -117,12 +117,12 @@ def _build_facts() -> dict[str, Any]:
 
 
 def _hardware() -> dict[str, Any]:
-    facts: dict[str, Any] = {"cpu threads": torch.get_num_threads(), "torch cuda": torch.version.cuda or "CPU build"}
+    facts: dict[str, Any] = {"cpu threads": torch.get_num_threads(), "torch build": platform.gpu_toolkit() or "CPU"}
     if platform.cuda_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["gpus"] = ", ".join(names)
     else:
-        facts["gpus"] = "none visible" if torch.version.cuda else "none: this torch is a CPU build"
+        facts["gpus"] = "none visible" if platform.gpu_toolkit() else "none: this torch is a CPU build"
     return facts
 
 

@@ -26,14 +26,29 @@ class Launch:
     """Whether a launcher set up a rendezvous (`MASTER_ADDR`, `MASTER_PORT`)."""
 
 
+def gpu_toolkit() -> str | None:
+    """GPU toolkit that this torch is built for, `CUDA 13.0` or `ROCm 6.4`; None for a CPU build."""
+    if torch.version.cuda is not None:
+        return f"CUDA {torch.version.cuda}"
+    return None if torch.version.hip is None else f"ROCm {torch.version.hip}"
+
+
 @functools.cache
 def cuda_available() -> bool:
-    """Whether CUDA runs here.
+    """Whether torch's `cuda` devices run here: NVIDIA GPUs, or AMD GPUs under ROCm, which go by the same name.
 
     Counts the devices through NVML where that is possible, which (unlike `torch.cuda.is_available`) leaves the CUDA
     driver of this process untouched, so that worker processes can still be forked afterwards.
     """
-    return torch.version.cuda is not None and torch.cuda.device_count() > 0
+    return gpu_toolkit() is not None and torch.cuda.device_count() > 0
+
+
+def wants_cpu_layer() -> bool:
+    """Whether Megatron-Core may be redirected to the CPU where no GPU runs: unless `PARROT_CPU_LAYER` is 0."""
+    value = os.environ.get("PARROT_CPU_LAYER", "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"PARROT_CPU_LAYER must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def launch() -> Launch:

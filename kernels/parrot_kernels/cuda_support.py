@@ -23,6 +23,8 @@ def why_not(*args: object, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | No
 
     Without tensors it says whether the kernels can run on this machine at all.
     """
+    if torch.version.hip is not None:  # an AMD GPU may report Hopper's compute capability too
+        return f"the kernels are for NVIDIA GPUs, this torch is built for ROCm {torch.version.hip}"
     if reason := _extension.why_not_cuda():
         return reason
     if not torch.cuda.is_available():

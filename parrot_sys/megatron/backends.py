@@ -36,7 +36,7 @@ def transformer_engine() -> str | None:
         return "not installed (pip install --no-build-isolation 'parrot_sys[te]', on CUDA machines only)"
     if _version("transformer-engine-torch") is None:
         return f"{version} is installed without its torch part; install transformer-engine[core_cu13,pytorch]"
-    return None if platform.cuda_available() else "it needs a CUDA device"
+    return _why_no_nvidia_gpu()
 
 
 def apex() -> str | None:
@@ -52,6 +52,12 @@ def apex() -> str | None:
         return "the installed `apex` is not NVIDIA's (it has no apex.multi_tensor_apply)"
     if importlib.util.find_spec("amp_C") is None:
         return "NVIDIA apex is installed without its C++ extensions (amp_C)"
+    return _why_no_nvidia_gpu()
+
+
+def _why_no_nvidia_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return f"it needs a CUDA device, this torch is built for ROCm {torch.version.hip}"
     return None if platform.cuda_available() else "it needs a CUDA device"
 
 

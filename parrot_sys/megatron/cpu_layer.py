@@ -5,8 +5,8 @@ hook gives each of its modules a stand-in for the names `torch`, `torch.cuda` an
 exactly these calls. Because only module globals are replaced, a training step pays nothing for it (a
 `TorchFunctionMode` costs microseconds in every torch call of the process) and other packages keep the real torch.
 
-`install()` does nothing where CUDA runs. It must come before the first import of `megatron`, which
-`parrot_sys.megatron.__init__` makes sure of.
+`install()` does nothing where a GPU runs, NVIDIA's or AMD's, and with `PARROT_CPU_LAYER=0`. It must come before the
+first import of `megatron`, which `parrot_sys.megatron.__init__` makes sure of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ import torch.distributed as dist
 
 from parrot_sys import platform
 from parrot_sys.megatron import compat
+
+_log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _MEGATRON = "megatron.core"
@@ -237,9 +240,16 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Prepare the import of Megatron-Core for the CPU; nothing where CUDA runs or when done before."""
-    if platform.cuda_available() or is_installed():
+    """Prepares the import of Megatron-Core for the CPU and logs that; nothing where a GPU runs or when done before."""
+    if platform.cuda_available() or is_installed() or not platform.wants_cpu_layer():
         return
+    toolkit = platform.gpu_toolkit()
+    # A torch for GPUs that sees none is worth a look; a CPU build is what its user chose.
+    _log.log(
+        logging.INFO if toolkit is None else logging.WARNING,
+        "Megatron-Core runs on the CPU in this process, since torch %s; PARROT_CPU_LAYER=0 leaves it as it is",
+        "is a CPU build" if toolkit is None else f"is built for {toolkit} but sees no GPU",
+    )
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     for method, redirected in (

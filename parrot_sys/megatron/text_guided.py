@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -19,55 +17,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.megatron.guidance import TextGuidance, packed_sample_ids, text_guidance
 from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoE, TextGuidedMoEConfig
 
-# b samples, s tokens of each (one marker an image), n images or tiles, V rows of each, G guiding tokens, H hidden_size
+# n images or tiles, V rows of each, G guiding tokens, H hidden_size
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextGuidance:
-    """Which tokens of a batch guide the routing of which image."""
-
-    rows: Tensor  # int64 [G], positions in the flattened [b * s] tokens, sample by sample
-    start: Tensor  # int64 [n], first of the guiding tokens of each image, counted in `rows`
-    end: Tensor  # int64 [n], one past the last
-
-
-def text_guidance(
-    input_ids: Tensor,
-    *,
-    image_token_id: int,
-    loss_mask: Tensor | None = None,
-    text_mask: Tensor | None = None,
-    tiles: Tensor | None = None,
-) -> TextGuidance:
-    """The guiding tokens of each image: the text of its sample that is no answer, as the released Parrot does it.
-
-    Looks at values on the host (once), so best called where the batch still is on the CPU.
-
-    Args:
-        input_ids: int [b, s], one `image_token_id` for each image, in the order of the images.
-        image_token_id: marks an image.
-        loss_mask: [b, s], not 0 where the NEXT token is an answer (Megatron's loss mask); without it every text token
-            guides, which is right for prompts.
-        text_mask: bool [b, s], False for padding.
-        tiles: int [number of images], tiles that each image was cut into; each is routed by itself. None for one each.
-    """
-    guiding = input_ids != image_token_id
-    if loss_mask is not None:
-        guiding = guiding.clone()
-        guiding[:, 1:] &= loss_mask[:, :-1] == 0
-    if text_mask is not None:
-        guiding = guiding & text_mask
-    ends = guiding.sum(dim=1).cumsum(0)
-    sample = (input_ids == image_token_id).nonzero()[:, 0]
-    if tiles is not None:
-        tiles = torch.as_tensor(tiles, device=sample.device)
-        if len(tiles) != len(sample):
-            raise DataError(f"the batch has {len(sample)} image markers, but tiles for {len(tiles)} images")
-        sample = sample.repeat_interleave(tiles)
-    end = ends[sample]
-    return TextGuidance(rows=guiding.flatten().nonzero()[:, 0], start=end - guiding.sum(dim=1)[sample], end=end)
+Query = Literal["cls", "mean"] | int
+"""Row of an image that asks the text: row 0 as its CLS row, the mean of all its rows, or the row with this number."""
 
 
 class TextGuidedLayer(MegatronModule):
@@ -84,6 +40,7 @@ class TextGuidedLayer(MegatronModule):
         self,
         config: TransformerConfig,
         moe: TextGuidedMoEConfig,
+        query: Query = "cls",
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
@@ -91,12 +48,16 @@ class TextGuidedLayer(MegatronModule):
         Args:
             config: of the decoder that the rows go to; gives `hidden_size` and dtype.
             moe: experts, routing and residual.
+            query: row of an image that asks the text.
             pg_collection: process groups; not needed.
 
         Raises:
             ConfigError: auxiliary losses under pipeline parallelism, where the loss is formed on another stage.
         """
         super().__init__(config=config)
+        if query not in ("cls", "mean") and (isinstance(query, str) or query < 0):
+            raise ConfigError(f"query must be 'cls', 'mean' or the number of a row, got {query!r}")
+        self.query: Query = query
         if config.pipeline_model_parallel_size > 1 and (moe.aux_loss_coeff or moe.z_loss_coeff):
             raise ConfigError(
                 "auxiliary losses of text-guided routing belong to the first pipeline stage, the loss to the last: "
@@ -108,69 +69,111 @@ class TextGuidedLayer(MegatronModule):
         """Visual rows after the experts, [V, n, H].
 
         Args:
-            visual: [V, n, H], projected; row 0 of each image is its CLS row.
+            visual: [V, n, H], projected; unless `query` says otherwise, row 0 of each image is its CLS row.
             text: [G, H], word embeddings of the guiding tokens.
             start: int [n], see `TextGuidance`.
             end: int [n].
         """
-        features, self.routing = self.moe(visual.transpose(0, 1), text, start, end)
+        if isinstance(self.query, int) and self.query >= len(visual):
+            raise ConfigError(f"query must be a row below {len(visual)}, those of an image here, got {self.query}")
+        asking = visual.mean(dim=0) if self.query == "mean" else visual[0 if self.query == "cls" else self.query]
+        features, self.routing = self.moe(visual.transpose(0, 1), text, start, end, query=asking)
         return features.transpose(0, 1).contiguous()
 
 
-def text_guided_spec(moe: TextGuidedMoEConfig) -> ModuleSpec:
+def text_guided_spec(moe: TextGuidedMoEConfig, *, query: Query = "cls") -> ModuleSpec:
     """Spec of `TextGuidedLayer`; `build_module(spec, config=...)` makes it."""
-    return ModuleSpec(module=TextGuidedLayer, params={"moe": moe})
+    return ModuleSpec(module=TextGuidedLayer, params={"moe": moe, "query": query})
 
 
 Arguments = Mapping[str, Any]
 """Arguments of a model's forward pass by name."""
 
 
+_NOT_SAID: Any = object()
+
+
 def add_text_guidance(
     model: nn.Module,
     spec: ModuleSpec | TextGuidedMoEConfig,
     *,
+    pad_token_id: int | None = _NOT_SAID,
     projection: str = "vision_projection",
     word_embeddings: str = "language_model.embedding.word_embeddings",
     guidance: Callable[[Arguments], tuple[Tensor, TextGuidance]] | None = None,
 ) -> TextGuidedLayer | None:
-    """Puts text-guided routing behind the projection of a finished model, before its data-parallel wrapper.
+    """Adds text-guided routing after the projection of a finished model, before its data-parallel wrapper.
 
     The layer becomes the submodule `text_guided`; all other parameters and checkpoint keys stay as they are.
 
     Args:
         model: like Megatron's `LLaVAModel`: its forward pass calls a projection that returns [V, n, H], and a word
-            embedding. Build `LLaVAModel` with `drop_vision_class_token=False`, so that row 0 is the CLS row.
-        spec: from `text_guided_spec`, or the configuration.
+            embedding.
+        spec: from `text_guided_spec`, or the configuration. Without a CLS row in the model (SigLIP, pixel shuffle,
+            `drop_vision_class_token=True`) it must say which row asks: `text_guided_spec(config, query="mean")`.
+        pad_token_id: id that pads the samples at their ends, which guides nothing; None where none does. Must be said
+            unless `guidance` is given.
         projection: name of the projection in `model`.
         word_embeddings: name of the `VocabParallelEmbedding` in `model`.
         guidance: from the arguments of the model's forward pass to its token ids [b, s] and guidance; by default those
-            of `LLaVAModel` (`input_ids`, `loss_mask`, `num_image_tiles`, `image_token_index`).
+            of `LLaVAModel` (`input_ids`, `loss_mask`, `num_image_tiles`, `image_token_index`, `packed_seq_params`).
 
     Returns:
-        The layer; None on pipeline stages that have no projection.
+        The layer; None on pipeline stages that have no projection, or one that takes no part in the forward pass.
 
     Raises:
         ConfigError: the model has no such module, or one that cannot serve.
     """
     projector = _submodule(model, projection)
-    if projector is None:
+    if projector is None or not _embeds(model, word_embeddings):
         return None
     embedding = _submodule(model, word_embeddings)
+    if embedding is None:
+        raise ConfigError(
+            f"{type(model).__name__}.{word_embeddings} is None where {projection} is: the text guides the routing "
+            "of the projected rows, so both must be on the same pipeline stage"
+        )
     if getattr(embedding, "reduce_scatter_embeddings", False):
         raise ConfigError(
             f"{word_embeddings} scatters its rows over the tensor-parallel ranks, but routing needs all of them: "
             "build the language model with scatter_embedding_sequence_parallel=False"
         )
-    if embedding is None:
-        raise ConfigError(f"{type(model).__name__}.{word_embeddings} is None on this pipeline stage: text guides here")
+    if guidance is None and pad_token_id is _NOT_SAID:
+        raise ConfigError(
+            "add_text_guidance needs pad_token_id, since padding must not guide the routing: give the id that pads "
+            "your samples, or None if none does"
+        )
     if isinstance(spec, TextGuidedMoEConfig):
         spec = text_guided_spec(spec)
     layer = build_module(spec, config=model.config)
+    if layer.query == "cls" and (reason := _why_no_cls_row(model)):
+        raise ConfigError(
+            f"row 0 of an image is no CLS row in this model, since {reason}: build it with a class token that is kept, "
+            'or say which row asks the text, text_guided_spec(config, query="mean")'
+        )
     layer.to(next(projector.parameters()).device)
     model.text_guided = layer
+    _register_hooks(
+        model,
+        projection,
+        projector,
+        embedding,
+        layer,
+        guidance or (lambda call: _llava_guidance(model, call, pad_token_id)),
+    )
+    return layer
+
+
+def _register_hooks(
+    model: nn.Module,
+    projection: str,
+    projector: nn.Module,
+    embedding: nn.Module,
+    layer: TextGuidedLayer,
+    choose: Callable[[Arguments], tuple[Tensor, TextGuidance]],
+) -> None:
+    """Lets `layer` route what `projector` returns, guided by the arguments of the model's forward pass."""
     signature, current = inspect.signature(model.forward), dict[str, Any]()
-    choose = guidance or (lambda arguments: _llava_guidance(model, arguments))
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current.update(signature.bind(*args, **kwargs).arguments)
@@ -189,20 +192,50 @@ def add_text_guidance(
     model.register_forward_pre_hook(remember, with_kwargs=True)
     model.register_forward_hook(lambda *_: current.clear(), always_call=True)
     projector.register_forward_hook(route)
-    return layer
 
 
-def _llava_guidance(model: nn.Module, arguments: Arguments) -> tuple[Tensor, TextGuidance]:
+def _llava_guidance(model: nn.Module, arguments: Arguments, pad_token_id: int | None) -> tuple[Tensor, TextGuidance]:
     """From the arguments of `LLaVAModel.forward`."""
     ids, marker = arguments["input_ids"], arguments.get("image_token_index")
     own: Any = model.image_token_index
+    marker = own if marker is None else marker
+    tiles, packs, sample_ids = arguments.get("num_image_tiles"), arguments.get("packed_seq_params"), None
+    if packs is not None and packs.cu_seqlens_q is not None and packs.qkv_format != "sbhd":
+        rows: Any = model.img_seq_len
+        sample_ids = packed_sample_ids(ids, packs, image_token_id=marker, rows_per_image=rows, tiles=tiles)
     spans = text_guidance(
         ids,
-        image_token_id=own if marker is None else marker,
+        image_token_id=marker,
         loss_mask=arguments.get("loss_mask"),
-        tiles=arguments.get("num_image_tiles"),
+        pad_token_id=pad_token_id,
+        sample_ids=sample_ids,
+        tiles=tiles,
     )
     return ids, spans
+
+
+def _why_no_cls_row(model: nn.Module) -> str | None:
+    """Reason why row 0 of a projected image is no CLS row; None if it is one, or the model does not tell."""
+    if getattr(model, "_drop_vision_class_token", False):
+        return "drop_vision_class_token=True drops it"
+    if getattr(model, "_pixel_shuffle", False):
+        return "pixel_shuffle=True merges rows"
+    tower = getattr(model, "vision_model", None)
+    if not getattr(tower, "add_class_token", True):
+        return f"{type(tower).__name__} has no class token"
+    return None
+
+
+def _embeds(model: nn.Module, word_embeddings: str) -> bool:
+    """Whether this pipeline stage embeds tokens: False below a module that says `pre_process=False`."""
+    found: Any = model
+    for part in (*word_embeddings.split("."), None):
+        if getattr(found, "pre_process", True) is False:
+            return False
+        if part is None or not hasattr(found, part):
+            return True
+        found = getattr(found, part)
+    return True
 
 
 def _submodule(model: nn.Module, name: str) -> Any:

@@ -202,6 +202,7 @@ class TextGuidedMoE(nn.Module):
         guidance_start: Tensor,
         guidance_end: Tensor,
         *,
+        query: Tensor | None = None,
         override: RoutingOverride | None = None,
     ) -> tuple[Tensor, RoutingOutput]:
         """Language-specific visual rows.
@@ -210,10 +211,11 @@ class TextGuidedMoE(nn.Module):
         gradient hooks as the others.
 
         Args:
-            features: [n, V, H], V >= 1, projected rows of each image; row 0 is its CLS row.
+            features: [n, V, H], V >= 1, projected rows of each image.
             text: [G, H], word embeddings of the guiding tokens of all samples.
             guidance_start: [n] int, first row in `text` of each image's guidance; images may share rows.
             guidance_end: [n] int, one past the last; an empty span routes uniformly.
+            query: [n, H], asks the text; row 0 of each image, its CLS row, when not given.
             override: replaces the route (evaluation only).
 
         Returns:
@@ -223,7 +225,8 @@ class TextGuidedMoE(nn.Module):
             unrouted = features.new_zeros((features.shape[0], self.config.num_experts), dtype=torch.float32)
             return features, RoutingOutput(logits=unrouted, probs=unrouted)
         config = self.config
-        logits, routing = self._route(features[:, 0], text, guidance_start, guidance_end)
+        query = features[:, 0] if query is None else query
+        logits, routing = self._route(query, text, guidance_start, guidance_end)
         sparse = config.routing == "topk"
         probs, plan = routing.probs, routing if sparse else None
         if override is not None:

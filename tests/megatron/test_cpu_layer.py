@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -83,6 +84,50 @@ def test_install_again_changes_nothing() -> None:
     cpu_layer.install()
     assert list(sys.meta_path) == before
     assert torch.Tensor.type is method
+
+
+_SIMULATED_ROCM = """
+import sys, torch
+from parrot_sys import platform
+torch.version.cuda, torch.version.hip, torch.cuda.device_count = None, "6.4.1", lambda: GPUS
+import parrot_sys.megatron
+from parrot_sys.megatron import cpu_layer
+from parrot_kernels import cuda_support
+found = platform.backend(), platform.device().type, platform.gpu_toolkit(), cuda_support.why_not()
+print(cpu_layer.is_installed(), *found, sep=";")
+"""
+
+
+def _run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, settings = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=settings)
+
+
+def test_an_amd_gpu_is_a_gpu() -> None:
+    done = _run_python(_SIMULATED_ROCM.replace("GPUS", "2"))
+    reason = "the kernels are for NVIDIA GPUs, this torch is built for ROCm 6.4.1"
+    assert done.stdout.strip() == f"False;nccl;cuda;ROCm 6.4.1;{reason}"
+    assert "on the CPU" not in done.stderr
+
+
+def test_one_line_says_that_the_layer_is_installed_and_how_to_leave_it_out() -> None:
+    without_gpu = _SIMULATED_ROCM.replace("GPUS", "0")
+    done = _run_python(without_gpu)
+    assert done.stdout.startswith("True;gloo;cpu;ROCm 6.4.1;")
+    (line,) = [line for line in done.stderr.splitlines() if "Megatron-Core runs on the CPU" in line]
+    assert "built for ROCm 6.4.1 but sees no GPU; PARROT_CPU_LAYER=0 leaves it" in line
+    left_out = _run_python(without_gpu, PARROT_CPU_LAYER="0")
+    assert left_out.stdout.startswith("False;")
+    assert "on the CPU" not in left_out.stderr
+
+
+@cpu_only
+def test_a_cpu_build_says_it_as_information() -> None:
+    code = "import logging; logging.basicConfig(level='INFO'); import parrot_sys.megatron, parrot_sys.megatron.config"
+    assert (
+        _run_python(code).stderr.count("Megatron-Core runs on the CPU in this process, since torch is a CPU build") == 1
+    )
+    assert "Megatron-Core" not in _run_python("import parrot_sys.megatron").stderr
 
 
 def _uneven_rank(rank: int, size: int) -> tuple[list[float], list[float]]:

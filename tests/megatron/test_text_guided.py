@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.multimodal import llava_model
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron import TextGuidedLayer, add_text_guidance, text_guidance, text_guided_spec
 from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
+from parrot_sys.megatron.text_guided import Query
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
-from tests.megatron.gpt_training import ON_CPU
+from tests.megatron.llava import IMAGE, SEQ, VOCAB, make_batch, make_llava, tiny_config
 from tests.megatron.parrot_reference import moe_reference
 
-VOCAB, IMAGE, SEQ = 64, -200, 9
 MOE = TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=10)
 
 
@@ -37,69 +27,6 @@ def _groups() -> Iterator[None]:
     initialize()
     yield
     shutdown()
-
-
-def _config(parallel: ParallelConfig, **fields: Any) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=16,
-        num_attention_heads=2,
-        ffn_hidden_size=24,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        **ON_CPU,
-        init_method_std=0.2,
-        **fields,
-    )
-
-
-def make_llava(parallel: ParallelConfig | None = None, spec: ModuleSpec | None = None) -> torch.nn.Module:
-    """Megatron's LLaVAModel with a CLIP tower of five rows an image; `spec` is that of its decoder's layers."""
-    parallel = parallel or ParallelConfig()
-    torch.manual_seed(3)
-    language, vision = _config(parallel), _config(parallel)
-    language.language_model_type, vision.vision_model_type = "tiny", "clip"
-    tower_spec = get_vit_layer_with_local_spec()
-    # Megatron-Core 0.16 has a causal mask there.
-    tower_spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}
-    tower = llava_model.CLIPViTModel
-    try:
-        # Its default norm does not build without Transformer Engine.
-        llava_model.CLIPViTModel = lambda *a, **k: tower(*a, ln_pre_impl=WrappedTorchNorm, **k)
-        return llava_model.LLaVAModel(
-            language,
-            spec or get_gpt_layer_local_spec(),
-            VOCAB,
-            64,
-            vision,
-            tower_spec,
-            False,
-            copy.copy(language),
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            img_h=28,
-            img_w=28,
-            patch_dim=14,
-            language_position_embedding_type="rope",
-            image_token_index=IMAGE,
-        )
-    finally:
-        llava_model.CLIPViTModel = tower
-
-
-def make_batch() -> dict[str, Tensor]:
-    """Two samples: one image and two, three answer tokens each."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, VOCAB, (2, SEQ), generator=generator)
-    ids[0, 2] = ids[1, 0] = ids[1, 4] = IMAGE
-    loss_mask = torch.zeros(2, SEQ)
-    loss_mask[:, 5:8] = 1
-    return {
-        "images": torch.randn(3, 3, 28, 28, generator=generator),
-        "input_ids": ids,
-        "position_ids": torch.arange(SEQ).repeat(2, 1),
-        "attention_mask": None,
-        "labels": torch.randint(0, VOCAB, (2, SEQ), generator=generator),
-        "loss_mask": loss_mask,
-    }
 
 
 def _loss(model: torch.nn.Module, **changes: Any) -> Tensor:
@@ -143,7 +70,7 @@ def test_guiding_tokens_are_the_text_that_is_no_answer() -> None:
 def test_llava_model_gains_the_released_rule() -> None:
     guided, reference = make_llava(), make_llava()
     plain = set(guided.state_dict())
-    layer = add_text_guidance(guided, MOE)
+    layer = add_text_guidance(guided, MOE, pad_token_id=None)
     assert isinstance(layer, TextGuidedLayer)
     added = set(guided.state_dict()) - plain
     assert added == {f"text_guided.moe.{name}" for name in ("router_weight", "w_gate_up", "w_down")}
@@ -172,7 +99,9 @@ def test_llava_model_gains_the_released_rule() -> None:
 def test_auxiliary_losses_are_of_this_micro_batch() -> None:
     model = make_llava()
     layer = add_text_guidance(
-        model, text_guided_spec(TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=4, routing="topk", aux_loss_coeff=1))
+        model,
+        text_guided_spec(TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=4, routing="topk", aux_loss_coeff=1)),
+        pad_token_id=None,
     )
     _loss(model)
     assert layer is not None
@@ -186,7 +115,7 @@ def _train(rank: int, size: int, parallel: ParallelConfig) -> tuple[list[float],
     initialize(parallel)
     model = make_llava(parallel)
     torch.manual_seed(4)
-    layer = add_text_guidance(model, MOE)
+    layer = add_text_guidance(model, MOE, pad_token_id=None)
     assert layer is not None
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     losses = []
@@ -212,7 +141,7 @@ def test_a_model_of_ones_own_says_where_its_guidance_is() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config = _config(ParallelConfig())
+            self.config = tiny_config(ParallelConfig())
             self.words = torch.nn.Embedding(VOCAB, 16)
             self.projector = torch.nn.Linear(4, 16)
 
@@ -237,16 +166,61 @@ def test_a_model_of_ones_own_says_where_its_guidance_is() -> None:
         model.projector(features)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"drop_vision_class_token": True}, "drop_vision_class_token=True drops it"),
+        ({"drop_vision_class_token": True, "pixel_shuffle": True}, "drops it"),
+        ({"pixel_shuffle": True}, "pixel_shuffle=True merges rows"),
+        ({"vision_model_type": "siglip"}, "CLIPViTModel has no class token"),
+    ],
+)
+def test_a_patch_is_not_taken_for_a_cls_row(options: dict[str, Any], reason: str) -> None:
+    model = make_llava(**options)
+    with pytest.raises(ConfigError, match=f"row 0 of an image is no CLS row in this model, since .*{reason}"):
+        add_text_guidance(model, MOE, pad_token_id=None)
+    assert not hasattr(model, "text_guided")
+    assert add_text_guidance(model, text_guided_spec(MOE, query="mean"), pad_token_id=None) is not None
+
+
+@pytest.mark.parametrize("query", ["mean", 2])
+def test_the_caller_says_which_row_asks(query: Query) -> None:
+    model = make_llava(drop_vision_class_token=True)
+    projected: list[Tensor] = []
+    model.vision_projection.register_forward_hook(lambda _, __, rows: projected.append(rows.detach()))
+    layer = add_text_guidance(model, text_guided_spec(MOE, query=query), pad_token_id=None)
+    _loss(model)
+    (rows,) = projected
+    ids, loss_mask = make_batch()["input_ids"], make_batch()["loss_mask"]
+    weight = model.language_model.embedding.word_embeddings.weight
+    for image, sample in enumerate((0, 1, 1)):
+        prompt = [
+            int(t) for t, a in zip(ids[sample], [0, *loss_mask[sample, :-1]], strict=True) if t != IMAGE and not a
+        ]
+        asking = rows[:, image].mean(0) if query == "mean" else rows[query, image]
+        scores = (weight[prompt] @ asking / 16**0.5).softmax(0)
+        wanted = (scores @ weight[prompt] @ layer.moe.router_weight.T).softmax(0)
+        assert (layer.routing.probs[image] - wanted).abs().max() < 1e-5
+
+
 def test_what_cannot_serve_is_refused() -> None:
     model = make_llava()
     with pytest.raises(ConfigError, match=r"no 'projector' .*it has .*vision_projection"):
         add_text_guidance(model, MOE, projection="projector")
     model.language_model.embedding.word_embeddings.reduce_scatter_embeddings = True
     with pytest.raises(ConfigError, match="scatter_embedding_sequence_parallel=False"):
-        add_text_guidance(model, MOE)
+        add_text_guidance(model, MOE, pad_token_id=None)
+    with pytest.raises(ConfigError, match="needs pad_token_id"):
+        add_text_guidance(make_llava(), MOE)
+    with pytest.raises(ConfigError, match="must be 'cls', 'mean' or the number of a row, got 'row'"):
+        add_text_guidance(make_llava(), text_guided_spec(MOE, query="row"), pad_token_id=None)
+    past_the_end = make_llava()
+    add_text_guidance(past_the_end, text_guided_spec(MOE, query=5), pad_token_id=None)
+    with pytest.raises(ConfigError, match="a row below 5, those of an image here, got 5"):
+        _loss(past_the_end)
     model.vision_projection = None
-    assert add_text_guidance(model, MOE) is None
-    config = _config(ParallelConfig())
+    assert add_text_guidance(model, MOE, pad_token_id=None) is None
+    config = tiny_config(ParallelConfig())
     config.pipeline_model_parallel_size = 2
     with pytest.raises(ConfigError, match="first pipeline stage"):
         TextGuidedLayer(config, TextGuidedMoEConfig(aux_loss_coeff=0.1))

@@ -27,8 +27,8 @@ from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron import gpt_training as gpt
-from tests.megatron.test_text_guided import make_batch as llava_batch
-from tests.megatron.test_text_guided import make_llava
+from tests.megatron.llava import make_batch as llava_batch
+from tests.megatron.llava import make_llava
 from tests.megatron.test_wings import QWEN, assert_close, build
 from tests.megatron.wings_reference import Sequence, WingsReference
 
