@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,11 @@ class ModelPredictor:
         ]
         sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
         return [
-            _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts)
-            for item, scores, experts in zip(items, sums, self._experts(routes, items), strict=True)
+            replace(
+                _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts),
+                option_tokens=dict(zip(item.question.options, map(len, texts), strict=True)),
+            )
+            for item, texts, scores, experts in zip(items, answers, sums, self._experts(routes, items), strict=True)
         ]
 
     def _letter_id(self, letter: str) -> int:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.extraction import Rules, extract_option
+from parrot_sys.evaluation.outcomes import measure, normalised
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
 from parrot_sys.evaluation.scoring import score_table
 from parrot_sys.evaluation.store import PredictionStore, write_kit_tables
@@ -61,6 +62,8 @@ class Prediction:
     """Routing weight of each expert; empty for a model without experts."""
     option_scores: dict[str, float] = field(default_factory=dict)
     """Letter -> log-likelihood (both likelihood modes only)."""
+    option_tokens: dict[str, int] = field(default_factory=dict)
+    """Letter -> tokens that its log-likelihood is the sum over (`text-likelihood` only)."""
 
 
 class Predictor(Protocol):
@@ -189,8 +192,8 @@ def evaluate_table(
 
     Returns:
         What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
-        `parts` (name -> `scores` and `experts`, the mean routing weight of each expert), `seconds` of this call, and
-        `extra`.
+        `parts` (name -> `scores`; `experts`, the mean routing weight of each expert; `normalised`, the accuracies by
+        the likelihood per token; `rows` and `intervals`, see `outcomes.measure`), `seconds` of this call, and `extra`.
     """
     begin = time.perf_counter()
     path = scores_path(output, table, routing, model_name)
@@ -215,6 +218,8 @@ def evaluate_table(
             name: {
                 "scores": score_table(questions, letters),
                 "experts": mean_experts([records[question.index] for question in questions]),
+                "normalised": normalised(questions, records, table.images),
+                **measure(questions, letters, table.images),
             }
             for name, questions in table.parts().items()
         },
@@ -276,6 +281,7 @@ def _record(item: Item, prediction: Prediction) -> dict[str, Any]:
         "prediction": clean_answer(prediction.response, item.prompt),
         "experts": [round(weight, 6) for weight in prediction.experts],
         **({"option_scores": prediction.option_scores} if prediction.option_scores else {}),
+        **({"option_tokens": prediction.option_tokens} if prediction.option_tokens else {}),
     }
 
 

@@ -81,18 +81,25 @@ def baselines(questions: Sequence[Question]) -> dict[str, Any]:
     }
 
 
-def _by(
-    questions: Sequence[Question], letters: Sequence[str | None], key: Callable[[Question], str]
-) -> dict[str, dict[str, Any]]:
-    """Cells per value of `key`. A question belongs where its base row (index = group) is, so that no group is torn."""
+def rows_by(questions: Sequence[Question], key: Callable[[Question], str]) -> dict[str, list[int]]:
+    """Positions per value of `key`, values in order, without the empty one.
+
+    A question belongs where its base row (index = group) is, so that no group is torn.
+    """
     base = {question.group: key(question) for question in questions if question.index == question.group}
     rows: dict[str, list[int]] = {}
     for position, question in enumerate(questions):
         rows.setdefault(base.get(question.group, key(question)), []).append(position)
+    return {value: chosen for value, chosen in sorted(rows.items()) if value}
+
+
+def _by(
+    questions: Sequence[Question], letters: Sequence[str | None], key: Callable[[Question], str]
+) -> dict[str, dict[str, Any]]:
+    """Cells per value of `key`."""
     return {
         value: _as_dict(score_cell([questions[i] for i in chosen], [letters[i] for i in chosen]))
-        for value, chosen in sorted(rows.items())
-        if value
+        for value, chosen in rows_by(questions, key).items()
     }
 
 

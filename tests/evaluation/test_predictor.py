@@ -110,6 +110,7 @@ def test_text_likelihood_is_that_of_score(loaded: tuple, data: Path) -> None:
         (scores,) = model.score(ids, [answers], images=pixels)
         assert list(prediction.option_scores.values()) == pytest.approx(scores.tolist(), abs=1e-4)
         assert prediction.response == list(item.question.options)[int(scores.argmax())]
+        assert list(prediction.option_tokens.values()) == list(map(len, answers))
 
 
 def test_pictures_are_encoded_once(loaded: tuple, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

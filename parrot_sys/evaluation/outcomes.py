@@ -1,0 +1,193 @@
+"""Which rows were answered rightly, kept beside the scores of a table: what intervals and paired tests are made of."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parrot_sys.evaluation.scoring import rows_by, score_cell
+from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clusters, paired_test
+from parrot_sys.evaluation.tsv import Question
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One answer."""
+
+    index: int
+    group: int
+    """The question that its row is a rotation of; the same in all languages of a benchmark."""
+    picture: str | None
+    """Digest; the same wherever the picture is."""
+    value: int
+    """1 for right and 0 for wrong, or a count such as that of its words."""
+
+    @property
+    def shared(self) -> list[tuple[str, Any]]:
+        """What it may share with other answers, which then depend on it."""
+        pictures = [] if self.picture is None else [("picture", self.picture)]
+        return [("question", self.group), *pictures]
+
+
+def picture_digests(images: Mapping[str, str]) -> dict[str, str]:
+    """Key of a table's picture -> digest of its bytes, so that line breaks in base64 make no other picture."""
+    digests = {}
+    for key, cell in images.items():
+        text = "".join(cell.rpartition(",")[2].split())  # (rpartition: a data URL)
+        try:
+            content = base64.b64decode(text)
+        except (binascii.Error, ValueError):
+            content = text.encode()
+        digests[key] = hashlib.sha256(content).hexdigest()[:16]
+    return digests
+
+
+def measure(
+    questions: Sequence[Question], letters: Mapping[int, str | None], images: Mapping[str, str]
+) -> dict[str, Any]:
+    """What stands beside the scores of a part.
+
+    Args:
+        questions: rows of the part.
+        letters: index -> extracted letter of every row.
+        images: of the table.
+
+    Returns:
+        `rows`: columns `index`, `group`, `picture`, `right`; `intervals`: `plain` and `circular` 95% intervals in
+        percent, and the same per value under `by_category` and `by_l2_category`.
+    """
+    digests = picture_digests({q.image_key: images[q.image_key] for q in questions if q.image_key is not None})
+    outcomes = [
+        Outcome(
+            index=question.index,
+            group=question.group,
+            picture=None if question.image_key is None else digests[question.image_key],
+            value=int(letters[question.index] == question.answer),
+        )
+        for question in questions
+    ]
+    keys = {"by_category": lambda q: q.category, "by_l2_category": lambda q: q.l2_category}
+    return {
+        "rows": {
+            "index": [outcome.index for outcome in outcomes],
+            "group": [outcome.group for outcome in outcomes],
+            "picture": [outcome.picture for outcome in outcomes],
+            "right": [outcome.value for outcome in outcomes],
+        },
+        "intervals": {
+            **_intervals(outcomes),
+            **{
+                name: {
+                    value: _intervals([outcomes[row] for row in rows])
+                    for value, rows in rows_by(questions, key).items()
+                }
+                for name, key in keys.items()
+            },
+        },
+    }
+
+
+def normalised(
+    questions: Sequence[Question], records: Mapping[int, Mapping[str, Any]], images: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Accuracies by the likelihood per token, beside those by the plain one, which prefers short options.
+
+    Args:
+        questions: rows of the part.
+        records: index -> record of the answer, with `option_scores` and `option_tokens`.
+        images: of the table.
+
+    Returns:
+        `plain`, `circular` and `intervals`; None where a record holds no numbers of tokens.
+    """
+    if not questions or not all("option_tokens" in records[question.index] for question in questions):
+        return None
+    letters: dict[int, str | None] = {}
+    for question in questions:
+        record = records[question.index]
+        means = {letter: score / record["option_tokens"][letter] for letter, score in record["option_scores"].items()}
+        letters[question.index] = max(means, key=lambda letter: means[letter])
+    cell = score_cell(questions, [letters[question.index] for question in questions])
+    intervals = measure(questions, letters, images)["intervals"]
+    return {
+        "plain": cell.plain,
+        "circular": cell.circular,
+        "intervals": {name: intervals[name] for name in ("plain", "circular")},
+    }
+
+
+def read_outcomes(part: Mapping[str, Any]) -> list[Outcome] | None:
+    """Answers of a part of a score file; None where an earlier version wrote it, without its rows."""
+    rows = part.get("rows")
+    if rows is None:
+        return None
+    return [
+        Outcome(index=index, group=group, picture=picture, value=right)
+        for index, group, picture, right in zip(
+            rows["index"], rows["group"], rows["picture"], rows["right"], strict=True
+        )
+    ]
+
+
+def by_question(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """One outcome for each question: right where every rotation is (circular accuracy)."""
+    rotations: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        rotations.setdefault(outcome.group, []).append(outcome)
+    return [
+        Outcome(index=group, group=group, picture=rows[0].picture, value=min(row.value for row in rows))
+        for group, rows in rotations.items()
+    ]
+
+
+def clusters(outcomes: Iterable[Outcome]) -> NDArray[np.int64]:
+    """Number of each answer's cluster: answers about one picture, or to one question, depend on each other."""
+    return join_clusters(outcome.shared for outcome in outcomes)
+
+
+def mean_interval(languages: Mapping[str, Sequence[Outcome]]) -> Interval | None:
+    """95% interval in percent of the unweighted mean over languages, clustered across them."""
+    held = [outcomes for outcomes in languages.values() if outcomes]
+    everything = [outcome for outcomes in held for outcome in outcomes]
+    strata = [number for number, outcomes in enumerate(held) for _ in outcomes]
+    return accuracy_interval([outcome.value for outcome in everything], clusters(everything), strata)
+
+
+def compare(first: Mapping[Any, Sequence[Outcome]], second: Mapping[Any, Sequence[Outcome]]) -> Paired:
+    """Paired test over the rows that both hold.
+
+    Args:
+        first: outcomes of one model by language (or language and seed).
+        second: of the other model.
+    """
+    pairs: list[tuple[Outcome, int]] = []
+    for key in first:
+        values = {outcome.index: outcome.value for outcome in second.get(key, ())}
+        pairs += [(outcome, values[outcome.index]) for outcome in first[key] if outcome.index in values]
+    return paired_test(
+        [outcome.value for outcome, _ in pairs],
+        [value for _, value in pairs],
+        clusters(outcome for outcome, _ in pairs),
+    )
+
+
+def is_rotated(outcomes: Sequence[Outcome]) -> bool:
+    """Whether any question stands in several rotations."""
+    return len({outcome.group for outcome in outcomes}) < len(outcomes)
+
+
+def _intervals(outcomes: Sequence[Outcome]) -> dict[str, Interval | None]:
+    questions = by_question(outcomes)
+    return {
+        "plain": accuracy_interval([o.value for o in outcomes], clusters(outcomes)),
+        "circular": accuracy_interval([o.value for o in questions], clusters(questions)),
+    }
