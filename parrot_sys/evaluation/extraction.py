@@ -1,19 +1,28 @@
-"""Which option a free-text answer names, by the rules of the public evaluation kit.
+"""Which option a free-text answer names: by the rules of the public evaluation kit, or by more lenient ones.
 
-VLMEvalKit, vlmeval/utils/matching_util.py. Two published versions exist and give different numbers for the same
-predictions: `2024`, the kit that Parrot's authors used, and `current`, which wants the letter near the end, also reads
-"the answer is X", and gives up on long answers.
+VLMEvalKit, vlmeval/utils/matching_util.py, has had three versions of these rules, which give different numbers for the
+same predictions:
+
+* `2024`: until 4 August 2025; also those of the copy of the kit in Parrot's repository.
+* `2025`: from then to 17 June 2026. A letter must stand near the end of the answer, and the texts of the options are
+  not looked for in long answers.
+* `current`: since then. It also reads "the answer is X".
+
+`lenient` reads what `current` reads, and where that finds nothing it tries again for answers in the languages of MMMB
+(see `parrot_sys.evaluation.lenient`). No public kit scores so; it is for knowing how many answers the rules miss.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.evaluation.lenient import lenient_option
 
-Rules = Literal["current", "2024"]
+KitRules = Literal["current", "2025", "2024"]
+Rules = Literal["current", "2025", "2024", "lenient"]
 
 _API_FAILURE = "Failed to obtain answer via API"
 _REFUSALS = (
@@ -25,7 +34,7 @@ _REFUSALS = (
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 _LETTER_WITHIN_LAST = 4
-"""`current`: the first occurrence of the letter must be one of the last four words."""
+"""Since `2025`: the first occurrence of the letter must be one of the last four words."""
 
 
 def extract_option(prediction: object, options: Mapping[str, str], rules: Rules = "current") -> str | None:
@@ -42,13 +51,20 @@ def extract_option(prediction: object, options: Mapping[str, str], rules: Rules 
     Raises:
         ConfigError: for unknown `rules`.
     """
-    if rules not in ("current", "2024"):
-        raise ConfigError(f"rules must be 'current' or '2024', got {rules!r}")
+    if rules not in get_args(Rules):
+        raise ConfigError(f"rules must be one of {', '.join(get_args(Rules))}, got {rules!r}")
     answer = str(prediction)
-    return _by_letter(answer, options, rules) or _by_text(answer, options, rules)
+    if rules != "lenient":
+        return _by_letter(answer, options, rules) or _by_text(answer, options, rules)
+    return extract_option(answer, options, "current") or lenient_option(answer, options)
 
 
-def _by_letter(answer: str, options: Mapping[str, str], rules: Rules) -> str | None:
+def beside(rules: Rules) -> Rules:
+    """The rules that are always reported next to `rules`: lenient ones beside the kit's, the kit's beside lenient."""
+    return "current" if rules == "lenient" else "lenient"
+
+
+def _by_letter(answer: str, options: Mapping[str, str], rules: KitRules) -> str | None:
     if _API_FAILURE in answer:
         return None
     if any(refusal in answer for refusal in _REFUSALS):
@@ -65,10 +81,10 @@ def _by_letter(answer: str, options: Mapping[str, str], rules: Rules) -> str | N
     return None
 
 
-def _by_text(answer: str, options: Mapping[str, str], rules: Rules) -> str | None:
+def _by_text(answer: str, options: Mapping[str, str], rules: KitRules) -> str | None:
     answer = answer.lower()
     texts = {letter: str(text) for letter, text in options.items()}
-    if rules == "current" and len(answer) > 2 * sum(map(len, texts.values())):
+    if rules != "2024" and len(answer) > 2 * sum(map(len, texts.values())):
         return None
     contained = [letter for letter, text in texts.items() if text.lower() in answer]
     return contained[0] if len(contained) == 1 else None

@@ -12,7 +12,7 @@ from parrot_sys import platform
 from parrot_sys.cli import parse_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.extraction import Rules
-from parrot_sys.evaluation.markdown import percent, table
+from parrot_sys.evaluation.markdown import beside_rows, percent, table
 from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
 from parrot_sys.evaluation.results import Plan, identity, make_room
 from parrot_sys.evaluation.runner import (
@@ -62,7 +62,8 @@ class EvalConfig:
     options: Options = "shown"
     """`hidden`: the prompt is the question alone, and its options only what answers are compared with."""
     rules: Rules = "current"
-    """Version of the public kit's extraction rules."""
+    """Version of the public kit's extraction rules, or `lenient`: Chinese and Arabic punctuation and letters as well,
+    which no kit reads. Accuracies by lenient rules always stand next to those by the kit's."""
     routing: tuple[Routing, ...] = ("model",)
     """Routes to evaluate: the model's own, experts `off`, or guided by the question in another language."""
     limit: int | None = None
@@ -263,5 +264,8 @@ def summary(output: Path) -> str:
             for routing, results in routings.items():
                 cells: list[Any] = [results[lang]["scores"][key] if lang in results else None for lang in languages]
                 rows.append([f"{key}{' *' if key == metric else ''}, routing {routing}", *map(percent, cells)])
+        model = routings.get("model", {})
+        own = {lang: model[lang]["scores"] if lang in model else {} for lang in languages}
+        rows += [[label, *map(percent, values)] for label, values in beside_rows(own)]
         lines += ["", *table([f"{suite}: accuracy in %", *languages], rows)]
     return "\n".join([*lines, "", "* the accuracy that the public kit reports for this set"])

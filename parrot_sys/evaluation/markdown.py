@@ -97,6 +97,7 @@ def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Map
     for key in ("plain", "circular"):
         name = f"**{key}**" if key == details["headline"][suite] else key
         rows.append(row(name, [cells[language][key] for language in languages]))
+    rows += [row(name, values) for name, values in beside_rows(cells)]
     for routing, suites in details["routing"].items():
         held = suites.get(suite, {})
         # an ablation may be limited to fewer questions than the main run
@@ -114,12 +115,32 @@ def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Map
     return table(["accuracy (%)", *languages, "mean"], rows)
 
 
+def beside_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
+    """(label, accuracy per language) by the extraction rules that stand next to the chosen ones; none of likelihoods.
+
+    Args:
+        cells: language -> scores of a part.
+    """
+    others = {language: cell["beside"] for language, cell in cells.items() if "beside" in cell}
+    if not others:
+        return []
+    rules = next(iter(others.values()))["rules"]
+    return [
+        (f"{key}, {rules} rules", [others[language][key] if language in others else None for language in cells])
+        for key in ("plain", "circular")
+    ]
+
+
 def _counts(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = {"n": "n rows", "n_questions": "n questions", "unmatched": "unmatched answers", "refused": "refusals"}
     rows = []
     for key, label in names.items():
         counts = [cell[key] for cell in cells.values()]
         rows.append([label, *map(str, counts), str(sum(counts))])
+    if all("beside" in cell for cell in cells.values()):
+        counts = [cell["beside"]["unmatched"] for cell in cells.values()]
+        rules = next(iter(cells.values()))["beside"]["rules"]
+        rows.append([f"unmatched answers, {rules} rules", *map(str, counts), str(sum(counts))])
     return table(["count", *cells, "sum"], rows)
 
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 from tqdm import tqdm
 
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.evaluation.extraction import Rules, extract_option
+from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.outcomes import measure, normalised
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
-from parrot_sys.evaluation.scoring import score_table
+from parrot_sys.evaluation.scoring import score_beside, score_table
 from parrot_sys.evaluation.store import PredictionStore, write_kit_tables
 from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_table
 
@@ -203,10 +203,9 @@ def evaluate_table(
         _answer(items, predictor, store, routing, batch_size)
         records = {item.question.index: store.records[item.question.index] for item in items}
     write_kit_tables(table.path, {index: record["prediction"] for index, record in records.items()}, stem)
-    letters = {
-        question.index: extract_option(records[question.index]["prediction"], question.options, rules)
-        for question in table.questions
-    }
+    letters = _letters(table, records, rules)
+    # likelihoods give a letter itself, which all rules read alike
+    others = _letters(table, records, beside(rules)) if settings["mode"] == "generate" else None
     result = {
         "suite": table.suite,
         "language": table.language,
@@ -216,7 +215,8 @@ def evaluate_table(
         "settings": settings,
         "parts": {
             name: {
-                "scores": score_table(questions, letters),
+                "scores": score_table(questions, letters)
+                | ({} if others is None else {"beside": score_beside(questions, others, beside(rules))}),
                 "experts": mean_experts([records[question.index] for question in questions]),
                 "normalised": normalised(questions, records, table.images),
                 **measure(questions, letters, table.images),
@@ -230,6 +230,13 @@ def evaluate_table(
     temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
     return result
+
+
+def _letters(table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules: Rules) -> dict[int, str | None]:
+    return {
+        question.index: extract_option(records[question.index]["prediction"], question.options, rules)
+        for question in table.questions
+    }
 
 
 def _answer(

@@ -67,6 +67,17 @@ def score_table(questions: Sequence[Question], letters: Mapping[int, str | None]
     }
 
 
+def score_beside(questions: Sequence[Question], letters: Mapping[int, str | None], rules: str) -> dict[str, Any]:
+    """Accuracies and counts by other extraction rules, for `scores["beside"]`: `rules`, `plain`, `circular`, ..."""
+    chosen = [letters[question.index] for question in questions]
+    return {
+        "rules": rules,
+        **_as_dict(score_cell(questions, chosen)),
+        "refused": chosen.count("Z"),
+        "unmatched": chosen.count(None),
+    }
+
+
 def baselines(questions: Sequence[Question]) -> dict[str, Any]:
     """`random`: expected accuracies of guessing among a row's options; `majority`: of always the commonest letter."""
     chance = [1 / len(question.options) for question in questions]

@@ -203,3 +203,28 @@ def test_report_with_training_curves(data: Path, tmp_path: Path) -> None:
     }
     assert (tmp_path / "r" / "loss.png").stat().st_size > 5000
     assert "| stage 1 | 3 | 3.000 | 1.000 | 1.500 |" in (tmp_path / "r" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("rules", ["current", "2025", "2024", "lenient"])
+def test_lenient_rules_stand_next_to_those_of_the_kit(data: Path, tmp_path: Path, rules: str) -> None:
+    model = Scripted(answer=lambda item, routing: f"答案是{item.question.answer}")  # no version of the kit reads it
+    evaluate(config(data, languages=("zh",), rules=rules), model)
+    content = build_report(ReportInput(evaluation=tmp_path / "out", output=tmp_path / "report"))
+    kit, lenient = (0.0, 100.0)
+    own, other = (lenient, kit) if rules == "lenient" else (kit, lenient)
+    assert content["style"] == {"zh": own}
+    cell = content["details"]["cells"]["style"]["zh"]
+    assert cell["beside"]["rules"] == ("current" if rules == "lenient" else "lenient")
+    assert (cell["plain"], cell["beside"]["plain"]) == (own, other)
+    assert (cell["unmatched"], cell["beside"]["unmatched"]) == ((0, 3) if rules == "lenient" else (3, 0))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert f"| plain, {cell['beside']['rules']} rules | {other} | {other} |" in text
+    assert ("which no public kit uses" in text) == (rules == "lenient")
+    assert f"plain, {cell['beside']['rules']} rules | {other} |" in summary(tmp_path / "out")
+
+
+def test_likelihoods_have_no_second_rules(data: Path, tmp_path: Path) -> None:
+    model = Scripted()
+    model.settings = {**model.settings, "mode": "likelihood"}
+    evaluate(config(data, languages=("en",)), model)
+    assert "beside" not in load_scores(tmp_path / "out")["style"]["model"]["en"]["scores"]
