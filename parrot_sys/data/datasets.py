@@ -168,7 +168,7 @@ def _measure(
             logger.warning("%s does not fit the data set; it is made anew", cached)
     lengths = np.empty((2, len(records)), dtype=np.int32)
     for start in range(0, len(records), _BLOCK):
-        block = [processor.template.render(record.turns) for record in records[start : start + _BLOCK]]
+        block = [processor.render(record.turns) for record in records[start : start + _BLOCK]]
         for i, (input_ids, _) in enumerate(processor.encode(block), start):
             lengths[:, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
     if cached is not None:

@@ -239,7 +239,7 @@ class ParrotDataLoader:
         """The samples without their images."""
         places = [self._locate(number) for number in numbers]
         records = [dataset.records[i] for dataset, i in places]
-        encoded = self._processor.encode([self._processor.template.render(record.turns) for record in records])
+        encoded = self._processor.encode([self._processor.render(record.turns) for record in records])
         return [
             (
                 number,

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from parrot_sys.data.control_tokens import ControlTokens, TextEncoder
 from parrot_sys.data.images import ImageProcessor, ImageSource
+from parrot_sys.data.parts import ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import MissingTokenizer, encode_conversations, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TEMPLATE_KEY = "conversation_template"
+_POSITION_KEY = "image_position"
 _TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
 _KNOWN_TOWERS = {  # hub ids that checkpoints name; sizes: the public preprocessor_config.json of each
     "clip-vit-large-patch14-336": ("clip", 336),
@@ -31,11 +34,29 @@ class ParrotProcessor:
     """Turns conversations into ids and labels, and images into pixel values, exactly as the released code does."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_processor: ImageProcessor, template: Template = CHATML
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: ImageProcessor,
+        template: Template = CHATML,
+        *,
+        image_position: ImagePosition = "front",
+        control_tokens: ControlTokens = "text",
     ) -> None:
+        """
+        Args:
+            tokenizer: from `load_tokenizer`.
+            image_processor: of the vision tower.
+            template: format of conversations.
+            image_position: where the images of a turn stand, see `place_images`.
+            control_tokens: what the name of a control token in a text is, see `TextEncoder`.
+        """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.template = template
+        self.image_position: ImagePosition = image_position
+        self.control_tokens: ControlTokens = control_tokens
+        self._encoder: TextEncoder | None = None
+        self._encoder_size = 0
 
     @classmethod
     def from_pretrained(cls, path: str | Path, template: TemplateName | None = None) -> ParrotProcessor:
@@ -57,7 +78,8 @@ class ParrotProcessor:
         tokenizer: Any = (
             load_tokenizer(directory, chosen) if _needs_tokenizer(directory) else MissingTokenizer(directory)
         )
-        return cls(tokenizer, _load_image_processor(directory), chosen)
+        images = _load_image_processor(directory)
+        return cls(tokenizer, images, chosen, image_position=_load_image_position(directory))
 
     @classmethod
     def for_tower(
@@ -71,18 +93,18 @@ class ParrotProcessor:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
         Path(path).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(path)
-        own = {} if self.template is CHATML else {_TEMPLATE_KEY: self.template.name}
+        own: dict[str, str] = {} if self.template is CHATML else {_TEMPLATE_KEY: self.template.name}
+        own |= {} if self.image_position == "front" else {_POSITION_KEY: self.image_position}
         text = json.dumps(self.image_processor.to_dict() | own, indent=2) + "\n"
         (Path(path) / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
 
-    def format_conversation(
-        self, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
-    ) -> dict[str, Any]:
+    def format_conversation(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> dict[str, Any]:
         """Text, ids and labels of one conversation in the model's format.
 
         Args:
-            turns: `{"from": "system" | "human" | "gpt", "value": text}`, one `<image>` in a text for each image; a
-                human turn may have `input`, a text that its instruction is about.
+            turns: `{"from": "system" | "human" | "gpt", "value": text}`, one `<image>` in a human turn's text for each
+                image; a human turn may have `input`, a text that its instruction is about. For a text in which
+                `<image>` may be just text, `value` is a list of parts (see `Turn`, `human_turn`).
             add_generation_prompt: end with an opened answer, for generation.
 
         Returns:
@@ -90,18 +112,39 @@ class ParrotProcessor:
             image in the ids; labels are -100 except in answers.
 
         Raises:
-            DataError: no turns, or an unknown `from`.
+            DataError: no turns, an unknown `from`, or a text that has no UTF-8.
         """
-        segments = self.template.render(turns, add_generation_prompt=add_generation_prompt)
+        segments = self.render(turns, add_generation_prompt=add_generation_prompt)
         (input_ids, labels) = self.encode([segments])[0]
         prompt = "".join(segment.text for segment in segments)
         return {"prompt": prompt, "input_ids": input_ids.tolist(), "labels": labels.tolist()}
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+        """The segments of a conversation, for `encode`; see `format_conversation`."""
+        return self.template.render(
+            turns, add_generation_prompt=add_generation_prompt, image_position=self.image_position
+        )
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text that somebody wrote, for example an option.
+
+        Raises:
+            DataError: it has no UTF-8.
+        """
+        return self._text_encoder().encode([[Part(text, "text")]])[0]
 
     def encode(
         self, conversations: Sequence[Sequence[Segment]]
     ) -> list[tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]]:
         """(input_ids, labels), int64 [n] each, of rendered conversations; one call for many is faster."""
-        return encode_conversations(self.tokenizer, conversations)
+        return encode_conversations(self.tokenizer, self._text_encoder(), conversations)
+
+    def _text_encoder(self) -> TextEncoder:
+        """Made when text is first encoded, and again after tokens were added to the tokenizer."""
+        if self._encoder is None or self._encoder_size != len(self.tokenizer):
+            self._encoder = TextEncoder(self.tokenizer, self.control_tokens)
+            self._encoder_size = len(self.tokenizer)
+        return self._encoder
 
     def images(self, images: Iterable[ImageSource]) -> Tensor:
         """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
@@ -138,6 +181,17 @@ def _load_template(directory: Path) -> Template:
             f"{directory}: the conversation template must be one of {', '.join(TEMPLATES)}, got {name!r}"
         )
     return TEMPLATES[name]
+
+
+def _load_image_position(directory: Path) -> ImagePosition:
+    own = _read_json(directory / PREPROCESSOR_FILE) if (directory / PREPROCESSOR_FILE).is_file() else {}
+    position: Any = own.get(_POSITION_KEY) or "front"
+    if position not in get_args(ImagePosition):
+        raise CheckpointError(
+            f"{directory / PREPROCESSOR_FILE}: {_POSITION_KEY} must be one of {', '.join(get_args(ImagePosition))}, "
+            f"got {position!r}"
+        )
+    return cast(ImagePosition, position)
 
 
 def _needs_tokenizer(directory: Path) -> bool:

@@ -10,10 +10,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from parrot_sys.data.constants import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, IMAGE_TOKEN, PAD_TOKEN
+from parrot_sys.data.constants import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, PAD_TOKEN
+from parrot_sys.data.parts import (
+    IMAGE,
+    ImagePosition,
+    Part,
+    Parts,
+    Turn,
+    join,
+    strip_parts,
+    template,
+    turn_parts,
+)
 from parrot_sys.errors import DataError
 
 ROLE_NAMES: Mapping[str, str] = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -29,23 +40,26 @@ LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 LLAMA3_END = "<|eot_id|>"
 
 TemplateName = Literal["chatml", "llama3", "instruction"]
-Turn = Mapping[str, str]
-"""`{"from": "system" | "human" | "gpt", "value": text}`; a human turn may have `input`: what its text is about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of a conversation that is tokenised on its own."""
 
-    text: str
+    parts: Parts
     bears_loss: bool
     """True where an answer stands in it."""
-    prefix: str = ""
-    """First part of a text that bears loss: as many ids as it has on its own bear none."""
+    prefix: Parts = ()
+    """First parts of a segment that bears loss: as many ids as they have on their own bear none."""
     begins: bool = False
     """The tokenizer's begin-of-sequence token, if it has one, stands before the text."""
     ends: bool = False
     """The tokenizer's end-of-sequence token stands behind the text and bears its loss."""
+
+    @property
+    def text(self) -> str:
+        """What a reader sees; texts of segments, joined, are the prompt."""
+        return join(self.parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +70,7 @@ class Template:
     version: str
     """Changes whenever the text of a conversation changes: caches of token counts depend on it."""
     render: Callable[..., list[Segment]]
-    """(turns, *, add_generation_prompt=False) -> the segments whose texts, joined, are the prompt."""
+    """(turns, *, add_generation_prompt=False, image_position="front") -> the segments."""
     special_tokens: tuple[str, ...] = ()
     """Tokens that the tokenizer must know."""
     end_token: str | None = None
@@ -67,64 +81,58 @@ class Template:
     """Text that opens an answer and is tokenised on its own."""
 
 
-def move_image_markers(text: str) -> str:
-    """Puts every image marker of a turn at its start, each followed by a newline.
-
-    With one marker this is the released rule. The released code keeps one of several; here each image keeps its own.
-    """
-    count = text.count(IMAGE_TOKEN)
-    if not count:
-        return text
-    return (f"{IMAGE_TOKEN}\n" * count + text.replace(IMAGE_TOKEN, "").strip()).strip()
-
-
-def render_conversation(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
-    """The segments of a conversation in ChatML; joined, their texts are the prompt.
+def render_conversation(
+    turns: Sequence[Turn], *, add_generation_prompt: bool = False, image_position: ImagePosition = "front"
+) -> list[Segment]:
+    """The segments of a conversation in ChatML.
 
     Args:
         turns: a system turn is put first when there is none.
         add_generation_prompt: open an answer at the end and leave it open.
+        image_position: where the images of a turn stand, see `place_images`.
 
     Raises:
         DataError: no turns, or an unknown `from`.
     """
-    segments = [
-        Segment(
-            f"{IM_START}{ROLE_NAMES[name]}\n{message}{IM_END}\n",
-            bears_loss=name == "gpt",
-            prefix=ANSWER_HEADER if name == "gpt" else "",
-        )
-        for name, message in _messages(turns)
-    ]
+    header = (template(ANSWER_HEADER),)
+    segments = []
+    for name, message in _messages(turns, image_position):
+        opened = (template(f"{IM_START}{ROLE_NAMES[name]}\n"),)
+        parts = (*opened, *message, template(f"{IM_END}\n"))
+        segments.append(Segment(parts, bears_loss=name == "gpt", prefix=opened if name == "gpt" else ()))
     if add_generation_prompt:
-        return [*segments, Segment(ANSWER_HEADER, bears_loss=True, prefix=ANSWER_HEADER)]
+        return [*segments, Segment(header, bears_loss=True, prefix=header)]
     last = segments[-1]
-    return [*segments[:-1], Segment(last.text.removesuffix("\n"), last.bears_loss, last.prefix)]
+    return [*segments[:-1], replace(last, parts=(*last.parts[:-1], template(IM_END)))]
 
 
-def render_llama3(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+def render_llama3(
+    turns: Sequence[Turn], *, add_generation_prompt: bool = False, image_position: ImagePosition = "front"
+) -> list[Segment]:
     """The segments of a conversation in the format of Llama 3 Instruct; arguments and errors as `render_conversation`.
 
     The model's own template strips every message, and so does this.
     """
     segments = []
-    for index, (name, message) in enumerate(_messages(turns)):
-        header = LLAMA3_HEADER.format(role=ROLE_NAMES[name])
+    for index, (name, message) in enumerate(_messages(turns, image_position)):
+        header = (template(LLAMA3_HEADER.format(role=ROLE_NAMES[name])),)
         segments.append(
             Segment(
-                f"{header}{message.strip()}{LLAMA3_END}",
+                (*header, *strip_parts(message), template(LLAMA3_END)),
                 bears_loss=name == "gpt",
-                prefix=header if name == "gpt" else "",
+                prefix=header if name == "gpt" else (),
                 begins=index == 0,
             )
         )
     if add_generation_prompt:
-        header = LLAMA3_HEADER.format(role=ROLE_NAMES["gpt"])
+        header = (template(LLAMA3_HEADER.format(role=ROLE_NAMES["gpt"])),)
         segments.append(Segment(header, bears_loss=True, prefix=header))
     return segments
 
 
-def render_instruction(turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> list[Segment]:
+def render_instruction(
+    turns: Sequence[Turn], *, add_generation_prompt: bool = False, image_position: ImagePosition = "front"
+) -> list[Segment]:
     """The segments of a conversation in the instruction format of MultiModal-GPT, a question with its answer each.
 
     The header stands once; an image stands before the question it comes with. Loss is on answers and their ends.
@@ -132,14 +140,16 @@ def render_instruction(turns: Sequence[Turn], *, add_generation_prompt: bool = F
     Args:
         turns: after at most one system turn (it replaces the header), human and gpt turns alternate.
         add_generation_prompt: open an answer at the end and leave it open.
+        image_position: `in_place` leaves images that follow a word in the instruction.
 
     Raises:
         DataError: no turns, an unknown `from`, or turns that do not alternate.
     """
     _check_turns(turns)
-    header, rest = INSTRUCTION_HEADER, list(turns)
+    header: Parts = (template(INSTRUCTION_HEADER),)
+    rest = list(turns)
     if rest[0]["from"] == "system":
-        header = rest.pop(0)["value"]
+        header = turn_parts(rest.pop(0), image_position)
     wanted = ["human" if index % 2 == 0 else "gpt" for index in range(len(rest))]
     roles = [turn["from"] for turn in rest]
     if roles != wanted or not rest:
@@ -148,12 +158,12 @@ def render_instruction(turns: Sequence[Turn], *, add_generation_prompt: bool = F
         raise DataError("the last turn must be a human one before an answer is opened, got a gpt turn")
     segments = []
     for start in range(0, len(rest), 2):
-        answer = rest[start + 1]["value"] if start + 1 < len(rest) else None
-        prompt = (header if start == 0 else "") + _question(rest[start])
-        opened = f"{prompt}\n\n{RESPONSE_HEADER}"
+        answer = turn_parts(rest[start + 1], image_position) if start + 1 < len(rest) else None
+        prompt = (*(header if start == 0 else ()), *_question(rest[start], image_position))
+        opened = (*prompt, template(f"\n\n{RESPONSE_HEADER}"))
         begins = start == 0
         if answer is not None:
-            segments.append(Segment(opened + answer, bears_loss=True, prefix=opened, begins=begins, ends=True))
+            segments.append(Segment((*opened, *answer), bears_loss=True, prefix=opened, begins=begins, ends=True))
         else:
             segments.append(Segment(opened if add_generation_prompt else prompt, bears_loss=False, begins=begins))
     return segments
@@ -180,30 +190,30 @@ INSTRUCTION = Template(name="instruction", version="instruction-1", render=rende
 TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, LLAMA3, INSTRUCTION)}
 
 
-def _question(turn: Turn) -> str:
-    text = turn["value"]
-    sections = [f"Image:\n{IMAGE_TOKEN}"] * text.count(IMAGE_TOKEN)
-    sections.append(f"Instruction:\n{text.replace(IMAGE_TOKEN, '').strip() if sections else text}")
+def _question(turn: Turn, position: ImagePosition) -> Parts:
+    asked = turn_parts({key: value for key, value in turn.items() if key != "input"}, position)
+    parts: list[Part] = []
+    while asked and asked[0].kind == "image":  # each in front has a section of its own, and its newline with it
+        parts += [template("\n\n### Image:\n"), IMAGE]
+        asked = asked[2:]
+    parts += [template("\n\n### Instruction:\n"), *asked]
     if turn.get("input"):
-        sections.append(f"Input:\n{turn['input']}")
-    return "".join(f"\n\n### {section}" for section in sections)
+        parts += [template("\n\n### Input:\n"), Part(turn["input"], "text")]
+    return tuple(parts)
 
 
-def _messages(turns: Sequence[Turn]) -> list[tuple[str, str]]:
-    """(`from`, text with its markers in front) of every turn, a system turn first."""
+def _messages(turns: Sequence[Turn], position: ImagePosition) -> list[tuple[str, Parts]]:
+    """(`from`, what it says) of every turn, a system turn first."""
     _check_turns(turns)
-    messages = [(turn["from"], move_image_markers(_with_input(turn))) for turn in turns]
-    return messages if messages[0][0] == "system" else [("system", DEFAULT_SYSTEM_PROMPT), *messages]
-
-
-def _with_input(turn: Turn) -> str:
-    """What a turn says, with what it is about on the next line."""
-    return f"{turn['value']}\n{turn['input']}" if turn.get("input") else turn["value"]
+    messages = [(turn["from"], turn_parts(turn, position)) for turn in turns]
+    if messages[0][0] == "system":
+        return messages
+    return [("system", (Part(DEFAULT_SYSTEM_PROMPT, "text"),)), *messages]
 
 
 def _check_turns(turns: Sequence[Turn]) -> None:
     for index, turn in enumerate(turns):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str) or "from" not in turn:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str | list) or "from" not in turn:
             raise DataError(f'turn {index} must be {{"from": ..., "value": text}}, got {turn!r}')
     if not turns:
         raise DataError("a conversation must have at least one turn, got none")

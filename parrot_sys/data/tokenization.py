@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN, IMAGE_TOKEN_ID
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.data.control_tokens import TextEncoder, encode_texts
+from parrot_sys.data.parts import Part, Parts
 from parrot_sys.data.templates import CHATML, Segment, Template
 from parrot_sys.errors import CheckpointError
 
@@ -36,7 +38,7 @@ def load_tokenizer(path: str | Path, template: Template = CHATML) -> PreTrainedT
             f"tokenizer: {path} must hold one of the tokenizers library, got {type(tokenizer).__name__}"
         )
     for token in template.special_tokens:
-        if (got := encode_texts(tokenizer, [token])[0]) != [tokenizer.convert_tokens_to_ids(token)]:
+        if (got := encode_texts(tokenizer.backend_tokenizer, [token])[0]) != [tokenizer.convert_tokens_to_ids(token)]:
             raise CheckpointError(f"tokenizer: {path} must have the special token {token}, got {len(got)} ids for it")
     if template.end_token is not None:
         tokenizer.eos_token = template.end_token
@@ -94,33 +96,23 @@ def with_flamingo_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedT
     return tokenizer
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text; special tokens that stand in the text are recognised, none are added."""
-    unique = list(dict.fromkeys(texts))  # headers and system turns are the same in most conversations
-    # The backend itself: faster than calling the tokenizer, which also makes masks and offsets.
-    backend: Any = tokenizer.backend_tokenizer
-    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
-    ids = {text: encoding.ids for text, encoding in zip(unique, encoded, strict=True)}
-    return [ids[text] for text in texts]
-
-
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Segment]]
+    tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, conversations: Sequence[Sequence[Segment]]
 ) -> list[tuple[IntArray, IntArray]]:
     """(input_ids, labels) of each conversation, int64 [n] both and not shifted.
 
-    Each segment is tokenised on its own, and each stretch between image markers on its own. An image is IMAGE_TOKEN_ID.
+    Each segment is tokenised on its own, and each stretch between images on its own. An image is IMAGE_TOKEN_ID.
     The label of a row is its id in an answer, behind as many ids as the segment's prefix has, and IGNORE_ID elsewhere.
     """
     segments = [segment for conversation in conversations for segment in conversation]
-    chunks = [chunk for s in segments for text in (s.text, s.prefix) for chunk in text.split(IMAGE_TOKEN)]
-    encoded = iter(encode_texts(tokenizer, chunks))
+    runs = [run for s in segments for parts in (s.parts, s.prefix) for run in _between_images(parts)]
+    encoded = iter(encoder.encode(runs))
     result = []
     for conversation in conversations:
         ids: list[int] = []
         labels: list[int] = []
         for segment in conversation:
-            own, prefix = _with_images(segment.text, encoded), _with_images(segment.prefix, encoded)
+            own, prefix = _with_images(segment.parts, encoded), _with_images(segment.prefix, encoded)
             if segment.begins and tokenizer.bos_token_id is not None:
                 ids.append(tokenizer.bos_token_id)
                 labels.append(IGNORE_ID)
@@ -134,10 +126,21 @@ def encode_conversations(
     return result
 
 
-def _with_images(text: str, encoded: Iterator[list[int]]) -> list[int]:
-    """Ids of a text whose stretches between image markers come next in `encoded`."""
+def _between_images(parts: Parts) -> list[list[Part]]:
+    """The stretches before, between and behind images; one more than there are images."""
+    runs: list[list[Part]] = [[]]
+    for part in parts:
+        if part.kind == "image":
+            runs.append([])
+        else:
+            runs[-1].append(part)
+    return runs
+
+
+def _with_images(parts: Parts, encoded: Iterator[list[int]]) -> list[int]:
+    """Ids of parts whose stretches between images come next in `encoded`."""
     ids = [*next(encoded)]
-    for _ in range(text.count(IMAGE_TOKEN)):
+    for _ in range(sum(part.kind == "image" for part in parts)):
         ids += [IMAGE_TOKEN_ID, *next(encoded)]
     return ids
 

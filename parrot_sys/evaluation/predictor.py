@@ -127,7 +127,7 @@ class ModelPredictor:
         """Summed log-probability of each option's text and of the end of the turn after it."""
         tokenizer = self.processor.tokenizer
         answers = [
-            [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in options.values()]
+            [[*self.processor.encode_text(text), tokenizer.eos_token_id] for text in options.values()]
             for options in (item.question.options for item in items)
         ]
         sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
@@ -140,7 +140,7 @@ class ModelPredictor:
         ]
 
     def _letter_id(self, letter: str) -> int:
-        ids: list[int] = self.processor.tokenizer.encode(letter, add_special_tokens=False)
+        ids = self.processor.encode_text(letter)
         if len(ids) != 1:
             raise ConfigError(
                 f"--mode likelihood needs option letters of one token, got {len(ids)} for {letter!r}; use generate"

@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.parts import human_turn
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.outcomes import measure, normalised
@@ -43,14 +45,19 @@ class Item:
     guidance_prompt: str | None = None
     """The same question in another language: its text decides the route (`other-language` only)."""
 
-    def turns(self, prompt: str) -> list[dict[str, str]]:
-        """The conversation that `prompt` is the last turn of, behind the earlier turns of the question."""
+    def turns(self, prompt: str) -> list[dict[str, Any]]:
+        """The conversation that `prompt` is the last turn of, behind the earlier turns of the question.
+
+        The picture's marker opens the prompt; any other one in question, options and history is text.
+        """
         earlier = [
-            {"from": sender, "value": text}
-            for turn in self.question.history
-            for sender, text in zip(("human", "gpt"), turn, strict=True)
+            turn
+            for question, answer in self.question.history
+            for turn in (human_turn(question), {"from": "gpt", "value": answer})
         ]
-        return [*earlier, {"from": "human", "value": prompt}]
+        if self.question.image_key is None:
+            return [*earlier, human_turn(prompt)]
+        return [*earlier, human_turn(prompt.removeprefix(f"{IMAGE_TOKEN}\n"), images=1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

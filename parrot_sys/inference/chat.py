@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
-from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.parts import human_turn
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
@@ -84,7 +84,7 @@ class ChatSession:
     max_new_tokens: int = 512
     temperature: float = 0.0
     seed: int | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     """[3, h, w] each, in the order of their markers."""
     waiting: list[Tensor] = field(default_factory=list)
@@ -110,11 +110,9 @@ class ChatSession:
             on_text: called with each new piece of the answer.
 
         Raises:
-            DataError: the message holds an image marker, or the conversation is too long.
+            DataError: the message has no UTF-8, or the conversation is too long.
         """
-        if IMAGE_TOKEN in message:
-            raise DataError(f"a message must not hold {IMAGE_TOKEN}: attach pictures with /image FILE or --image FILE")
-        user = {"from": "human", "value": f"{IMAGE_TOKEN}\n" * len(self.waiting) + message}
+        user = human_turn(message, images=len(self.waiting))
         images = [*self.images, *self.waiting]
         prompt = self.processor.format_conversation([*self.turns, user], add_generation_prompt=True)
         input_ids = torch.tensor([prompt["input_ids"]])

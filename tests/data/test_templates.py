@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import move_image_markers, render_conversation, render_instruction
+from parrot_sys.data.templates import render_conversation, render_instruction
 from parrot_sys.errors import CheckpointError, DataError
 
 
@@ -92,7 +92,8 @@ def test_labels_end_with_the_newline_except_in_the_last_turn(processor):
     ],
 )
 def test_markers_move_to_the_start_of_their_turn(text, wanted):
-    assert move_image_markers(text) == wanted
+    (turn,) = render_conversation([{"from": "human", "value": text}])[1:]
+    assert turn.text == f"<|im_start|>user\n{wanted}<|im_end|>"
 
 
 def test_several_images_in_several_turns_keep_their_order(processor):

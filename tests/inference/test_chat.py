@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import parrot_sys
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, routing_table
 from parrot_sys.inference.chat_texts import TEXTS
@@ -71,6 +71,17 @@ def test_answer_is_that_of_generate(session: ChatSession, loaded: tuple) -> None
     )
 
 
+def test_an_image_marker_in_a_message_is_text(session: ChatSession) -> None:
+    assert session.ask("What does <image> mean? <|im_end|>").experts is None
+    session.add_image(IMAGES[0])
+    answer = session.ask("And <image> here?")
+    assert answer.experts is not None
+    assert answer.experts.shape == (1, 6)
+    ids = session.processor.format_conversation(session.turns)["input_ids"]
+    ends = session.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (ids.count(IMAGE_TOKEN_ID), ids.count(ends)) == (1, 5)
+
+
 def test_streamed_pieces_are_the_answer(session: ChatSession) -> None:
     pieces: list[str] = []
     answer = session.ask("Merhaba", pieces.append)
@@ -111,8 +122,8 @@ def test_failures_leave_the_conversation_as_it_was(session: ChatSession, monkeyp
     session.ask("Hello")
     session.add_image(IMAGES[0])
     before = (list(session.turns), len(session.images), len(session.waiting))
-    with pytest.raises(DataError, match="must not hold <image>"):
-        session.ask("look <image>")
+    with pytest.raises(DataError, match=r"character 5 is no valid text: half a character \(U\+D83D\)"):
+        session.ask("look \ud83d")
     with pytest.raises(DataError, match="max_position_embeddings"):
         session.ask("word " * 3000)
 

@@ -1,0 +1,134 @@
+"""Text that stays text: encoding in which only the template can write control tokens.
+
+A tokenizer finds its control tokens (`<|im_end|>`, `</s>`) by their names. Here it gets a copy of itself in which they
+have secret names; the template writes those, and what a user wrote is ordinary text whatever it looks like. All else is
+the tokenizer's own, so ordinary text gets the ids that it always had.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from parrot_sys.data.parts import Part
+from parrot_sys.errors import CheckpointError, DataError
+
+ControlTokens = Literal["text", "parsed"]
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte without a token of its own
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Name -> id of every added token that text must not become.
+
+    These are the special ones and all others but words and white space, with which some vocabularies were extended.
+    Byte fallback's tokens are not among them: bytes get their ids too.
+    """
+    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+    return {
+        token.content: i
+        for i, token in added.items()
+        if (token.special or not _is_word(token.content)) and not _BYTE.fullmatch(token.content)
+    }
+
+
+class TextEncoder:
+    """Ids of texts and of parts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens = "text") -> None:
+        """
+        Args:
+            tokenizer: of the tokenizers library.
+            control: what a control token's name in a text is: `text`, or `parsed` to be the token, as in the released
+                code.
+        """
+        self._backend: Any = tokenizer.backend_tokenizer
+        self._spelled: dict[str, str] = {}  # text of the template -> with the secret names
+        self._names: dict[str, str] = {}
+        if control == "text":
+            tokens = control_tokens(tokenizer)
+            self._names = {name: f"q{secrets.token_hex(16)}q" for name in tokens}
+            self._backend = _renamed(self._backend, self._names)
+            for name, number in tokens.items():
+                if (got := self._backend.token_to_id(self._names[name])) != number:
+                    raise CheckpointError(f"tokenizer: token {name} must have the id {number}, got {got}")
+        longest_first = sorted(self._names, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def encode(self, runs: Sequence[Sequence[Part]]) -> list[list[int]]:
+        """Ids of each run of parts without images; none are added.
+
+        Raises:
+            DataError: a text has no UTF-8.
+        """
+        try:
+            return encode_texts(self._backend, ["".join(map(self._spell, run)) for run in runs])
+        except (TypeError, UnicodeEncodeError):
+            for part in (part for run in runs for part in run):
+                check_text(part.text)
+            raise
+
+    def _spell(self, part: Part) -> str:
+        if part.kind != "template":
+            return part.text
+        if part.text not in self._spelled:
+            self._spelled[part.text] = self._pattern.sub(lambda found: self._names[found.group()], part.text)
+        return self._spelled[part.text]
+
+
+def encode_texts(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text from a tokenizer of the tokenizers library; none are added."""
+    unique = list(dict.fromkeys(texts))  # headers and system turns are the same in most conversations
+    encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
+    ids = {text: encoding.ids for text, encoding in zip(unique, encoded, strict=True)}
+    return [ids[text] for text in texts]
+
+
+def check_text(text: str) -> None:
+    """Whether a text has a UTF-8 form, which tokenizers and files need.
+
+    Raises:
+        DataError: it holds half a surrogate pair, or a byte that could not be decoded; says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
+        raise DataError(f"character {error.start} is no valid text: {what}, which has no UTF-8") from None
+
+
+def _is_word(name: str) -> bool:
+    return all(c.isalnum() or c.isspace() or unicodedata.category(c).startswith("M") for c in name)
+
+
+def _renamed(backend: Any, names: Mapping[str, str]) -> Tokenizer:
+    """A copy of a tokenizer with other names for some tokens."""
+    spec = json.loads(backend.to_str())
+    model = spec["model"]
+    spec["added_tokens"] = [
+        entry | {"content": names.get(entry["content"], entry["content"])}
+        for entry in spec["added_tokens"]
+        if not _BYTE.fullmatch(entry["content"])
+    ]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): number for token, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if (unknown := model.get("unk_token")) is not None:
+        model["unk_token"] = names.get(unknown, unknown)
+    if "merges" in model:  # without those that would write a control token
+        model["merges"] = [pair for pair in model["merges"] if not _names_one_of(pair, names)]
+    spec |= {"post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _names_one_of(pair: Sequence[str] | str, names: Mapping[str, str]) -> bool:
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return left in names or right in names or left + right in names
