@@ -21,8 +21,11 @@ from parrot_sys.megatron.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, released_tensors
+from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
@@ -46,10 +49,46 @@ WINGS = replace(
     max_seq_len=64,
     wings=WingsConfig(rank=3, system_prompt_length=2, router_positions=64),
 )
+FLAMINGO = replace(
+    MODEL,
+    moe=TextGuidedMoEConfig(num_experts=0),
+    lora=LoRAConfig(rank=2, alpha=3.0),
+    flamingo=FlamingoConfig(
+        resampler=ResamplerConfig(num_latents=3, num_layers=1, num_attention_heads=2, head_dim=5, ffn_multiplier=2),
+        cross_attention=GatedCrossAttentionConfig(num_attention_heads=4, head_dim=6, ffn_multiplier=2),
+        every_n_layers=2,
+        media_rule="next",
+        image_token_id=79,
+    ),
+)
+"""All that can learn does: latents of 24 columns go through stages of 32, which they do not fill."""
 TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
 
 ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
 LR = 1e-2
+
+
+def layout(
+    tensor: int = 1,
+    pipeline: int = 1,
+    chunks: int | None = None,
+    context: int = 1,
+    sequence: bool = False,
+    experts: int = 1,
+    expert_tensor: int | None = None,
+    **sizes: Any,
+) -> ParallelConfig:
+    """A layout by short names; `chunks` are those of each pipeline rank."""
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
+        context_parallel_size=context,
+        sequence_parallel=sequence,
+        expert_model_parallel_size=experts,
+        expert_tensor_parallel_size=expert_tensor,
+        **sizes,
+    )
 
 
 def micro_batches(pixels: bool, count: int = 4, rows_per_image: int = V) -> list[PackedBatch]:

@@ -9,29 +9,10 @@ from typing import Any
 import pytest
 
 from parrot_sys.megatron.initialize import ParallelConfig
-from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
-from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.modules.perceiver import ResamplerConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from tests.training.layouts import ALL, MODEL, Run, assert_same, train
-from tests.training.test_layouts import layout
+from tests.training.layouts import ALL, FLAMINGO, Run, assert_same, layout, train
 
-FLAMINGO = replace(
-    MODEL,
-    moe=TextGuidedMoEConfig(num_experts=0),
-    lora=LoRAConfig(rank=2, alpha=3.0),
-    flamingo=FlamingoConfig(
-        resampler=ResamplerConfig(num_latents=3, num_layers=1, num_attention_heads=2, head_dim=5, ffn_multiplier=2),
-        cross_attention=GatedCrossAttentionConfig(num_attention_heads=4, head_dim=6, ffn_multiplier=2),
-        every_n_layers=2,
-        media_rule="next",
-        image_token_id=79,
-    ),
-)
-"""All that can learn does: latents of 24 columns go through stages of 32, which they do not fill."""
 DEEP = replace(FLAMINGO, llm=replace(FLAMINGO.llm, num_layers=8), flamingo=replace(FLAMINGO.flamingo, every_n_layers=3))
 PREVIOUS = replace(FLAMINGO, lora=None, flamingo=replace(FLAMINGO.flamingo, media_rule="previous"))
 NOTHING = dict.fromkeys((*ALL, "resampler", "cross_attention"), False)

@@ -10,7 +10,7 @@ import pytest
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import ALL, LORA, MODEL, TIED, TOPK, Run, assert_same, train
+from tests.training.layouts import ALL, LORA, MODEL, TIED, TOPK, Run, assert_same, layout, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 
@@ -18,28 +18,6 @@ STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 @functools.cache
 def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = True) -> Run:
     return train(config, trainable={name: name not in frozen for name in ALL}, sgd=sgd)
-
-
-def layout(
-    tensor: int = 1,
-    pipeline: int = 1,
-    chunks: int | None = None,
-    context: int = 1,
-    sequence: bool = False,
-    experts: int = 1,
-    expert_tensor: int | None = None,
-    **sizes: Any,
-) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=chunks,
-        context_parallel_size=context,
-        sequence_parallel=sequence,
-        expert_model_parallel_size=experts,
-        expert_tensor_parallel_size=expert_tensor,
-        **sizes,
-    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
-from tests.training.test_flamingo_layouts import FLAMINGO
+from tests.training.layouts import FLAMINGO
 
 LANGUAGES = ("zh", "ko", "en")  # one that is not among the six
 E = CONFIG.moe.num_experts

@@ -10,8 +10,7 @@ import pytest
 
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import ALL, WINGS, Run, assert_same, train
-from tests.training.test_layouts import layout
+from tests.training.layouts import ALL, WINGS, Run, assert_same, layout, train
 
 SOME = replace(WINGS, wings=replace(WINGS.wings, layers=(1, 3)))
 """Two of four layers have learners."""
