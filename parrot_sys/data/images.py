@@ -7,6 +7,7 @@ released Parrot code (AIDC-AI/Parrot, parrot/utils/mm_utils.py: expand2square).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.files import Fields
 
 ImageSource: TypeAlias = Image.Image | str | Path | bytes
 """A decoded image, a file name, or the bytes of an image file."""
@@ -60,11 +62,25 @@ class ImageProcessor:
     """Pad the shorter side with the mean colour first (`image_aspect_ratio: pad`)."""
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.shortest_edge is not None and self.shortest_edge < max(self.height, self.width):
             raise ConfigError(
                 f"image processor: size.shortest_edge must be at least the crop size {self.height}x{self.width}, "
                 f"got {self.shortest_edge}"
             )
+
+    def _check_values(self) -> None:
+        for name, size in (("height", self.height), ("width", self.width), ("shortest_edge", self.shortest_edge)):
+            if size is not None and size < 1:
+                raise ConfigError(f"image processor: size.{name} must be >= 1, got {size}")
+        for name, values in (("image_std", self.std), ("rescale_factor", (self.rescale_factor,))):
+            if not all(value > 0 and math.isfinite(value) for value in values):
+                raise ConfigError(f"image processor: {name} must be finite and > 0, got {list(values)}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ConfigError(f"image processor: image_mean must be finite, got {list(self.mean)}")
+        if self.resample not in list(Image.Resampling):
+            known = ", ".join(f"{each.value} ({each.name.lower()})" for each in Image.Resampling)
+            raise ConfigError(f"image processor: resample must be one of {known}, got {self.resample}")
 
     @staticmethod
     def for_tower(tower: str, image_size: int) -> ImageProcessor:
@@ -84,37 +100,41 @@ class ImageProcessor:
         raise ConfigError(f"vision.type must be clip, siglip or efficientnet_lite0, got {tower!r}")
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any], *, image_aspect_ratio: str | None) -> ImageProcessor:
-        """From preprocessor_config.json of a CLIP or SigLIP, and `image_aspect_ratio` of the Parrot config.json.
+    def from_dict(
+        values: Mapping[str, Any], *, image_aspect_ratio: str | None, file: object = "preprocessor_config.json"
+    ) -> ImageProcessor:
+        """From preprocessor_config.json (`file`) of a CLIP or SigLIP, and `image_aspect_ratio` of Parrot's config.json.
 
         Raises:
-            ConfigError: the file asks for something that is not done here.
+            ConfigError: a value has a wrong type, or the file asks for something that is not done here.
         """
+        fields = Fields(values, file)
         if image_aspect_ratio not in (None, "pad", "square"):
             raise ConfigError(f"image_aspect_ratio must be 'pad', 'square' or absent, got {image_aspect_ratio!r}")
         for flag in ("do_resize", "do_rescale", "do_normalize"):
-            if values.get(flag, True) is not True:
-                raise ConfigError(f"preprocessor_config.json: {flag} must be true, got {values[flag]!r}")
-        size = _as_dict(values, "size", edge="shortest_edge")
+            if not fields.get(flag, bool, True):
+                raise fields.wrong(flag, "true")
+        size = _sizes(fields, "size", edge="shortest_edge")
         edge = size.get("shortest_edge")
-        crops = values.get("do_center_crop", edge is not None)
+        crops = fields.get("do_center_crop", bool, edge is not None)
         if edge is not None and not crops:
-            raise ConfigError(
-                "preprocessor_config.json: do_center_crop must be true with size.shortest_edge, got false"
-            )
-        out = _as_dict(values, "crop_size", edge=None) if crops else size
+            raise ConfigError(f"{file}: do_center_crop must be true with size.shortest_edge, got false")
+        out = _sizes(fields, "crop_size", edge=None) if crops else size
         if crops and edge is None and out != size:
-            raise ConfigError(f"preprocessor_config.json: crop_size must equal size {size}, got {out}")
-        return ImageProcessor(
-            height=out["height"],
-            width=out["width"],
-            shortest_edge=edge,
-            mean=tuple(_required(values, "image_mean")),
-            std=tuple(_required(values, "image_std")),
-            rescale_factor=values.get("rescale_factor", 1 / 255),
-            resample=values.get("resample", Image.Resampling.BICUBIC.value),
-            pad_to_square=image_aspect_ratio == "pad",
-        )
+            raise ConfigError(f"{file}: crop_size must equal size {size}, got {out}")
+        try:
+            return ImageProcessor(
+                height=out["height"],
+                width=out["width"],
+                shortest_edge=edge,
+                mean=_three(fields, "image_mean"),
+                std=_three(fields, "image_std"),
+                rescale_factor=fields.get("rescale_factor", float, 1 / 255),
+                resample=fields.get("resample", int, Image.Resampling.BICUBIC.value),
+                pad_to_square=image_aspect_ratio == "pad",
+            )
+        except ConfigError as error:
+            raise (error if str(file) in str(error) else ConfigError(f"{file}: {error}")) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of a preprocessor_config.json that transformers and `from_dict` understand."""
@@ -172,17 +192,18 @@ def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     return square
 
 
-def _required(values: Mapping[str, Any], name: str) -> Any:
-    if name not in values:
-        raise ConfigError(f"preprocessor_config.json: {name} is missing")
-    return values[name]
+def _three(fields: Fields, name: str) -> tuple[float, float, float]:
+    red, green, blue = fields.items(name, float, 3)
+    return red, green, blue
 
 
-def _as_dict(values: Mapping[str, Any], name: str, *, edge: str | None) -> dict[str, int]:
+def _sizes(fields: Fields, name: str, *, edge: str | None) -> dict[str, int]:
     """A size as a dict; old files hold one number: the shorter side of `size`, both sides of `crop_size`."""
-    size = _required(values, name)
-    if isinstance(size, int):
+    if isinstance(size := fields.values.get(name), int):
+        size = fields.require(name, int)
         return {edge: size} if edge else {"height": size, "width": size}
-    if not isinstance(size, Mapping) or set(size) not in ({"height", "width"}, {"shortest_edge"}):
-        raise ConfigError(f"preprocessor_config.json: {name} must hold height and width or shortest_edge, got {size!r}")
-    return dict(size)
+    sides = Fields(fields.require(name, dict), fields.file, f"{name}.")
+    if set(sides.values) != {"height", "width"} and (edge is None or set(sides.values) != {edge}):
+        wanted = "height and width" + (f" or {edge}" if edge else "")
+        raise ConfigError(f"{fields.file}: {name} must hold {wanted}, got {sides.values}")
+    return {side: sides.require(side, int) for side in sides.values}

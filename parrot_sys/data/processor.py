@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,8 +17,10 @@ from parrot_sys.data.control_tokens import ControlTokens, TextEncoder
 from parrot_sys.data.images import ImageProcessor, ImageSource
 from parrot_sys.data.parts import ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
-from parrot_sys.data.tokenization import MissingTokenizer, encode_conversations, has_tokenizer, load_tokenizer
+from parrot_sys.data.tokenization import encode_conversations
+from parrot_sys.data.tokenizer_files import MissingTokenizer, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import Fields, read_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TEMPLATE_KEY = "conversation_template"
@@ -160,22 +163,16 @@ class ParrotProcessor:
         return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(shape)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
+def _fields(file: Path) -> Fields:
+    """What a JSON file of a checkpoint says; nothing when it is missing."""
+    return Fields(read_json(file) if file.is_file() else None, file)
 
 
 def _load_template(directory: Path) -> Template:
     """As preprocessor_config.json (of a training checkpoint) or the own part of config.json says."""
-    own = _read_json(directory / PREPROCESSOR_FILE) if (directory / PREPROCESSOR_FILE).is_file() else {}
-    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    usual = INSTRUCTION if config.get("model_type") == "multimodal_gpt" else CHATML
-    name = own.get(_TEMPLATE_KEY) or config.get("parrot_sys", {}).get("template", usual.name)
+    own, config = _fields(directory / PREPROCESSOR_FILE), _fields(directory / "config.json")
+    usual = INSTRUCTION if config.get("model_type", str) == "multimodal_gpt" else CHATML
+    name = own.get(_TEMPLATE_KEY, str) or config.below("parrot_sys").get("template", str, usual.name)
     if name not in TEMPLATES:
         raise CheckpointError(
             f"{directory}: the conversation template must be one of {', '.join(TEMPLATES)}, got {name!r}"
@@ -184,8 +181,7 @@ def _load_template(directory: Path) -> Template:
 
 
 def _load_image_position(directory: Path) -> ImagePosition:
-    own = _read_json(directory / PREPROCESSOR_FILE) if (directory / PREPROCESSOR_FILE).is_file() else {}
-    position: Any = own.get(_POSITION_KEY) or "front"
+    position = _fields(directory / PREPROCESSOR_FILE).get(_POSITION_KEY, str, "front")
     if position not in get_args(ImagePosition):
         raise CheckpointError(
             f"{directory / PREPROCESSOR_FILE}: {_POSITION_KEY} must be one of {', '.join(get_args(ImagePosition))}, "
@@ -196,25 +192,26 @@ def _load_image_position(directory: Path) -> ImagePosition:
 
 def _needs_tokenizer(directory: Path) -> bool:
     """A MultiModal-GPT may have been put together without one; for other models that is an error."""
-    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    return has_tokenizer(directory) or config.get("model_type") != "multimodal_gpt"
+    config = _fields(directory / "config.json")
+    return has_tokenizer(directory) or config.get("model_type", str) != "multimodal_gpt"
 
 
 def _load_image_processor(directory: Path) -> ImageProcessor:
-    config = _read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    config = _fields(directory / "config.json")
     # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
     # (MultiModal-GPT resizes and crops as CLIP does.)
-    states_it = config.get("model_type") in ("parrot_qwen2", "multimodal_gpt")
-    aspect_ratio = config.get("image_aspect_ratio", None if states_it else "pad")
-    tower = config.get("mm_vision_tower") or _TOWER_FOLDER
+    states_it = config.get("model_type", str) in ("parrot_qwen2", "multimodal_gpt")
+    aspect_ratio = config.get("image_aspect_ratio", str) or (None if states_it else "pad")
+    tower = config.get("mm_vision_tower", str) or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
     for candidate in candidates:
-        if (candidate / PREPROCESSOR_FILE).is_file():
-            values = _read_json(candidate / PREPROCESSOR_FILE)
-            return ImageProcessor.from_dict(values, image_aspect_ratio=values.get("image_aspect_ratio", aspect_ratio))
+        if os.path.isfile(file := candidate / PREPROCESSOR_FILE):
+            values = _fields(file)
+            stated = values.get("image_aspect_ratio", str) or aspect_ratio
+            return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
     if (known := _KNOWN_TOWERS.get(Path(tower).name)) is not None:
-        values = ImageProcessor.for_tower(*known).to_dict()
-        return ImageProcessor.from_dict(values, image_aspect_ratio=aspect_ratio)
+        known_values = ImageProcessor.for_tower(*known).to_dict()
+        return ImageProcessor.from_dict(known_values, image_aspect_ratio=aspect_ratio)
     places = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise CheckpointError(
         f"{PREPROCESSOR_FILE} of the vision tower {tower!r} is in none of {places}; copy it into one of them"

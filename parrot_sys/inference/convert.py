@@ -12,7 +12,7 @@ import tyro
 
 from parrot_sys.config_values import save_config
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.tokenization import MissingTokenizer
+from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.pretrained import MODEL_CONFIG, PROCESSOR, load_pretrained, save_pretrained
 from parrot_sys.models.tensor_files import check_absent, new_directory
@@ -132,7 +132,7 @@ def _check_sources(config: ConvertConfig) -> None:
 
 def _assemble(config: ConvertConfig, output: Path) -> None:
     """MultiModal-GPT's files as one directory."""
-    from parrot_sys.data.tokenization import with_flamingo_tokens
+    from parrot_sys.data.tokenizer_files import with_flamingo_tokens
     from parrot_sys.models.multimodal_gpt import ADDED_TOKENS, MultimodalGptFiles, assemble
 
     assert config.llm is not None, "checked"

@@ -11,9 +11,10 @@ import torch
 from parrot_sys import platform
 from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.tokenization import MissingTokenizer
+from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import CheckpointError
-from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.files import Fields, read_json
+from parrot_sys.models.hf_config import CONFIG, config_from_hf
 from parrot_sys.models.parrot import Compat, ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 
@@ -115,7 +116,7 @@ def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:
     Raises:
         CheckpointError, ConfigError: as `load_pretrained`.
     """
-    hf = read_json(directory / "config.json")
+    hf = read_json(directory / CONFIG)
     config = config_from_hf(hf, directory)
     with TensorFiles(directory) as files:
         keys = files.names()
@@ -143,9 +144,7 @@ def _load_released(
     parallel = _initialize(parallel)
     model = build_parrot_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
     load_released(model, directory)
-    source = ReleasedSource(
-        directory=directory.resolve(), hf=read_json(directory / "config.json"), keep_dtypes=dtype is None
-    )
+    source = ReleasedSource(directory=directory.resolve(), hf=read_json(directory / CONFIG), keep_dtypes=dtype is None)
     return _ready(model, processor, directory, source), processor
 
 
@@ -189,7 +188,7 @@ def _ready(
 
     if model.vision_tower is not None:
         model.vision_tower.requires_grad_(False)
-    eos, pad = _special_tokens(directory, processor)
+    eos, pad = _special_tokens(directory, processor, model.parrot.llm.vocab_size)
     # (Only text that guides the experts ends where an answer begins.)
     guided = model.parrot.moe.num_experts > 0
     header = processor.tokenizer.encode(processor.template.answer_header, add_special_tokens=False) if guided else []
@@ -199,13 +198,17 @@ def _ready(
     return wrapper.eval()
 
 
-def _special_tokens(directory: Path, processor: ParrotProcessor) -> tuple[list[int], int | None]:
+def _special_tokens(directory: Path, processor: ParrotProcessor, vocab_size: int) -> tuple[list[int], int | None]:
     """Ids that end an answer (generation_config.json and the tokenizer's) and the padding id."""
-    path = directory / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.is_file() else None
-    ends = [named] if isinstance(named, int) else list(named or [])
+    file = directory / "generation_config.json"
+    named = Fields(read_json(file) if file.is_file() else None, file)
+    ends = named.items("eos_token_id", int) if isinstance(named.values.get("eos_token_id"), list) else []
+    if not ends and (end := named.get("eos_token_id", int)) is not None:
+        ends = [end]
+    if not all(0 <= end < vocab_size for end in ends):
+        raise named.wrong("eos_token_id", f"ids below {vocab_size} (vocab_size)")
     if isinstance(processor.tokenizer, MissingTokenizer):
-        return ends, read_json(directory / "config.json").get("pad_token_id")
+        return ends, Fields(read_json(directory / CONFIG), directory / CONFIG).get("pad_token_id", int)
     if (own := processor.tokenizer.eos_token_id) is not None and own not in ends:
         ends.append(own)
     return ends, processor.tokenizer.pad_token_id

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parrot_sys.files import read_json
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.hf_checkpoint import TOWER_PREFIX, is_carried
-from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory, read_json
+from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import read_json
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
@@ -29,7 +30,7 @@ from parrot_sys.models.hf_checkpoint import (
     parrot_maps,
     tower_maps,
 )
-from parrot_sys.models.hf_config import MODEL_TYPE, MULTIMODAL_GPT, find_tower_directory, read_json
+from parrot_sys.models.hf_config import MODEL_TYPE, MULTIMODAL_GPT, find_tower_directory
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap

@@ -8,16 +8,18 @@ gives the same configuration and a released file stays as it was.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
-from parrot_sys.config_values import config_from_dict, config_to_dict, section_class
+from parrot_sys.config_values import build, config_to_dict, merge, section_class
 from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.files import Fields, read_json
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.vision import Activation, VisionConfig
 from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.rotary import RopeScaling
@@ -28,6 +30,7 @@ MULTIMODAL_GPT = "multimodal_gpt"
 """model_type of MultiModal-GPT as `parrot convert` puts it together: LLaMA's config.json, its own parts below
 `parrot_sys`."""
 OWN_KEY = "parrot_sys"
+CONFIG = "config.json"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
 
@@ -58,109 +61,112 @@ _NEW_CHECKPOINT: dict[str, Any] = {
 _LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def llm_config_from_hf(hf: Mapping[str, Any] | Fields, file: object = CONFIG) -> LLMConfig:
+    """Decoder configuration from the config.json (`file`) of a Qwen2 or LLaMA, or of a model with such a decoder.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON or holds no object.
+        ConfigError: a field is missing or of a wrong type, or asks for something that the decoder here does not do.
     """
+    fields = hf if isinstance(hf, Fields) else Fields(hf, file)
+    is_llama = "llama" in fields.get("model_type", str, "")
+    _only(fields, "hidden_act", "silu", "the decoder here does nothing else")
+    for name in ("use_sliding_window", *(("attention_bias", "mlp_bias") if is_llama else ())):
+        _only(fields, name, False, "the decoder here does nothing else")
+    rope = fields.below("rope_parameters")
+    heads = fields.require("num_attention_heads", int)
+    hidden_size = fields.require("hidden_size", int)
+    head_dim = fields.get("head_dim", int)
+    scaling = fields.below("rope_scaling")
+    with _named(fields.file):
+        return LLMConfig(
+            hidden_size=hidden_size,
+            num_layers=fields.require("num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_query_groups=fields.get("num_key_value_heads", int, heads),
+            head_dim=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
+            ffn_hidden_size=fields.require("intermediate_size", int),
+            vocab_size=fields.require("vocab_size", int),
+            rope_base=fields.get("rope_theta", float, rope.get("rope_theta", float, 10_000.0)),
+            rope_scaling=_rope_scaling(scaling if scaling.values else rope),
+            norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+            max_position_embeddings=fields.get("max_position_embeddings", int, 2_048 if is_llama else 32_768),
+            tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
+            # Qwen2 has these biases and no such setting, LLaMA has neither.
+            qkv_bias=fields.get("attention_bias", bool, not is_llama),
+        )
+
+
+@contextmanager
+def _named(file: object) -> Iterator[None]:
+    """Values that are out of range are told with the file that they stand in."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a released-layout checkpoint has one") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+        yield
+    except ConfigError as error:
+        raise (error if str(file) in str(error) else ConfigError(f"{file}: {error}")) from error
 
 
-def llm_config_from_hf(hf: Mapping[str, Any]) -> LLMConfig:
-    """Decoder configuration from the config.json of a Qwen2 or LLaMA checkpoint, or of one with such a decoder.
-
-    Raises:
-        ConfigError: a field is missing, or asks for something that the decoder here does not do.
-    """
-    is_llama = "llama" in hf.get("model_type", "")
-    unbiased = (("attention_bias", False), ("mlp_bias", False)) if is_llama else ()
-    for name, wanted in (("hidden_act", "silu"), ("use_sliding_window", False), *unbiased):
-        if hf.get(name, wanted) != wanted:
-            raise ConfigError(f"config.json: {name} must be {wanted!r} for this decoder, got {hf[name]!r}")
-    rope = hf.get("rope_parameters") or {}
-    heads = _required(hf, "num_attention_heads")
-    hidden_size = _required(hf, "hidden_size")
-    head_dim = hf.get("head_dim")
-    return LLMConfig(
-        hidden_size=hidden_size,
-        num_layers=_required(hf, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_query_groups=hf.get("num_key_value_heads", heads),
-        head_dim=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
-        ffn_hidden_size=_required(hf, "intermediate_size"),
-        vocab_size=_required(hf, "vocab_size"),
-        rope_base=float(hf["rope_theta"] if "rope_theta" in hf else rope.get("rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(hf.get("rope_scaling") or rope),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=hf.get("max_position_embeddings", 2_048 if is_llama else 32_768),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        # Qwen2 has these biases and no such setting, LLaMA has neither.
-        qkv_bias=hf.get("attention_bias", not is_llama),
-    )
+def _only(fields: Fields, name: str, wanted: Any, why: str) -> None:
+    if fields.get(name, type(wanted), wanted) != wanted:
+        raise ConfigError(f"{fields.wrong(name, repr(wanted))}; {why}")
 
 
-_SCALING_FIELDS = {
-    "factor": "factor",
-    "low_frequency": "low_freq_factor",
-    "high_frequency": "high_freq_factor",
-    "original_positions": "original_max_position_embeddings",
-}
+_SCALING_FIELDS = {"factor": "factor", "low_frequency": "low_freq_factor", "high_frequency": "high_freq_factor"}
 """Our setting -> the one in `rope_scaling` of config.json."""
 
 
-def _rope_scaling(hf: Mapping[str, Any]) -> RopeScaling | None:
-    kind = hf.get("rope_type", hf.get("type", "default"))
+def _rope_scaling(fields: Fields) -> RopeScaling | None:
+    kind = fields.get("rope_type", str, fields.get("type", str, "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ConfigError(f"config.json: rope_scaling.rope_type must be 'default' or 'llama3', got {kind!r}")
-    return RopeScaling(**{ours: _required(hf, theirs) for ours, theirs in _SCALING_FIELDS.items()})
+        raise ConfigError(f"{fields.file}: {fields.prefix}rope_type must be 'default' or 'llama3', got {kind!r}")
+    return RopeScaling(
+        **{ours: fields.require(theirs, float) for ours, theirs in _SCALING_FIELDS.items()},
+        original_positions=fields.require("original_max_position_embeddings", int),
+    )
 
 
-def vision_config_from_hf(hf: Mapping[str, Any], *, path: str | None = None) -> VisionConfig:
-    """Tower configuration from the config.json of a CLIP or SigLIP (whole model or vision part).
+def vision_config_from_hf(
+    hf: Mapping[str, Any], *, path: str | None = None, file: object = "vision tower"
+) -> VisionConfig:
+    """Tower configuration from the config.json (`file`) of a CLIP or SigLIP (whole model or vision part).
 
     Raises:
-        ConfigError: the file describes another kind of model.
+        ConfigError: the file describes another kind of model, or a field is of a wrong type.
     """
-    hf = hf.get("vision_config", hf)
-    model_type = hf.get("model_type", "")
+    fields = Fields(hf, file)
+    if "vision_config" in fields:
+        fields = fields.below("vision_config")
+    model_type = fields.get("model_type", str, "")
     kinds: dict[str, tuple[Any, str, float]] = {
         "clip_vision_model": ("clip", "quick_gelu", 1e-5),
         "siglip_vision_model": ("siglip", "gelu_pytorch_tanh", 1e-6),
     }
     if model_type not in kinds:
-        raise ConfigError(f"vision tower: model_type must be one of {sorted(kinds)}, got {model_type!r}")
+        raise ConfigError(f"{file}: model_type must be one of {sorted(kinds)}, got {model_type!r}")
     kind, activation, eps = kinds[model_type]
     default = VisionConfig()
-    return VisionConfig(
-        type=kind,
-        path=path,
-        image_size=hf.get("image_size", 224),
-        patch_size=hf.get("patch_size", 32 if kind == "clip" else 16),
-        hidden_size=hf.get("hidden_size", 768),
-        num_layers=hf.get("num_hidden_layers", 12),
-        num_attention_heads=hf.get("num_attention_heads", 12),
-        ffn_hidden_size=hf.get("intermediate_size", 3072),
-        activation=hf.get("hidden_act", activation),
-        layer_norm_eps=hf.get("layer_norm_eps", eps),
-        select_layer=default.select_layer,
-    )
+    with _named(file):
+        return VisionConfig(
+            type=kind,
+            path=path,
+            image_size=fields.get("image_size", int, 224),
+            patch_size=fields.get("patch_size", int, 32 if kind == "clip" else 16),
+            hidden_size=fields.get("hidden_size", int, 768),
+            num_layers=fields.get("num_hidden_layers", int, 12),
+            num_attention_heads=fields.get("num_attention_heads", int, 12),
+            ffn_hidden_size=fields.get("intermediate_size", int, 3072),
+            activation=cast(Activation, fields.get("hidden_act", str, activation)),
+            layer_norm_eps=fields.get("layer_norm_eps", float, eps),
+            select_layer=default.select_layer,
+        )
 
 
 def find_tower_directory(hf: Mapping[str, Any], directory: Path) -> Path | None:
     """Directory of the vision tower: `mm_vision_tower` relative to the checkpoint, or `vision_tower` in it, or None."""
-    for candidate in (directory / (hf.get("mm_vision_tower") or EXPORTED_TOWER), directory / EXPORTED_TOWER):
-        if (candidate / "config.json").is_file():
+    named = Fields(hf, directory / CONFIG).get("mm_vision_tower", str, "")
+    for candidate in (directory / (named or EXPORTED_TOWER), directory / EXPORTED_TOWER):
+        if os.path.isfile(candidate / CONFIG):  # (Path.is_file raises for names that no file can have)
             return candidate.resolve()
     return None
 
@@ -174,33 +180,33 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         ConfigError: a field is missing, or asks for something that Parrot does not do.
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
+    fields = Fields(hf, directory / CONFIG)
     kinds = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
-    if hf.get("model_type", MODEL_TYPE) not in kinds:
-        raise ConfigError(f"config.json: model_type must be one of {', '.join(kinds)}, got {hf['model_type']!r}")
-    if hf.get("mm_patch_merge_type", "flat") != "flat":
-        raise ConfigError(f"config.json: mm_patch_merge_type must be 'flat', got {hf['mm_patch_merge_type']!r}")
-    if hf.get("tokenizer_padding_side", "right") != "right":
-        raise ConfigError(
-            f"config.json: tokenizer_padding_side must be 'right', got {hf['tokenizer_padding_side']!r}; "
-            "logits of a batch are padded on the right here"
-        )
-    own = hf.get(OWN_KEY, {})
-    flamingo = hf.get("model_type") == MULTIMODAL_GPT
-    llm = llm_config_from_hf(hf)
-    vision, wings, limit = _vision(hf, directory, own.get("vision", {})), None, "tokenizer_model_max_length"
-    if hf.get("model_type") in WINGS_TYPES:
+    model_type = fields.get("model_type", str, MODEL_TYPE)
+    if model_type not in kinds:
+        raise fields.wrong("model_type", f"one of {', '.join(kinds)}")
+    _only(fields, "mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
+    _only(fields, "tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
+    own = fields.below(OWN_KEY)
+    flamingo = model_type == MULTIMODAL_GPT
+    llm = llm_config_from_hf(fields)
+    vision, wings, limit = _vision(fields, directory, own.below("vision")), None, "tokenizer_model_max_length"
+    if model_type in WINGS_TYPES:
         names, limit = tensor_names(directory), "tokenizer_max_length"
-        vision, wings = tower_as_stored(vision, names), wings_from_hf(hf, names, llm.num_layers)
-    config = ParrotConfig(
-        vision=vision,
-        projector=ProjectorConfig() if flamingo else ProjectorConfig(type=hf.get("mm_projector_type", "linear")),
-        moe=_moe_from_hf(hf, llm.hidden_size),
-        llm=llm,
-        wings=wings,
-        template="instruction" if flamingo else "chatml",
-        max_seq_len=hf.get(limit) or ParrotConfig().max_seq_len,
-    )
-    return _apply(config, {k: v for k, v in own.items() if k != "vision"}, OWN_KEY)
+        vision, wings = tower_as_stored(vision, names), wings_from_hf(fields, names, llm.num_layers)
+    projector = ProjectorConfig() if flamingo else ProjectorConfig(type=fields.get("mm_projector_type", str, "linear"))
+    with _named(fields.file):
+        config = ParrotConfig(
+            vision=vision,
+            projector=projector,
+            moe=_moe_from_hf(fields, llm.hidden_size),
+            llm=llm,
+            wings=wings,
+            template="instruction" if flamingo else "chatml",
+            max_seq_len=fields.get(limit, int) or ParrotConfig().max_seq_len,
+        )
+    changes = {name: value for name, value in fields.get(OWN_KEY, dict, {}).items() if name != "vision"}
+    return cast(ParrotConfig, _apply(config, changes, fields.file, own.prefix))
 
 
 def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
@@ -224,26 +230,18 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
     return {**hf, OWN_KEY: own} if own else hf
 
 
-def _required(hf: Mapping[str, Any], name: str) -> Any:
-    if name not in hf:
-        raise ConfigError(f"config.json: {name} is missing; the decoder needs it")
-    return hf[name]
-
-
-def _moe_from_hf(hf: Mapping[str, Any], hidden_size: int) -> TextGuidedMoEConfig:
+def _moe_from_hf(fields: Fields, hidden_size: int) -> TextGuidedMoEConfig:
     # Absent keys have the defaults of the released ParrotConfig; only a plain language model has no experts at all.
-    if not hf.get("use_moe", "moe_hidden_size" in hf or "num_experts" in hf):
+    if not fields.get("use_moe", bool, "moe_hidden_size" in fields or "num_experts" in fields):
         return TextGuidedMoEConfig(num_experts=0)
-    if hf.get("moe_hidden_size", hidden_size) != hidden_size:
-        raise ConfigError(
-            f"config.json: moe_hidden_size must be {hidden_size} (hidden_size), got {hf['moe_hidden_size']}"
-        )
+    if fields.get("moe_hidden_size", int, hidden_size) != hidden_size:
+        raise fields.wrong("moe_hidden_size", f"{hidden_size} (hidden_size)")
     return TextGuidedMoEConfig(
-        num_experts=_required(hf, "num_experts"),
-        ffn_hidden_size=_required(hf, "moe_intermediate_size"),
+        num_experts=fields.require("num_experts", int),
+        ffn_hidden_size=fields.require("moe_intermediate_size", int),
         routing="dense",
-        residual="code" if hf.get("use_moe_residual", True) else "none",
-        residual_weight=hf.get("moe_weight", 1.0),
+        residual="code" if fields.get("use_moe_residual", bool, True) else "none",
+        residual_weight=fields.get("moe_weight", float, 1.0),
     )
 
 
@@ -295,16 +293,17 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
     return fields
 
 
-def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> VisionConfig:
-    select_layer = hf.get("mm_vision_select_layer", VisionConfig().select_layer)
-    select_feature = hf.get("mm_vision_select_feature", "patch" if hf.get("model_type") in WINGS_TYPES else "cls_patch")
-    name = hf.get("mm_vision_tower") or ""
-    tower = find_tower_directory(hf, directory)
+def _vision(fields: Fields, directory: Path, own: Fields) -> VisionConfig:
+    model_type = fields.get("model_type", str, "")
+    select_layer = fields.get("mm_vision_select_layer", int, VisionConfig().select_layer)
+    select_feature = fields.get("mm_vision_select_feature", str, "patch" if model_type in WINGS_TYPES else "cls_patch")
+    name = fields.get("mm_vision_tower", str, "")
+    tower = find_tower_directory(fields.values, directory)
     if tower is not None:
-        base = vision_config_from_hf(read_json(tower / "config.json"), path=str(tower))
+        base = vision_config_from_hf(read_json(tower / CONFIG), path=str(tower), file=tower / CONFIG)
     elif (known := KNOWN_TOWERS.get(Path(name).name)) is not None:
         base = known
-    elif own:
+    elif own.values:
         base = VisionConfig()
     else:
         raise CheckpointError(
@@ -312,12 +311,13 @@ def _vision(hf: Mapping[str, Any], directory: Path, own: Mapping[str, Any]) -> V
             f"{directory} nor one of {sorted(KNOWN_TOWERS)}; put the tower's config.json and preprocessor_config.json "
             f"into {directory / EXPORTED_TOWER}"
         )
-    base = _apply(base, own, f"{OWN_KEY}.vision")
-    return dataclasses.replace(
-        base,
-        select_layer=own.get("select_layer", select_layer),
-        select_feature=own.get("select_feature", select_feature),
-    )
+    base = _apply(base, own.values, own.file, own.prefix)
+    with _named(fields.file):
+        return dataclasses.replace(
+            base,
+            select_layer=own.get("select_layer", int, select_layer),
+            select_feature=own.get("select_feature", str, select_feature),
+        )
 
 
 def _leaves(config: Any) -> dict[str, Any]:
@@ -341,19 +341,22 @@ def _difference(base: Any, config: Any) -> dict[str, Any]:
     return result
 
 
-def _apply(config: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """`config` with the (nested) leaves of `changes` replaced."""
-    known = {field.name for field in dataclasses.fields(config)}
-    if unknown := sorted(set(changes) - known):
-        raise ConfigError(f"config.json: {where} has unknown settings {unknown}; known are {sorted(known)}")
-    sections = get_type_hints(type(config))
-    values = {}
-    for name, value in changes.items():
-        section = section_class(sections[name])
-        if section is None or value is None:
-            values[name] = tuple(value) if isinstance(value, list) else value
-        elif (current := getattr(config, name)) is None:
-            values[name] = config_from_dict(section, value)
-        else:
-            values[name] = _apply(current, value, f"{where}.{name}")
-    return dataclasses.replace(config, **values)
+def _apply(config: Any, changes: Mapping[str, Any], file: object, prefix: str) -> Any:
+    """`config` with (nested) settings of our own part of config.json laid over it."""
+    merged: dict[str, Any] = {}
+    merge(type(config), merged, config_to_dict(config), where="")
+    merge(type(config), merged, _without_nulls(type(config), changes), where=f" in {file}", prefix=prefix)
+    with _named(file):
+        return build(type(config), merged, checked=True)
+
+
+def _without_nulls(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `cls` without those that are null and may not be."""
+    hints, kept = get_type_hints(cls), {}
+    for name, value in values.items():
+        section = section_class(hints.get(name))
+        if section is not None and isinstance(value, Mapping):
+            kept[name] = _without_nulls(section, value)
+        elif value is not None or name not in hints or type(None) in get_args(hints[name]):
+            kept[name] = value
+    return kept

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,20 +21,15 @@ import torch
 from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import Fields, errors_named, read_json
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.flamingo_maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
 from parrot_sys.models.hf_checkpoint import check_tensors, parrot_maps
-from parrot_sys.models.hf_config import (
-    EXPORTED_TOWER,
-    config_to_hf,
-    llm_config_from_hf,
-    read_json,
-    vision_config_from_hf,
-)
+from parrot_sys.models.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf, llm_config_from_hf, vision_config_from_hf
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
+from parrot_sys.models.tensor_files import TensorFiles, load_pickle, new_directory, write_tensors
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig, Target
 from parrot_sys.modules.perceiver import ResamplerConfig
@@ -92,9 +86,11 @@ def assemble(
         CheckpointError: a file is missing, damaged or does not fit the others; lists tensors by name.
         ConfigError: LLaMA or CLIP are of a kind that the model here cannot be.
     """
-    hf = read_json(files.llm / "config.json")
-    llm = _llm_config(hf)
-    flamingo_tensors = _flamingo_tensors(read_pickle(files.flamingo), files.flamingo)
+    hf = read_json(files.llm / CONFIG)
+    llm = _llm_config(Fields(hf, files.llm / CONFIG))
+    flamingo_tensors = _flamingo_tensors(load_pickle(files.flamingo), files.flamingo)
+    with errors_named(files.flamingo, what="is no OpenFlamingo checkpoint"):
+        flamingo = _flamingo_config(flamingo_tensors, files.flamingo)
     lora, lora_tensors = (None, {}) if files.lora is None else _read_lora(files.lora)
     with TensorFiles(files.llm) as llm_tensors:
         sources, tokens = _llm_sources(llm_tensors, flamingo_tensors, num_tokens, vocab_multiple)
@@ -112,17 +108,16 @@ def assemble(
         llm = replace(llm, vocab_size=sources[_EMBEDDING][0][0])
         config = ParrotConfig(
             vision=replace(
-                vision_config_from_hf(read_json(files.vision / "config.json")), select_layer=-1, select_feature="patch"
+                vision_config_from_hf(read_json(files.vision / CONFIG), file=files.vision / CONFIG),
+                select_layer=-1,
+                select_feature="patch",
             ),
             moe=TextGuidedMoEConfig(num_experts=0),
             llm=llm,
             lora=lora,
             template="instruction",
             max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
-            flamingo=replace(
-                _flamingo_config(flamingo_tensors, files.flamingo),
-                image_token_id=image_token_id,
-            ),
+            flamingo=replace(flamingo, image_token_id=image_token_id),
         )
         for tensors in (flamingo_tensors, lora_tensors):
             sources |= {key: (tuple(tensor.shape), partial(_itself, tensor)) for key, tensor in tensors.items()}
@@ -143,40 +138,13 @@ def assemble(
     return config
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a `.pt`, without running any code that it holds.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds other things than tensors and plain values.
-    """
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; wanted a .pt file that torch.save wrote") from None
-    except pickle.UnpicklingError as error:
-        # (Torch's own words advise to load it all the same.)
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"objects of {named[1]}" if named else "no tensors and plain values, or more than these"
-        raise CheckpointError(
-            f"{path} holds {what}, which are not loaded because they can run any code: where you trust the file, load "
-            "it, turn settings into a plain dict, and torch.save it again"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged, or no file that torch.save wrote: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a dictionary, got {type(values).__name__}")
-    return values
-
-
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _llm_config(hf: Mapping[str, Any]) -> LLMConfig:
-    if hf.get("model_type") != "llama":
-        raise CheckpointError(
-            f"the LLaMA directory's config.json: model_type must be 'llama', got {hf.get('model_type')!r}"
-        )
+def _llm_config(hf: Fields) -> LLMConfig:
+    if hf.get("model_type", str) != "llama":
+        raise CheckpointError(f"{hf.file}: model_type must be 'llama', got {hf.get('model_type', str)!r}")
     return llm_config_from_hf(hf)
 
 
@@ -288,14 +256,13 @@ def _with_mean_rows(read: Read, count: int) -> Tensor:
 
 def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Settings and updates of a training checkpoint of the released code."""
-    values = read_pickle(path)
+    values = load_pickle(path)
     saved = _state_dict(values, path)
     tensors = dict(_named_once(saved))
     ranks = {tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key and tensor.dim() == 2}
     if len(ranks) != 1:
         raise CheckpointError(f"{path}: the updates must have one rank, got {sorted(ranks) or 'no updates'}")
-    tuning = values.get("tuning_config")
-    settings: Mapping[str, Any] = tuning if isinstance(tuning, Mapping) else {}
+    settings = Fields(values, path).below("tuning_config")
     if "lora_alpha" not in settings:
         raise CheckpointError(
             f"{path} holds no tuning_config with lora_alpha, so the scale of its updates is unknown: add it, as "
@@ -304,8 +271,8 @@ def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     present = {target for target in get_args(Target) if any(f".{target}.lora_A." in key for key in tensors)}
     config = LoRAConfig(
         rank=ranks.pop(),
-        alpha=float(settings["lora_alpha"]),
-        dropout=float(settings.get("lora_dropout", 0.0)),
+        alpha=settings.require("lora_alpha", float),
+        dropout=settings.get("lora_dropout", float, 0.0),
         targets=tuple(target for target in get_args(Target) if target in present),
     )
     return config, tensors

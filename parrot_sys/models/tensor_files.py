@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import Fields, errors_named, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
+_MAPPED_BYTES = 16 * 2**20
+"""Bytes read from a file after which it is mapped anew: what was read from a mapping stays resident as long as it."""
 _INDEX = ".index.json"
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _DTYPES = {
@@ -31,13 +36,14 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }  # names in safetensors headers
+_DAMAGED = "is damaged"
 
 
 class TensorFiles:
     """Read-only view of `model.safetensors` or `pytorch_model.bin` in a directory, sharded (index.json) or single.
 
-    A context manager. Tensors are read when asked for (files are memory-mapped), so a model can be filled without
-    holding a second copy of the checkpoint.
+    A context manager. Files are memory-mapped, and a tensor is read when it is asked for, so a model can be filled
+    without a second copy of the checkpoint in memory.
 
     Raises:
         CheckpointError: no weights, a shard is missing or damaged, or the index names a tensor that its file lacks.
@@ -45,14 +51,12 @@ class TensorFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        """Open file, or for .bin the memory-mapped dictionary of its tensors, by file name."""
-        self._file_of = self._find()
-        for name in sorted(set(self._file_of.values())):
-            self._files[name] = self._open(directory / name)
-        if lost := [key for key, name in self._file_of.items() if key not in set(self._files[name].keys())]:
-            raise CheckpointError(f"{directory}: the index names tensors that their files lack: {sorted(lost)}")
+        self._files: dict[str, _File] = {}
+        try:
+            self._file_of = self._find()
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -60,8 +64,7 @@ class TensorFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        self._files.clear()
+        self._close()
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -69,55 +72,178 @@ class TensorFiles:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        file = self._files[self._file_of[key]]
-        return tuple(file[key].shape) if isinstance(file, dict) else tuple(file.get_slice(key).get_shape())
+        return self._file(key).shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
         """
         Raises:
             CheckpointError: the tensor is stored in a quantised format that is not supported.
         """
-        file = self._files[self._file_of[key]]
-        if isinstance(file, dict):
-            return file[key].dtype
-        name = file.get_slice(key).get_dtype()
-        if name not in _DTYPES:
-            raise CheckpointError(f"{self.directory}: {key} is stored as {name}; wanted one of {', '.join(_DTYPES)}")
-        return _DTYPES[name]
+        return self._file(key).dtype(key)
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor on the CPU in the file's dtype."""
-        file = self._files[self._file_of[key]]
-        return file[key] if isinstance(file, dict) else file.get_tensor(key)
+        """The tensor on the CPU in the file's dtype: a view of the mapped file, to be copied and let go."""
+        return self._file(key).tensor(key)
+
+    def _file(self, key: str) -> _File:
+        return self._files[self._file_of[key]]
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def _find(self) -> dict[str, str]:
         for name in (_SAFETENSORS, _BIN):
             index = self.directory / (name + _INDEX)
             if index.is_file():
-                try:
-                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise CheckpointError(f"{index} is damaged: {error!r}") from error
+                return self._open_shards(index)
             path = self.directory / name
             if path.is_file():
-                self._files[name] = self._open(path)
-                return dict.fromkeys(self._files[name].keys(), name)
+                self._files[name] = _open(path)
+                return dict.fromkeys(self._files[name].names(), name)
         raise CheckpointError(
             f"{self.directory} holds no weights; wanted {_SAFETENSORS} or {_BIN}, or {_SAFETENSORS}{_INDEX} with its "
             "shards"
         )
 
-    def _open(self, path: Path) -> Any:
-        if path.name in self._files:
-            return self._files[path.name]
-        try:
-            if path.suffix == ".bin":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return self._stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; the index names it as a shard") from None
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+    def _open_shards(self, index: Path) -> dict[str, str]:
+        shards = Fields(read_json(index), index).below("weight_map")
+        file_of = {key: shards.require(key, str) for key in shards.values}
+        if not file_of:
+            raise CheckpointError(f"{index} {_DAMAGED}: weight_map must name a file for each tensor, got none")
+        for name in sorted(set(file_of.values())):
+            if Path(name).name != name:
+                raise CheckpointError(f"{index} {_DAMAGED}: shards must lie beside it, got the file name {name!r}")
+            if not (self.directory / name).is_file():
+                raise CheckpointError(f"{self.directory / name} is missing; the index names it as a shard")
+            self._files[name] = _open(self.directory / name)
+        held = {name: set(file.names()) for name, file in self._files.items()}
+        if lost := sorted(key for key, name in file_of.items() if key not in held[name]):
+            raise CheckpointError(f"{self.directory}: the index names tensors that their files lack: {lost}")
+        return file_of
+
+
+class _File(Protocol):
+    """One open file with tensors."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def dtype(self, key: str) -> torch.dtype: ...
+    def tensor(self, key: str) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+def _open(path: Path) -> _File:
+    return _PickleFile(path) if path.suffix == ".bin" else _SafetensorsFile(path)
+
+
+class _SafetensorsFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        self._map()
+
+    def _map(self) -> None:
+        with errors_named(self._path, what=_DAMAGED):
+            self._file: Any = safe_open(self._path, framework="pt").__enter__()
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        name = self._file.get_slice(key).get_dtype()
+        if name not in _DTYPES:
+            raise CheckpointError(f"{self._path}: {key} is stored as {name}; wanted one of {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+
+    def tensor(self, key: str) -> Tensor:
+        if self._read > _MAPPED_BYTES:
+            self.close()
+            self._map()
+            self._read = 0
+        self.dtype(key)  # is one that torch has
+        with errors_named(self._path, what=_DAMAGED):
+            tensor: Tensor = self._file.get_tensor(key)
+        self._read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+class _PickleFile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        self._tensors = self._map()
+
+    def _map(self) -> dict[str, Tensor]:
+        tensors = load_pickle(self._path)
+        for key, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{self._path}: {key} must be a tensor, got {type(value).__name__}; a checkpoint holds a flat "
+                    "dictionary of tensors"
+                )
+            if value.layout != torch.strided or value.dtype not in _DTYPES.values() or value.device.type != "cpu":
+                raise CheckpointError(
+                    f"{self._path}: {key} must be a dense tensor of {', '.join(map(str, _DTYPES.values()))}, got "
+                    f"{value.dtype}, {value.layout}, on {value.device}"
+                )
+        return tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def tensor(self, key: str) -> Tensor:
+        if self._read > _MAPPED_BYTES and zipfile.is_zipfile(self._path):
+            self._tensors = {}
+            self._tensors = self._map()
+            self._read = 0
+        tensor = self._tensors[key]
+        self._read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a file that `torch.save` wrote, memory-mapped, without running any code that it holds.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds other things than tensors and plain values.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; wanted a file that torch.save wrote")
+    try:
+        with errors_named(path, what=f"{_DAMAGED}, or no file that torch.save wrote"):
+            # (Before torch 1.6 files were no zip archives; such a one is read as a whole.)
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        # (Torch's own words advise to load it all the same.)
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"objects of {named[1]}" if named else "no tensors and plain values, or more than these"
+        raise CheckpointError(
+            f"{path} holds {what}, which are not loaded because they can run any code: where you trust the file, load "
+            "it, turn settings into a plain dict, and torch.save it again"
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        got = "other keys" if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(f"{path} must hold a dictionary with text as keys, got {got}")
+    return values
 
 
 _MARKS_OF_CHECKPOINTS = ("config.json", "model_config.yaml")

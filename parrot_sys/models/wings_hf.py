@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import Fields
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap, copied
@@ -35,14 +36,14 @@ def tensor_names(directory: Path) -> Collection[str]:
         return ()
 
 
-def wings_from_hf(hf: Mapping[str, Any], names: Collection[str], num_layers: int) -> WingsConfig:
+def wings_from_hf(hf: Fields, names: Collection[str], num_layers: int) -> WingsConfig:
     """Settings of the learners: config.json does not say which layers have them, the tensors do."""
     default = WingsConfig()
     layers = sorted({int(found[1]) for name in names if (found := _LEARNER_LAYER.match(name))})
     return WingsConfig(
-        rank=hf.get("lora_dim", 8),  # absent: the public code's default, not its scripts'
+        rank=hf.get("lora_dim", int, 8),  # absent: the public code's default, not its scripts'
         layers=None if len(layers) in (0, num_layers) else tuple(layers),
-        system_prompt_length=hf.get("system_prompt_length", default.system_prompt_length),
+        system_prompt_length=hf.get("system_prompt_length", int, default.system_prompt_length),
     )
 
 

@@ -75,7 +75,7 @@ def test_a_tower_that_is_nowhere_is_an_error(checkpoint):
 
 def test_broken_json_is_an_error(checkpoint):
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
         ParrotProcessor.from_pretrained(checkpoint)
 
 
