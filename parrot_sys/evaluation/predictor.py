@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from parrot_sys import platform
-from parrot_sys.data.packing import Sample, expanded_lengths
+from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import find_training_checkpoint
-from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.inference.requests import Request, free_rows
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
@@ -83,13 +84,10 @@ class ModelPredictor:
             return self._by_letter(items, override)
         if self.mode == "text-likelihood":
             return self._by_text(items, override)
-        tokenizer, samples = self.processor.tokenizer, self.samples(items)
+        tokenizer = self.processor.tokenizer
         tokens, routes = generate_tokens(
             self.lockstep,
-            samples,
-            SamplingConfig(),
-            max_new_tokens=self._room(samples),
-            eos_token_ids=self.eos_token_ids,
+            [self._request(sample) for sample in self.samples(items)],
             pad_token_id=tokenizer.pad_token_id,
             override=override,
         )
@@ -103,18 +101,17 @@ class ModelPredictor:
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
         samples = self.samples(items)
-        own, _, _ = prefill(self.lockstep, samples, 0)
-        changed, _, _ = prefill(self.lockstep, samples, 0, self._override(items, routing))
+        own, _, _ = prefill(self.lockstep, samples)
+        changed, _, _ = prefill(self.lockstep, samples, override=self._override(items, routing))
         return (own - changed).abs().max().item()
 
-    def _room(self, samples: Sequence[Sample]) -> int:
-        """Longest answer: as asked for, or what the model's positions leave behind the longest prompt."""
-        positions, rows = self.model.parrot.max_positions, self.model.parrot.rows_per_image
-        longest = max(expanded_lengths(sample.input_ids.numpy(), rows, positions)[1] for sample in samples)
-        return min(self.max_new_tokens, max(1, positions - longest))
+    def _request(self, sample: Sample) -> Request:
+        """A greedy answer, as long as asked for or as the prompt leaves room for."""
+        room = max(1, free_rows(self.model.parrot, sample))
+        return Request(sample=sample, max_new_tokens=min(self.max_new_tokens, room), eos_token_ids=self.eos_token_ids)
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.lockstep, self.samples(items), 0, override)
+        logits, _, routes = prefill(self.lockstep, self.samples(items), override=override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, items), strict=True):
@@ -153,7 +150,7 @@ class ModelPredictor:
         assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
-        _, _, routes = prefill(self.lockstep, self.samples(items, guidance=True), 0)
+        _, _, routes = prefill(self.lockstep, self.samples(items, guidance=True))
         return None if routes is None else RoutingOverride(probs=routes.probs)  # None: no item has a picture
 
     def samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:
@@ -164,7 +161,14 @@ class ModelPredictor:
             prompt = item.guidance_prompt if guidance else item.prompt
             assert prompt is not None, "runner.make_items gives guiding prompts for other-language"
             ids = self.processor.format_conversation(item.turns(prompt), add_generation_prompt=True)["input_ids"]
-            samples.append(Sample(input_ids=torch.tensor(ids), image_features=feature, language=item.table.language))
+            samples.append(
+                Sample(
+                    input_ids=torch.tensor(ids),
+                    image_features=feature,
+                    language=item.table.language,
+                    record_id=f"{item.table.path.name}, index {item.question.index}",
+                )
+            )
         return samples
 
     def _image_features(self, items: Sequence[Item]) -> list[Tensor | None]:
@@ -204,6 +208,8 @@ def _rule(parrot: ParrotConfig) -> dict[str, str]:
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:
+    if not any(score > -math.inf for score in scores.values()) or any(map(math.isnan, scores.values())):
+        raise CheckpointError(f"no option is the most likely one, their log-likelihoods are {dict(scores)}")
     best = max(scores, key=lambda letter: scores[letter])
     return Prediction(response=best, experts=experts, option_scores=dict(scores))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.parts import human_turn
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.outcomes import measure, normalised
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
@@ -270,10 +271,17 @@ def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing)
 
     Raises:
         ConfigError: nothing changed, so the experts are bypassed.
+        CheckpointError: the change is not finite, so that nothing was measured.
     """
     change = predictor.logit_change(items, routing)
-    if change == 0:
-        table = items[0].table
+    table = items[0].table
+    if not math.isfinite(change):
+        raise CheckpointError(
+            f"routing {routing!r} changes the logits over {len(items)} questions of {table.path} by {change}, wanted a "
+            "finite number: the checkpoint's weights are damaged, or its numbers are too large for the dtype (try "
+            "--dtype float32)"
+        )
+    if not change > 0:
         raise ConfigError(
             f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are "
             "bypassed (wanted max |change| > 0, got 0); check that the checkpoint was trained with use_moe and that "

@@ -15,10 +15,12 @@ from transformers import TextStreamer
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
+from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
+from parrot_sys.inference.requests import free_rows
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
@@ -62,7 +64,7 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ConfigError(f"temperature must be >= 0, got {self.temperature}")
 
 
@@ -116,11 +118,12 @@ class ChatSession:
         images = [*self.images, *self.waiting]
         prompt = self.processor.format_conversation([*self.turns, user], add_generation_prompt=True)
         input_ids = torch.tensor([prompt["input_ids"]])
+        sample = Sample(input_ids=prompt["input_ids"])
         sampling = {"do_sample": True, "temperature": self.temperature, "seed": self.seed} if self.temperature else {}
         output, routing = self.model.generate(
             input_ids,
             images=torch.stack(images) if images else None,
-            max_new_tokens=min(self.max_new_tokens, max(1, self._room(input_ids, len(images)))),
+            max_new_tokens=min(self.max_new_tokens, max(1, free_rows(self.model.config, sample))),
             streamer=_Streamer(self.processor, on_text),
             return_routing=True,
             **sampling,
@@ -129,12 +132,6 @@ class ChatSession:
         self.turns += [user, {"from": "gpt", "value": text}]
         self.images, self.waiting = images, []
         return Answer(text=text, experts=None if routing is None else routing.probs.float().cpu())
-
-    def _room(self, input_ids: Tensor, images: int) -> int:
-        """Tokens that the model's positions leave for the answer."""
-        config = self.model.config
-        rows = input_ids.shape[1] + images * (config.rows_per_image - 1)
-        return config.max_positions - rows
 
 
 class _Streamer(TextStreamer):

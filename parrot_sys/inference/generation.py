@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID
-from parrot_sys.data.packing import Sample, expanded_lengths, pack_samples
-from parrot_sys.errors import DataError
+from parrot_sys.data.packing import Sample, pack_samples
+from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.lockstep import Lockstep
-from parrot_sys.inference.sampling import SamplingConfig, next_tokens
+from parrot_sys.inference.requests import Request, check_rows, num_rows, request_name
+from parrot_sys.inference.sampling import next_tokens
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
@@ -31,14 +31,18 @@ class Streamer(Protocol):
 
 
 class WholeRequests:
-    """What stands in for a KV cache where none can be used: every step runs the whole requests again."""
+    """Stand-in for a KV cache where none can be used: every step runs the whole requests again."""
 
-    def __init__(self, samples: Sequence[Sample], override: RoutingOverride | None = None) -> None:
+    def __init__(
+        self, samples: Sequence[Sample], override: RoutingOverride | None = None, *, together: bool = True
+    ) -> None:
         """
         Args:
             samples: prompts.
             override: replaces the routes.
+            together: run all in one pack. False where rows of a pack depend on its other samples: each runs alone.
         """
+        self._together = together
         self._ids = [torch.as_tensor(sample.input_ids).cpu() for sample in samples]
         self._samples = list(samples)
         self._override = override
@@ -56,6 +60,12 @@ class WholeRequests:
     def run(self, model: Lockstep) -> tuple[Tensor, RoutingOutput | None]:
         """Logits of the rows after each request, float32 [S, vocabulary], and the routes of the images."""
         samples = [replace(sample, input_ids=ids) for sample, ids in zip(self._samples, self._ids, strict=True)]
+        if self._together:
+            return self._run(model, samples)
+        results = [self._run(model, [sample]) for sample in samples]
+        return torch.cat([logits for logits, _ in results]), None
+
+    def _run(self, model: Lockstep, samples: Sequence[Sample]) -> tuple[Tensor, RoutingOutput | None]:
         parrot = model.model.parrot
         batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance)
         batch = batch.to(model.device)
@@ -70,7 +80,7 @@ Requests = KVCache | WholeRequests
 def prefill(
     model: Lockstep,
     samples: Sequence[Sample],
-    new_tokens: int,
+    new_tokens: Sequence[int] | None = None,
     override: RoutingOverride | None = None,
     *,
     use_cache: bool = True,
@@ -79,8 +89,8 @@ def prefill(
 
     Args:
         model: in evaluation mode.
-        samples: prompts without labels, so that all their text guides routing.
-        new_tokens: rows to leave room for after each prompt.
+        samples: S prompts without labels, so that all their text guides routing.
+        new_tokens: rows to leave room for after each prompt; None leaves none.
         override: replaces the routes.
         use_cache: False runs the whole requests at every step, as models must that let a row read later ones.
 
@@ -89,41 +99,75 @@ def prefill(
         routes of the images.
 
     Raises:
-        DataError: a prompt with its images is longer than the model's positions.
+        DataError: a request is too long for the model, see `check_rows`.
+        CheckpointError: a logit is not finite.
     """
     parrot = model.model.parrot
-    limit = parrot.max_positions
-    rows = parrot.rows_per_image
-    for index, sample in enumerate(samples):
-        length = expanded_lengths(np.asarray(sample.input_ids), rows, limit)[1]
-        if length + new_tokens > limit:
-            raise DataError(
-                f"prompt {index} has {length} rows with its images; with {new_tokens} new tokens it exceeds the "
-                f"{limit} positions of the model (llm.max_position_embeddings, wings.router_positions): shorten it or "
-                "lower max_new_tokens"
-            )
+    room = [0] * len(samples) if new_tokens is None else list(new_tokens)
+    check_rows(parrot, samples, room)
+    names = [request_name(index, sample) for index, sample in enumerate(samples)]
     if not (use_cache and model.model.takes_cache):
-        requests = WholeRequests(samples, override)
+        requests = WholeRequests(samples, override, together=model.model.takes_cache)
         logits, routing = requests.run(model)
+        check_finite(logits, names)
         return logits, requests, routing
     device = model.device
-    batch = pack_samples(samples, num_visual_rows=rows, guidance=parrot.moe.guidance).to(device)
-    cache = KVCache(len(samples), batch.max_seqlen + new_tokens, device=device)
+    batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance).to(device)
+    capacity = max(num_rows(parrot, sample) + new for sample, new in zip(samples, room, strict=True))
+    cache = KVCache(len(samples), capacity, device=device)
     last_rows = batch.cu_seqlens[1:].long() - 1
     output = model.forward(batch, logits_rows=last_rows, override=override, cache=cache)
     assert output.logits is not None, "logits come back to every rank"
-    return output.logits.float(), cache, output.routing
+    logits = output.logits.float()
+    check_finite(logits, names)
+    return logits, cache, output.routing
 
 
-def decode(model: Lockstep, tokens: Tensor, cache: Requests) -> Tensor:
-    """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary]."""
+def check_finite(logits: Tensor, names: Sequence[str]) -> None:
+    """Refuses logits [S, vocabulary] that are no numbers: a maximum over NaN would choose a token all the same.
+
+    Args:
+        logits: after the rows so far.
+        names: of the S requests.
+
+    Raises:
+        CheckpointError: a logit is NaN or infinite; names the first such request.
+    """
+    finite = logits.isfinite()
+    if bool(finite.all()):
+        return
+    wrong = (~finite).sum(1).tolist()
+    place = next(place for place, count in enumerate(wrong) if count)
+    others = sum(map(bool, wrong)) - 1
+    more = f" and {others} more" if others else ""
+    raise CheckpointError(
+        f"{names[place]}{more}: {wrong[place]} of {logits.shape[1]} logits are NaN or infinite, so that no token is "
+        "the most likely one: the checkpoint's weights are damaged, or its numbers are too large for the dtype (try "
+        "dtype float32)"
+    )
+
+
+def decode(model: Lockstep, tokens: Tensor, cache: Requests, names: Sequence[str]) -> Tensor:
+    """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary].
+
+    Args:
+        model: as for `prefill`.
+        tokens: int64 [S].
+        cache: from `prefill`.
+        names: of the S requests, for error messages.
+
+    Raises:
+        CheckpointError: a logit is not finite.
+    """
     if isinstance(cache, WholeRequests):
         cache.append(tokens)
-        return cache.run(model)[0]
-    batch = _step_batch(tokens, cache.lengths)
-    logits = model.forward(batch, cache=cache).logits
-    assert logits is not None, "logits come back to every rank"
-    return logits.float()
+        logits = cache.run(model)[0]
+    else:
+        output = model.forward(_step_batch(tokens, cache.lengths), cache=cache)
+        assert output.logits is not None, "logits come back to every rank"
+        logits = output.logits.float()
+    check_finite(logits, names)
+    return logits
 
 
 def _step_batch(tokens: Tensor, positions: Tensor) -> PackedBatch:
@@ -146,50 +190,93 @@ def _step_batch(tokens: Tensor, positions: Tensor) -> PackedBatch:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A request that is being answered."""
+
+    place: int
+    """In the batch, and in the answers."""
+    request: Request
+    generator: torch.Generator | None
+    """Its own random numbers; None when nothing is drawn."""
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
+        return request_name(self.place, self.request.sample)
+
+    def goes_on(self, token: int, count: int) -> bool:
+        """Whether the answer goes on after its `count`-th token."""
+        return token not in self.request.eos_token_ids and count < self.request.max_new_tokens
+
+
 def generate_tokens(
     model: Lockstep,
-    samples: Sequence[Sample],
-    config: SamplingConfig,
+    requests: Sequence[Request],
     *,
-    max_new_tokens: int,
-    eos_token_ids: frozenset[int],
     pad_token_id: int,
-    seed: int | None = None,
     streamer: Streamer | None = None,
     override: RoutingOverride | None = None,
     use_cache: bool = True,
 ) -> tuple[Tensor, RoutingOutput | None]:
-    """Answers of all prompts, int64 [S, M] on the CPU with M <= max_new_tokens, and the routes of the images.
+    """Answers of all requests, int64 [S, M] on the CPU, and the routes of the images.
 
-    A request ends with the first of `eos_token_ids`, which is kept; `pad_token_id` fills the row behind it. Finished
-    requests leave the cache, so that they cost nothing more.
+    Each is what the request would get alone. It ends with the first of its `eos_token_ids`, which is kept, or after its
+    `max_new_tokens`; `pad_token_id` fills the row after it up to the longest answer, M. Finished requests leave the
+    cache, so that they cost nothing more.
+
+    Raises:
+        DataError: a request is too long for the model.
+        CheckpointError: a logit is not finite.
     """
-    logits, cache, routing = prefill(model, samples, max_new_tokens, override, use_cache=use_cache)
-    generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
-    seen = _seen_tokens(samples, logits) if config.repetition_penalty != 1 else logits.new_zeros(0, dtype=torch.bool)
-    running = list(range(len(samples)))
+    samples = [request.sample for request in requests]
+    room = [request.max_new_tokens for request in requests]
+    logits, cache, routing = prefill(model, samples, room, override, use_cache=use_cache)
+    running = [_Running(place, each, _generator(each, logits.device)) for place, each in enumerate(requests)]
+    penalizes = any(request.sampling.repetition_penalty != 1 for request in requests)
+    seen = _seen_tokens(samples, logits) if penalizes else None
     steps: list[Tensor] = []
     while True:
-        tokens = next_tokens(logits, config, seen, generator)
+        tokens = _choose(logits, running, seen)
         host_tokens = tokens.tolist()
-        step = torch.full((len(samples),), pad_token_id)
-        step[running] = torch.tensor(host_tokens)
+        step = torch.full((len(requests),), pad_token_id)
+        step[[each.place for each in running]] = torch.tensor(host_tokens)
         steps.append(step)
         if streamer is not None:
             streamer.put(step)
-        going = [place for place, token in enumerate(host_tokens) if token not in eos_token_ids]
-        if not going or len(steps) == max_new_tokens:
-            break
-        if seen.numel():
+        going = [p for p, each in enumerate(running) if each.goes_on(host_tokens[p], len(steps))]
+        if not going:
+            return torch.stack(steps, dim=1), routing
+        if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
         if len(going) < len(running):
             kept = torch.tensor(going, device=tokens.device)
             cache.keep(kept)
             tokens = tokens.index_select(0, kept)
-            seen = seen.index_select(0, kept) if seen.numel() else seen
+            seen = None if seen is None else seen.index_select(0, kept)
             running = [running[place] for place in going]
-        logits = decode(model, tokens, cache)
-    return torch.stack(steps, dim=1), routing
+        logits = decode(model, tokens, cache, [each.name for each in running])
+
+
+def _generator(request: Request, device: torch.device) -> torch.Generator | None:
+    if not request.sampling.do_sample:
+        return None
+    seed = int(torch.randint(2**62, ())) if request.seed is None else request.seed
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _choose(logits: Tensor, running: Sequence[_Running], seen: Tensor | None) -> Tensor:
+    """Next token of each request, int64 [S]: all in one go that take the most likely one alike, drawn ones one by one,
+    so that no draw depends on how many others there are."""
+    groups: dict[object, list[int]] = {}
+    for place, each in enumerate(running):
+        groups.setdefault(place if each.generator is not None else each.request.sampling, []).append(place)
+    tokens = torch.empty(len(running), dtype=torch.int64, device=logits.device)
+    for places in groups.values():
+        first, rows = running[places[0]], torch.tensor(places, device=logits.device)
+        own = None if seen is None else seen.index_select(0, rows)
+        tokens[rows] = next_tokens(logits.index_select(0, rows), first.request.sampling, own, first.generator)
+    return tokens
 
 
 def _seen_tokens(samples: Sequence[Sample], logits: Tensor) -> Tensor:
@@ -219,7 +306,8 @@ def continuation_log_probs(
         float32 [K_s] on the CPU for each prompt, and the routes of the images.
 
     Raises:
-        DataError: no continuations for a prompt, or an empty one.
+        DataError: no continuations for a prompt, an empty one, or one that is too long for the model.
+        CheckpointError: a logit is not finite.
     """
     if len(continuations) != len(samples):
         raise DataError(f"continuations must be given for each of the {len(samples)} prompts, got {len(continuations)}")
@@ -230,13 +318,15 @@ def continuation_log_probs(
             )
     counts = [len(options) for options in continuations]
     requests = [list(option) for options in continuations for option in options]
-    logits, cache, routes = prefill(model, samples, max(map(len, requests)), override)
+    longest = [max(map(len, options)) for options in continuations]
+    names = [request_name(i, sample) for i, sample in enumerate(samples) for _ in range(counts[i])]
+    logits, cache, routes = prefill(model, samples, longest, override)
     sums = torch.zeros(len(requests))
     prompts = torch.arange(len(samples), device=logits.device)
     rows = prompts.repeat_interleave(torch.tensor(counts, device=logits.device))
     logits = logits.index_select(0, rows)
     running = list(range(len(requests)))
-    for step in range(max(map(len, requests))):
+    for step in range(max(longest)):
         tokens = torch.tensor([requests[r][step] for r in running], device=logits.device)
         chosen = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
         sums[running] += chosen.cpu()
@@ -247,5 +337,5 @@ def continuation_log_probs(
         cache.keep(rows.index_select(0, kept))
         rows = torch.arange(len(going), device=logits.device)  # from now on one cache entry for each request
         running = [running[place] for place in going]
-        logits = decode(model, tokens.index_select(0, kept), cache)
+        logits = decode(model, tokens.index_select(0, kept), cache, [names[r] for r in running])
     return list(sums.split(counts)), routes

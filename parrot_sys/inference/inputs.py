@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,39 @@ def split_batch(
         )
         for index, sample in enumerate(samples)
     ]
+
+
+def padding_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_ids: Collection[int]) -> Tensor | None:
+    """Mask of a batch that came without one: padding ids at either end of a row are padding.
+
+    Args:
+        input_ids: int64 [B, N].
+        pad_token_id: id of the padding; None: nothing is padding.
+        eos_token_ids: ids that end turns. If the padding id is among them, it may stand there as text.
+
+    Returns:
+        bool [B, N], or None where nothing is padding.
+
+    Raises:
+        DataError: an id at the end of a row may be padding or the end of a turn: answers would depend on how far the
+            other requests of the batch made it be padded.
+    """
+    if pad_token_id is None or input_ids.dim() != 2:
+        return None
+    text = (input_ids != pad_token_id).int()
+    inside = (text.cumsum(1) > 0) & (text.flip(1).cumsum(1).flip(1) > 0)
+    inside |= ~inside.any(1, keepdim=True)  # a row of nothing else is text
+    if bool(inside.all()):
+        return None
+    if pad_token_id not in eos_token_ids:
+        return inside
+    if len(input_ids) == 1:
+        return None
+    index = int((~inside).any(1).int().argmax())
+    raise DataError(
+        f"sample {index} of input_ids begins or ends with id {pad_token_id}, which is the padding and also ends turns: "
+        "pass attention_mask (0 on padding) to say which it is there"
+    )
 
 
 def _behind_first(ids: list[int], header: list[int]) -> int | None:

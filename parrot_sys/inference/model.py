@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,18 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
-from parrot_sys.inference.inputs import Images, pad_rows, split_batch
+from parrot_sys.inference.inputs import Images, pad_rows, padding_mask, split_batch
 from parrot_sys.inference.lockstep import Lockstep
+from parrot_sys.inference.requests import Request, check_rows, free_rows
 from parrot_sys.inference.sampling import SamplingConfig
 from parrot_sys.megatron.export import ReleasedSource, export_tensors
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+
+_LONGEST_ANSWER = 512
+"""Unless asked for otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,28 +93,32 @@ class ParrotForConditionalGeneration(nn.Module):
         labels: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
         output_router_weights: bool = False,
+        truncation: bool = False,
     ) -> CausalOutput:
         """
         Args:
             input_ids: int64 [B, N].
-            attention_mask: [B, N], 0 on padding (either side); None: no padding.
+            attention_mask: [B, N], 0 on padding (either side); None: padding ids at either end of a row are padding.
             images: [n, 3, h, w] or a list; one for each marker, or one for each sample with at most one marker.
             labels: int64 [B, N], not shifted, -100 without loss. With labels, rows without one guide the routing;
                 without, all text rows do. With `moe.guidance: first_turn` only those before the first answer.
             routing_override: replaces the routes.
             output_router_weights: also return what the routers of Wings weigh the learners by; in one process only.
+            truncation: cut samples of more rows than `config.max_rows`, as the released code does in training.
 
         Raises:
-            DataError: ids, mask, labels and images do not fit together.
+            DataError: ids, mask, labels and images do not fit together, or a sample is too long.
             ConfigError: router weights are asked of several processes.
         """
         config = self.config
         samples = self._split(input_ids, attention_mask, images, labels)
+        if not truncation:
+            check_rows(config, samples, [0] * len(samples), or_else=", or pass truncation=True")
         batch = pack_samples(
             samples,
             num_visual_rows=config.rows_per_image,
             guidance=config.moe.guidance,
-            max_seq_len=config.max_seq_len,
+            max_seq_len=config.max_rows,
         )
         lengths = batch.cu_seqlens.diff().tolist()
         batch = batch.to(self.device)
@@ -144,7 +152,7 @@ class ParrotForConditionalGeneration(nn.Module):
         attention_mask: Tensor | None = None,
         images: Images = None,
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | Sequence[int] | None = None,
         do_sample: bool = False,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -154,34 +162,38 @@ class ParrotForConditionalGeneration(nn.Module):
         use_cache: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
         routing_override: RoutingOverride | None = None,
         return_routing: bool = False,
     ) -> Tensor | tuple[Tensor, RoutingOutput | None]:
         """Answers, greedy unless `do_sample`; the prompt guides the routing, which the prefill fixes.
 
+        Each request gets the answer that it would get alone.
+
         Args:
             input_ids: int64 [B, N].
-            attention_mask: [B, N], 0 on padding (either side); None: rows with the padding id are padding, unless that
-                id also ends answers (as transformers' `generate` takes it).
+            attention_mask: as in `forward`.
             images: as in `forward`.
-            max_new_tokens: longest answer.
+            max_new_tokens: longest answer, of all or of each; None: 512, or as many as there is room for.
             do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`; None takes its default.
             num_beams: 1 only, for calls written for the released code.
             use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
             pad_token_id: fills rows behind the end; that of the checkpoint when None.
-            seed: of the random numbers; torch's own state when None.
+            seed: of the random numbers of every request, which draws as it would alone (so that equal prompts get
+                equal answers), or of each; new ones from torch's own state when None.
             streamer: receives tokens as they come.
             routing_override: replaces the routes.
             return_routing: also return the routes of the images.
 
         Returns:
             int64 [B, N + M] on the device of `input_ids`: the prompt as given, then at most `max_new_tokens` tokens.
+
+        Raises:
+            DataError: ids, mask and images do not fit together, or a request with its answer is too long.
+            CheckpointError: the model's logits are not finite.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
         if num_beams != 1:
             raise ConfigError(f"num_beams must be 1, got {num_beams}")
         given = {
@@ -193,20 +205,25 @@ class ParrotForConditionalGeneration(nn.Module):
         chosen = {name: value for name, value in given.items() if value is not None}
         sampling = SamplingConfig(do_sample=do_sample, **chosen)  # type: ignore[arg-type]
         ends = self._eos(eos_token_id)
-        pad = next((p for p in (pad_token_id, self.pad_token_id, min(ends, default=None)) if p is not None), 0)
-        if attention_mask is None and pad not in ends:
-            attention_mask = input_ids != pad
-        samples = self._split(input_ids, attention_mask, images)
+        pad = self.pad_token_id if pad_token_id is None else pad_token_id
+        samples = self._split(input_ids, attention_mask, images, pad_token_id=pad)
         if streamer is not None:
             streamer.put(input_ids.cpu())
+        if max_new_tokens is None:
+            max_new_tokens = [min(_LONGEST_ANSWER, max(1, free_rows(self.config, sample))) for sample in samples]
+        requests = [
+            Request(sample=sample, max_new_tokens=new, eos_token_ids=ends, sampling=sampling, seed=own_seed)
+            for sample, new, own_seed in zip(
+                samples,
+                _each(max_new_tokens, len(samples), "max_new_tokens"),
+                _each(seed, len(samples), "seed"),
+                strict=True,
+            )
+        ]
         answers, routing = generate_tokens(
             self.lockstep,
-            samples,
-            sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=ends,
-            pad_token_id=pad,
-            seed=seed,
+            requests,
+            pad_token_id=min(ends, default=0) if pad is None else pad,
             streamer=streamer,
             override=routing_override,
             use_cache=use_cache,
@@ -230,12 +247,15 @@ class ParrotForConditionalGeneration(nn.Module):
         Args:
             input_ids: int64 [B, N] prompts.
             continuations: for each prompt the token ids of its K_b continuations.
-            attention_mask: [B, N], 0 on padding; None: no padding.
-            images: as in `forward`.
+            attention_mask, images: as in `forward`.
             routing_override: replaces the routes.
 
         Returns:
             For each prompt float32 [K_b] on the CPU.
+
+        Raises:
+            DataError: ids, mask, images and continuations do not fit together, or a prompt with one is too long.
+            CheckpointError: the model's logits are not finite.
         """
         samples = self._split(input_ids, attention_mask, images)
         return continuation_log_probs(self.lockstep, samples, continuations, routing_override)[0]
@@ -254,7 +274,11 @@ class ParrotForConditionalGeneration(nn.Module):
         attention_mask: Tensor | None,
         images: Images,
         labels: Tensor | None = None,
+        pad_token_id: int | None = None,
     ) -> list[Sample]:
+        if attention_mask is None:
+            pad = self.pad_token_id if pad_token_id is None else pad_token_id
+            attention_mask = padding_mask(input_ids, pad, self.eos_token_ids)
         if self.config.flamingo is not None:
             # Its image token is a token of the vocabulary; here every model's images have the same mark.
             marker = self.config.flamingo.image_token_id
@@ -275,3 +299,15 @@ class ParrotForConditionalGeneration(nn.Module):
         if eos_token_id is None:
             return frozenset(self.eos_token_ids)
         return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _each(value: int | Sequence[int] | None, count: int, name: str) -> list[Any]:
+    """A value for each of `count` requests from one for all or one for each.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ConfigError(f"{name} must be one number or one for each of {count} requests, got {len(values)}")
+    return values

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from parrot_sys.errors import ConfigError
 
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class SamplingConfig:
@@ -26,21 +28,30 @@ class SamplingConfig:
     """Above 1 makes tokens of prompt and answer less likely to come again (arXiv 1909.05858)."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not _is_positive(self.temperature):
             raise ConfigError(
-                f"temperature must be > 0, got {self.temperature}; for the most likely token set do_sample=False"
+                f"temperature must be > 0 and a finite float32, got {self.temperature}; for the most likely token set "
+                "do_sample=False"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0 (0: all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty must be > 0 (1: none), got {self.repetition_penalty}")
+        if not _is_positive(self.repetition_penalty):
+            raise ConfigError(
+                f"repetition_penalty must be > 0 and a finite float32 (1: none), got {self.repetition_penalty}"
+            )
+
+
+def _is_positive(value: float) -> bool:
+    """Whether a number stays positive and finite in float32, in which it meets the logits; NaN does not."""
+    return _FLOAT32.tiny <= value <= _FLOAT32.max
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive and multiply negative logits [S, vocabulary] of tokens marked in `seen` (bool) by `penalty`."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized.clamp(_FLOAT32.min, _FLOAT32.max), logits)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -56,21 +67,26 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def next_tokens(logits: Tensor, config: SamplingConfig, seen: Tensor, generator: torch.Generator | None) -> Tensor:
+def next_tokens(
+    logits: Tensor, config: SamplingConfig, seen: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
     """Next token of each request.
 
     Args:
-        logits: float32 [S, vocabulary].
+        logits: float32 [S, vocabulary], finite: see `generation.check_finite`.
         config: how to choose.
-        seen: bool [S, vocabulary], tokens in prompt and answer so far.
+        seen: bool [S, vocabulary], tokens in prompt and answer so far; for a `repetition_penalty` only.
         generator: random numbers, on the device of the logits.
 
     Returns:
         int64 [S].
     """
     if config.repetition_penalty != 1:
+        assert seen is not None, "a penalty needs the tokens so far"
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if not config.do_sample:
         return logits.argmax(-1)
-    probs = filter_logits(logits / config.temperature, config.top_k, config.top_p).softmax(-1)
+    # The largest becomes 0, so that no temperature makes it infinite.
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    probs = filter_logits(logits, config.top_k, config.top_p).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)

@@ -28,8 +28,6 @@ class KVCache:
         self.capacity = capacity
         self.lengths = torch.zeros(num_samples, dtype=torch.int64, device=device)
         """int64 [S], rows held for each request."""
-        self.max_length = 0
-        """Longest of `lengths`, known without asking the device."""
         self.facts: dict[str, Tensor] = {}
         """What else is known of each request since the prefill, [S, ...] each."""
         self.visual_capacity = 1
@@ -40,11 +38,17 @@ class KVCache:
         """... and those that the next row of each request reads."""
         self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
+        self._rows: list[int] = []  # `lengths`, known without asking the device; empty before the prefill
 
     @property
     def num_samples(self) -> int:
         """S."""
         return self.lengths.numel()
+
+    @property
+    def max_length(self) -> int:
+        """Longest of `lengths`: of the requests that are still there, so that those that left take no room."""
+        return max(self._rows, default=0)
 
     def check(self, num_samples: int, num_rows: int, max_seqlen: int) -> None:
         """Raise ConfigError unless the next micro-batch is the prefill or one row for each request, and fits."""
@@ -93,11 +97,13 @@ class KVCache:
     def advance(self, lengths: Tensor, max_seqlen: int) -> None:
         """Count the rows that all layers have written: int64 [S] and their largest."""
         self.lengths = self.lengths + lengths
-        self.max_length += max_seqlen
+        # Only the prefill asks the device: after it each request gets one row (see `check`).
+        self._rows = [rows + max_seqlen for rows in self._rows] if self._rows else lengths.tolist()
 
     def keep(self, samples: Tensor) -> None:
         """Keep only these requests, in this order: int64 [S']."""
         self._kept.append(samples)
+        self._rows = [self._rows[place] for place in samples.tolist()]
         self.lengths = self.lengths.index_select(0, samples)
         self.facts = {name: fact.index_select(0, samples) for name, fact in self.facts.items()}
         if self.media_spans is not None:

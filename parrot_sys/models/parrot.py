@@ -42,7 +42,8 @@ class ParrotConfig:
     tokenizer_path: str | None = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048
-    """Longest sample in rows after image expansion (Hugging Face: tokenizer_model_max_length)."""
+    """Longest sample in rows after image expansion, also of a request with its answer (Hugging Face:
+    tokenizer_model_max_length)."""
 
     def __post_init__(self) -> None:
         if self.max_seq_len < 1:
@@ -64,9 +65,14 @@ class ParrotConfig:
 
     @property
     def max_positions(self) -> int:
-        """Longest sample with its images and its answer: positions of the decoder, and of the router of Wings."""
+        """Positions of the decoder, and of the router of Wings."""
         positions = self.llm.max_position_embeddings
         return positions if self.wings is None else min(positions, self.wings.router_positions)
+
+    @property
+    def max_rows(self) -> int:
+        """Longest request in rows, with its images and its answer: `max_seq_len`, or the model's positions if fewer."""
+        return min(self.max_seq_len, self.max_positions)
 
     def following(self, compat: Compat | None) -> ParrotConfig:
         """The same model with the rules of the public code (`released`) or of the paper; as it is for None.

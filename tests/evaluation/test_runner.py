@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
 from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
@@ -144,6 +145,8 @@ def test_bypassed_experts_fail_the_run(data: Path) -> None:
         ConfigError, match=r"routing 'off' changes no logit over 6 questions of .*the experts are bypassed"
     ):
         evaluate(config(data, languages=("en",)), Scripted(change=0.0))
+    with pytest.raises(CheckpointError, match=r"changes the logits .* by nan, wanted a finite number"):
+        evaluate(config(data, languages=("en",)), Scripted(change=math.nan))
     without = Scripted(change=0.0)
     without.has_experts = False
     evaluate(config(data, languages=("en",)), without)  # nothing to bypass

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -203,7 +206,15 @@ def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
     ids = torch.tensor([[1, 2, 3]])
     for setting, match in (
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens must be one number or one for each of 1 requests, got 2"),
+        ({"do_sample": True, "seed": []}, "seed must be one number or one for each of 1 requests, got 0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature must be > 0"),
+        ({"do_sample": True, "temperature": math.nan}, "temperature must be > 0"),
+        ({"do_sample": True, "temperature": math.inf}, "temperature must be > 0"),
+        ({"do_sample": True, "temperature": 1e-60}, "temperature must be > 0"),
+        ({"top_p": math.nan}, "top_p must be in"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty must be > 0"),
+        ({"repetition_penalty": 1e60}, "repetition_penalty must be > 0"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be > 0"),
@@ -237,6 +248,29 @@ def test_penalty_and_draws() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = next_tokens(probs.log().expand(20_000, 3), SamplingConfig(do_sample=True), torch.zeros(0), generator)
     assert (draws.bincount() / 20_000 - probs).abs().max() < 0.015
+
+
+@given(
+    logits=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=12),
+    config=st.builds(
+        SamplingConfig,
+        do_sample=st.booleans(),
+        temperature=st.floats(1e-37, 1e37),
+        top_k=st.integers(0, 13),
+        top_p=st.floats(1e-9, 1),
+        repetition_penalty=st.floats(1e-37, 1e37),
+    ),
+    seen=st.booleans(),
+)
+def test_any_settings_choose_a_token(logits: list[float], config: SamplingConfig, seen: bool) -> None:
+    """No temperature and no penalty makes numbers of which none is the largest."""
+    rows = torch.tensor([logits])
+    generator = torch.Generator().manual_seed(0)
+    token = int(next_tokens(rows, config, torch.full(rows.shape, seen), generator))
+    if config.temperature < 1e-6 and not seen:
+        assert logits[token] == max(logits)
+    else:
+        assert 0 <= token < len(logits)
 
 
 def test_first_turn_guides_alike_in_training_and_in_a_later_turn(pixels: Tensor) -> None:

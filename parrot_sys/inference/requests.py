@@ -1,0 +1,81 @@
+"""Requests: each prompt with everything that decides its answer, so that no request's answer depends on another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parrot_sys.data.packing import Sample, expanded_lengths
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.models.parrot import ParrotConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A prompt without labels (all its text guides the routing), and how it is answered."""
+
+    sample: Sample
+    max_new_tokens: int
+    """Longest answer; the prompt must leave room for it (`check_rows`)."""
+    eos_token_ids: frozenset[int] = frozenset()
+    """Ids that end the answer, the id itself included."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are chosen."""
+    seed: int | None = None
+    """Of the request's own random numbers; None takes a new one from torch's state."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+
+def request_name(index: int, sample: Sample) -> str:
+    """Name of the request at a place of a batch, for error messages."""
+    return f"request {index}" + (f" ({sample.record_id})" if sample.record_id else "")
+
+
+def num_rows(config: ParrotConfig, sample: Sample) -> int:
+    """Rows of a sample with its images."""
+    return expanded_lengths(np.asarray(sample.input_ids), config.rows_per_image, config.max_rows)[1]
+
+
+def free_rows(config: ParrotConfig, sample: Sample) -> int:
+    """Rows that a prompt leaves for its answer; below 1 if there is no room."""
+    return config.max_rows - num_rows(config, sample)
+
+
+def check_rows(
+    config: ParrotConfig, samples: Sequence[Sample], new_tokens: Sequence[int], *, or_else: str = ""
+) -> None:
+    """Refuses requests that are too long; the one limit of all that a model is asked.
+
+    Args:
+        config: of the model.
+        samples: prompts, or whole samples.
+        new_tokens: tokens that come after each; 0 for none.
+        or_else: what the caller can do besides shortening them.
+
+    Raises:
+        DataError: a request has more than `config.max_rows` rows.
+    """
+    for index, (sample, new) in enumerate(zip(samples, new_tokens, strict=True)):
+        rows = num_rows(config, sample)
+        if rows + new > config.max_rows:
+            added = f"with {new} new tokens " if new else ""
+            raise DataError(
+                f"{request_name(index, sample)} has {rows} rows with its images; {added}it exceeds the "
+                f"{config.max_rows} positions of a request ({_limits(config)}): shorten it{or_else}"
+            )
+
+
+def _limits(config: ParrotConfig) -> str:
+    limits = {
+        "model.max_seq_len": config.max_seq_len,
+        "model.llm.max_position_embeddings": config.llm.max_position_embeddings,
+    }
+    if config.wings is not None:
+        limits["model.wings.router_positions"] = config.wings.router_positions
+    return ", ".join(f"{name}={value}" for name, value in limits.items())
