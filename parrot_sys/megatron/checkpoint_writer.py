@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointWriteError
+from parrot_sys.megatron.checkpoint_shares import cut_for_shares
 from parrot_sys.megatron.checksums import Digest, digest_file, write_checksums
 from parrot_sys.megatron.compat import catch_common_state, plan_save
 from parrot_sys.parallel.agreement import gather_everywhere, on_first_rank
@@ -39,15 +42,17 @@ class CheckpointWrite:
 
         Args:
             folder: existing and empty, seen by every rank.
-            state: sharded state dict.
+            state: sharded state dict; of what data-parallel ranks hold in common, each writes its share.
             copy: write from a copy in host memory; otherwise `state` must not change until the writer is done.
         """
         self.folder = folder
         self._error: str | None = None
         self._digests: dict[str, Digest] = {}
         self._plan = _Strategy()
+        sharing = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        cut_for_shares(state, sharing)
         with catch_common_state() as common:
-            request = plan_save(state, folder, self._plan)
+            request = plan_save(state, folder, FullyParallelSaveStrategyWrapper(self._plan, sharing))
         buckets = request.preload_fn() if request.preload_fn is not None else []
         if copy:
             buckets = _copied(buckets, self._plan.writer.write_buckets)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.checkpoint_reader import load_common, load_sharded, tensors_of
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
 from parrot_sys.megatron.checksums import verify_checksums
 from parrot_sys.megatron.components import component_of
@@ -86,11 +87,11 @@ def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, ver
         _check_complete(folder)
         verify_checksums(folder)
     state = _sharded_model(chunks)
-    if not _has_lora(dist_checkpointing.load_tensors_metadata(str(folder))):
+    if not _has_lora(tensors_of(folder)):
         for name, tensors in state[_MODEL].items():
             state[_MODEL][name] = {key: tensor for key, tensor in tensors.items() if not _has_lora((key,))}
     _check_tensors(folder, state[_MODEL])
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, folder)
     _load_chunks(chunks, loaded)
     return loaded[_COMMON]
 
@@ -108,14 +109,14 @@ def load_training_state(
     state = _sharded_model(chunks)
     _check_tensors(folder, state[_MODEL])
     wanted = optimizer.sharded_state_dict(state[_MODEL], is_loading=True, metadata=_metadata())
-    use_saved_keys(wanted, dist_checkpointing.load_tensors_metadata(str(folder)))
+    use_saved_keys(wanted, tensors_of(folder))
     _check_tensors(folder, wanted, hint="; resume with the trainable parts it was saved with")
     # Under another name than it was saved with: what is not a tensor stays apart, and finds its place below.
     state[_WANTED] = wanted
     # Elsewhere each rank keeps the state it started with: tensor-parallel ranks must draw alike.
-    if same_ranks := dist_checkpointing.load_common_state_dict(str(folder)).get(_LAYOUT) == _layout():
+    if same_ranks := load_common(folder).get(_LAYOUT) == _layout():
         state[_RANDOM] = _sharded_random()
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, folder)
     _load_chunks(chunks, loaded)
     # The state is copied into leaves that require gradients.
     with torch.no_grad():
@@ -137,11 +138,6 @@ def _layout() -> dict[str, int]:
         "expert": state.get_expert_model_parallel_world_size(),
         "expert_tensor": state.get_expert_tensor_parallel_world_size(),
     }
-
-
-def read_common(folder: str | Path) -> dict[str, Any]:
-    """The `common` part of a checkpoint, without its tensors."""
-    return dist_checkpointing.load_common_state_dict(str(folder))[_COMMON]
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -209,7 +205,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
     """Compares names and shapes before Megatron does, whose messages do not list them."""
     _check_complete(folder)
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = tensors_of(folder)
     missing, other_shape, tensors = set(), set(), _sharded_tensors(wanted)
     if _has_lora(saved) and not _has_lora(tensor.key for tensor in tensors):
         raise CheckpointError(

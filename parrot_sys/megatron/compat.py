@@ -46,7 +46,13 @@ def _adapt_inference_communication(module: Any) -> None:
     module._is_cuda = lambda tensor: None
 
 
+def _adapt_sharded_tensors(module: Any) -> None:
+    # A default value holds the function that makes tensors from before it was redirected.
+    module.ShardedTensor.init_data.__defaults__ = (module.torch.empty,)
+
+
 _CPU_ADAPTERS: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.dist_checkpointing.mapping": _adapt_sharded_tensors,
     "megatron.core.jit": _adapt_jit,
     "megatron.core.tensor_parallel.random": _adapt_random,
     "megatron.core.transformer.moe.moe_utils": _adapt_moe_utils,
@@ -148,3 +154,28 @@ def catch_common_state() -> Iterator[dict[str, Any]]:
         yield caught
     finally:
         base.register_default_strategy(base.StrategyAction.SAVE_COMMON, "torch", 1, usual)
+
+
+@contextlib.contextmanager
+def replaced_readers(reader: Callable[..., Any], read_common: Callable[[Any], dict[str, Any]]) -> Iterator[None]:
+    """Megatron opens checkpoints with `reader(folder, ...)`, and reads `common.pt` with `read_common(folder)`."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+
+    places: list[tuple[Any, str, Any]] = [(torch_strategies, "_get_filesystem_reader", reader)]
+    if hasattr(serialization, "_get_filesystem_reader"):  # since 0.19
+        places.append((serialization, "_get_filesystem_reader", reader))
+    if hasattr(serialization, "load_common"):  # since 0.17
+        places.append((serialization, "load_common", read_common))
+    else:
+        strategy = common.TorchCommonLoadStrategy
+        places.append((strategy, "load_common", lambda _, folder: read_common(folder)))
+    before = [getattr(owner, name) for owner, name, _ in places]
+    for owner, name, new in places:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for (owner, name, _), old in zip(places, before, strict=True):
+            setattr(owner, name, old)

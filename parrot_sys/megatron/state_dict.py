@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -18,6 +17,7 @@ from torch.distributed import ProcessGroup
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import read_json
+from parrot_sys.megatron.checkpoint_reader import tensors_of
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
@@ -157,7 +157,7 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
 
 def stored_dtype(directory: str | Path) -> torch.dtype:
     """Type of the weights in a training checkpoint."""
-    saved = dist_checkpointing.load_tensors_metadata(str(directory))
+    saved = tensors_of(directory)
     dtype: torch.dtype = saved["decoder.embedding.word_embeddings.weight"].dtype
     return dtype
 
