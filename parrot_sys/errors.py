@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, line separators, changes of writing direction, halves of surrogate pairs."""
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    """A text with its control characters escaped: names from other people's files must not steer a terminal or a log.
+
+    Args:
+        text: anything; its `str` is taken.
+        keep: control characters that stay as they are.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if character in keep:
+            return character
+        return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+    return _CONTROLS.sub(escape, str(text))
+
 
 class ParrotError(Exception):
-    """Base of all errors that this package raises for users."""
+    """Base of all errors that this package raises for users. Control characters in its message come out escaped."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n\t")
 
 
 class ConfigError(ParrotError, ValueError):

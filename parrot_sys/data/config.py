@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
 from parrot_sys.errors import ConfigError
 
 T = TypeVar("T")
@@ -31,6 +32,17 @@ class DataConfig:
     """Data sets in LLaVA/Parrot format: a JSON list (.json) or one record a line (.jsonl)."""
     image_roots: tuple[str, ...] = ()
     """Directories that the records' image names are relative to (default: the directory of each file)."""
+    allow_outside_root: bool = False
+    """Also read images whose names lead out of the image root: absolute names, `..`, symbolic links. Only for records
+    that you trust: without it such a record is a bad one."""
+    exif: Exif = "apply"
+    """`apply` turns pictures as their EXIF orientation says, as every viewer does; `ignore` leaves them as they are
+    stored (released code). Saved with the model, so that evaluation and chat do the same."""
+    transparency: Transparency = "white"
+    """What transparent pixels show: `white` or `black` paper, or (`drop`, released code) the colour that the file has
+    below them, mostly black. Saved with the model."""
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    """Largest pictures; one over a limit is a bad sample."""
     names: tuple[str, ...] = ()
     """Names of the data sets in logs and record ids (default: file name without its ending)."""
     languages: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import uuid
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from parrot_sys.data.config import DataConfig, DataSource
+from parrot_sys.data.image_folder import ImageFolder
 from parrot_sys.data.packing import expanded_lengths
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record, describe_record, parse_record, read_raw_records
+from parrot_sys.data.skipped import SKIPPED_FILE
 from parrot_sys.data.tokenization import tokenizer_fingerprint
 from parrot_sys.errors import DataError
 
@@ -67,7 +70,7 @@ def load_dataset(
     records, problems = _parse_records(source)
     digest = _file_digest(source.path)
     rows, full_rows = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
-    missing = _missing_images(records, source.image_root)
+    missing = _unusable_images(records, ImageFolder(source.image_root, allow_outside=config.allow_outside_root))
     problems += [
         f"{describe_record(source.path, r.index, r.record_id)}: {reason}"
         for r, reason in ((records[i], reason) for i, reason in missing.items())
@@ -119,25 +122,17 @@ def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, 
     if not problems:
         return
     listed = "\n  ".join(problems[:_LISTED])
-    rest = f"\n  ... and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    rest = f"\n  ... and {len(problems) - _LISTED} more ({SKIPPED_FILE} has all)" if len(problems) > _LISTED else ""
     if policy == "error":
         others = f" (1 of {len(problems)} such records)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; mend it, or leave such records out with data.on_{kind}_sample=skip")
     logger.warning("data set %s: %d of %d records left out:\n  %s%s", source.name, len(problems), total, listed, rest)
 
 
-def _missing_images(records: Sequence[Record], root: Path) -> dict[int, str]:
-    """Place in `records` -> reason, where an image does not exist. Lists each directory once and opens no file."""
-    listings: dict[str, set[str]] = {}
-    missing = {}
-    for i, record in enumerate(records):
-        for name in record.images:
-            directory, file = os.path.split(os.path.join(root, name))
-            if directory not in listings:
-                listings[directory] = set(os.listdir(directory)) if os.path.isdir(directory) else set()
-            if file not in listings[directory] and not os.path.exists(os.path.join(directory, file)):
-                missing[i] = f"image {os.path.join(directory, file)} is missing"
-    return missing
+def _unusable_images(records: Sequence[Record], folder: ImageFolder) -> dict[int, str]:
+    """Place in `records` -> reason, where an image is missing or must not be read."""
+    reasons = ((i, folder.problem(name)) for i, record in enumerate(records) for name in record.images)
+    return {i: reason for i, reason in reasons if reason is not None}
 
 
 def _measure(
@@ -161,11 +156,8 @@ def _measure(
             ]
         )
         cached = Path(cache_dir) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-        if cached.is_file():
-            lengths = np.load(cached, allow_pickle=False)
-            if lengths.shape == (2, len(records)):
-                return lengths[0], lengths[1]
-            logger.warning("%s does not fit the data set; it is made anew", cached)
+        if (lengths := _cached_lengths(cached, len(records))) is not None:
+            return lengths[0], lengths[1]
     lengths = np.empty((2, len(records)), dtype=np.int32)
     for start in range(0, len(records), _BLOCK):
         block = [processor.render(record.turns) for record in records[start : start + _BLOCK]]
@@ -176,8 +168,25 @@ def _measure(
         temporary = cached.with_name(f"{cached.stem}-{uuid.uuid4().hex}.tmp")
         with temporary.open("wb") as file:
             np.save(file, lengths)
+            np.save(file, np.uint32(zlib.crc32(lengths.data)))
         temporary.replace(cached)  # several processes may do this at once; each writes the same
     return lengths[0], lengths[1]
+
+
+def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:
+    """int32 [2, count] of a whole file; None without one, and (with a warning) for a damaged or another one."""
+    try:
+        with path.open("rb") as file:
+            lengths, checksum = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged (%s); it is made anew", path, error)
+        return None
+    if lengths.dtype != np.int32 or lengths.shape != (2, count) or zlib.crc32(lengths.data) != checksum:
+        logger.warning("%s is damaged, or is not of this data set; it is made anew", path)
+        return None
+    return np.asarray(lengths)
 
 
 def _file_digest(path: Path) -> str:

@@ -2,14 +2,18 @@
 
 Keys are hashes of the image files' contents, so that moved or copied images are found again. Every write is one new
 file that appears under its final name only when complete: several processes can write at once, and a killed one loses
-nothing but the write it was in.
+nothing but the write it was in. Each image's features carry a checksum that is compared whenever they are read; a
+damaged file is set aside (`.damaged`), and its images are computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import uuid
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,9 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parrot_sys.errors import DataError
+from parrot_sys.data.decoding import check_regular
+from parrot_sys.errors import DataError, printable
 
+logger = logging.getLogger(__name__)
 _SHARDS = "*.npy"
+
+
+class DamagedFeaturesError(DataError):
+    """Stored features are not what was written: no fault of a sample, so that leaving the sample out is no answer."""
 
 
 def tower_fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
@@ -44,10 +54,13 @@ def image_key(path: str | Path) -> str:
         DataError: the file is missing or cannot be read.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"image {printable(path)} cannot be read: {error.strerror}") from error
+    except DataError as error:
+        raise DataError(f"image {printable(path)} {error}") from None
 
 
 class FeatureStore:
@@ -65,6 +78,8 @@ class FeatureStore:
         self._places: dict[str, tuple[Path, int]] = {}
         self._shards: dict[Path, np.memmap] = {}
         self._keys: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        """File or key of each image that has no features -> why; the same on every rank that filled the store."""
         self.refresh()
 
     def __len__(self) -> int:
@@ -83,15 +98,28 @@ class FeatureStore:
                 self._keys[name] = image_key(name)
         return [self._keys[name] for name in names]
 
-    def missing(self, paths: Iterable[str | Path]) -> list[str]:
+    def missing(self, paths: Iterable[str | Path], *, skip_unreadable: bool = False) -> list[str]:
         """Files whose features are not stored yet, one for each distinct content, in the order given.
 
         Ranks that share the work take `missing(paths)[rank::world_size]` before any of them writes.
+
+        Args:
+            paths: image files.
+            skip_unreadable: note a file that cannot be read in `failures` instead of raising.
+
+        Raises:
+            DataError: a file is missing or cannot be read.
         """
         self.refresh()
-        names = [str(path) for path in paths]
         wanted: dict[str, str] = {}
-        for key, name in zip(self.keys(names), names, strict=True):
+        for name in map(str, paths):
+            try:
+                (key,) = self.keys([name])
+            except DataError as error:
+                if not skip_unreadable:
+                    raise
+                self.failures[name] = str(error)
+                continue
             if key not in self._places:
                 wanted.setdefault(key, name)
         return list(wanted.values())
@@ -108,9 +136,11 @@ class FeatureStore:
         self._check_shape(values.shape[1:])
         if not keys:
             return
-        shard = np.empty(len(keys), dtype=[("key", "S64"), ("features", np.float32, values.shape[1:])])
+        row = [("key", "S64"), ("features", np.float32, values.shape[1:]), ("checksum", np.uint32)]
+        shard = np.empty(len(keys), dtype=row)
         shard["key"] = [key.encode() for key in keys]
         shard["features"] = values
+        shard["checksum"] = [_checksum(key, own) for key, own in zip(keys, values, strict=True)]
         name = uuid.uuid4().hex
         temporary = self.directory / f"{name}.tmp"
         with temporary.open("wb") as file:
@@ -133,24 +163,57 @@ class FeatureStore:
                 f"feature store {self.directory} holds no features of {len(absent)} of {len(keys)} images "
                 f"(first key {absent[0]}); fill it with write() first"
             )
-        places = [self._places[key] for key in keys]
-        return torch.from_numpy(np.stack([self._shards[path]["features"][row] for path, row in places]))
+        return torch.from_numpy(np.stack([self._read(key) for key in keys]))
+
+    def features_of(self, paths: Iterable[str | Path]) -> Tensor:
+        """Features of n image files, float32 [n, V, C]; n >= 1.
+
+        Raises:
+            DataError: an image has none, since it cannot be read: says why.
+            DamagedFeaturesError: what is stored is not what was written.
+        """
+        names = [str(path) for path in paths]
+        for name in names:
+            if (reason := self.failures.get(name)) is not None:
+                raise DataError(reason)
+        keys = self.keys(names)
+        for key in keys:
+            if (reason := self.failures.get(key)) is not None:
+                raise DataError(reason)
+        return self.get(keys)
 
     def refresh(self) -> None:
-        """Takes in what other processes have written."""
+        """Takes in what other processes have written; a damaged file is set aside."""
         for path in sorted(self.directory.glob(_SHARDS)):
             if path in self._shards:
                 continue
             try:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
                 names = [key.decode() for key in shard["key"]]
-            except (OSError, ValueError, IndexError) as error:
-                raise DataError(
-                    f"feature store: {path} is damaged ({error}); delete it, its images are computed again"
-                ) from error
-            self._check_shape(shard["features"].shape[1:])
+                shape = shard["features"].shape[1:]
+                shard["checksum"].shape  # noqa: B018  (a field that is not there is an error)
+            except FileNotFoundError:  # another process has set it aside
+                continue
+            except (OSError, ValueError, IndexError, EOFError) as error:
+                logger.warning("feature store: %s is damaged (%s); its images are computed again", path, error)
+                _set_aside(path)
+                continue
+            self._check_shape(shape)
             self._shards[path] = shard
             self._places.update((name, (path, row)) for row, name in enumerate(names))
+
+    def _read(self, key: str) -> np.ndarray:
+        """[V, C] of one image, compared with its checksum."""
+        path, row = self._places[key]
+        stored = self._shards[path][row]
+        values = np.array(stored["features"])
+        if _checksum(key, values) != stored["checksum"]:
+            _set_aside(path)
+            raise DamagedFeaturesError(
+                f"feature store: {path} is damaged (checksum of {key}); it is set aside: start again, and its images "
+                "are computed again"
+            )
+        return values
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         for path, shard in self._shards.items():
@@ -159,3 +222,13 @@ class FeatureStore:
                     f"features must be [n, {known[0]}, {known[1]}] as in {path}, got [n, {shape[0]}, {shape[1]}]"
                 )
             return
+
+
+def _checksum(key: str, values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(key.encode()))
+
+
+def _set_aside(path: Path) -> None:
+    """Renames a damaged file, so that nobody reads it again; another process may have been first."""
+    with contextlib.suppress(OSError):
+        path.replace(path.with_suffix(".damaged"))

@@ -6,44 +6,24 @@ released Parrot code (AIDC-AI/Parrot, parrot/utils/mm_utils.py: expand2square).
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.data.decoding import Exif, ImageLimits, ImageSource, PictureNotes, Transparency, load_image
+from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
-
-ImageSource: TypeAlias = Image.Image | str | Path | bytes
-"""A decoded image, a file name, or the bytes of an image file."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Constants of the public CLIP preprocessor_config.json."""
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """The image in RGB, fully decoded.
-
-    Raises:
-        DataError: missing, or not an image that can be decoded; names file and reason.
-    """
-    name = "given as bytes" if isinstance(source, bytes) else str(source)
-    try:
-        if isinstance(source, Image.Image):
-            return source.convert("RGB")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"image {name} is missing") from None
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, ...
-        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
+_LONGEST_SIDE = 2**15
+_STRIP_PIXELS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +40,14 @@ class ImageProcessor:
     resample: int = Image.Resampling.BICUBIC.value
     pad_to_square: bool = True
     """Pad the shorter side with the mean colour first (`image_aspect_ratio: pad`)."""
+    exif: Exif = "apply"
+    """Whether the EXIF orientation turns a picture; part of the saved settings."""
+    transparency: Transparency = "white"
+    """The paper below transparent pixels, or `drop`; part of the saved settings."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """Largest pictures; a matter of the machine, not of the model."""
+    notes: PictureNotes = field(default_factory=PictureNotes, compare=False, repr=False)
+    """Counts of pictures that needed to be turned, laid on paper, ..."""
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -105,6 +93,8 @@ class ImageProcessor:
     ) -> ImageProcessor:
         """From preprocessor_config.json (`file`) of a CLIP or SigLIP, and `image_aspect_ratio` of Parrot's config.json.
 
+        A file that says nothing about EXIF belongs to a model whose training ignored it, as the released code does.
+
         Raises:
             ConfigError: a value has a wrong type, or the file asks for something that is not done here.
         """
@@ -132,6 +122,8 @@ class ImageProcessor:
                 rescale_factor=fields.get("rescale_factor", float, 1 / 255),
                 resample=fields.get("resample", int, Image.Resampling.BICUBIC.value),
                 pad_to_square=image_aspect_ratio == "pad",
+                exif=_choice(fields, "exif", get_args(Exif), "ignore"),
+                transparency=_choice(fields, "transparency", get_args(Transparency), "white"),
             )
         except ConfigError as error:
             raise (error if str(file) in str(error) else ConfigError(f"{file}: {error}")) from error
@@ -143,6 +135,8 @@ class ImageProcessor:
         return {
             "image_processor_type": "CLIPImageProcessor" if crops else "SiglipImageProcessor",
             "image_aspect_ratio": "pad" if self.pad_to_square else "square",
+            "exif": self.exif,
+            "transparency": self.transparency,
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": self.shortest_edge} if crops else square,
@@ -161,35 +155,57 @@ class ImageProcessor:
         Raises:
             DataError: the image cannot be read.
         """
-        image = load_image(source)
-        if self.pad_to_square:
-            image = _pad_to_square(image, tuple(int(mean / self.rescale_factor) for mean in self.mean))
-        image = self._resize_and_crop(image)
+        image = load_image(source, exif=self.exif, transparency=self.transparency, limits=self.limits, notes=self.notes)
+        resample = Image.Resampling(self.resample)
+        if self.pad_to_square and image.width != image.height:
+            size = (self.width, self.height) if self.shortest_edge is None else (self.shortest_edge,) * 2
+            image = _resize_padded(image, tuple(int(mean / self.rescale_factor) for mean in self.mean), size, resample)
+        else:
+            image = image.resize(self._resized(image), resample=resample)
+        left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+        image = image.crop((left, top, left + self.width, top + self.height))
         # float64 for the rescaling, float32 after it: as CLIPImageProcessor, so that results agree bit by bit.
         pixels = (np.asarray(image).astype(np.float64) * self.rescale_factor).astype(np.float32)
         normalized = (pixels - np.array(self.mean, dtype=np.float32)) / np.array(self.std, dtype=np.float32)
         return np.ascontiguousarray(normalized.transpose(2, 0, 1))
 
-    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        resample = Image.Resampling(self.resample)
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height before the crop."""
         if self.shortest_edge is None:
-            return image.resize((self.width, self.height), resample=resample)
+            return self.width, self.height
         short, long = sorted(image.size)
         longer = int(self.shortest_edge * long / short)
-        size = (self.shortest_edge, longer) if image.width <= image.height else (longer, self.shortest_edge)
-        image = image.resize(size, resample=resample)
-        left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
-        return image.crop((left, top, left + self.width, top + self.height))
+        return (self.shortest_edge, longer) if image.width <= image.height else (longer, self.shortest_edge)
 
 
-def _pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of `color` (rounded towards the top left)."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+def _resize_padded(
+    image: Image.Image, color: tuple[int, ...], size: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """The image in the middle of a square of `color` (rounded towards the top left), resized to `size`.
+
+    The square is never whole in memory: a picture of 1 x 100,000 pixels would make one of 30 GB. Pillow resizes row by
+    row, then column by column, with 8-bit values between; here the rows are made and resized in strips, which gives
+    the same result.
+    """
+    if max(image.size) > _LONGEST_SIDE:  # (the square would have more than 10^9 pixels, too many to go through)
+        image = image.reduce(-(-max(image.size) // _LONGEST_SIDE))
+    side, width = max(image.size), size[0]
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    paper = Image.new("RGB", (side, 1), color).resize((width, 1), resample=resample)
+    rows = paper.resize((width, side), resample=Image.Resampling.NEAREST)
+    step = max(1, _STRIP_PIXELS // side)
+    for start in range(0, image.height, step):
+        piece = image.crop((0, start, image.width, min(start + step, image.height)))
+        strip = Image.new("RGB", (side, piece.height), color)
+        strip.paste(piece, (left, 0))
+        rows.paste(strip.resize((width, piece.height), resample=resample), (0, top + start))
+    return rows.resize(size, resample=resample)
+
+
+def _choice(fields: Fields, name: str, allowed: tuple[str, ...], default: str) -> Any:
+    if (value := fields.get(name, str, default)) not in allowed:
+        raise fields.wrong(name, " or ".join(allowed))
+    return value
 
 
 def _three(fields: Fields, name: str) -> tuple[float, float, float]:

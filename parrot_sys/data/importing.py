@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import uuid
@@ -14,9 +13,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from parrot_sys.data.image_folder import ImageFolder
 from parrot_sys.data.public_sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.records import describe_record, parse_record
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import ConfigError, DataError, printable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +94,11 @@ def import_set(config: DataImportConfig) -> ImportReport:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{config.input} is no file of {config.source}: rows look like {source.wanted}") from error
     bar = tqdm(rows, desc=f"import {config.source}", unit=" rows", disable=not sys.stderr.isatty())
-    listing = _Listing(config.images)
+    folder = None if config.images is None else ImageFolder(config.images)
     records, bad = [], []
     for index, example in examples(source, bar, config.source, config.seed):
         try:
-            records.append(_record(example, index, config, listing))
+            records.append(_record(example, index, config, folder))
         except DataError as error:
             bad.append(str(error))
             if config.on_bad_row == "error":
@@ -112,38 +112,26 @@ def import_set(config: DataImportConfig) -> ImportReport:
     return ImportReport(len(rows), len(records), tuple(bad))
 
 
-def _record(example: Example | DataError, index: int, config: DataImportConfig, listing: _Listing) -> dict[str, Any]:
+def _record(
+    example: Example | DataError, index: int, config: DataImportConfig, folder: ImageFolder | None
+) -> dict[str, Any]:
     """A record that has passed all checks, its image among them."""
     if isinstance(example, DataError):
         raise DataError(f"{describe_record(config.input, index)}: {example}")
     record: dict[str, Any] = {"id": f"{config.source}-{example.record_id or index}"}
-    if example.images:
-        found = next((name for name in example.images if listing.has(name)), None)
+    if example.images and folder is not None:
+        problems = {name: folder.problem(name) for name in example.images}
+        found = next((name for name, problem in problems.items() if problem is None), None)
         if found is None:
-            tried = ", ".join(example.images)
+            tried = printable(", ".join(example.images))
             raise DataError(
                 f"{describe_record(config.input, index, example.record_id)}: its image is not in {config.images} "
-                f"(looked for {tried})"
+                f"(looked for {tried}): {problems[example.images[0]]}"
             )
         record["image"] = found
     record |= {"lang": "en", "conversations": list(example.turns)}
     parse_record(record, index, config.input)
     return record
-
-
-class _Listing:
-    """Files below a directory; each folder is listed once."""
-
-    def __init__(self, root: Path | None) -> None:
-        self._root = root
-        self._folders: dict[str, set[str]] = {}
-
-    def has(self, name: str) -> bool:
-        """Whether a file of this relative name exists."""
-        folder, file = os.path.split(os.path.join(str(self._root), name))
-        if folder not in self._folders:
-            self._folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        return file in self._folders[folder]
 
 
 def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.datasets import RecordDataset, load_dataset
-from parrot_sys.data.feature_store import FeatureStore
+from parrot_sys.data.feature_store import DamagedFeaturesError, FeatureStore
 from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class _Step:
     batches: list[PackedBatch]
     size: int
     truncated: int
-    skipped: list[str]
+    skipped: list[tuple[str, str]]
+    """Data set and reason of each sample that was left out."""
 
 
 class ParrotDataLoader:
@@ -100,6 +102,7 @@ class ParrotDataLoader:
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
         self._feature_store: FeatureStore | None = None
+        self._skipped_file: SkippedRecords | None = None
         self.datasets = [
             load_dataset(source, config, self._processor, num_visual_rows=num_visual_rows, max_seq_len=max_seq_len)
             for source in config.sources()
@@ -144,6 +147,12 @@ class ParrotDataLoader:
             store: must hold the features of `image_paths()`; a sample that lacks some is a bad sample.
         """
         self._feature_store = store
+
+    def list_skipped(self, file: SkippedRecords) -> None:
+        """Writes the records that were left out so far, and from now on each that will be."""
+        for dataset in self.datasets if file.holds_all else ():
+            file.add(dataset.source.name, dataset.skipped)
+        self._skipped_file = file
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on behind the last step taken: plain values.
@@ -206,10 +215,12 @@ class ParrotDataLoader:
             self._epoch, self._samples = self._epoch + 1, 0
         self.statistics.samples += step.size
         self.statistics.truncated += step.truncated
-        for reason in step.skipped:
+        for data_set, reason in step.skipped:
             if reason not in self.statistics.skipped:
                 self.statistics.skipped.append(reason)
                 logger.warning("sample left out (%d so far): %s", len(self.statistics.skipped), reason)
+            if self._skipped_file is not None:
+                self._skipped_file.add(data_set, [reason])
 
     def _prepare(self, samples: IntArray, images: ThreadPoolExecutor) -> _Step:
         """Packs this rank's part of a global batch."""
@@ -227,7 +238,11 @@ class ParrotDataLoader:
             )
             for each in plan
         ]
-        skipped = [str(sample) for sample in loaded.values() if isinstance(sample, DataError)]
+        skipped = [
+            (self._locate(number)[0].source.name, str(sample))
+            for number, sample in zip(numbers, loaded.values(), strict=True)
+            if isinstance(sample, DataError)
+        ]
         return _Step(batches, len(samples), int(self._is_long[samples].sum()), skipped)
 
     def _locate(self, number: int) -> tuple[RecordDataset, int]:
@@ -265,8 +280,10 @@ class ParrotDataLoader:
             return sample
         try:
             if self._feature_store is not None:
-                return replace(sample, image_features=self._feature_store.get(self._feature_store.keys(paths)))
+                return replace(sample, image_features=self._feature_store.features_of(paths))
             return replace(sample, pixel_values=self._processor.images(paths))
+        except DamagedFeaturesError:
+            raise
         except DataError as error:
             located = DataError(f"{dataset.describe(index)}: {error}")
             if self.config.on_bad_sample == "skip":

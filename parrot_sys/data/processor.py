@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.control_tokens import ControlTokens, TextEncoder
-from parrot_sys.data.images import ImageProcessor, ImageSource
+from parrot_sys.data.decoding import ImageLimits, ImageSource
+from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import encode_conversations
@@ -149,6 +151,10 @@ class ParrotProcessor:
             self._encoder_size = len(self.tokenizer)
         return self._encoder
 
+    def limit_images(self, limits: ImageLimits) -> None:
+        """Sets the largest pictures that `images` reads."""
+        self.image_processor = replace(self.image_processor, limits=limits)
+
     def images(self, images: Iterable[ImageSource]) -> Tensor:
         """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
 
@@ -210,7 +216,7 @@ def _load_image_processor(directory: Path) -> ImageProcessor:
             stated = values.get("image_aspect_ratio", str) or aspect_ratio
             return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
     if (known := _KNOWN_TOWERS.get(Path(tower).name)) is not None:
-        known_values = ImageProcessor.for_tower(*known).to_dict()
+        known_values = ImageProcessor.for_tower(*known).to_dict() | {"exif": None, "transparency": None}
         return ImageProcessor.from_dict(known_values, image_aspect_ratio=aspect_ratio)
     places = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise CheckpointError(

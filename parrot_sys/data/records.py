@@ -14,7 +14,7 @@ from typing import Any
 
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.templates import ROLE_NAMES
-from parrot_sys.errors import DataError
+from parrot_sys.errors import DataError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Record:
 
 def describe_record(path: Path, index: int, record_id: Any = None) -> str:
     """Where a record is, for messages."""
-    return f"{path}: record {index}" + (f" (id {record_id!r})" if record_id is not None else "")
+    return f"{printable(path)}: record {index}" + (f" (id {record_id!r})" if record_id is not None else "")
 
 
 def read_raw_records(path: Path) -> Iterator[Any]:

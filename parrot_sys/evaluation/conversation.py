@@ -6,6 +6,7 @@ from pathlib import Path
 
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.conversations import load_phrases
+from parrot_sys.data.decoding import load_image
 from parrot_sys.evaluation.runner import load_tables
 from parrot_sys.inference.chat import ChatSession, routing_table
 from parrot_sys.inference.pretrained import load_pretrained
@@ -36,7 +37,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path, *, spe
         question = part[(2 * number + 1) * len(part) // (2 * len(spoken))]
         picture = output / f"{language}.png"
         assert question.image_key is not None, "the benchmark's questions are about pictures"
-        tables[language].image(question.image_key).save(picture)
+        load_image(tables[language].image(question.image_key)).save(picture)
         session.reset()
         session.add_image(picture)
         lines += ["", f"--- {language}: the right name is {question.options[question.answer]}"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
+from parrot_sys.data.decoding import ImageLimits
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.extraction import Rules
 from parrot_sys.evaluation.markdown import beside_rows, percent, table
@@ -80,6 +81,8 @@ class EvalConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    """Largest pictures that are read."""
     compat: Compat | None = None
     """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
     `released`. As the checkpoint says when not given."""
@@ -146,6 +149,7 @@ def load_predictor(config: EvalConfig) -> ModelPredictor:
         parallel=config.parallel,
         compat=config.compat,
     )
+    processor.limit_images(config.image_limits)
     return ModelPredictor(
         model, processor, checkpoint=config.checkpoint, mode=config.mode, max_new_tokens=config.max_new_tokens
     )

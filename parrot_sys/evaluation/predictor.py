@@ -74,7 +74,9 @@ class ModelPredictor:
 
     def run(self, program: Callable[[], int]) -> int:
         """Runs a program of these predictions on rank 0 while the others repeat its model calls; its exit status."""
-        return self.lockstep.run(program)
+        status = self.lockstep.run(program)
+        self.processor.image_processor.notes.log_counts()
+        return status
 
     @torch.inference_mode()
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 
 from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.decoding import EncodedImage
 from parrot_sys.errors import DataError
 
 _REFERENCE_LENGTH = 64
@@ -75,19 +74,20 @@ class QuestionSet:
     digest: str
     """SHA-256 of the file."""
 
-    def image(self, key: str) -> Image.Image:
-        """The decoded picture, in RGB.
+    def image(self, key: str) -> EncodedImage:
+        """The picture as the bytes of an image file, for `ParrotProcessor.images` or `load_image`.
 
         Raises:
-            DataError: where the cell is no picture.
+            DataError: where the cell is no base64.
         """
+        rows = ", ".join(str(q.index) for q in self.questions if q.image_key == key)
         try:
-            return Image.open(io.BytesIO(base64.b64decode(self.images[key], validate=True))).convert("RGB")
-        except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
-            rows = ", ".join(str(q.index) for q in self.questions if q.image_key == key)
+            data = base64.b64decode(self.images[key], validate=True)
+        except (binascii.Error, ValueError) as error:
             raise DataError(
-                f"{self.path}: the image of row {rows} cannot be decoded ({error}); mend the base64 cell"
+                f"image of row {rows} of {self.path} cannot be decoded: {error}; the cell must be base64"
             ) from error
+        return EncodedImage(data, f"of row {rows} of {self.path}")
 
     def parts(self) -> dict[str, list[Question]]:
         """Name -> questions of what is reported on its own: each value of `split`, or the whole suite where splits say

@@ -15,6 +15,7 @@ from transformers import TextStreamer
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
+from parrot_sys.data.decoding import ImageLimits, load_image
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
 from parrot_sys.data.processor import ParrotProcessor
@@ -55,6 +56,8 @@ class ChatConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    """Largest pictures that are read."""
     compat: Compat | None = None
     """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
     `released`. As the checkpoint says when not given."""
@@ -164,8 +167,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs `parrot chat`."""
     config = parse_config(ChatConfig, argv, prog="parrot chat")
     for path in config.image:  # before the model is loaded, which takes long
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"--image {path} does not exist; wanted an image file")
+        load_image(path, limits=config.image_limits)
     session = _open_session(config)
     return session.model.lockstep.run(lambda: _talk(session, config))
 
@@ -194,6 +198,7 @@ def _open_session(config: ChatConfig) -> ChatSession:
         parallel=config.parallel,
         compat=config.compat,
     )
+    processor.limit_images(config.image_limits)
     return ChatSession(
         model=model,
         processor=processor,

@@ -164,6 +164,15 @@ def replica_group() -> torch.distributed.ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def sees_samples_first() -> bool:
+    """Whether this rank is the first of those that share its samples: one in each data-parallel rank."""
+    return (
+        tensor_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+
+
 def tensor_parallel_rank() -> int:
     """Number of this rank among those that share its samples."""
     return parallel_state.get_tensor_model_parallel_rank()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -72,9 +72,12 @@ def fill_store(
     Raises:
         DataError: an image cannot be read.
     """
-    rank = dist.get_rank()
-    missing = store.missing(paths)
-    dist.barrier()  # no rank may write before every rank has seen the same list
+    rank, skip = dist.get_rank(), on_bad_image == "skip"
+    # One list for all: a file that some ranks cannot read must not shift the shares.
+    seen: list[Any] = [(store.missing(paths, skip_unreadable=skip), store.failures)]
+    dist.broadcast_object_list(seen, src=0)  # (also: no rank may write before every rank has looked)
+    missing: list[str] = seen[0][0]
+    failures: dict[str, str] = {}
     mine = missing[part[0] :: part[1]] if tower is not None else []
     if missing and rank == 0:
         logger.info("computing the features of %d images with %d copies of the tower", len(missing), part[1])
@@ -84,27 +87,42 @@ def fill_store(
     ):
         for start in range(0, len(mine), _IMAGES_PER_WRITE):
             names = mine[start : start + _IMAGES_PER_WRITE]
-            read = partial(_read, processor=processor, skip=on_bad_image == "skip")
-            images = {
-                name: image for name, image in zip(names, threads.map(read, names), strict=True) if image is not None
-            }
+            read = partial(_read, processor=processor, skip=skip)
+            loaded = dict(zip(names, threads.map(read, names), strict=True))
+            images = {name: image for name, image in loaded.items() if isinstance(image, Tensor)}
+            bad = {name: str(error) for name, error in loaded.items() if isinstance(error, DataError)}
+            failures |= dict(zip(store.keys(bad), bad.values(), strict=True))
             if images and tower is not None:
                 with torch.no_grad():
                     features = tower(torch.cat(list(images.values())).to(device, next(tower.parameters()).dtype))
                 if write:
                     store.write(store.keys(images), features)
             bar.update(len(names))
-    dist.barrier()
+    _share_failures(store, seen[0][1] | failures)
+    if mine:
+        processor.image_processor.notes.log_counts()
     store.refresh()
     return len(mine)
 
 
-def _read(name: str, *, processor: ParrotProcessor, skip: bool) -> Tensor | None:
-    """[1, 3, h, w], or None for an unreadable image that may be skipped."""
+def _share_failures(store: FeatureStore, own: Mapping[str, str]) -> None:
+    """Every rank learns why an image has no features: whichever needs it names the reason."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for failures in everyone:
+        store.failures.update(failures)
+    if store.failures and dist.get_rank() == 0:
+        reasons = list(store.failures.values())
+        logger.warning(
+            "%d images have no features, their samples are left out; the first: %s", len(reasons), reasons[0]
+        )
+
+
+def _read(name: str, *, processor: ParrotProcessor, skip: bool) -> Tensor | DataError:
+    """[1, 3, h, w], or the reason why an image that may be skipped has none."""
     try:
         return processor.images([name])
     except DataError as error:
         if not skip:
             raise
-        logger.warning("no features: %s", error)
-        return None
+        return error

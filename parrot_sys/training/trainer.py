@@ -22,6 +22,7 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import optimizer as megatron_optimizer
 from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
@@ -110,11 +111,17 @@ class Trainer:
         """From `model.tokenizer_path`, else from the checkpoint that training starts from."""
         model = self.config.model
         if model.tokenizer_path is not None:
-            return ParrotProcessor.for_tower(
+            processor = ParrotProcessor.for_tower(
                 model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
             )
-        folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
-        return ParrotProcessor.from_pretrained(folder, model.template)
+        else:
+            folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
+            processor = ParrotProcessor.from_pretrained(folder, model.template)
+        data = self.config.data
+        processor.image_processor = replace(
+            processor.image_processor, exif=data.exif, transparency=data.transparency, limits=data.image_limits
+        )
+        return processor
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()
@@ -165,6 +172,12 @@ class Trainer:
             dp_size=megatron_optimizer.data_parallel_world_size(),
         )
 
+    def _list_skipped(self) -> None:
+        file = SkippedRecords(self.output, megatron_optimizer.data_parallel_rank())
+        for loader in (self.loader, self.validation_loader):
+            if loader is not None:
+                loader.list_skipped(file)
+
     def _make_runner(self) -> StepRunner:
         config = self.config
         return StepRunner(
@@ -208,6 +221,8 @@ class Trainer:
             CheckpointWriteError: the last checkpoint could not be written.
         """
         on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
+        if megatron_optimizer.sees_samples_first():
+            self._list_skipped()
         if self.step < self.total_steps:
             summary = self._run_steps()
         else:
@@ -230,6 +245,7 @@ class Trainer:
                 self.checkpoints.advance(wait=True)
                 raise
             writer.write("summary", self.step, summary)
+        self.processor.image_processor.notes.log_counts()
         return summary
 
     def _train(self, writer: MetricsWriter) -> dict[str, Any]:

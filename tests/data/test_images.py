@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from parrot_sys.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor, load_image
+from parrot_sys.data import images as images_module
+from parrot_sys.data.decoding import load_image
+from parrot_sys.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor
 from parrot_sys.errors import ConfigError, DataError
 
 SIZES = [(40, 40), (91, 37), (37, 91), (336, 50), (5, 7), (1, 1)]  # width, height
@@ -132,3 +139,50 @@ def test_missing_and_broken_files_are_errors_that_name_them(tmp_path):
     picture((64, 64)).save(buffer, "PNG")
     with pytest.raises(DataError, match="given as bytes cannot be read"):  # the header is whole, the pixels are not
         load_image(buffer.getvalue()[:2000])
+
+
+# padding and resizing in bounded memory
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.integers(1, 40),
+    st.sampled_from([0, 1, 2, 3]),
+    st.integers(16, 500),
+)
+def test_strips_give_the_same_as_the_whole_square(width, height, side, resample, strip_pixels):
+    image, color = picture((width, height), seed=width), (122, 116, 104)
+    square = Image.new("RGB", (max(width, height),) * 2, color)
+    square.paste(image, ((square.width - width) // 2, (square.height - height) // 2))
+    wanted = square.resize((side, side), resample=resample)
+    with mock.patch.object(images_module, "_STRIP_PIXELS", strip_pixels):
+        got = images_module._resize_padded(image, color, (side, side), Image.Resampling(resample))
+    assert np.array_equal(np.asarray(got), np.asarray(wanted))
+
+
+_PEAK = """
+import resource
+from dataclasses import replace
+from PIL import Image
+from parrot_sys.data.decoding import ImageLimits
+from parrot_sys.data.images import ImageProcessor
+long = Image.new("RGB", {size}, (200, 30, 30))
+limits = ImageLimits(max_aspect_ratio=1000)
+processor = replace(ImageProcessor.for_tower("clip", 56), limits=limits, pad_to_square={pad})
+processor(Image.new("RGB", (64, 48)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(processor(long).std())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("size", [(20, 8000), (8000, 20), pytest.param((60, 40000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_long_thin_picture_takes_little_memory(size, pad):
+    code = _PEAK.format(size=size, pad=pad)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    deviation, megabytes = result.stdout.split()
+    assert float(deviation) >= 0
+    assert int(megabytes) < 100  # the square has at least 64 million pixels, 256 MB in Pillow
