@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
+from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.errors import ConfigError
 
 T = TypeVar("T")
@@ -29,7 +30,8 @@ class DataConfig:
     """Lists hold one value for each of `paths`, or none for the default; all but `names` may hold one value for all."""
 
     paths: tuple[str, ...] = ()
-    """Data sets in LLaVA/Parrot format: a JSON list (.json) or one record a line (.jsonl)."""
+    """Data sets: a JSON list (.json) or one record a line (.jsonl), in LLaVA/Parrot format or another one of
+    docs/data.md."""
     image_roots: tuple[str, ...] = ()
     """Directories that the records' image names are relative to (default: the directory of each file)."""
     allow_outside_root: bool = False
@@ -59,9 +61,16 @@ class DataConfig:
     seed: int = 42
     """Seed of the order of samples; the order depends on it, the epoch and the mix only."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A wrong record, a missing or a broken image: stop, or leave the record out, count it and name it in the log."""
+    """A wrong record, one without a label (its answers are cut away), a missing or a broken image: stop, or leave the
+    record out, count it and name it in the log."""
     on_long_sample: Literal["truncate", "error", "skip"] = "truncate"
     """A sample longer than the model's max_seq_len rows: cut it as the released code does, stop, or leave it out."""
+    image_position: ImagePosition = "in_place"
+    """Where the images of a turn stand: `in_place` leaves them between the words where the record has them, `front`
+    moves them to the start of their turn, as the released code does, and says so once for each data set."""
+    control_tokens: ControlTokens = "text"
+    """What the name of a control token in a record's text, such as <|im_end|> or </s>, is: `text` like any other, or
+    `parsed` to be the token, as in the released code; ordinary text has the same ids either way."""
     cache_dir: str | None = None
     """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, and
     image features (`cache_image_features`; default: OUTPUT/features)."""

@@ -12,15 +12,14 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from parrot_sys.data.parts import Part
-from parrot_sys.errors import CheckpointError, DataError
+from parrot_sys.data.parts import ControlTokens, Part, check_text
+from parrot_sys.errors import CheckpointError
 
-ControlTokens = Literal["text", "parsed"]
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte without a token of its own
 
 
@@ -88,20 +87,6 @@ def encode_texts(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
     ids = {text: encoding.ids for text, encoding in zip(unique, encoded, strict=True)}
     return [ids[text] for text in texts]
-
-
-def check_text(text: str) -> None:
-    """Whether a text has a UTF-8 form, which tokenizers and files need.
-
-    Raises:
-        DataError: it holds half a surrogate pair, or a byte that could not be decoded; says where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
-        raise DataError(f"character {error.start} is no valid text: {what}, which has no UTF-8") from None
 
 
 def _is_word(name: str) -> bool:

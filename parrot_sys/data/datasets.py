@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from parrot_sys.data.config import DataConfig, DataSource
+from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.image_folder import ImageFolder
-from parrot_sys.data.packing import expanded_lengths
+from parrot_sys.data.packing import expanded_lengths, remaining_labels
+from parrot_sys.data.parts import moves_images
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.records import Record, describe_record, parse_record, read_raw_records
+from parrot_sys.data.record_files import read_raw_records
+from parrot_sys.data.records import Record, describe_record, parse_record
 from parrot_sys.data.skipped import SKIPPED_FILE
 from parrot_sys.data.tokenization import tokenizer_fingerprint
 from parrot_sys.errors import DataError
@@ -69,15 +72,18 @@ def load_dataset(
     """
     records, problems = _parse_records(source)
     digest = _file_digest(source.path)
-    rows, full_rows = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
-    missing = _unusable_images(records, ImageFolder(source.image_root, allow_outside=config.allow_outside_root))
+    _report_markers(source, records, config)
+    rows, full_rows, labels = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
+    is_long = full_rows > max_seq_len
+    judged = ~is_long if config.on_long_sample != "truncate" else np.ones(len(records), dtype=bool)
+    bad = {int(i): _without_label(int(full_rows[i]), max_seq_len) for i in np.flatnonzero((labels == 0) & judged)}
+    bad |= _unusable_images(records, ImageFolder(source.image_root, allow_outside=config.allow_outside_root))
     problems += [
         f"{describe_record(source.path, r.index, r.record_id)}: {reason}"
-        for r, reason in ((records[i], reason) for i, reason in missing.items())
+        for r, reason in ((records[i], reason) for i, reason in sorted(bad.items()))
     ]
-    _report(source, problems, len(records) + len(problems) - len(missing), "bad", config.on_bad_sample)
-    is_long = full_rows > max_seq_len
-    usable = np.array([i not in missing for i in range(len(records))], dtype=bool)
+    _report(source, problems, len(records) + len(problems) - len(bad), "bad", config.on_bad_sample)
+    usable = np.array([i not in bad for i in range(len(records))], dtype=bool)
     long = [
         f"{describe_record(source.path, records[i].index, records[i].record_id)}: takes {full_rows[i]} rows, "
         f"more than max_seq_len={max_seq_len}"
@@ -129,6 +135,31 @@ def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, 
     logger.warning("data set %s: %d of %d records left out:\n  %s%s", source.name, len(problems), total, listed, rest)
 
 
+def _report_markers(source: DataSource, records: Sequence[Record], config: DataConfig) -> None:
+    """Says once what is done with image markers that do not open their turn, or that stand for no image."""
+    if config.image_position == "front":
+        moved = [record for record in records if record.images and any(map(moves_images, record.turns))]
+        if moved:
+            logger.warning(
+                "data set %s: in %d of %d records an image follows words and is moved to the start of its turn, the "
+                "first: %s; data.image_position=in_place leaves it where it is",
+                *(source.name, len(moved), len(records)),
+                describe_record(source.path, moved[0].index, moved[0].record_id),
+            )
+    if literal := [record for record in records if record.text_markers]:
+        logger.warning(
+            "data set %s: %d of %d records hold %s where no image belongs, which is read as text, the first: %s",
+            *(source.name, len(literal), len(records), IMAGE_TOKEN),
+            describe_record(source.path, literal[0].index, literal[0].record_id),
+        )
+
+
+def _without_label(rows: int, max_seq_len: int) -> str:
+    if rows <= max_seq_len:
+        return "has no label: nothing of its answers bears loss"
+    return f"has no label: of its {rows} rows max_seq_len={max_seq_len} cuts away every answer"
+
+
 def _unusable_images(records: Sequence[Record], folder: ImageFolder) -> dict[int, str]:
     """Place in `records` -> reason, where an image is missing or must not be read."""
     reasons = ((i, folder.problem(name)) for i, record in enumerate(records) for name in record.images)
@@ -142,13 +173,16 @@ def _measure(
     max_seq_len: int,
     digest: str,
     cache_dir: str | None,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """int32 [n] rows of each sample with and without truncation, from the cache when it has them."""
+) -> npt.NDArray[np.int32]:
+    """int32 [3, n]: rows of each sample with and without truncation, and its labels, from the cache if it has them."""
     cached = None
     if cache_dir is not None:
         key = json.dumps(
             [
+                "labels",
                 processor.template.version,
+                processor.image_position,
+                processor.control_tokens,
                 digest,
                 tokenizer_fingerprint(processor.tokenizer),
                 num_visual_rows,
@@ -157,12 +191,13 @@ def _measure(
         )
         cached = Path(cache_dir) / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
         if (lengths := _cached_lengths(cached, len(records))) is not None:
-            return lengths[0], lengths[1]
-    lengths = np.empty((2, len(records)), dtype=np.int32)
+            return lengths
+    lengths = np.empty((3, len(records)), dtype=np.int32)
     for start in range(0, len(records), _BLOCK):
         block = [processor.render(record.turns) for record in records[start : start + _BLOCK]]
-        for i, (input_ids, _) in enumerate(processor.encode(block), start):
-            lengths[:, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
+        for i, (input_ids, labels) in enumerate(processor.encode(block), start):
+            lengths[:2, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
+            lengths[2, i] = remaining_labels(input_ids, labels, num_visual_rows, max_seq_len)
     if cached is not None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_name(f"{cached.stem}-{uuid.uuid4().hex}.tmp")
@@ -170,11 +205,11 @@ def _measure(
             np.save(file, lengths)
             np.save(file, np.uint32(zlib.crc32(lengths.data)))
         temporary.replace(cached)  # several processes may do this at once; each writes the same
-    return lengths[0], lengths[1]
+    return lengths
 
 
 def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:
-    """int32 [2, count] of a whole file; None without one, and (with a warning) for a damaged or another one."""
+    """int32 [3, count] of a whole file; None without one, and (with a warning) for a damaged or another one."""
     try:
         with path.open("rb") as file:
             lengths, checksum = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
@@ -183,7 +218,7 @@ def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:
     except (OSError, ValueError, EOFError) as error:
         logger.warning("%s is damaged (%s); it is made anew", path, error)
         return None
-    if lengths.dtype != np.int32 or lengths.shape != (2, count) or zlib.crc32(lengths.data) != checksum:
+    if lengths.dtype != np.int32 or lengths.shape != (3, count) or zlib.crc32(lengths.data) != checksum:
         logger.warning("%s is damaged, or is not of this data set; it is made anew", path)
         return None
     return np.asarray(lengths)

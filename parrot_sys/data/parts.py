@@ -9,6 +9,7 @@ from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.errors import DataError
 
 ImagePosition = Literal["front", "in_place"]
+ControlTokens = Literal["text", "parsed"]
 Turn = Mapping[str, Any]
 """`{"from": "system" | "human" | "gpt", "value": text or list of parts}`; a human turn may have `input`: what its text
 is about. A list holds `{"type": "text", "text": text}` and `{"type": "image"}`. In a text alone, every `<image>` of a
@@ -100,6 +101,20 @@ def strip_parts(parts: Sequence[Part]) -> Parts:
 def moves_images(turn: Turn) -> bool:
     """Whether `front` puts an image of this turn somewhere else than `in_place` does."""
     return turn_parts(turn, "front") != turn_parts(turn, "in_place")
+
+
+def check_text(text: str) -> None:
+    """Whether a text has a UTF-8 form, which tokenizers and files need.
+
+    Raises:
+        DataError: it holds half a surrogate pair, or a byte that could not be decoded; says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
+        raise DataError(f"character {error.start} is no valid text: {what}, which has no UTF-8") from None
 
 
 def _leading_images(parts: Sequence[Part]) -> int:

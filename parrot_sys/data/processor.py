@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from parrot_sys.data.control_tokens import ControlTokens, TextEncoder
+from parrot_sys.data.control_tokens import TextEncoder
 from parrot_sys.data.decoding import ImageLimits, ImageSource
 from parrot_sys.data.images import ImageProcessor
-from parrot_sys.data.parts import ImagePosition, Part, Turn
+from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import encode_conversations
 from parrot_sys.data.tokenizer_files import MissingTokenizer, has_tokenizer, load_tokenizer
@@ -93,6 +94,12 @@ class ParrotProcessor:
         """For a model that is no checkpoint yet: `vision.type`, `vision.image_size` and `template` of its settings."""
         chosen = TEMPLATES[template]
         return cls(load_tokenizer(tokenizer_path, chosen), ImageProcessor.for_tower(tower, image_size), chosen)
+
+    def with_text_rules(self, image_position: ImagePosition, control_tokens: ControlTokens) -> ParrotProcessor:
+        """This processor with other rules for texts, see the constructor."""
+        other = copy.copy(self)
+        other.image_position, other.control_tokens, other._encoder = image_position, control_tokens, None
+        return other
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.records import read_raw_records
+from parrot_sys.data.record_files import read_raw_records
 from parrot_sys.errors import DataError
 
 SourceName = Literal["llava", "aokvqa", "minigpt4", "coco_caption", "ocr_vqa", "vqa_v2", "dolly", "alpaca", "baize"]

@@ -121,7 +121,7 @@ class Trainer:
         processor.image_processor = replace(
             processor.image_processor, exif=data.exif, transparency=data.transparency, limits=data.image_limits
         )
-        return processor
+        return processor.with_text_rules(data.image_position, data.control_tokens)
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()

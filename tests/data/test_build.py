@@ -23,7 +23,8 @@ from parrot_sys.data.concepts import Concept, choose_concepts, load_concepts
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.conversations import load_phrases
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER
-from parrot_sys.data.records import parse_record, read_raw_records
+from parrot_sys.data.record_files import read_raw_records
+from parrot_sys.data.records import parse_record
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.prompts import question_prompt
 from parrot_sys.evaluation.tsv import read_table

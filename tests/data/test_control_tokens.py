@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parrot_sys.data.constants import IMAGE_TOKEN, IMAGE_TOKEN_ID
-from parrot_sys.data.control_tokens import TextEncoder, check_text, control_tokens
+from parrot_sys.data.control_tokens import TextEncoder, control_tokens
 from parrot_sys.data.images import ImageProcessor
-from parrot_sys.data.parts import Part, human_turn, template
+from parrot_sys.data.parts import Part, check_text, human_turn, template
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.templates import TEMPLATES
 from parrot_sys.errors import DataError

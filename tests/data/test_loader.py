@@ -377,7 +377,7 @@ def long_records(turns, images):
     long = "word " * 100
     return [
         {"id": "short", "conversations": turns()},
-        {"id": "text", "conversations": turns(long, "never reached")},
+        {"id": "text", "conversations": turns("Hi", "reached") + turns(long, "never reached")},
         {"id": "image", "image": images[0], "conversations": turns("<image>\nWhat?", long)},
     ]
 
@@ -394,14 +394,16 @@ def test_long_samples_are_cut_and_counted(write_records, long_records, make_load
     assert loader.statistics.truncated == 2
 
 
-def test_an_image_that_is_cut_in_two_keeps_its_first_rows(write_records, make_loader, images, turns):
-    path = write_records([{"image": images[:2], "conversations": turns("<image><image>\nWhat?")}])
-    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=21 + ROWS + 6)))[0]
-    # 21 rows of text before the first image, a newline between the two
+def test_an_image_that_is_cut_in_two_keeps_its_first_rows(write_records, make_loader, images, turns, processor):
+    conversations = turns("Hi", "Yes.") + turns("<image><image>\nWhat?")
+    path = write_records([{"image": images[:2], "conversations": conversations}])
+    ids = processor.format_conversation(conversations)["input_ids"]
+    text = ids.index(IMAGE_TOKEN_ID)  # rows before the first image; a newline stands between the two
+    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=text + ROWS + 6)))[0]
     assert batch.visual_source.tolist() == list(range(ROWS + 5))
-    assert (batch.num_images, batch.num_rows) == (2, 21 + ROWS + 6)
-    assert batch.label_rows.numel() == 0
-    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=21 + ROWS + 1)))[0]
+    assert (batch.num_images, batch.num_rows) == (2, text + ROWS + 6)
+    assert 0 < batch.label_rows.numel() < len(processor.encode_text("Yes.")) + 4  # those of the first answer
+    batch = next(iter(make_loader(DataConfig(paths=(path,)), limit=text + ROWS + 1)))[0]
     assert batch.num_images == batch.pixel_values.shape[0] == 1
 
 
