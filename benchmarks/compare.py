@@ -29,7 +29,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], limit: float | None) -> 
             lines.append((*key, f"{first.ms:.4f}", "-", "-"))
             continue
         lines.append((*key, f"{first.ms:.4f}", f"{second.ms:.4f}", f"{first.ms / second.ms:.2f}"))
-        if limit is not None and first.ours and second.ms > limit * first.ms:
+        if limit is not None and first.ours and not second.ms <= limit * first.ms:  # also when one is no number
             worse.append(f"{' '.join(key)}: {second.ms / first.ms:.2f} times as long")
     lines += [(*key, "-", f"{timing.ms:.4f}", "-") for key, timing in right.items() if key not in left]
     changed = _changed(a, b)

@@ -190,14 +190,12 @@ def compare(peer: list[float], ours: list[float]) -> bool:
     print(
         f"\n{'step':>4}  {'Megatron SequentialMLP':>22}  {'parrot_sys GroupedExperts':>25}  {'relative difference':>19}"
     )
-    worst = 0.0
-    for step, (a, b) in enumerate(zip(peer, ours, strict=True)):
-        worst = max(worst, abs(a - b) / abs(a))
-        print(f"{step:4}  {a:22.7f}  {b:25.7f}  {abs(a - b) / abs(a):19.1e}")
-    equal = worst <= TOLERANCE
-    print(
-        f"\n{'equal up to rounding' if equal else 'NOT EQUAL'}: largest difference {worst:.1e}, allowed {TOLERANCE:.0e}"
-    )
+    differences = [abs(a - b) / abs(a) for a, b in zip(peer, ours, strict=True)]
+    for step, (a, b, difference) in enumerate(zip(peer, ours, differences, strict=True)):
+        print(f"{step:4}  {a:22.7f}  {b:25.7f}  {difference:19.1e}")
+    equal = all(difference <= TOLERANCE for difference in differences)  # false for losses that are no numbers
+    verdict, worst = "equal up to rounding" if equal else "NOT EQUAL", max(differences, default=0.0)
+    print(f"\n{verdict}: largest difference {worst:.1e}, allowed {TOLERANCE:.0e}")
     return equal
 
 

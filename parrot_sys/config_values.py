@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -201,6 +202,9 @@ def _convert(hint: Any, value: Any, name: str, where: str) -> Any:
         return _build(cast(type, hint), values, None, f"{name}.", True, dataclasses.MISSING)
     else:
         fits, result = _convert_scalar(hint, value)
+        if fits and hint is float and not math.isfinite(result):
+            # Comparisons let NaN through in one of their directions: no range that a class checks would be safe.
+            raise ConfigError(f"{name}{where} must be a finite number, got {value!r}")
     if not fits:
         raise ConfigError(f"{name}{where} must be {_type_name(hint)}, got {value!r}")
     return result

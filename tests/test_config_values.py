@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
 from parrot_sys.cli import config_from_dict, config_to_dict, load_config, save_config
 from parrot_sys.config_values import build, merge
 from parrot_sys.errors import ConfigError
+from parrot_sys.inference.chat import ChatConfig
+from parrot_sys.planning.config import PlanConfig
+from parrot_sys.training.config import TrainConfig
 from tests.config_classes import AdapterConfig, ModelConfig, MoEConfig, RunConfig, SourceConfig
 
 FULL = RunConfig(
@@ -138,3 +146,35 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(MoEConfig, tmp_path / "c.yaml") == MoEConfig()
+
+
+def _floats(cls: type, prefix: str = "") -> dict[str, Callable[[float], Any]]:
+    """Dotted name of each setting below `cls` that holds floats -> how a number is written for it."""
+    found: dict[str, Callable[[float], Any]] = {}
+    for name, hint in get_type_hints(cls).items():
+        choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        for choice in choices:
+            if dataclasses.is_dataclass(choice):
+                found |= _floats(choice, f"{prefix}{name}.")
+            elif choice is float:
+                found[prefix + name] = lambda value: value
+            elif get_origin(choice) is dict and float in get_args(choice):
+                found[prefix + name] = lambda value: {"en": value}
+            elif get_origin(choice) is tuple and float in get_args(choice):
+                count = len([each for each in get_args(choice) if each is float])
+                found[prefix + name] = lambda value, count=count: [0.5] * (count - 1) + [value]
+    return found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "nan", "-Infinity"])
+@pytest.mark.parametrize("cls", [RunConfig, TrainConfig, PlanConfig, ChatConfig])
+def test_no_setting_takes_what_is_no_number(cls: type, value: float) -> None:
+    """NaN passes each range check in one of its two directions, so that it must not get there."""
+    settings = _floats(cls)
+    assert settings, "each of these programs has some"
+    for name, write in settings.items():
+        nested = write(value)
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)}\S* must be a finite number, got '?{value}"):
+            config_from_dict(cls, nested)

@@ -24,7 +24,9 @@ from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.markdown import table
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import Item, Options, load_tables, make_items
+from parrot_sys.inference.generation import check_finite
 from parrot_sys.inference.pretrained import load_pretrained
+from parrot_sys.inference.requests import check_rows, request_name
 from parrot_sys.logging import setup_logging
 from parrot_sys.megatron.attention_mass import attention_mass, row_kinds
 from parrot_sys.platform import DtypeName
@@ -115,17 +117,24 @@ def measure(predictor: ModelPredictor, items: Sequence[Item], batch_size: int, n
         `n` dialogues; `layers`, for each layer the mean share `before`, `image` and `after` and under `std` the spread
         over dialogues; `pearson`, the correlation over layers of `before` and `after`, None for fewer than three layers
         or a share that is the same in all.
+
+    Raises:
+        DataError: a question is too long for the model.
+        CheckpointError: a logit is not finite.
     """
     parrot = predictor.model.parrot
     batches: list[Tensor] = []
     for start in tqdm(range(0, len(items), batch_size), desc=f"attention {name}", unit="batch"):
         samples = predictor.samples(items[start : start + batch_size])
+        check_rows(parrot, samples, [0] * len(samples))
         batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance).to(
             predictor.lockstep.device
         )
         last_rows = batch.cu_seqlens[1:].long() - 1
         with attention_mass(predictor.model, row_kinds(batch)) as layers:
-            predictor.lockstep.forward(batch, logits_rows=last_rows)
+            output = predictor.lockstep.forward(batch, logits_rows=last_rows)
+        assert output.logits is not None, "logits come back to every rank"
+        check_finite(output.logits, [request_name(start + place, sample) for place, sample in enumerate(samples)])
         batches.append(torch.stack(layers, dim=1))  # [S, layers, 3]
     mass = torch.cat(batches).double()
     means, spreads = mass.mean(0).tolist(), mass.std(0, correction=0).tolist()

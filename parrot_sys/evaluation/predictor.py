@@ -210,7 +210,7 @@ def _rule(parrot: ParrotConfig) -> dict[str, str]:
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:
-    if not any(score > -math.inf for score in scores.values()) or any(map(math.isnan, scores.values())):
+    if not all(map(math.isfinite, scores.values())):
         raise CheckpointError(f"no option is the most likely one, their log-likelihoods are {dict(scores)}")
     best = max(scores, key=lambda letter: scores[letter])
     return Prediction(response=best, experts=experts, option_scores=dict(scores))

@@ -87,12 +87,17 @@ class PredictionStore:
 
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json.loads(line, parse_constant=_refuse)
+        except ValueError as error:
             raise DataError(
                 f"{self.path}, line {number} is damaged ({error}); delete the file to start anew"
             ) from error
         return dict(record)
+
+
+def _refuse(constant: str) -> None:
+    """Ends the reading of a record with NaN or Infinity: nothing was measured there."""
+    raise ValueError(f"{constant} is no number")
 
 
 def write_kit_tables(table_path: Path, predictions: Mapping[int, str], stem: Path) -> list[Path]:

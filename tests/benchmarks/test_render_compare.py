@@ -150,3 +150,7 @@ def test_compare_shows_ratios_and_finds_what_is_worse(
     assert "correctness swiglu/tokens/triton/bf16: passed, then failed" in out
     assert "loop: " not in out
     assert compare.main([files[0], files[0], "--limit", "1.0"]) == 0
+    rows["gemm/a/triton"]["passes"]["fwd"]["ms"] = float("nan")
+    paths[1].write_text(json.dumps(other))
+    assert compare.main([*files, "--limit", "3"]) == 1
+    assert "gemm/a fwd triton: nan times as long" in capsys.readouterr().out

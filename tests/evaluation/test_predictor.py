@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import parrot_sys
+from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.main import main
 from parrot_sys.evaluation.predictor import ModelPredictor, checkpoint_digest
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
@@ -137,6 +138,26 @@ def test_route_changes_logits_and_needs_experts(loaded: tuple, data: Path, monke
     assert note.startswith("The checkpoint holds 6 experts, but they are not used")
     assert predictor.notes == ()
     assert bypassed.predict(_items(data)[:1], "model")[0].experts == []
+
+
+@pytest.mark.parametrize("mode", ["generate", "likelihood", "text-likelihood"])
+@pytest.mark.parametrize("routing", ["model", "off", "other-language"])
+def test_nothing_is_chosen_among_numbers_that_are_none(data: Path, mode: str, routing: str) -> None:
+    """Experts of NaN: only the routing `off` goes past them, and is then what the answers are made of."""
+    model, processor = parrot_sys.load_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        for parameter in model.model.moe.parameters():
+            parameter.fill_(float("nan"))
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode=mode, max_new_tokens=2)  # type: ignore[arg-type]
+    items = _items(data, routing)
+    if routing == "off":
+        assert all(prediction.response for prediction in predictor.predict(items, "off"))
+    else:
+        with pytest.raises(CheckpointError, match=r"request 0 \(mmmb_en\.tsv, index 0\) and 9 more: \d+ of"):
+            predictor.predict(items, routing)  # type: ignore[arg-type]
+    if routing != "model":
+        with pytest.raises(CheckpointError, match=r"mmmb_en\.tsv, index 0"):
+            predictor.logit_change(items, routing)  # type: ignore[arg-type]
 
 
 def test_digest_follows_content(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def test_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     assert third.asked == []
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_answers_chosen_among_numbers_that_are_none_are_not_taken_over(data: Path, tmp_path: Path, number: str) -> None:
+    evaluate(config(data, languages=("en",)), Scripted())
+    (path,) = (tmp_path / "out").rglob("*.jsonl")
+    path.write_text(path.read_text().replace("[0.5, 0.5]", f"[{number}, 0.5]", 1))
+    with pytest.raises(DataError, match=rf"line 2 is damaged \({number} is no number\)"):
+        evaluate(config(data, languages=("en",)), Scripted())
+
+
 def test_other_checkpoint_is_refused_or_starts_anew(data: Path) -> None:
     evaluate(config(data, languages=("en",)), Scripted())
     other = Scripted(answer=lambda item, routing: "B")

@@ -21,6 +21,7 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.sampling import SamplingConfig, filter_logits, next_tokens, penalize_repetition
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
+from tests.comparisons import differ
 from tests.inference.released_reference import FIXTURE, PAD, ReleasedParrot, Shape, pad, random_batch, write_checkpoint
 
 
@@ -145,7 +146,7 @@ def test_sampling_repeats_with_a_seed(
     }
     first = tiny.generate(ids, seed=1, **options)
     assert torch.equal(first, tiny.generate(ids, seed=1, **options))
-    assert not torch.equal(first, tiny.generate(ids, seed=2, **options))
+    assert differ(first, tiny.generate(ids, seed=2, **options))
     greedy = tiny.generate(ids, images=images, max_new_tokens=8, eos_token_id=[])
     assert torch.equal(greedy, tiny.generate(ids, seed=3, top_k=1, **options))
 
@@ -290,7 +291,7 @@ def test_first_turn_guides_alike_in_training_and_in_a_later_turn(pixels: Tensor)
         assert routing is not None
         return routing.probs
 
-    assert not torch.allclose(route(later), route(first))  # `prompt`: a later question guides as well
+    assert differ(route(later), route(first), atol=1e-6)  # `prompt`: a later question guides as well
     model.model.parrot = replace(model.config, moe=replace(model.config.moe, guidance="first_turn"))
     torch.testing.assert_close(route(later), route(first), rtol=0, atol=0)
     torch.testing.assert_close(route(trained["input_ids"], trained["labels"]), route(first), rtol=0, atol=0)

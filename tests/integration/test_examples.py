@@ -55,6 +55,13 @@ def test_gpt_moe_on_other_layouts(size: int, argv: list[str]) -> None:
     assert run_distributed(_run, size, _load("gpt_moe"), [*argv, *settings], timeout=120) == [0] * size
 
 
+@pytest.mark.parametrize("nan_in", ["peer", "ours", "both"])
+def test_gpt_moe_does_not_call_losses_equal_that_are_no_numbers(nan_in: str) -> None:
+    compare, losses, nan = _load("gpt_moe").compare, [2.0, 1.0, 0.5], [2.0, float("nan"), 0.5]
+    assert compare(losses, list(losses))
+    assert not compare(losses if nan_in == "ours" else nan, losses if nan_in == "peer" else nan)
+
+
 @pytest.mark.parametrize(("size", "argv"), [(1, ["--topk", "2"]), (2, ["--tensor-parallel", "2"])])
 def test_llava_text_guided(size: int, argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     example = _load("llava_text_guided")

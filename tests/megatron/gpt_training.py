@@ -237,7 +237,9 @@ def assemble(runs: list[Run]) -> dict[str, np.ndarray]:
         region = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
         known = target[region]
         if not np.isnan(known).any():
-            np.testing.assert_allclose(values, known, rtol=0, atol=1e-6 * max(abs(known).max(), 1e-3), err_msg=key)
+            np.testing.assert_allclose(
+                values, known, rtol=0, atol=1e-6 * max(abs(known).max(), 1e-3), err_msg=key, equal_nan=False
+            )
         target[region] = values
     assert not [key for key, values in whole.items() if np.isnan(values).any()]
     return whole

@@ -101,7 +101,7 @@ def test_new_block_changes_nothing_and_learns() -> None:
     output = block(hidden, *block.attention.keys_values(torch.randn(LATENTS, MEDIA)), spans, spans.active)
     assert torch.equal(output, hidden)
     output.sum().backward()
-    assert block.attention_gate.grad.item() != 0
+    assert 0 < abs(block.attention_gate.grad.item()) < float("inf")
 
 
 def test_passed_reaches_what_learns() -> None:

@@ -247,8 +247,12 @@ def assert_same(run: Run, reference: Run, *, tolerance: float = 1e-5) -> None:
     parameters that only they have moved by the step that it makes.
     """
     for name in ("losses", "aux_losses", "norms"):
-        np.testing.assert_allclose(getattr(run, name), getattr(reference, name), rtol=tolerance, err_msg=name)
-    np.testing.assert_allclose(run.metrics, reference.metrics, rtol=tolerance, atol=1e-12, err_msg="metrics")
+        np.testing.assert_allclose(
+            getattr(run, name), getattr(reference, name), rtol=tolerance, err_msg=name, equal_nan=False
+        )
+    np.testing.assert_allclose(
+        run.metrics, reference.metrics, rtol=tolerance, atol=1e-12, err_msg="metrics", equal_nan=False
+    )
     scale = max(np.abs(gradient).max() for gradient in reference.gradients.values())
     for kind, floor in (("gradients", 1e-2 * scale), ("parameters", 1e-2 * LR * scale)):
         ours, theirs = getattr(run, kind), getattr(reference, kind)
