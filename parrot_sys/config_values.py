@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -39,6 +39,15 @@ def _from_values(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested dicts, lists and scalars that YAML and JSON can hold."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def save_config(config: Any, path: str | Path) -> None:

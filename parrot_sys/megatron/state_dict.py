@@ -30,7 +30,7 @@ from parrot_sys.models.hf_checkpoint import (
     parrot_maps,
     tower_maps,
 )
-from parrot_sys.models.hf_config import MODEL_TYPE, MULTIMODAL_GPT, find_tower_directory
+from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap
@@ -133,7 +133,7 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
     with TensorFiles(directory) as files:
         keys = files.names()
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
-        if hf.get("model_type") in (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT):
+        if hf.get("model_type") in RELEASED_TYPES:
             maps = parrot_maps(config, with_vision_tower=inside)
         else:
             maps = llm_maps(config.llm, "decoder.")

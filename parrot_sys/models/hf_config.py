@@ -29,6 +29,8 @@ MODEL_TYPE = "parrot_qwen2"
 MULTIMODAL_GPT = "multimodal_gpt"
 """model_type of MultiModal-GPT as `parrot convert` puts it together: LLaMA's config.json, its own parts below
 `parrot_sys`."""
+RELEASED_TYPES = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
+"""model_type of every released layout; others are bare language models."""
 OWN_KEY = "parrot_sys"
 CONFIG = "config.json"
 EXPORTED_TOWER = "vision_tower"
@@ -181,10 +183,9 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
     fields = Fields(hf, directory / CONFIG)
-    kinds = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
     model_type = fields.get("model_type", str, MODEL_TYPE)
-    if model_type not in kinds:
-        raise fields.wrong("model_type", f"one of {', '.join(kinds)}")
+    if model_type not in RELEASED_TYPES:
+        raise fields.wrong("model_type", f"one of {', '.join(RELEASED_TYPES)}")
     _only(fields, "mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
     _only(fields, "tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
     own = fields.below(OWN_KEY)

@@ -8,14 +8,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from parrot_sys.cli import save_config
-from parrot_sys.config_values import config_to_dict, read_yaml
+from parrot_sys.config_values import config_to_dict, leaves, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, CheckpointWriteError, ConfigError
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite, guarded_write
@@ -71,7 +71,7 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
     Raises:
         ConfigError: the checkpoint belongs to a model or a stage with other settings.
     """
-    saved, own = dict(_leaves(read_yaml(folder / "config.yaml"))), dict(_leaves(config_to_dict(config)))
+    saved, own = dict(leaves(read_yaml(folder / "config.yaml"))), dict(leaves(config_to_dict(config)))
     for one, other, verb in ((saved, own, "with"), (own, saved, "without")):
         for name in one.keys() - other.keys():
             is_section = any(key.startswith(f"{name}.") for key in other)  # else only a setting of another version
@@ -247,12 +247,3 @@ def _fresh(folder: Path) -> None:
 def _log(text: str, level: int = logging.WARNING) -> None:
     if dist.get_rank() == 0:
         logger.log(level, text)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of nested settings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

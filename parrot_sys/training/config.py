@@ -163,6 +163,8 @@ class CheckpointConfig:
     """Compare every file with its checksum before a checkpoint is loaded; a damaged one is left out."""
     load_from: str | None = None
     """Weights to start from: a model in the released layout, a training checkpoint, or the output of another run."""
+    allow_differences: tuple[str, ...] = ()
+    """Constants of the model (`model.llm.rope_base`) that may differ from those of the weights in `load_from`."""
     resume: bool = True
     """Go on from the newest valid checkpoint of the output directory."""
     export: bool = True

@@ -31,6 +31,7 @@ from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
+from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
@@ -64,6 +65,9 @@ class Trainer:
         self.watchdog = Watchdog(config.faults.hang_timeout)
         self.checkpoints = CheckpointStore(config, on_progress=lambda: self.watchdog.beat("saving a checkpoint"))
         resume_from = self._resume_from()
+        if resume_from is None and config.checkpoint.load_from is not None:
+            start = self.source or config.checkpoint.load_from
+            check_constants(config.model, start, allowed=config.checkpoint.allow_differences)
         # Data come before the model: their errors are cheap to find.
         self.processor = self._load_processor()
         self.loader = self._make_loader(config.data)

@@ -248,6 +248,13 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
         return f"{type(error.value).__name__}: {error.value}"
 
     (message,) = run_distributed(build, 1, wrong)
+    assert message.startswith("ConfigError: the settings contradict the weights of ")
+    assert "model.llm.num_layers: wanted 3, found 2" in message
+    assert "model.moe.ffn_hidden_size: wanted 40, found 96" in message
+    # Let through by name, it is the tensors that do not fit.
+    differences = ("model.llm.num_layers", "model.moe.ffn_hidden_size")
+    forced = CheckpointConfig(load_from=base.output, allow_differences=differences)
+    (message,) = run_distributed(build, 1, dataclasses.replace(wrong, checkpoint=forced))
     assert "moe.w_down has (6, 96, 64), the model wants (6, 40, 64)" in message
     (message,) = run_distributed(
         build, 1, dataclasses.replace(wrong, checkpoint=CheckpointConfig(load_from="/nowhere"))
