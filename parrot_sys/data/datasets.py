@@ -62,9 +62,15 @@ class RecordDataset:
 
 
 def load_dataset(
-    source: DataSource, config: DataConfig, processor: ParrotProcessor, *, num_visual_rows: int, max_seq_len: int
+    source: DataSource,
+    config: DataConfig,
+    processor: ParrotProcessor,
+    *,
+    num_visual_rows: int,
+    max_seq_len: int,
+    needs_labels: bool = True,
 ) -> RecordDataset:
-    """Reads, checks and measures one data set.
+    """Reads, checks and measures one data set. Without `needs_labels` a sample that has no label is named and kept.
 
     Raises:
         DataError: the file is unreadable or nothing in it is usable; under `on_bad_sample=error` a record is wrong or
@@ -77,16 +83,17 @@ def load_dataset(
     is_long = full_rows > max_seq_len
     judged = ~is_long if config.on_long_sample != "truncate" else np.ones(len(records), dtype=bool)
     bad = {int(i): _without_label(int(full_rows[i]), max_seq_len) for i in np.flatnonzero((labels == 0) & judged)}
+    if not needs_labels:
+        _report(
+            source, [_describe(source, records[i], reason) for i, reason in bad.items()], len(records), "bad", "keep"
+        )
+        bad = {}
     bad |= _unusable_images(records, ImageFolder(source.image_root, allow_outside=config.allow_outside_root))
-    problems += [
-        f"{describe_record(source.path, r.index, r.record_id)}: {reason}"
-        for r, reason in ((records[i], reason) for i, reason in sorted(bad.items()))
-    ]
+    problems += [_describe(source, records[i], reason) for i, reason in sorted(bad.items())]
     _report(source, problems, len(records) + len(problems) - len(bad), "bad", config.on_bad_sample)
     usable = np.array([i not in bad for i in range(len(records))], dtype=bool)
     long = [
-        f"{describe_record(source.path, records[i].index, records[i].record_id)}: takes {full_rows[i]} rows, "
-        f"more than max_seq_len={max_seq_len}"
+        _describe(source, records[i], f"takes {full_rows[i]} rows, more than max_seq_len={max_seq_len}")
         for i in np.flatnonzero(is_long & usable)
     ]
     if config.on_long_sample == "truncate":
@@ -132,7 +139,12 @@ def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, 
     if policy == "error":
         others = f" (1 of {len(problems)} such records)" if len(problems) > 1 else ""
         raise DataError(f"{problems[0]}{others}; mend it, or leave such records out with data.on_{kind}_sample=skip")
-    logger.warning("data set %s: %d of %d records left out:\n  %s%s", source.name, len(problems), total, listed, rest)
+    done = "without a label" if policy == "keep" else "left out"
+    logger.warning("data set %s: %d of %d records %s:\n  %s%s", source.name, len(problems), total, done, listed, rest)
+
+
+def _describe(source: DataSource, record: Record, reason: str) -> str:
+    return f"{describe_record(source.path, record.index, record.record_id)}: {reason}"
 
 
 def _report_markers(source: DataSource, records: Sequence[Record], config: DataConfig) -> None:

@@ -65,6 +65,7 @@ class ParrotDataLoader:
         num_visual_rows: int,
         max_seq_len: int,
         guidance: Guidance = "prompt",
+        needs_labels: bool = True,
         global_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -77,6 +78,7 @@ class ParrotDataLoader:
             num_visual_rows: V of the vision tower.
             max_seq_len: most rows of a sample.
             guidance: `moe.guidance` of the model.
+            needs_labels: whether a sample without a label is a bad one; False names it in the log and keeps it.
             global_batch_size: samples in a step, over all ranks.
             dp_rank: this process's place among the data-parallel ranks.
             dp_size: number of data-parallel ranks.
@@ -103,7 +105,14 @@ class ParrotDataLoader:
         self._feature_store: FeatureStore | None = None
         self._skipped_file: SkippedRecords | None = None
         self.datasets = [
-            load_dataset(source, config, self._processor, num_visual_rows=num_visual_rows, max_seq_len=max_seq_len)
+            load_dataset(
+                source,
+                config,
+                self._processor,
+                num_visual_rows=num_visual_rows,
+                max_seq_len=max_seq_len,
+                needs_labels=needs_labels,
+            )
             for source in config.sources()
         ]
         self._starts = np.cumsum([0, *(len(dataset.records) for dataset in self.datasets)])

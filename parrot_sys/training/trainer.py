@@ -71,7 +71,9 @@ class Trainer:
         # Data come before the model: their errors are cheap to find.
         self.processor = self._load_processor()
         self.loader = self._make_loader(config.data)
-        self.validation_loader = self._make_loader(_validation_data(config)) if config.validation.paths else None
+        self.validation_loader = (
+            self._make_loader(_validation_data(config), learns=False) if config.validation.paths else None
+        )
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
         settings = config.optimizer
         warmup = warmup_steps(self.total_steps, settings.warmup_fraction, settings.warmup_steps)
@@ -163,7 +165,7 @@ class Trainer:
                 tower.eval()
         return chunks
 
-    def _make_loader(self, data: DataConfig) -> ParrotDataLoader:
+    def _make_loader(self, data: DataConfig, *, learns: bool = True) -> ParrotDataLoader:
         model = self.config.model
         return ParrotDataLoader(
             data,
@@ -171,6 +173,7 @@ class Trainer:
             num_visual_rows=model.rows_per_image,
             max_seq_len=model.max_seq_len,
             guidance=model.moe.guidance,
+            needs_labels=learns,
             global_batch_size=self.config.global_batch_size,
             dp_rank=megatron_optimizer.data_parallel_rank(),
             dp_size=megatron_optimizer.data_parallel_world_size(),

@@ -63,6 +63,22 @@ def test_a_sample_whose_answers_are_cut_away_is_a_bad_one(load, turns, caplog):
         load(records[1:], on_bad_sample="skip")
 
 
+def test_held_out_samples_without_a_label_are_named_and_kept(processor, write_records, turns, caplog):
+    path = write_records([{"id": "cut", "conversations": turns("word " * 200, "ok")}])
+    with caplog.at_level(logging.WARNING):
+        loader = ParrotDataLoader(
+            DataConfig(paths=(path,)),
+            processor,
+            num_visual_rows=ROWS,
+            max_seq_len=80,
+            global_batch_size=4,
+            needs_labels=False,
+        )
+    assert "1 of 1 records without a label" in caplog.text
+    assert "(id 'cut'): has no label" in caplog.text
+    assert only_batch(loader).label_rows.numel() == 0
+
+
 def test_a_long_sample_that_is_not_cut_keeps_its_own_policy(load, turns, caplog):
     records = [{"id": "good", "conversations": turns()}, {"id": "cut", "conversations": turns("word " * 200, "ok")}]
     with caplog.at_level(logging.WARNING):
