@@ -125,10 +125,12 @@ def main(argv: Sequence[str]) -> int:
     predictor = load_predictor(config)
 
     def program() -> int:
-        evaluate(config, predictor, tables)
-        build_report(ReportInput(evaluation=config.output, output=config.output))
-        print(summary(config.output))
-        print(f"\nReport: {config.output / 'report.md'}; predictions for the public kit: {config.output}/*/*/*.xlsx")
+        results = evaluate(config, predictor, tables)
+        if any(result["parts"] for result in results):
+            build_report(ReportInput(evaluation=config.output, output=config.output))
+            print(summary(config.output))
+            print(f"\nReport: {config.output / 'report.md'}")
+        print("\n".join(offers(results, config.output)))
         return 0
 
     return predictor.run(program)
@@ -155,13 +157,18 @@ def load_predictor(config: EvalConfig) -> ModelPredictor:
     )
 
 
-def evaluate(config: EvalConfig, predictor: Predictor, loaded: Sequence[QuestionSet] | None = None) -> None:
+def evaluate(
+    config: EvalConfig, predictor: Predictor, loaded: Sequence[QuestionSet] | None = None
+) -> list[dict[str, Any]]:
     """Answers and scores every table under every routing; results lie below `config.output`.
 
     Args:
         config: what to do.
         predictor: the model.
         loaded: all tables of `config.data`; read when not given.
+
+    Returns:
+        What `evaluate_table` returned for each table and routing.
 
     Raises:
         DataError: something is wrong with a table.
@@ -180,6 +187,7 @@ def evaluate(config: EvalConfig, predictor: Predictor, loaded: Sequence[Question
     # What is wrong with any table or with the output shows before the first answer.
     jobs = [(full, _items(config, full, translations[full.suite])) for full in tables]
     _make_room(config, predictor, jobs)
+    results = []
     for full, items in jobs:
         changes, notes = _measure_routes(full, translations[full.suite], predictor)
         for routing, asked in items.items():
@@ -194,9 +202,12 @@ def evaluate(config: EvalConfig, predictor: Predictor, loaded: Sequence[Question
                 output=config.output,
                 options=config.options,
                 overwrite=config.overwrite,
-                extra={"notes": notes, **({"logit_change": changes} if routing == "model" else {})},
+                notes=notes,
+                extra={"logit_change": changes} if routing == "model" else {},
             )
             _log(full, routing, result)
+            results.append(result)
+    return results
 
 
 def _items(
@@ -220,6 +231,7 @@ def _make_room(
             cells=frozenset((part, table.language) for part in table.parts()),
         )
         for table, items in jobs
+        if table.has_answers
         for routing in items
     ]
     wanted = identity(config.model_name, config.rules, settings_of(predictor, config.options))
@@ -229,7 +241,32 @@ def _make_room(
 def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> None:
     scores = {part: each["scores"] for part, each in result["parts"].items()}
     text = ", ".join(f"{part} {each['plain']:.1f} / {each['circular']:.1f} %" for part, each in scores.items())
-    logger.info("%s, routing %s, plain / circular accuracy: %s", table.name, routing, text)
+    logger.info("%s, routing %s, plain / circular accuracy: %s", table.name, routing, text or "no answers to score")
+
+
+def offers(results: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
+    """Lines on the files for the public kit: which there are, and which tables it would refuse and why.
+
+    Args:
+        results: from `evaluate`.
+        output: folder that they lie in.
+    """
+    lines: dict[str, None] = {}
+    for result in results:
+        name, kit_file = result["dataset"], result["kit_file"]
+        if kit_file is None:
+            lines[f"Not for the public kit: {name}, as {'; '.join(result['kit_refusals'])}"] = None
+        elif result["parts"]:
+            lines[f"Predictions for the public kit: {output}/*/*/*.xlsx"] = None
+        else:
+            lines[f"Predictions to hand in ({name} has no answers to score): {output / kit_file}"] = None
+    namesakes = dict.fromkeys(result["dataset"] for result in results if result["kit_namesake"])
+    if namesakes:
+        lines[
+            f"Of {', '.join(namesakes)} the public kit downloads other tables, and it would score these predictions "
+            "against those: give tables and predictions another name first"
+        ] = None
+    return list(lines)
 
 
 def _measure_routes(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from parrot_sys.evaluation.scoring import rows_by, score_cell
 from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clusters, paired_test
-from parrot_sys.evaluation.tsv import Question
+from parrot_sys.evaluation.tsv import Question, picture_bytes
 
 Interval = tuple[float, float]
 
@@ -42,11 +40,10 @@ def picture_digests(images: Mapping[str, str]) -> dict[str, str]:
     """Key of a table's picture -> digest of its bytes, so that line breaks in base64 make no other picture."""
     digests = {}
     for key, cell in images.items():
-        text = "".join(cell.rpartition(",")[2].split())  # (rpartition: a data URL)
         try:
-            content = base64.b64decode(text)
-        except (binascii.Error, ValueError):
-            content = text.encode()
+            content = picture_bytes(cell)
+        except ValueError:
+            content = cell.encode()
         digests[key] = hashlib.sha256(content).hexdigest()[:16]
     return digests
 

@@ -18,12 +18,12 @@ from typing import Any
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation import plots
+from parrot_sys.evaluation.kit import is_circular
 from parrot_sys.evaluation.markdown import render
 from parrot_sys.evaluation.results import check_alike, read_score_files
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.training.writer import read_metrics
 
-_CIRCULAR_NAMES = ("mmbench", "ccbench", "circular", "mmcr")
 _LENIENT = (
     "Options are extracted by lenient rules, which no public kit uses; accuracies by the kit's `current` rules stand "
     "next to those by the lenient ones."
@@ -53,7 +53,7 @@ class ReportInput:
 
 def headline(dataset: str) -> str:
     """`circular` or `plain`: the accuracy that the public kit reports for a data set of this name."""
-    return "circular" if any(name in dataset.lower() for name in _CIRCULAR_NAMES) else "plain"
+    return "circular" if is_circular(dataset) else "plain"
 
 
 def build_report(report: ReportInput) -> dict[str, Any]:

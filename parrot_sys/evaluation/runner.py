@@ -21,11 +21,13 @@ from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.parts import human_turn
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
+from parrot_sys.evaluation.kit import write_kit_files
 from parrot_sys.evaluation.outcomes import measure, normalised
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
 from parrot_sys.evaluation.scoring import score_beside, score_table
-from parrot_sys.evaluation.store import PredictionStore, write_kit_tables
+from parrot_sys.evaluation.store import PredictionStore
 from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_table
+from parrot_sys.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +196,7 @@ def evaluate_table(
     output: Path,
     options: Options = "shown",
     overwrite: bool = False,
+    notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answers what is not answered yet, scores the table and writes its files.
@@ -201,7 +204,9 @@ def evaluate_table(
     Returns:
         What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
         `parts` (name -> `scores`; `experts`, the mean routing weight of each expert; `normalised`, the accuracies by
-        the likelihood per token; `rows` and `intervals`, see `outcomes.measure`), `seconds` of this call, and `extra`.
+        the likelihood per token; `rows` and `intervals`, see `outcomes.measure`; none without answers to score, and no
+        such file), `kit_file` (what the public kit takes, or None), `kit_refusals`, `kit_namesake` (see `KitFiles`),
+        `notes`, `seconds` of this call, and `extra`.
     """
     begin = time.perf_counter()
     path = scores_path(output, table, routing, model_name)
@@ -210,10 +215,7 @@ def evaluate_table(
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         _answer(items, predictor, store, routing, batch_size)
         records = {item.question.index: store.records[item.question.index] for item in items}
-    write_kit_tables(table.path, {index: record["prediction"] for index, record in records.items()}, stem)
-    letters = _letters(table, records, rules)
-    # likelihoods give a letter itself, which all rules read alike
-    others = _letters(table, records, beside(rules)) if settings["mode"] == "generate" else None
+    kit = write_kit_files(table, {index: record["prediction"] for index, record in records.items()}, stem)
     result = {
         "suite": table.suite,
         "language": table.language,
@@ -221,23 +223,36 @@ def evaluate_table(
         "routing": routing,
         "rules": rules,
         "settings": settings,
-        "parts": {
-            name: {
-                "scores": score_table(questions, letters)
-                | ({} if others is None else {"beside": score_beside(questions, others, beside(rules))}),
-                "experts": mean_experts([records[question.index] for question in questions]),
-                "normalised": normalised(questions, records, table.images),
-                **measure(questions, letters, table.images),
-            }
-            for name, questions in table.parts().items()
-        },
+        "parts": _parts(table, records, rules, settings["mode"]) if table.has_answers else {},
+        "kit_file": None if kit.offered is None else str(kit.offered.relative_to(output)),
+        "kit_refusals": list(kit.refusals),
+        "kit_namesake": kit.namesake,
+        "notes": [*notes, *kit.notes],
         "seconds": time.perf_counter() - begin,
         **(extra or {}),
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    if table.has_answers:
+        replace_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _parts(
+    table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules: Rules, mode: Mode
+) -> dict[str, dict[str, Any]]:
+    """Part -> everything that is reported of it."""
+    letters = _letters(table, records, rules)
+    # likelihoods give a letter itself, which all rules read alike
+    others = _letters(table, records, beside(rules)) if mode == "generate" else None
+    return {
+        name: {
+            "scores": score_table(questions, letters)
+            | ({} if others is None else {"beside": score_beside(questions, others, beside(rules))}),
+            "experts": mean_experts([records[question.index] for question in questions]),
+            "normalised": normalised(questions, records, table.images),
+            **measure(questions, letters, table.images),
+        }
+        for name, questions in table.parts().items()
+    }
 
 
 def _letters(table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules: Rules) -> dict[int, str | None]:

@@ -1,4 +1,4 @@
-"""Predictions on disk: an append-only JSONL that a killed run continues, and tables that the public kit can score."""
+"""Predictions on disk: an append-only JSONL that a killed run continues."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pandas as pd
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.evaluation.tsv import read_frame
 from parrot_sys.files import replace_text
 
 
@@ -98,33 +94,3 @@ class PredictionStore:
 def _refuse(constant: str) -> None:
     """Ends the reading of a record with NaN or Infinity: nothing was measured there."""
     raise ValueError(f"{constant} is no number")
-
-
-def write_kit_tables(table_path: Path, predictions: Mapping[int, str], stem: Path) -> list[Path]:
-    """Writes `stem`.xlsx and `stem`.tsv: the columns of the table without its pictures, plus `prediction`.
-
-    The public kit scores a file named `{model}_{dataset}.xlsx` (VLMEvalKit, vlmeval/inference.py). Rows without a
-    prediction (a run limited to some questions) are left out.
-    """
-    frame = read_frame(table_path).drop(columns="image")
-    frame["index"] = [int(float(index)) for index in frame["index"]]
-    frame = frame[frame["index"].isin(predictions)].copy()
-    if "g_index" in frame:
-        frame["g_index"] = pd.to_numeric(frame["g_index"]).astype("Int64")
-    frame["prediction"] = [predictions[index] for index in frame["index"]]
-    frame = frame.replace("", pd.NA)
-    paths = [stem.parent / f"{stem.name}.xlsx", stem.parent / f"{stem.name}.tsv"]
-    _write_spreadsheet(frame, paths[0])
-    frame.to_csv(paths[1], sep="\t", index=False)
-    return paths
-
-
-def _write_spreadsheet(frame: pd.DataFrame, path: Path) -> None:
-    """xlsx with every text as text: an answer may start with "=", or hold control characters, which are dropped."""
-    clean = frame.map(lambda cell: ILLEGAL_CHARACTERS_RE.sub("", cell) if isinstance(cell, str) else cell)
-    with pd.ExcelWriter(path, engine="openpyxl") as writer:
-        clean.to_excel(writer, index=False)
-        for row in writer.book.active.iter_rows():
-            for cell in row:
-                if cell.data_type == "f":
-                    cell.data_type = "s"

@@ -3,15 +3,15 @@
 Columns: `index`, `question`, option columns (any single capital letter; an empty cell means that the option does not
 exist), `answer`, `image` (base64, or the `index` of the row that holds it), and where present `hint`, `category`,
 `l2-category`, `split`, `g_index`, and `history`: a JSON list of the turns before the question, `[question, answer]`
-each. Only in a table with that column may a row have no picture (an empty `image`): it is about text alone. Case and
-`-`/`_` in column names do not matter. Read as VLMEvalKit reads them (vlmeval/dataset/image_base.py), except that every
-cell stays text, so that an option such as `None`, `NA` or `1.50` is kept as it is written.
+each. Only in a table with that column may a row have no picture (an empty `image`): it is about text alone. A table
+without `answer`, or with that column empty, is for predictions only. Case and `-`/`_` in column names do not matter.
+Read as VLMEvalKit reads them (vlmeval/dataset/image_base.py), except that no row is lost and an option such as `None`
+or `NA` is kept, see `cells` and `grid`.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import re
@@ -19,11 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pandas as pd
-
 from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
 from parrot_sys.data.decoding import EncodedImage
 from parrot_sys.errors import DataError
+from parrot_sys.evaluation.grid import Grid, present, read_grid, whole_number
 
 _REFERENCE_LENGTH = 64
 """An image cell of at most this many characters is the index of another row (VLMEvalKit's rule)."""
@@ -33,7 +32,9 @@ _LANGUAGE_OF_SUFFIX = {"cn": "zh", **{language: language for language in LANGUAG
 _SUFFIX_OF_LANGUAGE = {"zh": "cn"}
 _KIT_NAMES = {"mmmb": "MMMB", "mmbench_dev": "MMBench_dev", "mmbench": "MMBench_dev"}
 _GENERIC_SPLITS = {"", "dev", "val", "test", "train"}
-_REQUIRED = ("index", "question", "answer", "image")
+_NAMED = 20
+"""Bad questions that an error names."""
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +46,15 @@ class Question:
     options: Mapping[str, str]
     """Letter -> text, in alphabetical order, of the options that exist."""
     answer: str
-    """The right letter."""
+    """The right letter; empty in a table without answers."""
     image_key: str | None
     """Key of the picture in `QuestionSet.images`; rows that share a picture share the key; None: no picture."""
     group: int
     """The question that this row is a rotation of (`g_index`, or index modulo 1,000,000)."""
+    row: int = 0
+    """Row of the file, of which the column names are the first."""
+    problem: str = ""
+    """Why it cannot be asked; empty where it can."""
     history: tuple[tuple[str, str], ...] = ()
     """Question and answer of each earlier turn; none of them has a picture."""
     hint: str | None = None
@@ -73,6 +78,10 @@ class QuestionSet:
     """Key -> base64."""
     digest: str
     """SHA-256 of the file."""
+    has_answers: bool = True
+    """False: there is nothing to score, predictions only."""
+    kit_unseen: frozenset[int] = frozenset()
+    """Indices of rows with a text such as `None` or `NA`, which is empty to the public kit."""
 
     def image(self, key: str) -> EncodedImage:
         """The picture as the bytes of an image file, for `ParrotProcessor.images` or `load_image`.
@@ -80,14 +89,23 @@ class QuestionSet:
         Raises:
             DataError: where the cell is no base64.
         """
-        rows = ", ".join(str(q.index) for q in self.questions if q.image_key == key)
+        indices = ", ".join(str(q.index) for q in self.questions if q.image_key == key)
         try:
-            data = base64.b64decode(self.images[key], validate=True)
-        except (binascii.Error, ValueError) as error:
+            data = picture_bytes(self.images[key])
+        except ValueError as error:
             raise DataError(
-                f"image of row {rows} of {self.path} cannot be decoded: {error}; the cell must be base64"
+                f"image of index {indices} of {self.path} cannot be decoded: {error}; the cell must be base64"
             ) from error
-        return EncodedImage(data, f"of row {rows} of {self.path}")
+        return EncodedImage(data, f"of index {indices} of {self.path}")
+
+    def place(self, question: Question) -> str:
+        """Where a question stands, for messages."""
+        return f"{self.path}, row {question.row}, index {question.index}"
+
+    @property
+    def problems(self) -> list[str]:
+        """Questions that cannot be asked, and why."""
+        return [f"{self.place(q)}: {q.problem}" for q in self.questions if q.problem]
 
     def parts(self) -> dict[str, list[Question]]:
         """Name -> questions of what is reported on its own: each value of `split`, or the whole suite where splits say
@@ -133,154 +151,173 @@ def language_of(name: str) -> str:
     return _LANGUAGE_OF_SUFFIX.get(name.lower().rsplit("_", 1)[-1], "en")
 
 
-def read_table(path: str | Path) -> QuestionSet:
-    """Reads and checks one TSV.
+def picture_bytes(cell: str) -> bytes:
+    """Content of a picture's cell: base64, also over several lines or as a data URL.
 
     Raises:
-        DataError: naming file, row and reason: a missing column, a double index, an answer that is no option, an image
-            that is missing or refers to nothing.
+        ValueError: it is neither.
+    """
+    text = cell.strip()
+    if text.startswith("["):
+        raise ValueError("it holds a list of pictures, and a question takes one")
+    prefix = _DATA_URL.match(text)
+    return base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
+
+
+def read_table(path: str | Path, *, keep_bad: bool = False) -> QuestionSet:
+    """Reads and checks one TSV.
+
+    Args:
+        path: the file.
+        keep_bad: keep questions that cannot be asked, with their `problem`, instead of ending with an error.
+
+    Raises:
+        DataError: naming file, row and reason: a missing column, a double index; unless `keep_bad`, an answer that is
+            no option, an image that is missing or refers to nothing, and the like.
     """
     path = Path(path)
-    frame = read_frame(path)
-    if frame.empty:
+    grid = read_grid(path)
+    if not grid.rows:
         raise DataError(f"{path} has no rows")
-    letters = sorted(column for column in frame.columns if re.fullmatch(r"[A-Z]", column))
-    if not letters:
-        raise DataError(f"{path} has no option column (A, B, ...), got {', '.join(frame.columns)}")
-    questions, cells = [], {}
-    for number, row in enumerate(frame.to_dict("records")):
-        question = _read_row(row, letters, f"{path}, row {number + 2}")
-        if question.index in cells:
-            raise DataError(f"{path}, row {number + 2}: index {question.index} occurs twice; every row needs its own")
-        cells[question.index] = str(row["image"]).strip()
-        questions.append(question)
-    dialogues = "history" in frame.columns
-    keys = {
-        index: None if dialogues and not _present(cells[index]) else _resolve(index, cells, path) for index in cells
-    }
+    if not grid.options:
+        raise DataError(f"{path} has no option column (A, B, ...), got {', '.join(grid.written)}")
+    has_answers = any(present(row.get("answer", "")) for row in grid.rows)
+    indices = _indices(grid, path)
+    cells = {index: row["image"].strip() for index, row in zip(indices, grid.rows, strict=True)}
+    questions = []
+    for number, (index, row) in enumerate(zip(indices, grid.rows, strict=True), 2):
+        question = replace(_read_row(index, row, grid, has_answers=has_answers), row=number)
+        questions.append(_with_picture(question, cells, optional="history" in grid.columns))
     stem = path.stem.lower()
     language = language_of(stem)
     base = stem.rsplit("_", 1)[0] if stem.rsplit("_", 1)[-1] in _LANGUAGE_OF_SUFFIX else stem
-    return QuestionSet(
+    table = QuestionSet(
         path=path,
         name=f"{_KIT_NAMES[base]}_{_SUFFIX_OF_LANGUAGE.get(language, language)}" if base in _KIT_NAMES else path.stem,
         suite=base,
         language=language,
-        questions=tuple(replace(q, image_key=_key(keys[q.index])) for q in questions),
-        images={str(index): cells[index] for index in set(keys.values()) if index is not None},
+        questions=tuple(questions),
+        images={q.image_key: cells[int(q.image_key)] for q in questions if q.image_key is not None},
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        has_answers=has_answers,
+        kit_unseen=frozenset(index for index, names in zip(indices, grid.unseen, strict=True) if names),
     )
+    assert len(table.questions) == len(grid.rows), "every row is a question"
+    if not keep_bad:
+        refuse(table.problems)
+    return table
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """The table as text, with the column names that this module uses.
+def refuse(problems: Sequence[str], advice: str = "") -> None:
+    """Ends with an error that names questions which cannot be asked.
+
+    Args:
+        problems: of each its place and the reason.
+        advice: what else can be done, for the end of the message.
 
     Raises:
-        DataError: when the file is no TSV or lacks a column.
+        DataError: there are any.
     """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise DataError(problems[0] + advice)
+    lines = ["questions that cannot be asked:", *problems[:_NAMED]]
+    files = ", ".join(dict.fromkeys(problem.split(", row ")[0] for problem in problems))
+    raise DataError("\n  ".join(lines) + f"\n{len(problems)} questions of {files} cannot be asked{advice}")
+
+
+def _indices(grid: Grid, path: Path) -> list[int]:
+    """Index of every row: a whole number that no other row has."""
+    indices: dict[int, None] = {}
+    for number, row in enumerate(grid.rows, 2):
+        index = whole_number(row["index"])
+        if index is None:
+            raise DataError(f"{path}, row {number}: index must be a whole number, got {row['index'][:80]!r}")
+        if index in indices:
+            raise DataError(f"{path}, row {number}: index {index} occurs twice; every row needs its own")
+        indices[index] = None
+    return list(indices)
+
+
+def _read_row(index: int, row: Mapping[str, str], grid: Grid, *, has_answers: bool) -> Question:
+    """Everything of a row but its picture."""
+    options = {letter: row[letter] for letter in grid.options if present(row[letter])}
+    answer = row.get("answer", "").strip() if has_answers else ""
+    cell = row.get("g_index", "")
+    group = whole_number(cell) if present(cell) else index % _ROTATION
+    problems = []
+    history: tuple[tuple[str, str], ...] = ()
     try:
-        frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} cannot be read as a tab-separated table: {error}") from error
-    frame.columns = pd.Index([_column_name(str(name)) for name in frame.columns])
-    double = [name for name in frame.columns.unique() if (frame.columns == name).sum() > 1]
-    missing = [name for name in _REQUIRED if name not in frame.columns]
-    if missing or double:
-        problem = f"lacks the column {missing[0]!r}" if missing else f"has the column {double[0]!r} twice"
-        raise DataError(
-            f"{path} {problem}; wanted {', '.join(_REQUIRED)} and options A, B, ..., got {', '.join(frame.columns)}"
-        )
-    return frame
-
-
-def _column_name(name: str) -> str:
-    name = name.strip()
-    if re.fullmatch(r"[A-Z]", name):
-        return name
-    name = name.lower().replace("_", "-")
-    return {"g-index": "g_index"}.get(name, name)
-
-
-def _read_row(row: Mapping[str, object], letters: Sequence[str], where: str) -> Question:
-    index = _whole_number(row["index"], "index", where)
-    options = {letter: str(row[letter]) for letter in letters if _present(row[letter])}
-    answer = str(row["answer"]).strip()
+        history = _read_history(row.get("history", ""))
+    except DataError as error:
+        problems.append(str(error))
     if not options:
-        raise DataError(f"{where}: no option column has text; wanted at least one of {', '.join(letters)}")
-    if answer not in options:
-        raise DataError(f"{where}: answer must be one of the options {', '.join(options)}, got {answer!r}")
-    if not _present(row["question"]):
-        raise DataError(f"{where}: the question is empty")
-    g_index = row.get("g_index", "")
+        problems.append(f"no option column has text; wanted at least one of {', '.join(grid.options)}")
+    elif has_answers and answer not in options:
+        problems.append(f"answer must be one of the options {', '.join(options)}, got {answer!r}")
+    if not present(row["question"]):
+        problems.append("the question is empty")
+    if group is None:
+        problems.append(f"g_index must be a whole number, got {cell[:80]!r}")
     return Question(
         index=index,
-        question=str(row["question"]),
+        question=row["question"],
         options=options,
         answer=answer,
         image_key=None,
-        history=_read_history(row.get("history", ""), where),
-        group=_whole_number(g_index, "g_index", where) if _present(g_index) else index % _ROTATION,
-        hint=str(row["hint"]) if _present(row.get("hint", "")) else None,
+        history=history,
+        group=index if group is None else group,
+        hint=row["hint"] if present(row.get("hint", "")) else None,
         category=_text(row.get("category", "")),
         l2_category=_text(row.get("l2-category", "")),
         split=_text(row.get("split", "")),
+        problem="; ".join(problems),
     )
 
 
-def _read_history(cell: object, where: str) -> tuple[tuple[str, str], ...]:
-    if not _present(cell):
+def _read_history(cell: str) -> tuple[tuple[str, str], ...]:
+    if not present(cell):
         return ()
     try:
-        turns = json.loads(str(cell))
+        turns = json.loads(cell)
     except ValueError as error:
-        raise DataError(f"{where}: history is no JSON ({error})") from error
+        raise DataError(f"history is no JSON ({error})") from error
     texts = isinstance(turns, list) and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text for text in turn)
         for turn in turns
     )
-    if not texts or IMAGE_TOKEN in str(cell):
+    if not texts or IMAGE_TOKEN in cell:
         raise DataError(
-            f"{where}: history must be a list of earlier turns [question, answer] without {IMAGE_TOKEN} (the picture "
-            f"belongs to the last turn), got {str(cell)[:120]}"
+            f"history must be a list of earlier turns [question, answer] without {IMAGE_TOKEN} (the picture "
+            f"belongs to the last turn), got {cell[:120]}"
         )
     return tuple((question, answer) for question, answer in turns)
 
 
-def _key(index: int | None) -> str | None:
-    return None if index is None else str(index)
+def _text(cell: str) -> str:
+    return cell.strip() if present(cell) else ""
 
 
-def _present(cell: object) -> bool:
-    return str(cell).strip() not in ("", "nan", "NaN")
+def _with_picture(question: Question, cells: Mapping[int, str], *, optional: bool) -> Question:
+    """The question with the index of the row that holds its picture, or with the problem that there is none.
 
-
-def _text(cell: object) -> str:
-    return str(cell).strip() if _present(cell) else ""
-
-
-def _whole_number(cell: object, column: str, where: str) -> int:
-    try:
-        number = float(str(cell))  # a spreadsheet may have made 12 into 12.0
-        if number.is_integer():
-            return int(number)
-    except (ValueError, OverflowError):
-        pass
-    raise DataError(f"{where}: {column} must be a whole number, got {str(cell)!r}")
-
-
-def _resolve(index: int, cells: Mapping[int, str], path: Path) -> int:
-    """Index of the row that holds the picture of row `index`."""
-    cell = cells[index]
-    if not _present(cell):
-        raise DataError(f"{path}, index {index}: no image; wanted base64, or the index of the row that holds it")
-    if len(cell) > _REFERENCE_LENGTH:
-        return index
-    target = int(float(cell)) if re.fullmatch(r"\d+(\.0)?", cell) else None
-    if target is None or target not in cells:
-        raise DataError(f"{path}, index {index}: the image refers to row {cell!r}, which does not exist")
-    if len(cells[target]) <= _REFERENCE_LENGTH:
-        raise DataError(f"{path}, index {index}: the image refers to row {target}, which holds no image itself")
-    return target
+    Args:
+        question: the row.
+        cells: index -> cell of every row.
+        optional: whether a row may do without a picture.
+    """
+    cell = cells[question.index]
+    target = question.index if len(cell) > _REFERENCE_LENGTH else whole_number(cell)
+    if not present(cell):
+        problem = "" if optional else "no image; wanted base64, or the index of the row that holds it"
+    elif target is None or target not in cells:
+        problem = f"the image refers to row {cell!r}, which does not exist"
+    elif len(cells[target]) <= _REFERENCE_LENGTH:
+        problem = f"the image refers to row {target}, which holds no image itself"
+    else:
+        return replace(question, image_key=str(target))
+    return replace(question, problem="; ".join(filter(None, (question.problem, problem))))
 
 
 def iter_groups(questions: Sequence[Question]) -> Iterator[tuple[int, list[int]]]:

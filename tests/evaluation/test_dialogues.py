@@ -70,7 +70,7 @@ def test_history_is_read_and_rows_may_lack_a_picture(data: Path) -> None:
 )
 def test_broken_history(tmp_path: Path, history: str, message: str) -> None:
     path = write_table(tmp_path / "t.tsv", [{**ROW, "index": 1, "history": history}])
-    with pytest.raises(DataError, match=rf"t\.tsv, row 2: .*{message}"):
+    with pytest.raises(DataError, match=rf"t\.tsv, row 2, index 1: .*{message}"):
         read_table(path)
 
 

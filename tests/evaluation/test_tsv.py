@@ -108,8 +108,8 @@ def test_parts(tmp_path: Path) -> None:
         ([{**ROW, "index": "one"}], r"t\.tsv, row 2: index must be a whole number, got 'one'"),
         ([{**ROW, "index": 1.5}], "index must be a whole number, got '1.5'"),
         ([ROW, ROW], r"t\.tsv, row 3: index 1 occurs twice"),
-        ([{**ROW, "answer": "C"}], r"row 2: answer must be one of the options A, B, got 'C'"),
-        ([{**ROW, "answer": None}], "answer must be one of the options A, B, got ''"),
+        ([{**ROW, "answer": "C"}], r"row 2, index 1: answer must be one of the options A, B, got 'C'"),
+        ([ROW, {**ROW, "index": 2, "answer": None}], "index 2: answer must be one of the options A, B, got ''"),
         ([{**ROW, "A": None, "B": None}], "no option column has text"),
         ([{**ROW, "question": " "}], "the question is empty"),
         ([{**ROW, "image": None}], "index 1: no image"),
@@ -130,7 +130,7 @@ def test_errors_name_file_row_and_reason(tmp_path: Path, rows: list[dict[str, An
 @pytest.mark.parametrize("cell", ["x" * 80, "aGVsbG8" * 20, picture()[:72]])
 def test_broken_image(tmp_path: Path, cell: str) -> None:
     table = read_table(write_table(tmp_path / "t.tsv", [{**ROW, "index": 5, "image": cell}]))
-    with pytest.raises(DataError, match=r"image of row 5 of .*t\.tsv cannot be (decoded|read)"):
+    with pytest.raises(DataError, match=r"image of index 5 of .*t\.tsv cannot be (decoded|read)"):
         load_image(table.image("5"))
 
 
