@@ -17,10 +17,10 @@ from parrot_sys import platform
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.inference.pretrained import find_training_checkpoint
 from parrot_sys.inference.requests import Request, free_rows
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
@@ -214,21 +214,3 @@ def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Predictio
         raise CheckpointError(f"no option is the most likely one, their log-likelihoods are {dict(scores)}")
     best = max(scores, key=lambda letter: scores[letter])
     return Prediction(response=best, experts=experts, option_scores=dict(scores))
-
-
-def checkpoint_digest(checkpoint: Path) -> str:
-    """SHA-256 over names and contents of everything in a checkpoint (the newest one, if the folder is a training run).
-
-    Raises:
-        CheckpointError: the folder holds no file.
-    """
-    checkpoint = find_training_checkpoint(checkpoint) or checkpoint
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    if not files:
-        raise CheckpointError(f"{checkpoint} holds no checkpoint; wanted a folder with config.json and weights")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(str(path.relative_to(checkpoint)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -14,7 +14,8 @@ from parrot_sys.config_values import save_config
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import CheckpointError
-from parrot_sys.inference.pretrained import MODEL_CONFIG, PROCESSOR, load_pretrained, save_pretrained
+from parrot_sys.inference.pretrained import load_pretrained, save_pretrained
+from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
 from parrot_sys.models.tensor_files import check_absent, new_directory
 from parrot_sys.platform import DtypeName
 

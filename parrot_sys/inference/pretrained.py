@@ -14,6 +14,7 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, read_json
+from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR, TRAIN_CONFIG, find_training_checkpoint
 from parrot_sys.models.hf_config import CONFIG, config_from_hf
 from parrot_sys.models.parrot import Compat, ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
     from parrot_sys.megatron.parrot_model import ParrotModel
 
 logger = logging.getLogger(__name__)
-
-MODEL_CONFIG = "model_config.yaml"
-"""ParrotConfig inside a training checkpoint."""
-TRAIN_CONFIG = "config.yaml"
-"""Settings of the run inside a training checkpoint; a converted checkpoint has none."""
-PROCESSOR = "processor"
-"""Folder inside a training checkpoint with tokenizer and image preprocessing."""
 
 
 def load_pretrained(
@@ -100,14 +94,6 @@ def save_pretrained(
         dtype=platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype,
         overwrite=overwrite,
     )
-
-
-def find_training_checkpoint(directory: Path) -> Path | None:
-    """The training checkpoint that `directory` is or, as a run, last wrote; None for anything else."""
-    if (directory / MODEL_CONFIG).is_file():
-        return directory
-    steps = sorted((directory / "checkpoints").glob(f"step-*/{MODEL_CONFIG}"))
-    return steps[-1].parent if steps else None
 
 
 def released_config(directory: Path) -> tuple[ParrotConfig, torch.dtype]:

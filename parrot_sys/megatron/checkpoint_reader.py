@@ -25,11 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron.compat import replaced_readers
-
-INDEX, FORMAT = ".metadata", "metadata.json"
-"""Files of every training checkpoint: where each tensor is, and the kind of checkpoint."""
-COMMON = "common.pt"
-"""Values that are equal on all ranks; later versions of Megatron keep them in the shards."""
+from parrot_sys.models.checkpoint_files import COMMON, INDEX, check_whole
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _CLASSES = {
@@ -56,7 +52,7 @@ def load_sharded(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), group)
-    with _as_data(folder):
+    with as_data(folder):
         return dict(dist_checkpointing.load(state, str(folder), sharded_strategy=strategy))
 
 
@@ -66,7 +62,7 @@ def load_common(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_sharded`.
     """
-    with _as_data(folder):
+    with as_data(folder):
         return dict(dist_checkpointing.load_common_state_dict(str(folder)))
 
 
@@ -76,15 +72,16 @@ def tensors_of(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_sharded`.
     """
-    with _as_data(folder):
+    with as_data(folder):
         return dict(dist_checkpointing.load_tensors_metadata(str(folder)))
 
 
 @contextlib.contextmanager
-def _as_data(folder: str | Path) -> Iterator[None]:
+def as_data(folder: str | Path) -> Iterator[None]:
     """Megatron reads with what is below; what goes wrong names the checkpoint."""
+    check_whole(folder)
     try:
-        with replaced_readers(_DataReader, _read_common):
+        with replaced_readers(DataReader, _read_common):
             yield
     except CheckpointError:
         raise
@@ -97,7 +94,7 @@ def _as_data(folder: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-class _DataReader(FileSystemReader):
+class DataReader(FileSystemReader):
     """PyTorch's reader, which reads the index once and takes only data."""
 
     def __init__(self, path: Any, *_: Any, **__: Any) -> None:
@@ -115,6 +112,7 @@ class _DataReader(FileSystemReader):
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        """What the plan asks for, given to the planner."""
         return super().read_data(plan, _PlainObjects(planner, Path(self.path)))  # type: ignore[arg-type]  # answers alike
 
 

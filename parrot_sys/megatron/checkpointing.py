@@ -22,6 +22,7 @@ from parrot_sys.megatron.checksums import verify_checksums
 from parrot_sys.megatron.components import component_of
 from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_groups
 from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.models.checkpoint_files import check_whole
 
 _MODEL = "model"
 _OPTIMIZER = "optimizer"
@@ -83,8 +84,8 @@ def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, ver
     Raises:
         CheckpointError: names the files that are damaged, or the keys that are missing or have another shape.
     """
+    check_whole(folder)
     if verify:
-        _check_complete(folder)
         verify_checksums(folder)
     state = _sharded_model(chunks)
     if not _has_lora(tensors_of(folder)):
@@ -138,16 +139,6 @@ def _layout() -> dict[str, int]:
         "expert": state.get_expert_model_parallel_world_size(),
         "expert_tensor": state.get_expert_tensor_parallel_world_size(),
     }
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` holds a checkpoint that was written to its end (Megatron writes `metadata.json` last)."""
-    return all((Path(folder) / name).is_file() for name in ("metadata.json", ".metadata"))
-
-
-def _check_complete(folder: str | Path) -> None:
-    if not is_complete(folder):
-        raise CheckpointError(f"{folder} is no complete training checkpoint: metadata.json or .metadata is missing")
 
 
 def _metadata() -> dict[str, Any]:
@@ -204,7 +195,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 def _check_tensors(folder: str | Path, wanted: Any, hint: str = "") -> None:
     """Compares names and shapes before Megatron does, whose messages do not list them."""
-    _check_complete(folder)
     saved = tensors_of(folder)
     missing, other_shape, tensors = set(), set(), _sharded_tensors(wanted)
     if _has_lora(saved) and not _has_lora(tensor.key for tensor in tensors):

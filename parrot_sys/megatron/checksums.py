@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.models.checkpoint_files import CHECKSUMS, COMMON, FORMAT, INDEX, MODEL_CONFIG, PROCESSOR
 from parrot_sys.parallel.agreement import gather_everywhere, on_first_rank
-
-CHECKSUMS = "checksums.json"
-"""File inside a checkpoint: path -> [bytes, SHA-256]."""
 
 Digest = tuple[int, str]
 
+_ALWAYS = (INDEX, FORMAT)
+_READ = (*_ALWAYS, COMMON, MODEL_CONFIG)
 _CHUNK = 1 << 24
 _SHOW_FROM = 1 << 30  # bytes; less than this is hashed in a second
 
@@ -94,21 +95,35 @@ def _files(folder: Path) -> Iterable[str]:
 
 def _read_checksums(folder: Path) -> dict[str, Digest]:
     path = folder / CHECKSUMS
+    advice = "take another checkpoint, or load this one unverified (checkpoint.verify=false in training)"
     try:
-        text = path.read_text(encoding="utf-8")
-        return {name: (int(size), str(sha)) for name, (size, sha) in json.loads(text).items()}
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
+        wanted = {name: (int(size), str(sha)) for name, (size, sha) in pairs}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} cannot be verified: {path.name} is missing or no JSON ({type(error).__name__}: {error}); take "
-            "another checkpoint, or load this one unverified (checkpoint.verify=false in training)"
+            f"{folder} cannot be verified: {path.name} is missing or no list of checksums ({type(error).__name__}: "
+            f"{error}); {advice}"
         ) from error
+    unlisted = sorted(name for name in {*filter(_is_read, _files(folder)), *_ALWAYS} if name not in wanted)
+    outside = [name for name in wanted if Path(name).is_absolute() or ".." in Path(name).parts]
+    if unlisted or outside or len(wanted) < len(pairs):
+        what = f"no checksum for {', '.join(unlisted)}" if unlisted else "files outside the folder, or one twice"
+        raise CheckpointError(f"{folder} is damaged: {path.name} holds {what}; {advice}")
+    return wanted
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file is one that a checkpoint is loaded from."""
+    return name.endswith(".distcp") or name in _READ or Path(name).parts[0] == PROCESSOR
 
 
 def _damage(folder: Path, name: str, wanted: Digest, bar: tqdm) -> str | None:
     """What is wrong with a file, or None."""
     path = folder / name
     try:
-        if (size := path.stat().st_size) != wanted[0]:
+        if not stat.S_ISREG((status := path.stat()).st_mode):
+            return f"{name} is no file"
+        if (size := status.st_size) != wanted[0]:
             return f"{name} has {size} bytes instead of {wanted[0]}"
         same = digest_file(path, bar=bar)[1] == wanted[1]
     except OSError as error:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,30 +18,31 @@ from parrot_sys.config_values import config_to_dict, leaves, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, CheckpointWriteError, ConfigError
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite, guarded_write
-from parrot_sys.megatron.checkpointing import begin_save, is_complete
+from parrot_sys.megatron.checkpointing import begin_save
 from parrot_sys.megatron.checksums import sync_directory, verify_checksums
+from parrot_sys.models.checkpoint_files import (
+    DAMAGED,
+    PROCESSOR,
+    check_whole,
+    damaged_folders,
+    find_training_checkpoint,
+    missing_files,
+    step_folders,
+)
 from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.writer import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished-"
-_DAMAGED = "damaged-"
-PROCESSOR = "processor"
-"""Folder inside a checkpoint with the tokenizer and the image preprocessing."""
 _MAY_CHANGE = ("model.tokenizer_path", "model.vision.path", "model.moe.recompute")
 """Settings of the model that a resumed run may change: they move files or trade time for memory."""
 
 
 def checkpoint_folders(directory: Path) -> dict[int, Path]:
-    """Step -> folder of every complete checkpoint, oldest first. Half-written ones are not among them."""
-    found = {}
-    for path in directory.iterdir() if directory.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """Step -> folder of every whole checkpoint, oldest first. Half-written ones are not among them."""
+    return {step: path for step, path in step_folders(directory).items() if not missing_files(path)}
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
@@ -55,14 +55,11 @@ def find_checkpoint(path: str | Path) -> Path | None:
     """The training checkpoint that `path` means: itself, the newest of a run, or None if it is something else.
 
     Raises:
-        CheckpointError: `path` does not exist.
+        CheckpointError: `path` does not exist, or means a damaged checkpoint.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         raise CheckpointError(f"checkpoint.load_from must name a directory, but {path} does not exist")
-    if is_complete(path):
-        return path
-    return latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
+    return find_training_checkpoint(path)
 
 
 def check_same_model(config: TrainConfig, folder: Path) -> None:
@@ -122,15 +119,16 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, but none is valid.
         """
         problems = []
-        for folder in on_first_rank(lambda: list(checkpoint_folders(self.directory).values()))[::-1]:
+        for folder in on_first_rank(lambda: list(step_folders(self.directory).values()))[::-1]:
             try:
+                on_first_rank(functools.partial(check_whole, folder))
                 if self.config.checkpoint.verify:
                     verify_checksums(folder)
             except CheckpointError as error:
                 problems.append((folder, error))
                 continue
             for damaged, problem in problems:
-                _log(f"{problem}. Training goes on from {folder.name}; {_DAMAGED}{damaged.name} can be removed")
+                _log(f"{problem}. Training goes on from {folder.name}; {DAMAGED}{damaged.name} can be removed")
                 on_first_rank(functools.partial(self._set_aside, damaged))
             return folder
         if problems:
@@ -138,7 +136,18 @@ class CheckpointStore:
                 f"no checkpoint below {self.directory} is valid: {'; '.join(str(error) for _, error in problems)}. "
                 "Fix: copy one again, set checkpoint.verify=false to load it as it is, or give another --output"
             )
+        on_first_rank(self._say_from_the_start)
         return None
+
+    def _say_from_the_start(self) -> None:
+        """A run that has lost its checkpoints must not begin anew unnoticed."""
+        if set_aside := damaged_folders(self.directory):
+            raise CheckpointError(
+                f"{self.directory} holds damaged checkpoints only ({', '.join(path.name for path in set_aside)}). Fix: "
+                "copy one again, remove them to train from step 0, or give another --output"
+            )
+        if (Path(self.config.output) / METRICS_FILE).is_file():
+            _log(f"{self.directory} holds no checkpoint of the run that was here before: training starts at step 0")
 
     def save(
         self,
@@ -233,7 +242,7 @@ class CheckpointStore:
 
     def _set_aside(self, folder: Path) -> None:
         """A damaged checkpoint must neither be found again nor count among those that are kept."""
-        target = folder.with_name(f"{_DAMAGED}{folder.name}")
+        target = folder.with_name(f"{DAMAGED}{folder.name}")
         if target.exists():
             shutil.rmtree(target)
         os.replace(folder, target)

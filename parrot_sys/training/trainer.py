@@ -31,9 +31,10 @@ from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
+from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
-from parrot_sys.training.checkpoint import PROCESSOR, CheckpointStore, check_same_model, find_checkpoint
+from parrot_sys.training.checkpoint import CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import fill_store, open_store

@@ -11,8 +11,9 @@ import torch
 
 import parrot_sys
 from parrot_sys.errors import CheckpointError
+from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.main import main
-from parrot_sys.evaluation.predictor import ModelPredictor, checkpoint_digest
+from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride

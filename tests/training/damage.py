@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parrot_sys.megatron.checksums import CHECKSUMS, digest_file
+from parrot_sys.megatron.checksums import digest_file
+from parrot_sys.models.checkpoint_files import CHECKSUMS
 
 
 class Hostile:
@@ -60,3 +62,34 @@ def poison(folder: Path, place: str, mark: Path) -> None:
                     out.write(payload)
         index.write_bytes(pickle.dumps(content))
     sign(folder)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Paths of all files inside a checkpoint."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def damaged(path: Path, how: str, place: int) -> Iterator[None]:
+    """A file without itself (`missing`), its end (`cut`) or one bit (`flipped`), in the block only.
+
+    Args:
+        path: the file.
+        how: what happens to it; `empty` stands for a list of checksums without any.
+        place: bit, or length that is kept; taken modulo what there is.
+    """
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"{}")
+    elif how == "cut":
+        path.write_bytes(content[: place % len(content)])
+    else:
+        flipped = bytearray(content)
+        flipped[place // 8 % len(content)] ^= 1 << place % 8
+        path.write_bytes(flipped)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)

@@ -23,7 +23,7 @@ from parrot_sys.errors import CheckpointError, CheckpointWriteError
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.logging import setup_logging
 from parrot_sys.megatron import checkpoint_writer
-from parrot_sys.megatron.checksums import CHECKSUMS
+from parrot_sys.models.checkpoint_files import CHECKSUMS
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.checkpoint import latest_checkpoint
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig

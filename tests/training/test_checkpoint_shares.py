@@ -46,13 +46,13 @@ def _train(config: TrainConfig, ranks: int, *, stop_behind: int | None = None) -
     """The bytes that each rank has read of a checkpoint."""
 
     def rank_main(rank: int, size: int) -> int:
-        read, taken = checkpoint_reader._DataReader.read_data, [0]
+        read, taken = checkpoint_reader.DataReader.read_data, [0]
 
         def counted(self: Any, plan: Any, planner: Any) -> Any:
             taken[0] += sum(self.storage_data[item.storage_index].length for item in plan.items)
             return read(self, plan, planner)
 
-        checkpoint_reader._DataReader.read_data = counted
+        checkpoint_reader.DataReader.read_data = counted
         trainer = Trainer(config)
         if stop_behind is not None:
             signal_before(stop_behind, signal.SIGTERM)(trainer)
