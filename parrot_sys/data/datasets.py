@@ -227,10 +227,11 @@ def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:
             lengths, checksum = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # (of a damaged header, numpy raises what its parser happens to raise)
         logger.warning("%s is damaged (%s); it is made anew", path, error)
         return None
-    if lengths.dtype != np.int32 or lengths.shape != (3, count) or zlib.crc32(lengths.data) != checksum:
+    fits = lengths.dtype == np.int32 and lengths.shape == (3, count)
+    if not fits or zlib.crc32(np.ascontiguousarray(lengths).data) != checksum:
         logger.warning("%s is damaged, or is not of this data set; it is made anew", path)
         return None
     return np.asarray(lengths)

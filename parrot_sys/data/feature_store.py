@@ -136,8 +136,7 @@ class FeatureStore:
         self._check_shape(values.shape[1:])
         if not keys:
             return
-        row = [("key", "S64"), ("features", np.float32, values.shape[1:]), ("checksum", np.uint32)]
-        shard = np.empty(len(keys), dtype=row)
+        shard = np.empty(len(keys), dtype=_row_type(values.shape[1:]))
         shard["key"] = [key.encode() for key in keys]
         shard["features"] = values
         shard["checksum"] = [_checksum(key, own) for key, own in zip(keys, values, strict=True)]
@@ -188,17 +187,15 @@ class FeatureStore:
             if path in self._shards:
                 continue
             try:
-                shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                shard = _map_shard(path)
                 names = [key.decode() for key in shard["key"]]
-                shape = shard["features"].shape[1:]
-                shard["checksum"].shape  # noqa: B018  (a field that is not there is an error)
             except FileNotFoundError:  # another process has set it aside
                 continue
-            except (OSError, ValueError, IndexError, EOFError) as error:
+            except Exception as error:  # (of a damaged header, numpy raises what its parser happens to raise)
                 logger.warning("feature store: %s is damaged (%s); its images are computed again", path, error)
                 _set_aside(path)
                 continue
-            self._check_shape(shape)
+            self._check_shape(shard["features"].shape[1:])
             self._shards[path] = shard
             self._places.update((name, (path, row)) for row, name in enumerate(names))
 
@@ -224,8 +221,22 @@ class FeatureStore:
             return
 
 
+def _row_type(shape: tuple[int, ...]) -> np.dtype:
+    return np.dtype([("key", "S64"), ("features", np.float32, shape), ("checksum", np.uint32)])
+
+
+def _map_shard(path: Path) -> np.memmap:
+    """A file of features whose header is what was written: its type of row, and as many rows as the file is long."""
+    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+    if shard.ndim != 1 or shard.dtype != _row_type(shard["features"].shape[1:]):
+        raise ValueError(f"rows of type {shard.dtype}")
+    if shard.offset + shard.nbytes != path.stat().st_size:
+        raise ValueError(f"{path.stat().st_size} bytes, not {shard.offset + shard.nbytes}")
+    return shard
+
+
 def _checksum(key: str, values: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(key.encode()))
+    return zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(f"{key} {values.shape}".encode()))
 
 
 def _set_aside(path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from parrot_sys.data.feature_store import FeatureStore, image_key, tower_fingerprint
+from parrot_sys.data.feature_store import DamagedFeaturesError, FeatureStore, image_key, tower_fingerprint
 from parrot_sys.errors import DataError
 
 
@@ -121,6 +126,69 @@ def test_errors(files, tmp_path):
         store.write(keys[1:2], torch.zeros(1, 4, 2))
     with pytest.raises(DataError, match=r"nowhere\.png cannot be read: No such file"):
         store.missing([tmp_path / "nowhere.png"])
+
+
+# damage
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255), st.booleans())
+def test_damaged_features_are_never_read(share, flip, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.png" for i in range(3)]
+        for i, file in enumerate(files):
+            file.write_bytes(bytes([i]))
+        store = FeatureStore(folder, "t")
+        store.write(store.keys(files), features(1, 2, 3))
+        (shard,) = store.directory.glob("*.npy")
+        data = bytearray(shard.read_bytes())
+        at = int(share * len(data))
+        shard.write_bytes(data[:at] if cut else data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+        again = FeatureStore(folder, "t")
+        missing = again.missing(files)
+        for i, file in enumerate(files):
+            if str(file) not in missing:
+                with contextlib.suppress(DamagedFeaturesError):
+                    assert torch.equal(again.features_of([file]), features(i + 1))
+        # a new start computes again what is lost, and only that
+        last = FeatureStore(folder, "t")
+        lost = last.missing(files)
+        last.write(last.keys(lost), features(*(files.index(Path(file)) + 1 for file in lost)))
+        for i, file in enumerate(files):
+            with contextlib.suppress(DamagedFeaturesError):
+                assert torch.equal(last.features_of([file]), features(i + 1))
+
+
+def test_a_damaged_file_is_set_aside_and_said(files, tmp_path, caplog):
+    store = FeatureStore(tmp_path / "s", "t")
+    store.write(store.keys(files), features(*range(6)))
+    (shard,) = store.directory.glob("*.npy")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    again = FeatureStore(tmp_path / "s", "t")
+    assert again.missing(files) == files
+    assert f"{shard} is damaged" in caplog.text
+    assert [path.suffix for path in store.directory.iterdir()] == [".damaged"]
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the checksum of the last row
+    again = FeatureStore(tmp_path / "s", "t")
+    assert torch.equal(again.features_of(files[:5]), features(*range(5)))
+    with pytest.raises(DamagedFeaturesError, match=r"is damaged \(checksum of .*\); it is set aside: start again"):
+        again.features_of(files)
+    assert FeatureStore(tmp_path / "s", "t").missing(files) == files
+
+
+def test_files_that_cannot_be_read_keep_their_reason(files, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    store = FeatureStore(tmp_path / "s", "t")
+    bad = [str(tmp_path / "nowhere.png"), str(tmp_path / "pipe")]
+    assert store.missing([*bad, *files], skip_unreadable=True) == files
+    with pytest.raises(DataError, match=r"nowhere\.png cannot be read: No such file"):
+        store.features_of(bad[:1])
+    with pytest.raises(DataError, match=r"pipe is a named pipe; wanted a regular file"):
+        store.features_of(bad[1:])
+    store.failures[store.keys(files[:1])[0]] = "image x cannot be decoded"
+    with pytest.raises(DataError, match=r"image x cannot be decoded"):
+        store.features_of(files[:1])
 
 
 def test_fingerprint_depends_on_weights_names_and_settings():
