@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from parrot_sys.data.config import DataConfig
 from parrot_sys.data.control_tokens import TextEncoder
 from parrot_sys.data.decoding import ImageLimits, ImageSource
 from parrot_sys.data.images import ImageProcessor
@@ -101,6 +102,20 @@ class ParrotProcessor:
         other.image_position, other.control_tokens, other._encoder = image_position, control_tokens, None
         return other
 
+    def with_image_limits(self, limits: ImageLimits) -> ParrotProcessor:
+        """This processor with other limits of the pictures that it reads."""
+        other = copy.copy(self)
+        other.image_processor = replace(self.image_processor, limits=limits)
+        return other
+
+    def following(self, data: DataConfig) -> ParrotProcessor:
+        """This processor with the rules for texts and pictures that training data are read by."""
+        other = self.with_text_rules(data.image_position, data.control_tokens)
+        other.image_processor = replace(
+            self.image_processor, exif=data.exif, transparency=data.transparency, limits=data.image_limits
+        )
+        return other
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -157,10 +172,6 @@ class ParrotProcessor:
             self._encoder = TextEncoder(self.tokenizer, self.control_tokens)
             self._encoder_size = len(self.tokenizer)
         return self._encoder
-
-    def limit_images(self, limits: ImageLimits) -> None:
-        """Sets the largest pictures that `images` reads."""
-        self.image_processor = replace(self.image_processor, limits=limits)
 
     def images(self, images: Iterable[ImageSource]) -> Tensor:
         """Preprocessed images, float32 [n, 3, h, w]; n may be 0.

@@ -151,9 +151,12 @@ def load_predictor(config: EvalConfig) -> ModelPredictor:
         parallel=config.parallel,
         compat=config.compat,
     )
-    processor.limit_images(config.image_limits)
     return ModelPredictor(
-        model, processor, checkpoint=config.checkpoint, mode=config.mode, max_new_tokens=config.max_new_tokens
+        model,
+        processor.with_image_limits(config.image_limits),
+        checkpoint=config.checkpoint,
+        mode=config.mode,
+        max_new_tokens=config.max_new_tokens,
     )
 
 

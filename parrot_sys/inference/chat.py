@@ -198,10 +198,9 @@ def _open_session(config: ChatConfig) -> ChatSession:
         parallel=config.parallel,
         compat=config.compat,
     )
-    processor.limit_images(config.image_limits)
     return ChatSession(
         model=model,
-        processor=processor,
+        processor=processor.with_image_limits(config.image_limits),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed=config.seed,

@@ -124,11 +124,7 @@ class Trainer:
         else:
             folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
             processor = ParrotProcessor.from_pretrained(folder, model.template)
-        data = self.config.data
-        processor.image_processor = replace(
-            processor.image_processor, exif=data.exif, transparency=data.transparency, limits=data.image_limits
-        )
-        return processor.with_text_rules(data.image_position, data.control_tokens)
+        return processor.following(self.config.data)
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()

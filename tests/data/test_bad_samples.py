@@ -74,7 +74,7 @@ def test_a_picture_over_the_limit_is_a_bad_sample(write_records, make_loader, re
     Image.new("RGB", (1, 60000)).save(tmp_path / "tall.png")
     path = write_records([record(good), record("tall.png", 1)])
     with pytest.raises(
-        DataError, match=r"record 1 .*has 1 x 60000 pixels, an aspect ratio of 60000, more than image_l"
+        DataError, match=r"record 1 .*has 1 x 60000 pixels, an aspect ratio of 60000, more than image_limits"
     ):
         list(make_loader(DataConfig(paths=(path,))))
     loader = make_loader(DataConfig(paths=(path,), on_bad_sample="skip"))
