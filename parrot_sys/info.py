@@ -17,6 +17,7 @@ import torch
 from parrot_kernels import _extension, env
 from parrot_sys import __version__, platform
 from parrot_sys.cli import list_presets
+from parrot_sys.markdown_tables import table
 from parrot_sys.megatron import backends
 from parrot_sys.ops import registry
 
@@ -63,14 +64,12 @@ def render(facts: dict[str, Any]) -> str:
 
 def render_markdown(facts: dict[str, Any]) -> str:
     """The same as tables, for a bug report."""
-    lines = []
+    lines: list[str] = []
     for section in SECTIONS:
-        rows = [f"| {name} | {value} |" for name, value in facts[section].items()]
-        lines += [f"| {section} | |", "|---|---|", *rows, ""]
-    lines += [f"| op | {' | '.join(registry.BACKENDS)} |", "|---" * (len(registry.BACKENDS) + 1) + "|"]
-    for op, reasons in facts["ops"].items():
-        cells = [reasons[name] or "yes" for name in registry.BACKENDS]
-        lines.append(f"| {op} | {' | '.join(cells)} |")
+        rows = [[name, str(value)] for name, value in facts[section].items()]
+        lines += [*table([section, ""], rows, numbers=False), ""]
+    rows = [[op, *(reasons[name] or "yes" for name in registry.BACKENDS)] for op, reasons in facts["ops"].items()]
+    lines += table(["op", *registry.BACKENDS], rows, numbers=False)
     return "\n".join([*lines, "", f"Presets: {', '.join(facts['presets']) or 'none'}"])
 
 

@@ -52,14 +52,18 @@ def main(argv: list[str]) -> int:
     data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
     content = experiment.experiment_content(chosen, recipes.provenance())
     report = root / "report" / "report.md"
+    evaluations: dict[str, dict[str, Path]] = {}
     for seed in SEEDS[:1] if options.quick else SEEDS:
         flags = recipes.QUICK_TRAIN if options.quick else ()
         run = experiment.Run(pipeline=pipeline, data=data, seed=seed, flags=flags)
         for variant in chosen.variants:
-            accuracy, counts = chosen.measure(variant.evaluate(run).folder)
+            folder = variant.evaluate(run).folder
+            evaluations.setdefault(variant.name, {})[str(seed)] = folder
+            accuracy, counts = chosen.measure(folder)
             record = {"accuracy": accuracy, "n": counts}
             content["results"].setdefault(variant.name, {})[str(seed)] = record
             content["summary"] = experiment.summarize(content["results"], chosen.comparisons)
+            content["summary"] |= experiment.compare_variants(chosen, evaluations)
             experiment.write_result(content, root / chosen.file)
             report = experiment.write_report(content, root / "report")
             print(f"{variant.name}, seed {seed}: " + ", ".join(f"{p} {a['mean']:.1f}" for p, a in accuracy.items()))

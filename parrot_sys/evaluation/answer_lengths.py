@@ -11,15 +11,19 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from parrot_sys.cli import parse_config
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.evaluation.markdown import table
+from parrot_sys.evaluation.outcomes import Outcome, clusters, read_outcomes
 from parrot_sys.evaluation.results import ScoreFile, read_score_files
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
+from parrot_sys.evaluation.statistics import mean_margin, paired_test
+from parrot_sys.markdown_tables import fixed, p_value, table
 
 SHORT = 2
 """Answers of at most so many words count as short."""
@@ -59,7 +63,12 @@ class Comparison:
     difference: float
     """Mean of second minus first, over the questions, in words."""
     margin: float
-    """Half of the 95% interval of `difference` (normal approximation; infinite for a single question)."""
+    """Half of the 95% interval of `difference`, clustered by picture; infinite for a single question or picture."""
+    longer: int
+    """Questions whose second answer is longer."""
+    shorter: int
+    p: float
+    """Two-sided, of the paired test that exchanges the two models for all questions about a picture."""
 
 
 def count_words(text: str) -> int:
@@ -67,21 +76,25 @@ def count_words(text: str) -> int:
     return len(_WORD.findall(text))
 
 
-def compare_answers(answers: Sequence[tuple[str, str]]) -> Comparison:
+def compare_answers(answers: Sequence[tuple[str, str]], shared: Sequence[Outcome] | None = None) -> Comparison:
     """Lengths of pairs of answers to the same question.
 
     Args:
         answers: (of the first model, of the second), one pair for each question; at least one.
+        shared: the outcome of each question, whose picture says which belong together; none do when not given.
     """
-    words = [(count_words(first), count_words(second)) for first, second in answers]
-    differences = [second - first for first, second in words]
-    spread = statistics.stdev(differences) if len(differences) > 1 else math.inf
+    first, second = [count_words(mine) for mine, _ in answers], [count_words(yours) for _, yours in answers]
+    numbers = np.arange(len(answers)) if shared is None else clusters(shared)
+    test = paired_test(second, first, numbers)
     return Comparison(
-        questions=len(words),
-        first=_lengths([first for first, _ in words]),
-        second=_lengths([second for _, second in words]),
-        difference=statistics.fmean(differences),
-        margin=1.96 * spread / math.sqrt(len(differences)),
+        questions=len(answers),
+        first=_lengths(first),
+        second=_lengths(second),
+        difference=test.difference,
+        margin=mean_margin([yours - mine for mine, yours in zip(first, second, strict=True)], numbers),
+        longer=test.first_only,
+        shorter=test.second_only,
+        p=test.p,
     )
 
 
@@ -107,7 +120,7 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
             f"evaluations must share a table, got {', '.join(sorted(ours)) or 'none'} in {first} and "
             f"{', '.join(sorted(theirs)) or 'none'} in {second}"
         )
-    pairs: dict[str, list[tuple[str, str]]] = {}
+    pairs: dict[str, list[tuple[tuple[str, str], Outcome]]] = {}
     for name in common:
         digests = [file.content["settings"]["table"] for file in (ours[name], theirs[name])]
         if digests[0] != digests[1]:
@@ -115,12 +128,16 @@ def compare_evaluations(first: Path, second: Path) -> dict[str, Comparison]:
                 f"the tables {name} of {first} and {second} differ: evaluate both models on the same files"
             )
         mine, yours = read_answers(ours[name]), read_answers(theirs[name])
+        outcomes = {outcome.index: outcome for outcome in count_answers(ours[name])}
         if shared := sorted(mine.keys() & yours.keys()):
-            pairs[name] = [(mine[index], yours[index]) for index in shared]
+            pairs[name] = [((mine[index], yours[index]), outcomes[index]) for index in shared]
     if not pairs:
         raise ConfigError(f"{first} and {second} have no question in common: evaluate both with the same --limit")
-    result = {name: compare_answers(each) for name, each in pairs.items()}
-    return result | {_ALL: compare_answers([pair for each in pairs.values() for pair in each])}
+    pairs[_ALL] = [pair for each in pairs.values() for pair in each]
+    return {
+        name: compare_answers([answers for answers, _ in each], [outcome for _, outcome in each])
+        for name, each in pairs.items()
+    }
 
 
 def _score_files(folder: Path) -> dict[str, ScoreFile]:
@@ -149,6 +166,16 @@ def read_answers(scores: ScoreFile) -> dict[int, str]:
         raise DataError(f"{path} cannot be read ({error}); run parrot eval again") from error
 
 
+def count_answers(scores: ScoreFile) -> list[Outcome]:
+    """Words in each answer, as outcomes."""
+    parts = scores.content.get("parts", {}).values()
+    known = {outcome.index: outcome for part in parts for outcome in read_outcomes(part) or ()}
+    return [
+        replace(known.get(index) or Outcome(index=index, group=index, picture=None, value=0), value=count_words(answer))
+        for index, answer in read_answers(scores).items()
+    ]
+
+
 def lengths_report(comparisons: Mapping[str, Comparison], names: tuple[str, str]) -> str:
     """The comparison as Markdown."""
     header = ["table", "questions"]
@@ -157,17 +184,29 @@ def lengths_report(comparisons: Mapping[str, Comparison], names: tuple[str, str]
         [
             name,
             str(each.questions),
-            *(f"{lengths.mean:.1f}" for lengths in (each.first, each.second)),
+            *(fixed(lengths.mean, 1) for lengths in (each.first, each.second)),
             *(f"{lengths.median:g}" for lengths in (each.first, each.second)),
-            *(f"{lengths.short:.0%}" for lengths in (each.first, each.second)),
-            f"{each.difference:+.1f} ± {each.margin:.1f}",
+            *(f"{fixed(100 * lengths.short, 0)}%" for lengths in (each.first, each.second)),
+            f"{fixed(each.difference, 1, sign=True)} ± {_margin(each.margin)}",
+            f"{each.longer} : {each.shorter}",
+            p_value(each.p),
         ]
         for name, each in comparisons.items()
     ]
     lines = [f"# Lengths of the answers of {names[0]} and {names[1]}", ""]
-    lines += table([*header, f"{names[1]} - {names[0]}"], rows)
-    lines += ["", "Words in the answers to the same questions; the last column is their mean difference with its 95%"]
-    return "\n".join([*lines, "interval over the questions.", ""])
+    lines += table([*header, f"{names[1]} - {names[0]}", "longer : shorter", "p"], rows)
+    lines += [
+        "",
+        "Words in the answers to the same questions; then their mean difference with its 95% interval, the number of "
+        f"questions to which {names[1]} answers longer and shorter, and p of a paired test. Questions that share a "
+        "picture count as one cluster.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _margin(margin: float) -> str:
+    return "inf" if math.isinf(margin) else fixed(margin, 1)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,13 +21,14 @@ from parrot_sys.cli import parse_config
 from parrot_sys.data.packing import pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.markdown import table
+from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import Item, Options, load_tables, make_items
 from parrot_sys.inference.generation import check_finite
 from parrot_sys.inference.pretrained import load_pretrained
 from parrot_sys.inference.requests import check_rows, request_name
 from parrot_sys.logging import setup_logging
+from parrot_sys.markdown_tables import fixed, table
 from parrot_sys.megatron.attention_mass import attention_mass, row_kinds
 from parrot_sys.platform import DtypeName
 
@@ -168,16 +169,19 @@ def write(content: Mapping[str, Any], output: Path) -> None:
         f"{name} (n = {part['n']})": {where: [layer[where] for layer in part["layers"]] for where in WHERE}
         for name, part in parts.items()
     }
-    plots.curves_over_layers(curves, y_label="share of attention", path=output / "attention.png")
+    legend = plots.curves_over_layers(curves, y_label="share of attention", path=output / "attention.png")
     lines = ["# Attention on text before and after the image", "", f"{content['definition'].capitalize()}.", ""]
     for name, part in parts.items():
         rows = [
-            [str(number), *(f"{layer[where]:.3f}" for where in WHERE)] for number, layer in enumerate(part["layers"], 1)
+            [str(number), *(fixed(layer[where], 3) for where in WHERE)]
+            for number, layer in enumerate(part["layers"], 1)
         ]
         means = [fmean(layer[where] for layer in part["layers"]) for where in WHERE]
-        rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
-        together = "not defined" if part["pearson"] is None else f"{part['pearson']:.2f}"
+        rows.append(["mean", *(fixed(mean, 3) for mean in means)])
+        together = "not defined" if part["pearson"] is None else fixed(part["pearson"], 2)
         lines += [f"## {name} (n = {part['n']})", "", *table(["layer", *WHERE], rows), ""]
         lines += [f"Correlation of before and after over layers: {together}.", ""]
     lines += ["![Share of attention over layers](attention.png)", ""]
+    if legend:
+        lines += [explain_numbers(legend), ""]
     (output / "attention.md").write_text("\n".join(lines), encoding="utf-8")

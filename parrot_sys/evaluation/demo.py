@@ -11,10 +11,14 @@ from statistics import fmean
 from typing import Any
 
 from parrot_sys.evaluation import plots, recipes
-from parrot_sys.evaluation.markdown import percent, table
+from parrot_sys.evaluation.fonts import explain_numbers
+from parrot_sys.evaluation.headlines import Scores, average_interval, headlines, measure_of, metric_of, outcomes_of
+from parrot_sys.evaluation.markdown import PAIRED, paired_table
+from parrot_sys.evaluation.outcomes import compare_languages
 from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.recipes import System
-from parrot_sys.evaluation.report import ReportInput, build_report
+from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
+from parrot_sys.markdown_tables import fixed, percent, table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +62,10 @@ def report_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], eval
 
     def report(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        notes = [f"The demo's small model ({system.model}) on its default data; every held-out question is asked."]
+        notes = [
+            f"The demo's small model ({system.model}) on its default data. The benchmark asks every held-out question; "
+            "of the dialogues a part is asked, also for the attention: n stands beside each table."
+        ]
         inputs = ReportInput(
             evaluation=evaluations.benchmark.folder,
             output=folder,
@@ -75,45 +82,76 @@ def report_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], eval
 
 def forgetting(evaluations: Evaluations, folder: Path) -> list[str]:
     """Section of the report: the six types before and after visual tuning, with a plot and forgetting.json."""
-    runs = {"before": _accuracies(evaluations.before.folder), "after": _accuracies(evaluations.after.folder)}
+    before, after = load_scores(evaluations.before.folder), load_scores(evaluations.after.folder)
+    runs = {name: _accuracies(scores) for name, scores in (("before", before), ("after", after))}
     change = {
         kind: {language: value - runs["before"][kind][language] for language, value in row.items()}
         for kind, row in runs["after"].items()
     }
-    content = {**runs, "change": change}
+    tests = {
+        kind: compare_languages(
+            *(outcomes_of(scores[kind]["model"], metric_of(scores[kind])) for scores in (after, before))
+        )
+        for kind in change
+    }
+    content = {**runs, "change": change, "paired": tests}
     (folder / "forgetting.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    means = {name: {kind: fmean(row.values()) for kind, row in kinds.items()} for name, kinds in content.items()}
-    languages = list(next(iter(change.values())))
     rows = [
-        [kind, percent(means["before"][kind]), percent(means["after"][kind]), f"{means['change'][kind]:+.1f}"]
-        + [f"{row[language]:+.1f}" for language in languages]
+        [
+            kind,
+            str(sum(result["scores"]["n"] for result in after[kind]["model"].values())),
+            *(_mean(scores[kind]) for scores in (before, after)),
+            fixed(fmean(row.values()), 1, sign=True),
+            *(fixed(value, 1, sign=True) for value in row.values()),
+        ]
         for kind, row in change.items()
     ]
-    plots.means_with_spread(
+    legend = plots.means_with_spread(
         {name: {kind: list(row.values()) for kind, row in runs[name].items()} for name in runs},
         chance=25.0,
         title="Dialogues before and after visual tuning",
         path=folder / "forgetting.png",
         dots="languages",
     )
+    measure = measure_of(after)
+    languages = list(next(iter(change.values())))
     return [
         "## Six types of dialogue",
         "",
         "Accuracy in percent over languages after the stage that reads text alone (before) and after the last one; "
-        "options are hidden, guessing gives 25. Each letter is a turn, T about words and V about a picture; the last "
+        f"guessing gives 25. {measure.answers} Each letter is a turn, T about words and V about a picture; the last "
         "one counts. What T, TT and TTT lose is text-only forgetting.",
         "",
-        *table(["type", "before", "after", "change", *(f"change {language}" for language in languages)], rows),
+        *table(
+            [
+                "type",
+                "n, all languages",
+                "before",
+                "after",
+                "change",
+                *(f"change {language}" for language in languages),
+            ],
+            rows,
+        ),
+        "",
+        f"After against before: {PAIRED}",
+        "",
+        *paired_table("type", tests, scale=100),
         "",
         "![Six types of dialogue before and after visual tuning](forgetting.png)",
         "",
+        *([explain_numbers(legend), ""] if legend else []),
     ]
 
 
-def _accuracies(evaluation: Path) -> Mapping[str, Mapping[str, float]]:
-    content: dict[str, Any] = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
-    del content["details"]
-    return content
+def _accuracies(scores: Scores) -> dict[str, dict[str, float]]:
+    return {kind: headlines(routings["model"]) for kind, routings in scores.items()}
+
+
+def _mean(routings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Mean over languages with its interval."""
+    languages = routings["model"]
+    return percent(fmean(headlines(languages).values()), average_interval(languages, metric_of(routings)))
 
 
 def attention(measured: Path, folder: Path) -> list[str]:

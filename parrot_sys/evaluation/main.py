@@ -13,8 +13,10 @@ from parrot_sys.cli import parse_config
 from parrot_sys.data.decoding import ImageLimits
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.extraction import Rules
-from parrot_sys.evaluation.markdown import beside_rows, percent, table
-from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
+from parrot_sys.evaluation.headlines import measure_of, metric_of
+from parrot_sys.evaluation.markdown import INTERVAL, is_rotated
+from parrot_sys.evaluation.outcomes import METRICS
+from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
 from parrot_sys.evaluation.results import Plan, identity, make_room
 from parrot_sys.evaluation.runner import (
     Item,
@@ -33,6 +35,7 @@ from parrot_sys.evaluation.runner import (
 )
 from parrot_sys.evaluation.tsv import QuestionSet
 from parrot_sys.logging import setup_logging
+from parrot_sys.markdown_tables import fixed, interval_text, percent, table
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PROBED = 8
-"""Questions per table on which the route's effect on the logits is measured."""
+"""Questions per part of a table on which the route's effect on the logits is measured."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -206,7 +209,7 @@ def evaluate(
                 options=config.options,
                 overwrite=config.overwrite,
                 notes=notes,
-                extra={"logit_change": changes} if routing == "model" else {},
+                extra={"logit_changes": changes} if routing == "model" else {},
             )
             _log(full, routing, result)
             results.append(result)
@@ -243,8 +246,13 @@ def _make_room(
 
 def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> None:
     scores = {part: each["scores"] for part, each in result["parts"].items()}
-    text = ", ".join(f"{part} {each['plain']:.1f} / {each['circular']:.1f} %" for part, each in scores.items())
-    logger.info("%s, routing %s, plain / circular accuracy: %s", table.name, routing, text or "no answers to score")
+    metrics = METRICS if is_rotated(scores) else METRICS[:1]
+    parts = [
+        f"{part} {' / '.join(fixed(each[metric], 1) for metric in metrics)} % (n = {each['n']})"
+        for part, each in scores.items()
+    ]
+    text = f"{' / '.join(metrics)} accuracy: {', '.join(parts)}" if parts else "no answers to score"
+    logger.info("%s, routing %s, %s", table.name, routing, text)
 
 
 def offers(results: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
@@ -274,42 +282,81 @@ def offers(results: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
 
 def _measure_routes(
     table: QuestionSet, translations: Mapping[str, QuestionSet], predictor: Predictor
-) -> tuple[dict[str, float], list[str]]:
-    """Routing -> how much it changes the logits, and notes for the report; fails when the experts are bypassed."""
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """How much other routes change the logits of each part; fails when the experts are bypassed.
+
+    Returns:
+        Part -> routing -> `change` and the number `n` of questions it was measured on, and notes for the report.
+    """
     notes = list(predictor.notes)
-    if not predictor.has_experts:
+    shown = {
+        name: replace(table, questions=tuple(question for question in questions if question.image_key is not None))
+        for name, questions in table.parts().items()
+    }
+    shown = {name: part for name, part in shown.items() if part.questions}
+    if not predictor.has_experts or not shown:
         return {}, notes
-    shown = replace(table, questions=tuple(q for q in table.questions if q.image_key is not None))
-    if not shown.questions:
-        return {}, notes
-    probes: dict[Routing, QuestionSet] = {"off": shown, "other-language": guided_questions(shown, translations)}
-    if not probes["other-language"].questions:
-        del probes["other-language"]
+    guided = {name: guided_questions(part, translations) for name, part in shown.items()}
+    without = [name for name, part in guided.items() if not part.questions]
+    if without:
         why = "the other language's table holds none of its questions"
         if len(translations) < 2:
             why = f"--data holds {table.suite} in no second language"
-        notes.append(f"Whether another language's route changes the logits was not checked on {table.name}: {why}.")
+        where = table.name if len(without) == len(shown) else f"{', '.join(without)} of {table.name}"
+        notes.append(f"Whether another language's route changes the logits was not checked on {where}: {why}.")
         logger.warning(notes[-1])
-    return {
-        routing: check_experts(make_items(probe.limited(_PROBED), routing, translations)[:_PROBED], predictor, routing)
-        for routing, probe in probes.items()
-    }, notes
+    probes: dict[Routing, dict[str, QuestionSet]] = {
+        "off": shown,
+        "other-language": {name: part for name, part in guided.items() if part.questions},
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for routing, parts in probes.items():
+        items = {
+            name: make_items(part.limited(_PROBED), routing, translations)[:_PROBED] for name, part in parts.items()
+        }
+        for name, change in (check_experts(items, predictor, routing) if items else {}).items():
+            found.setdefault(name, {})[routing] = {"change": change, "n": len(items[name])}
+    return found, notes
 
 
 def summary(output: Path) -> str:
     """Headline accuracies of everything below `output` as a table for the terminal."""
     scores = load_scores(output)
+    measure = measure_of(scores)
     lines: list[str] = []
     for suite, routings in scores.items():
         languages = list(next(iter(routings.values())))
-        metric = headline(next(iter(next(iter(routings.values())).values()))["dataset"])
-        rows = []
-        for key in ("plain", "circular"):
-            for routing, results in routings.items():
-                cells: list[Any] = [results[lang]["scores"][key] if lang in results else None for lang in languages]
-                rows.append([f"{key}{' *' if key == metric else ''}, routing {routing}", *map(percent, cells)])
-        model = routings.get("model", {})
-        own = {lang: model[lang]["scores"] if lang in model else {} for lang in languages}
-        rows += [[label, *map(percent, values)] for label, values in beside_rows(own)]
+        metrics = METRICS if any(is_rotated(_scores(held)) for held in routings.values()) else METRICS[:1]
+        rows: list[list[str]] = []
+        for key in metrics:
+            star = " *" if key == metric_of(routings) else ""
+            for routing, held in routings.items():
+                rows += _summary_rows(f"{key}{star}, routing {routing}", _scores(held), key, languages)
+        own = _scores(routings.get("model", {}))
+        beside = {language: each["beside"] for language, each in own.items() if "beside" in each}
+        for key in metrics if beside else ():
+            rows += _summary_rows(f"{key}, {next(iter(beside.values()))['rules']} rules", beside, key, languages)
+        counts = _scores(next(iter(routings.values())))
+        rows.append(["n rows", *(str(counts[language]["n"]) for language in languages)])
         lines += ["", *table([f"{suite}: accuracy in %", *languages], rows)]
-    return "\n".join([*lines, "", "* the accuracy that the public kit reports for this set"])
+    kit = "the accuracy that the public kit reports for this set" if measure.public_kit else measure.answers
+    return "\n".join([*lines, "", f"Intervals are clustered by picture. * {kit}"])
+
+
+def _scores(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Language -> scores with their intervals."""
+    return {
+        language: {**result["scores"], **({"intervals": result["intervals"]} if "intervals" in result else {})}
+        for language, result in languages.items()
+    }
+
+
+def _summary_rows(
+    name: str, scores: Mapping[str, Mapping[str, Any]], metric: str, languages: Sequence[str]
+) -> list[list[str]]:
+    """A row of accuracies, and one of their intervals where there are any."""
+    cells = [scores.get(language, {}) for language in languages]
+    rows = [[name, *(percent(cell.get(metric)) for cell in cells)]]
+    if any("intervals" in cell for cell in cells):
+        rows.append([INTERVAL, *(interval_text(cell.get("intervals", {}).get(metric)) for cell in cells)])
+    return rows

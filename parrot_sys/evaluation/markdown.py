@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-_EXPLANATION = """\
-*Plain* accuracy counts rows; *circular* accuracy counts questions, and a question is right only when every rotation of
-its options is. Where a table has no rotations both are the same. The one in bold is what the public kit reports for a
-set of this name. *Guessing* is the expected accuracy of a random option, *majority* that of always answering the most
-frequent letter."""
+from parrot_sys.evaluation.outcomes import METRICS
+from parrot_sys.markdown_tables import fixed, interval_text, p_value, percent, table
+
+_PLAIN = "*Plain* accuracy counts rows."
+_CIRCULAR = (
+    "*Circular* accuracy, where a table has rotations, counts questions: one is right only when every rotation of its "
+    "options is."
+)
+_KIT = "The one in bold is what the public kit reports for a set of this name."
+_OWN = "The one in bold is the headline here."
+_BASELINES = (
+    "*Guessing* is the expected accuracy of a random option, *majority* that of always answering the most frequent "
+    "letter."
+)
+INTERVAL = "95% interval"
+_INTERVALS = (
+    "An accuracy has its 95% interval below it or in brackets: Wilson's, with Student's t. Answers that share a "
+    "picture (in several languages, rotations or questions) or a question depend on each other and count as one "
+    "cluster. The intervals say what other pictures might give, not what another training run might."
+)
+PAIRED = (
+    "first minus second in points, over the same rows; in brackets the discordant answers (right only in the first : "
+    "right only in the second) and p of McNemar's exact test, in which answers that share a picture change sides "
+    "together. No p is corrected for the number of comparisons."
+)
 
 
 def render(
@@ -22,39 +43,59 @@ def render(
         title: heading.
         content: what report.json holds.
         images: (caption, file name beside the report).
-        appendix: lines behind the tables.
+        appendix: lines after the tables.
     """
     details = content["details"]
     lines = [f"# {title}", ""]
     lines += [f"> {note}\n" for note in details["notes"]]
-    lines += [
-        f"Option extraction: `{details['rules']}` rules. Settings: {_settings(details['settings'])}.",
-        "",
-        _EXPLANATION,
-        "",
-    ]
+    generated = details["settings"].get("mode", "generate") == "generate"
+    rules = f" Option extraction: `{details['rules']}` rules." if generated else ""
+    lines += [f"{details['measure']['answers']}{rules} Settings: {_settings(details['settings'])}.", ""]
+    rotated = any(is_rotated(cells) for cells in details["cells"].values())
+    explained = [_PLAIN, *([_CIRCULAR] if rotated else []), _KIT if details["measure"]["public_kit"] else _OWN]
+    lines += [" ".join([*explained, _BASELINES]), "", _INTERVALS, ""]
     if len(details["average"]) > 1:
         lines += ["## All parts", "", *_overview(content), ""]
     for suite, cells in details["cells"].items():
         if cells:
             lines += _suite(suite, cells, details)
     if details["training"]:
-        lines += ["## Training", "", *_training(details["training"]), ""]
+        lines += ["## Training", "", _LOSSES, "", *_training(details["training"]), ""]
     lines += [*appendix, "## Plots", ""]
     for caption, file in images:
-        lines += [f"![{caption}]({file})", f"*{caption}*", ""]
+        lines += [f"![{_bare(caption)}]({file})", f"*{_bare(caption)}*", ""]
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, first column left, the others right."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, marks, *rows)]
+def is_rotated(cells: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a question of a part stands in several rows, with its options rotated. `cells`: language -> scores."""
+    return any(cell["n_questions"] < cell["n"] for cell in cells.values())
 
 
-def percent(value: float | None) -> str:
-    """One decimal, or a dash where there is no number."""
-    return "-" if value is None else f"{value:.1f}"
+def paired_table(what: str, comparisons: Mapping[str, Mapping[str, Mapping[str, Any]]], *, scale: float) -> list[str]:
+    """Table of paired tests.
+
+    Args:
+        what: above the names of the comparisons.
+        comparisons: name -> language (or all) -> values of a `Paired`.
+        scale: of the differences: 100 for accuracies, which are shown in points.
+    """
+    columns = list(dict.fromkeys(column for tests in comparisons.values() for column in tests))
+    rows = []
+    for name, tests in comparisons.items():
+        sizes = [str(test["n"]) for test in tests.values()]
+        cells = [_paired(tests[column], scale) if column in tests else "-" for column in columns]
+        rows.append([name, " / ".join(dict.fromkeys(sizes)), *cells])
+    return table([what, "n pairs (a language / all)", *columns], rows)
+
+
+def _paired(test: Mapping[str, Any], scale: float) -> str:
+    difference = fixed(scale * test["difference"], 1, sign=True)
+    return f"{difference} ({test['first_only']} : {test['second_only']}, p {_probability(test['p'])})"
+
+
+def _probability(p: float) -> str:
+    return p_value(p) if p < 0.001 else f"= {p_value(p)}"
 
 
 def _overview(content: Mapping[str, Any]) -> list[str]:
@@ -63,22 +104,33 @@ def _overview(content: Mapping[str, Any]) -> list[str]:
     languages = list(dict.fromkeys(language for part in details["average"] for language in content[part]))
     rows = []
     for part, average in details["average"].items():
-        accuracies = [percent(content[part].get(language)) for language in languages]
-        guessing = fmean(c["baselines"]["random"][details["headline"][part]] for c in details["cells"][part].values())
-        rows.append([part, *accuracies, f"**{percent(average)}**", percent(guessing)])
-    return table(["accuracy (%)", *languages, "mean", "guessing"], rows)
+        metric, cells = details["headline"][part], details["cells"][part]
+        ends = details["intervals"][part].get("model", {}).get(metric, {})
+        accuracies = [percent(content[part].get(language), ends.get(language)) for language in languages]
+        guessing = fmean(cell["baselines"]["random"][metric] for cell in cells.values())
+        mean = percent(average, ends.get("mean"))
+        n = str(sum(cell["n_questions" if metric == "circular" else "n"] for cell in cells.values()))
+        rows.append([part, metric, n, *accuracies, f"**{mean}**", percent(guessing)])
+    header = [f"accuracy (%), {details['measure']['short']}", "counted", "n, all languages"]
+    return table([*header, *languages, "mean", "guessing"], rows)
 
 
 def _suite(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:
     metric = details["headline"][suite]
-    lines = [f"## {suite}", "", *_accuracies(suite, cells, details), "", *_counts(cells), ""]
+    lines = [f"## {' '.join(suite.split())}", "", *_accuracies(suite, cells, details), "", *_counts(cells), ""]
+    if tests := {
+        f"own routes - routing {routing}": suites[suite]
+        for routing, suites in details["paired"].items()
+        if suite in suites
+    }:
+        lines += [f"What the routes do, {metric} accuracy: {PAIRED}", ""]
+        lines += [*paired_table("routes", tests, scale=100), ""]
     if change := details["logit_change"].get(suite):
-        routings = list(next(iter(change.values())))
-        rows = [[routing, *[f"{change[language][routing]:.3g}" for language in change]] for routing in routings]
         lines += [
-            "Largest change of a next-token logit when the route is replaced (0 would mean bypassed experts):",
+            "Largest change of a next-token logit when the route is replaced, over some questions of this part with "
+            "pictures (0 would mean bypassed experts):",
             "",
-            *table(["routing", *change], rows),
+            *_logit_changes(change, details["logit_probes"][suite]),
             "",
         ]
     for key, what in (("by_l2_category", "l2-category"), ("by_category", "category")):
@@ -86,18 +138,38 @@ def _suite(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[
     return lines
 
 
-def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:
-    languages = list(cells)
-
-    def row(name: str, values: Sequence[float | None]) -> list[str]:
-        numbers = [value for value in values if value is not None]
-        return [name, *map(percent, values), percent(sum(numbers) / len(numbers) if numbers else None)]
-
+def _logit_changes(changes: Mapping[str, Mapping[str, float]], probes: Mapping[str, Mapping[str, int]]) -> list[str]:
     rows = []
-    for key in ("plain", "circular"):
-        name = f"**{key}**" if key == details["headline"][suite] else key
-        rows.append(row(name, [cells[language][key] for language in languages]))
-    rows += [row(name, values) for name, values in beside_rows(cells)]
+    for routing in dict.fromkeys(routing for change in changes.values() for routing in change):
+        cells = [
+            f"{changes[language][routing]:.3g} (n = {probes[language][routing]})"
+            if routing in changes[language]
+            else "-"
+            for language in changes
+        ]
+        rows.append([routing, *cells])
+    return table(["routing (n questions)", *changes], rows)
+
+
+def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:
+    languages, metrics = list(cells), METRICS if is_rotated(cells) else METRICS[:1]
+    rows: list[list[str]] = []
+
+    def add(name: str, held: Mapping[str, Mapping[str, Any]], metric: str, source: str = "") -> None:
+        values = [held[language][metric] if language in held else None for language in languages]
+        numbers = [value for value in values if value is not None]
+        rows.append([name, *map(percent, values), percent(sum(numbers) / len(numbers) if numbers else None)])
+        if ends := details["intervals"][suite].get(source, {}).get(metric):
+            rows.append([INTERVAL, *(interval_text(ends.get(key)) for key in (*languages, "mean"))])
+
+    for metric in metrics:
+        add(f"**{metric}**" if metric == details["headline"][suite] else metric, cells, metric, "model")
+    tokens = {language: cell["normalised"] for language, cell in cells.items() if cell["normalised"]}
+    for metric in metrics if tokens else ():
+        add(f"{metric}, per token", tokens, metric, "normalised")
+    others = {language: cell["beside"] for language, cell in cells.items() if "beside" in cell}
+    for metric in metrics if others else ():
+        add(f"{metric}, {next(iter(others.values()))['rules']} rules", others, metric, "beside")
     for routing, suites in details["routing"].items():
         held = suites.get(suite, {})
         # an ablation may be limited to fewer questions than the main run
@@ -106,29 +178,12 @@ def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Map
             if all(held[lang]["n"] == cells[lang]["n"] for lang in held)
             else f" (n = {next(iter(held.values()))['n']})"
         )
-        for key in ("plain", "circular"):
-            values = [held[language][key] if language in held else None for language in languages]
-            rows.append(row(f"routing {routing}, {key}{n}", values))
+        for metric in metrics:
+            add(f"routing {routing}, {metric}{n}", held, metric, routing)
     for name, label in (("random", "guessing"), ("majority", "majority")):
-        for key in ("plain", "circular"):
-            rows.append(row(f"{label}, {key}", [cells[language]["baselines"][name][key] for language in languages]))
-    return table(["accuracy (%)", *languages, "mean"], rows)
-
-
-def beside_rows(cells: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
-    """(label, accuracy per language) by the extraction rules that stand next to the chosen ones; none of likelihoods.
-
-    Args:
-        cells: language -> scores of a part.
-    """
-    others = {language: cell["beside"] for language, cell in cells.items() if "beside" in cell}
-    if not others:
-        return []
-    rules = next(iter(others.values()))["rules"]
-    return [
-        (f"{key}, {rules} rules", [others[language][key] if language in others else None for language in cells])
-        for key in ("plain", "circular")
-    ]
+        for metric in metrics:
+            add(f"{label}, {metric}", {language: cell["baselines"][name] for language, cell in cells.items()}, metric)
+    return table([f"accuracy (%), {details['measure']['short']}", *languages, "mean"], rows)
 
 
 def _counts(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -148,27 +203,39 @@ def _by(key: str, what: str, cells: Mapping[str, Mapping[str, Any]], metric: str
     names = sorted({name for cell in cells.values() for name in cell[key]})
     if not names:
         return []
+    counted = "n_questions" if metric == "circular" else "n"
     rows = []
     for name in names:
-        held = {language: cell[key].get(name) for language, cell in cells.items()}
-        rows.append([name, *[f"{percent(c[metric])} ({c['n']})" if c else "-" for c in held.values()]])
-    return [*table([f"{what}: {metric} (n rows)", *cells], rows), ""]
+        row = []
+        for cell in cells.values():
+            held, ends = cell[key].get(name), cell["intervals"].get(key, {}).get(name, {}).get(metric)
+            row.append(f"{percent(held[metric], ends)} (n = {held[counted]})" if held else "-")
+        rows.append([name, *row])
+    return [*table([f"{what}: {metric} accuracy (%)", *cells], rows), ""]
+
+
+_LOSSES = (
+    "A loss is the mean over labels, the tokens that are learned: first and last of training over those of a logging "
+    "interval (all its steps, micro-batches and processes), that of validation over those of the held-out records."
+)
 
 
 def _training(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return table(
-        ["stage", "steps", "first loss", "last loss", "validation loss"],
-        [
-            [
-                name,
-                str(s["steps"]),
-                f"{s['first_loss']:.3f}",
-                f"{s['last_loss']:.3f}",
-                f"{s['validation_loss']:.3f}" if "validation_loss" in s else "-",
-            ]
-            for name, s in stages.items()
-        ],
-    )
+    names = ("first", "last", "validation")
+    rows = [
+        [stage, str(found["steps"]), *(_loss(found.get(f"{name}_loss"), found.get(f"{name}_labels")) for name in names)]
+        for stage, found in stages.items()
+    ]
+    return table(["stage", "steps", *(f"{name} loss" for name in names)], rows)
+
+
+def _loss(loss: float | None, labels: int | None) -> str:
+    return fixed(loss, 3) + (f" (n = {labels} labels)" if labels else "")
+
+
+def _bare(caption: str) -> str:
+    """Text of a caption, in which brackets and stars are no Markdown."""
+    return re.sub(r"([\\\[\]*])", r"\\\1", " ".join(caption.split()))
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clu
 from parrot_sys.evaluation.tsv import Question, picture_bytes
 
 Interval = tuple[float, float]
+METRICS = ("plain", "circular")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +94,27 @@ def measure(
     }
 
 
+def score_other(
+    questions: Sequence[Question], letters: Mapping[int, str | None], images: Mapping[str, str]
+) -> dict[str, Any]:
+    """Accuracies of other letters than those of `measure`, to stand beside these.
+
+    Returns:
+        `plain`, `circular`, their `intervals`, and the column `right` beside the columns of `rows`.
+    """
+    cell, measured = score_cell(questions, [letters[q.index] for q in questions]), measure(questions, letters, images)
+    return {
+        "plain": cell.plain,
+        "circular": cell.circular,
+        "intervals": {name: measured["intervals"][name] for name in METRICS},
+        "right": measured["rows"]["right"],
+    }
+
+
 def normalised(
     questions: Sequence[Question], records: Mapping[int, Mapping[str, Any]], images: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """Accuracies by the likelihood per token, beside those by the plain one, which prefers short options.
+    """`score_other` of the likelihood per token, beside the plain one, which prefers short options.
 
     Args:
         questions: rows of the part.
@@ -104,7 +122,7 @@ def normalised(
         images: of the table.
 
     Returns:
-        `plain`, `circular` and `intervals`; None where a record holds no numbers of tokens.
+        None where a record holds no numbers of tokens.
     """
     if not questions or not all("option_tokens" in records[question.index] for question in questions):
         return None
@@ -113,25 +131,23 @@ def normalised(
         record = records[question.index]
         means = {letter: score / record["option_tokens"][letter] for letter, score in record["option_scores"].items()}
         letters[question.index] = max(means, key=lambda letter: means[letter])
-    cell = score_cell(questions, [letters[question.index] for question in questions])
-    intervals = measure(questions, letters, images)["intervals"]
-    return {
-        "plain": cell.plain,
-        "circular": cell.circular,
-        "intervals": {name: intervals[name] for name in ("plain", "circular")},
-    }
+    return score_other(questions, letters, images)
 
 
-def read_outcomes(part: Mapping[str, Any]) -> list[Outcome] | None:
-    """Answers of a part of a score file; None where an earlier version wrote it, without its rows."""
+def read_outcomes(part: Mapping[str, Any], right: Sequence[int] | None = None) -> list[Outcome] | None:
+    """Answers of a part of a score file; None where an earlier version wrote it, without its rows.
+
+    Args:
+        part: of the file.
+        right: another column than that of the rows, from `score_other`.
+    """
     rows = part.get("rows")
     if rows is None:
         return None
+    columns = rows["index"], rows["group"], rows["picture"], rows["right"] if right is None else right
     return [
-        Outcome(index=index, group=group, picture=picture, value=right)
-        for index, group, picture, right in zip(
-            rows["index"], rows["group"], rows["picture"], rows["right"], strict=True
-        )
+        Outcome(index=index, group=group, picture=picture, value=value)
+        for index, group, picture, value in zip(*columns, strict=True)
     ]
 
 
@@ -177,9 +193,19 @@ def compare(first: Mapping[Any, Sequence[Outcome]], second: Mapping[Any, Sequenc
     )
 
 
-def is_rotated(outcomes: Sequence[Outcome]) -> bool:
-    """Whether any question stands in several rotations."""
-    return len({outcome.group for outcome in outcomes}) < len(outcomes)
+ALL = "all"
+"""Key of the comparison over all languages, beside the languages."""
+
+
+def compare_languages(
+    first: Mapping[str, Sequence[Outcome]], second: Mapping[str, Sequence[Outcome]]
+) -> dict[str, dict[str, Any]]:
+    """Paired tests of each language that both hold, and over all of them, as plain values for JSON."""
+    shared = [language for language in first if language in second]
+    tests = {language: compare({language: first[language]}, second) for language in shared}
+    if len(shared) > 1:
+        tests[ALL] = compare({language: first[language] for language in shared}, second)
+    return {key: {**asdict(test), "discordant": test.discordant} for key, test in tests.items() if test.n}
 
 
 def _intervals(outcomes: Sequence[Outcome]) -> dict[str, Interval | None]:

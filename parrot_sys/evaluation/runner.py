@@ -22,7 +22,7 @@ from parrot_sys.data.parts import human_turn
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.kit import write_kit_files
-from parrot_sys.evaluation.outcomes import measure, normalised
+from parrot_sys.evaluation.outcomes import measure, normalised, score_other
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
 from parrot_sys.evaluation.scoring import score_beside, score_table
 from parrot_sys.evaluation.store import PredictionStore
@@ -245,14 +245,22 @@ def _parts(
     others = _letters(table, records, beside(rules)) if mode == "generate" else None
     return {
         name: {
-            "scores": score_table(questions, letters)
-            | ({} if others is None else {"beside": score_beside(questions, others, beside(rules))}),
+            "scores": {
+                **score_table(questions, letters),
+                **({} if others is None else {"beside": _beside(table, questions, others, beside(rules))}),
+            },
             "experts": mean_experts([records[question.index] for question in questions]),
             "normalised": normalised(questions, records, table.images),
             **measure(questions, letters, table.images),
         }
         for name, questions in table.parts().items()
     }
+
+
+def _beside(
+    table: QuestionSet, questions: Sequence[Question], letters: Mapping[int, str | None], rules: Rules
+) -> dict[str, Any]:
+    return {**score_beside(questions, letters, rules), **score_other(questions, letters, table.images)}
 
 
 def _letters(table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules: Rules) -> dict[int, str | None]:
@@ -278,31 +286,36 @@ def _answer(
             bar.update(len(batch))
 
 
-def check_experts(items: Sequence[Item], predictor: Predictor, routing: Routing) -> float:
+def check_experts(parts: Mapping[str, Sequence[Item]], predictor: Predictor, routing: Routing) -> dict[str, float]:
     """Makes sure that the route matters: replacing it must move the logits.
 
+    Args:
+        parts: name of a part of a table -> some of its questions with pictures.
+        predictor: the model.
+        routing: what replaces the model's own routes.
+
     Returns:
-        The largest change of a logit over `items`.
+        The largest change of a logit in each part.
 
     Raises:
-        ConfigError: nothing changed, so the experts are bypassed.
-        CheckpointError: the change is not finite, so that nothing was measured.
+        ConfigError: nothing changed in any part, so the experts are bypassed.
+        CheckpointError: a change is not finite, so that nothing was measured.
     """
-    change = predictor.logit_change(items, routing)
-    table = items[0].table
-    if not math.isfinite(change):
+    changes = {name: predictor.logit_change(items, routing) for name, items in parts.items()}
+    count, path = sum(map(len, parts.values())), next(iter(parts.values()))[0].table.path
+    if bad := [change for change in changes.values() if not math.isfinite(change)]:
         raise CheckpointError(
-            f"routing {routing!r} changes the logits over {len(items)} questions of {table.path} by {change}, wanted a "
-            "finite number: the checkpoint's weights are damaged, or its numbers are too large for the dtype (try "
-            "--dtype float32)"
+            f"routing {routing!r} changes the logits over {count} questions of {path} by {bad[0]}, wanted a finite "
+            "number: the checkpoint's weights are damaged, or its numbers are too large for the dtype (try --dtype "
+            "float32)"
         )
-    if not change > 0:
+    if not any(change > 0 for change in changes.values()):
         raise ConfigError(
-            f"routing {routing!r} changes no logit over {len(items)} questions of {table.path}: the experts are "
-            "bypassed (wanted max |change| > 0, got 0); check that the checkpoint was trained with use_moe and that "
-            "its experts are not all zero"
+            f"routing {routing!r} changes no logit over {count} questions of {path}: the experts are bypassed (wanted "
+            "max |change| > 0, got 0); check that the checkpoint was trained with use_moe and "
+            "that its experts are not all zero"
         )
-    return change
+    return changes
 
 
 def mean_experts(records: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -102,11 +102,11 @@ def accuracy_interval(
 
 
 def mean_margin(values: Sequence[float], clusters: NDArray[np.int64]) -> float:
-    """Half of the 95% interval of a mean; infinite for a single cluster."""
+    """Half of the 95% interval of a mean; infinite for a single value, or a single cluster of values that differ."""
     array = np.asarray(values, dtype=np.float64)
     sums = np.bincount(clusters, array - array.mean()) / len(array)
     if (number := len(sums)) < 2:
-        return math.inf
+        return 0.0 if len(array) > 1 and np.ptp(array) == 0 else math.inf
     return _critical(number - 1) * math.sqrt(float(sums @ sums) * number / (number - 1))
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.evaluation import recipes
-from parrot_sys.evaluation.experiment import Experiment, Run, Variant, answer_lengths
+from parrot_sys.evaluation.experiment import Experiment, Run, Variant, answer_lengths, counted_words
 from parrot_sys.evaluation.pipeline import Step
 from parrot_sys.evaluation.recipes import (
     ALIGN,
@@ -193,6 +193,8 @@ ANSWERS = Experiment(
     unit="words in an answer",
     chance=None,
     measure=answer_lengths,
+    answers=counted_words,
+    scale=1.0,
 )
 EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS, "wings": FORGETTING, "multimodal_gpt": ANSWERS}
 """System -> its experiment."""

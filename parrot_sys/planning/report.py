@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from parrot_sys import markdown_tables
 from parrot_sys.config_values import config_to_dict
 from parrot_sys.errors import ConfigError
 from parrot_sys.planning.config import PlanConfig
@@ -151,20 +152,26 @@ def _data_sheet(config: PlanConfig) -> dict[str, Any]:
 
 def scaling_table(best: Sequence[tuple[int, Estimate]]) -> str:
     """A Markdown table: the best layout of each number of GPUs, and how well the numbers scale."""
-    lines = [
-        "| GPUs | layout | ZeRO-1 | recompute | samples a step | GB a GPU | s a step | samples/s | MFU | efficiency |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["GPUs", "layout", "ZeRO-1", "recompute", "samples a step", "GB a GPU", "s a step", "samples/s", "MFU"]
+    rows = []
     first_number, first = best[0]
     for number, each in best:
         efficiency = each.samples_per_second / number / (first.samples_per_second / first_number)
-        lines.append(
-            f"| {number} | {each.layout.describe()} | {'yes' if each.layout.distributed_optimizer else 'no'} "
-            f"| {'full' if each.layout.recompute else 'none'} | {each.samples} | {each.memory.total / 1e9:.1f} "
-            f"| {_significant(each.step_seconds)} | {_significant(each.samples_per_second)} | {each.mfu:.0%} "
-            f"| {efficiency:.0%} |"
+        rows.append(
+            [
+                str(number),
+                each.layout.describe(),
+                "yes" if each.layout.distributed_optimizer else "no",
+                "full" if each.layout.recompute else "none",
+                str(each.samples),
+                f"{each.memory.total / 1e9:.1f}",
+                _significant(each.step_seconds),
+                _significant(each.samples_per_second),
+                f"{each.mfu:.0%}",
+                f"{efficiency:.0%}",
+            ]
         )
-    return "\n".join(lines)
+    return "\n".join(markdown_tables.table([*header, "efficiency"], rows, numbers=False))
 
 
 def _significant(value: float) -> str:

@@ -30,8 +30,10 @@ def test_a_comparison_by_hand() -> None:
     assert (result.first.mean, result.first.median, result.first.short) == (2.0, 2, pytest.approx(2 / 3))
     assert (result.second.median, result.second.short) == (4, pytest.approx(1 / 3))
     assert result.difference == pytest.approx(4 / 3)
-    assert result.margin == pytest.approx(
-        1.96 * math.sqrt(((5 / 3) ** 2 + (4 / 3) ** 2 + (1 / 3) ** 2) / 2) / math.sqrt(3)
+    assert (result.longer, result.shorter) == (2, 0)
+    assert result.p == pytest.approx(2 / 4)
+    assert result.margin == pytest.approx(  # Student's t with two degrees of freedom
+        4.302652730 * math.sqrt(((5 / 3) ** 2 + (4 / 3) ** 2 + (1 / 3) ** 2) / 2) / math.sqrt(3)
     )
     assert math.isinf(compare_answers([("a", "b")]).margin)
 
@@ -59,7 +61,10 @@ def test_two_evaluations(three_languages: Path, tmp_path: Path, capsys: pytest.C
     assert parrot(["compare", *arguments, "--output", str(tmp_path / "lengths")]) == 0
     text = (tmp_path / "lengths" / "lengths.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    assert f"| MMMB_en | {result['MMMB_en'].questions} | 1.0 | 5.0 | 1 | 5 | 100% | 0% | +4.0 ± 0.0 |" in text
+    assert (
+        f"| MMMB_en | {result['MMMB_en'].questions} | 1.0 | 5.0 | 1 | 5 | 100% | 0% | +4.0 ± 0.0 | 6 : 0 | 1.000 |"
+        in text
+    )
     assert "with VQAv2: mean words" in text
     written = json.loads((tmp_path / "lengths" / "lengths.json").read_text())
     assert written["tables"]["all"]["second"]["mean"] == result["all"].second.mean

@@ -50,7 +50,7 @@ def test_quick_demo_of_the_other_systems(tmp_path: Path, model: str) -> None:
     report = json.loads((root / "report" / "report.json").read_text(encoding="utf-8"))
     assert list(report["style"]) == list(LANGUAGES)
     forgetting = json.loads((root / "report" / "forgetting.json").read_text(encoding="utf-8"))
-    assert set(forgetting) == {"before", "after", "change"}
+    assert set(forgetting) == {"before", "after", "change", "paired"}
     assert list(forgetting["change"]) == ["T", "TT", "TTT", "TTV", "TV", "V"]
     text = (root / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("## Six types of dialogue", "## Attention on text before and after the image", "### TTV"):

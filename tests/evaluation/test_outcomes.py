@@ -15,7 +15,6 @@ from parrot_sys.evaluation.outcomes import (
     by_question,
     clusters,
     compare,
-    is_rotated,
     mean_interval,
     normalised,
     picture_digests,
@@ -50,7 +49,6 @@ def test_score_files_hold_every_row_with_its_cluster(three_languages: Path) -> N
     assert english is not None
     assert [(each.index, each.group, each.value) for each in english] == [(1, 1, 1), (2, 2, 1), (1_000_001, 1, 1)]
     assert len({each.picture for each in english}) == 1
-    assert is_rotated(english)
     turkish = read_outcomes(parts["style"]["model"]["pt"])
     assert turkish is not None
     assert {each.picture for each in turkish} == {each.picture for each in english}
@@ -90,7 +88,6 @@ def test_a_question_is_right_where_its_rotations_are() -> None:
         outcome(1_000_002, 1, group=2),
     ]
     assert [(each.group, each.value) for each in by_question(rows)] == [(1, 0), (2, 1)]
-    assert not is_rotated(by_question(rows))
 
 
 def test_comparison_is_over_the_rows_that_both_hold() -> None:
@@ -114,6 +111,7 @@ def test_likelihood_per_token_by_hand() -> None:
     assert result is not None
     assert (result["plain"], result["circular"]) == (50.0, 50.0)
     assert set(result["intervals"]) == {"plain", "circular"}
+    assert result["right"] == [1, 0]
     del records[2]["option_tokens"]  # answered by an earlier version
     assert normalised(questions, records, {}) is None
     assert normalised([], {}, {}) is None

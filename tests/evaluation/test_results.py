@@ -104,17 +104,18 @@ def test_tables_with_other_rows_do_not_stop_the_default_run(data: Path) -> None:
     rows = [{"index": i, "question": "?", "A": "x", "B": "y", "answer": "A", "split": "style"} for i in (3, 77)]
     write_table(data / "mmmb_cn.tsv", rows)
     scripted = model()
-    probed: dict[str, list[int]] = {}
+    probed: dict[str, list[list[int]]] = {}
     measure = scripted.logit_change
 
     def logit_change(items: Any, routing: Any) -> float:
         if items[0].table.language == "en":
-            probed[routing] = [item.question.index for item in items]
+            probed.setdefault(routing, []).append([item.question.index for item in items])
         return measure(items, routing)
 
     scripted.logit_change = logit_change  # type: ignore[method-assign]
     evaluate(config(data), scripted)
-    assert probed == {"off": [1, 2, 3, 4, 1_000_001, 1_000_003], "other-language": [3]}
+    # each part on its own
+    assert probed == {"off": [[1, 2, 1_000_001], [3, 4, 1_000_003]], "other-language": [[3]]}
     asked = model()
     with pytest.raises(DataError, match="needs the same rows"):
         evaluate(config(data, routing=("model", "other-language"), output=data.parent / "b"), asked)

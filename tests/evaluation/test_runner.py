@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
+from parrot_sys.evaluation.headlines import headline
 from parrot_sys.evaluation.main import evaluate, summary
-from parrot_sys.evaluation.report import ReportInput, build_report, headline, load_scores
+from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
 from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
 from tests.evaluation.scripted import Scripted, config
 
@@ -162,7 +163,8 @@ def test_bypassed_experts_fail_the_run(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"routing model off needs experts, but .* has none or does not use them"):
         evaluate(config(data, languages=("en",), routing=("model", "off")), without)
     (table,) = load_tables([data / "mmmb_en.tsv"], (), None)
-    assert check_experts(make_items(table, "off", {}), Scripted(change=0.5), "off") == 0.5
+    parts = {"style": make_items(table, "off", {})}
+    assert check_experts(parts, Scripted(change=0.5), "off") == {"style": 0.5}
 
 
 def test_tables_that_do_not_go_together(data: Path, tmp_path: Path) -> None:
