@@ -22,7 +22,7 @@ from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import encode_conversations
-from parrot_sys.data.tokenizer_files import MissingTokenizer, has_tokenizer, load_tokenizer
+from parrot_sys.data.tokenizer_files import MissingTokenizer, check_vocabulary, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, read_json
 
@@ -115,6 +115,20 @@ class ParrotProcessor:
             self.image_processor, exif=data.exif, transparency=data.transparency, limits=data.image_limits
         )
         return other
+
+    def check_fits(self, vocab_size: int, image_size: int, where: object) -> None:
+        """Whether a model with these sizes can take what this processor, read from `where`, makes.
+
+        Raises:
+            CheckpointError: the tokenizer has ids beyond the vocabulary, or pictures have another size.
+        """
+        check_vocabulary(self.tokenizer, vocab_size, where)
+        size = (self.image_processor.height, self.image_processor.width)
+        if size != (image_size, image_size):
+            raise CheckpointError(
+                f"{where}: {PREPROCESSOR_FILE} makes pictures of {size[0]} x {size[1]} pixels, but the vision tower "
+                f"takes {image_size} x {image_size}: use the file of this tower"
+            )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""

@@ -61,6 +61,8 @@ class AttentionConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    allow_non_finite: bool = False
+    """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size"):
@@ -75,7 +77,9 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(AttentionConfig, argv, prog="parrot attention")
     setup_logging()
     parts = questions_with_pictures(config)
-    model, processor = load_pretrained(config.checkpoint, device=config.device, dtype=config.dtype)
+    model, processor = load_pretrained(
+        config.checkpoint, device=config.device, dtype=config.dtype, allow_non_finite=config.allow_non_finite
+    )
     predictor = ModelPredictor(model, processor, checkpoint=config.checkpoint)
     content = {
         "definition": DEFINITION,

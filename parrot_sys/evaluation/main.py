@@ -86,6 +86,8 @@ class EvalConfig:
     """Type of parameters and activations; that of the checkpoint when not given."""
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     """Largest pictures that are read."""
+    allow_non_finite: bool = False
+    """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     compat: Compat | None = None
     """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
     `released`. As the checkpoint says when not given."""
@@ -153,6 +155,7 @@ def load_predictor(config: EvalConfig) -> ModelPredictor:
         dtype=config.dtype,
         parallel=config.parallel,
         compat=config.compat,
+        allow_non_finite=config.allow_non_finite,
     )
     return ModelPredictor(
         model,

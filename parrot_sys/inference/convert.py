@@ -63,6 +63,8 @@ class ConvertConfig:
     """`hf`: released layout, for other people's tools; `megatron`: a training checkpoint (weights, no optimizer)."""
     dtype: DtypeName | None = None
     """Type of the tensors; as they are in the checkpoint when not given."""
+    allow_non_finite: bool = False
+    """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     merge_lora: bool = False
     """Make the updates of LoRA part of the weights, for programs that know no LoRA."""
     force: bool = False
@@ -148,11 +150,18 @@ def _assemble(config: ConvertConfig, output: Path) -> None:
             "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
             "save_tokenizer": tokenizer.save_pretrained,
         }
-    assemble(files, output, vocab_multiple=config.vocab_multiple, overwrite=config.force, **settings)
+    assemble(
+        files,
+        output,
+        vocab_multiple=config.vocab_multiple,
+        overwrite=config.force,
+        allow_non_finite=config.allow_non_finite,
+        **settings,
+    )
 
 
 def _convert(config: ConvertConfig, checkpoint: Path) -> None:
-    model, processor = load_pretrained(checkpoint, dtype=config.dtype)
+    model, processor = load_pretrained(checkpoint, dtype=config.dtype, allow_non_finite=config.allow_non_finite)
     if config.vision is not None:
         # What was put together lies in a place that goes away; the tower stays where it came from.
         tower = replace(model.config.vision, path=str(config.vision.resolve()))

@@ -35,6 +35,7 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     parallel: ParallelConfig | None = None,
     compat: Compat | None = None,
+    allow_non_finite: bool = False,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     """Model (in evaluation mode, vision tower frozen) and processor.
 
@@ -47,9 +48,11 @@ def load_pretrained(
         parallel: layout, when several processes load one model together.
         compat: whose rules the model follows where the public code does not do what the paper says; None: as the
             checkpoint says. See `ParrotConfig.following`.
+        allow_non_finite: load NaN and infinite weights with a warning, for those who look for their cause.
 
     Raises:
-        CheckpointError: nothing usable at `path`, or missing, unexpected or mis-shaped tensors, listed by name.
+        CheckpointError: nothing usable at `path`; missing, unexpected or mis-shaped tensors, or some with weights that
+            are no numbers, listed by name; a tokenizer or pictures of another model.
         ConfigError: the checkpoint describes a model that Parrot cannot be; `device` does not exist here.
     """
     directory = Path(path)
@@ -60,8 +63,8 @@ def load_pretrained(
     wanted = platform.parse_dtype(dtype) if isinstance(dtype, str) else dtype
     target = platform.parse_device(device)
     if (training := find_training_checkpoint(directory)) is not None:
-        return _load_training(training, target, wanted, parallel, compat)
-    return _load_released(directory, target, wanted, parallel, compat)
+        return _load_training(training, target, wanted, parallel, compat, allow_non_finite)
+    return _load_released(directory, target, wanted, parallel, compat, allow_non_finite)
 
 
 def save_pretrained(
@@ -119,17 +122,19 @@ def _load_released(
     dtype: torch.dtype | None,
     parallel: ParallelConfig | None,
     compat: Compat | None,
+    allow_non_finite: bool,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
     config = config.following(compat)
     processor = ParrotProcessor.from_pretrained(directory)
+    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory)
     from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.parrot_model import build_parrot_model
     from parrot_sys.megatron.state_dict import load_released
 
     parallel = _initialize(parallel)
     model = build_parrot_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
-    load_released(model, directory)
+    load_released(model, directory, allow_non_finite=allow_non_finite)
     source = ReleasedSource(directory=directory.resolve(), hf=read_json(directory / CONFIG), keep_dtypes=dtype is None)
     return _ready(model, processor, directory, source), processor
 
@@ -140,18 +145,21 @@ def _load_training(
     dtype: torch.dtype | None,
     parallel: ParallelConfig | None,
     compat: Compat | None,
+    allow_non_finite: bool,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config = load_config(ParrotConfig, directory / MODEL_CONFIG).following(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
+    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR)
     from parrot_sys.megatron.checkpointing import load_model_weights
     from parrot_sys.megatron.parrot_model import build_parrot_model
-    from parrot_sys.megatron.state_dict import stored_dtype
+    from parrot_sys.megatron.state_dict import refuse_non_finite, stored_dtype
 
     parallel = _initialize(parallel)
     model = build_parrot_model(
         config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
     )
     load_model_weights(directory, [model])
+    refuse_non_finite([model], directory, allow=allow_non_finite)
     train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
     # The first stage keeps its experts (and routers) but goes past them.
     model.use_moe = model.use_moe and bool(train.get("use_moe", True))

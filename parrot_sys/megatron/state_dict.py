@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from parrot_sys.files import read_json
 from parrot_sys.megatron.checkpoint_reader import tensors_of
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
+from parrot_sys.models.finite import NonFinite
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
     VISION_MODEL,
@@ -33,7 +35,7 @@ from parrot_sys.models.hf_checkpoint import (
 from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
-from parrot_sys.models.tensor_map import TensorMap
+from parrot_sys.models.tensor_map import TensorMap, only
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.models.wings_hf import ROUTER, WINGS_TYPES
 from parrot_sys.parallel import ExpertGroups
@@ -99,6 +101,10 @@ def whole_tensor(entry: TensorMap, part: Tensor, group: ProcessGroup) -> Tensor:
     return torch.cat([torch.cat(halves, dim) for halves in zip(*(each.chunk(2) for each in parts), strict=True)])
 
 
+_COPIED_BYTES = 16 * 2**20
+"""Bytes of the model copied from a checkpoint at once."""
+
+
 def fill(
     targets: dict[str, Tensor],
     maps: Iterable[TensorMap],
@@ -106,25 +112,65 @@ def fill(
     *,
     rank: int = 0,
     size: int = 1,
+    non_finite: NonFinite | None = None,
 ) -> None:
-    """Copy released tensors into those of `targets` that `maps` names, one at a time, casting to the target's dtype."""
+    """Copy released tensors into those of `targets` that `maps` names, one at a time, casting to the target's dtype.
+
+    The largest come first: then the least of the model is in memory beside the copies that packing a tensor makes.
+
+    Args:
+        targets: tensors of the model by name, whole or this rank's parts.
+        maps: what each is made of.
+        read: released name -> tensor; called again for each part of a large one.
+        rank: of this process among those that share tensors.
+        size: how many they are.
+        non_finite: counts values that are no numbers, as they are in the model.
+    """
+    found = NonFinite() if non_finite is None else non_finite
     with torch.no_grad():
-        for entry in maps:
-            if (target := targets.get(entry.name)) is not None:
-                whole = entry.pack([read(key) for key in entry.keys])
-                target.copy_(local_part(entry, whole, target.shape, rank=rank, size=size))
+        for entry in sorted(maps, key=_num_values, reverse=True):
+            if (target := targets.get(entry.name)) is None:
+                continue
+            if entry.pack is only and tuple(target.shape) == tuple(entry.shapes[0]):
+                _copy(target, entry.keys[0], read, found)
+                continue
+            parts = []
+            for key in entry.keys:
+                parts.append(read(key).to(target.dtype))
+                found.look(key, parts[-1])
+            target.copy_(local_part(entry, entry.pack(parts), target.shape, rank=rank, size=size))
 
 
-def load_released(model: ParrotModel, directory: str | Path) -> None:
+def _num_values(entry: TensorMap) -> int:
+    return sum(math.prod(shape) for shape in entry.shapes)
+
+
+def _copy(target: Tensor, key: str, read: Callable[[str], Tensor], found: NonFinite) -> None:
+    """A tensor that is the same in both, some rows at a time."""
+    rows = max(1, _COPIED_BYTES * len(target) // max(1, target.nbytes)) if target.dim() else 1
+    for start in range(0, len(target) if target.dim() else 1, rows):
+        here = slice(start, start + rows) if target.dim() else ...
+        target[here].copy_(read(key)[here])
+        found.look(key, target[here])
+
+
+def load_released(model: ParrotModel, directory: str | Path, *, allow_non_finite: bool = False) -> None:
     """Fill this rank's part of the model from a checkpoint in the released layout, or start it from a bare Qwen2.
 
     A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes
     from inside the checkpoint, from the directory beside it that config.json names, or as `load_tower` finds it.
+    Every rank calls this.
+
+    Args:
+        model: to be filled.
+        directory: the checkpoint.
+        allow_non_finite: NaN and infinite weights are a warning, not an error.
 
     Raises:
-        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name.
+        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name, or those with weights that are
+            no numbers.
     """
-    directory = Path(directory)
+    directory, non_finite = Path(directory), NonFinite()
     hf = read_json(directory / "config.json")
     config = model.parrot
     tensors = model_tensors(model)
@@ -148,11 +194,52 @@ def load_released(model: ParrotModel, directory: str | Path) -> None:
             maps = [entry for entry in maps if ROUTER not in entry.keys[0]]
             model.use_router = False
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
-        fill(tensors, [entry for entry in maps if not is_expert(entry)], files.tensor, rank=rank, size=size)
-        own = [local_experts(entry, experts.ep_rank, experts.ep_size) for entry in maps if is_expert(entry)]
-        fill(tensors, own, files.tensor, rank=experts.etp_rank, size=experts.etp_size)
+        for entry in filter(is_expert, maps):
+            _fill_experts(tensors, entry, files.tensor, experts, non_finite)
+        shared = [entry for entry in maps if not is_expert(entry)]
+        fill(tensors, shared, files.tensor, rank=rank, size=size, non_finite=non_finite)
     if model.vision_tower is not None and not inside:
-        load_tower(model.vision_tower, config.vision, find_tower_directory(hf, directory), rank=rank, size=size)
+        tower = find_tower_directory(hf, directory)
+        load_tower(model.vision_tower, config.vision, tower, rank=rank, size=size, non_finite=non_finite)
+    _refuse(non_finite, directory, allow=allow_non_finite)
+
+
+def _fill_experts(
+    targets: Mapping[str, Tensor],
+    entry: TensorMap,
+    read: Callable[[str], Tensor],
+    groups: ExpertGroups,
+    non_finite: NonFinite,
+) -> None:
+    """This rank's experts, which are one tensor of the model, one expert after the other."""
+    if (held := targets.get(entry.name)) is None:
+        return
+    for number in range(len(held)):
+        one = local_experts(entry, groups.ep_rank * len(held) + number, groups.ep_size * len(held))
+        own = {entry.name: held.detach()[number : number + 1]}
+        fill(own, [one], read, rank=groups.etp_rank, size=groups.etp_size, non_finite=non_finite)
+
+
+def refuse_non_finite(chunks: Sequence[ParrotModel], where: object, *, allow: bool = False) -> None:
+    """Looks at the weights that were loaded into the parts of a model on this rank; every rank calls this.
+
+    Raises:
+        CheckpointError: some are NaN or infinite, and these are not allowed; names their tensors.
+    """
+    found = NonFinite()
+    for chunk in chunks:
+        for name, tensor in model_tensors(chunk).items():
+            found.look(name, tensor)
+    _refuse(found, where, allow=allow)
+
+
+def _refuse(found: NonFinite, where: object, *, allow: bool) -> None:
+    """The same on every rank, whichever of them holds the tensors."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        counts: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(counts, found.counts)
+        found.merge(counts)
+    found.refuse(where, allow=allow)
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype:
@@ -163,9 +250,23 @@ def stored_dtype(directory: str | Path) -> torch.dtype:
 
 
 def load_tower(
-    tower: nn.Module, config: VisionConfig, directory: Path | None = None, *, rank: int = 0, size: int = 1
+    tower: nn.Module,
+    config: VisionConfig,
+    directory: Path | None = None,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    non_finite: NonFinite | None = None,
 ) -> None:
     """Fill a vision tower from `directory`, else from `config.path`, else (EfficientNet) from its Python package.
+
+    Args:
+        tower: to be filled.
+        config: its sizes.
+        directory: its checkpoint.
+        rank: of this process among those that share tensors.
+        size: how many they are.
+        non_finite: counts weights that are no numbers, for the caller to judge; they are an error when not given.
 
     Raises:
         CheckpointError: the weights are nowhere, or do not fit.
@@ -183,13 +284,17 @@ def load_tower(
         # The vision half of a whole CLIP has the same names behind the same prefix; newer files have none.
         prefix = VISION_MODEL if any(key.startswith(VISION_MODEL) for key in files.names()) else ""
         maps = tower_maps(config, key_prefix=prefix)
-        found = {
+        held = {
             key: files.shape(key)
             for key in files.names()
             if key.startswith(prefix) and not is_passed_over(key.removeprefix(prefix), config)
         }
-        check_tensors(maps, found, str(source))
-        fill(dict([*tower.named_parameters(), *tower.named_buffers()]), maps, files.tensor, rank=rank, size=size)
+        check_tensors(maps, held, str(source))
+        found = NonFinite() if non_finite is None else non_finite
+        tensors = dict([*tower.named_parameters(), *tower.named_buffers()])
+        fill(tensors, maps, files.tensor, rank=rank, size=size, non_finite=found)
+    if non_finite is None:
+        found.refuse(source)
 
 
 def tower_tensors(model: ParrotModel) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, errors_named, read_json
+from parrot_sys.models.finite import NonFinite
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.flamingo_maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
 from parrot_sys.models.hf_checkpoint import check_tensors, parrot_maps
@@ -69,6 +70,7 @@ def assemble(
     vocab_multiple: int = 1,
     save_tokenizer: Callable[[Path], None] | None = None,
     overwrite: bool = False,
+    allow_non_finite: bool = False,
 ) -> ParrotConfig:
     """Write the parts as one directory, which appears only when everything is in it.
 
@@ -81,6 +83,7 @@ def assemble(
         vocab_multiple: the embedding gets rows up to a multiple of this number, so that it can be cut over ranks.
         save_tokenizer: writes the tokenizer with the added tokens into a directory.
         overwrite: replace an existing directory.
+        allow_non_finite: NaN and infinite weights are a warning, not an error.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others; lists tensors by name.
@@ -134,8 +137,17 @@ def assemble(
             original = {**hf, "mm_vision_tower": EXPORTED_TOWER, "attention_bias": config.llm.qkv_bias}
             text = json.dumps(config_to_hf(config, original, target), indent=2, ensure_ascii=False)
             (target / "config.json").write_text(text + "\n", encoding="utf-8")
-            write_tensors(((key, read()) for key, (_, read) in sources.items()), target)
+            found = NonFinite()
+            write_tensors(_looked_at(sources, found), target)
+            found.refuse(where, allow=allow_non_finite)
     return config
+
+
+def _looked_at(sources: Mapping[str, tuple[tuple[int, ...], Read]], found: NonFinite) -> Iterator[tuple[str, Tensor]]:
+    for key, (_, read) in sources.items():
+        tensor = read()
+        found.look(key, tensor)
+        yield key, tensor
 
 
 def _itself(tensor: Tensor) -> Tensor:

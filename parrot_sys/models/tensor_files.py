@@ -24,7 +24,7 @@ from parrot_sys.files import Fields, errors_named, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 16 * 2**20
-"""Bytes read from a file after which it is mapped anew: what was read from a mapping stays resident as long as it."""
+"""Bytes read after which files are mapped anew: what was read from a mapping stays resident as long as that does."""
 _INDEX = ".index.json"
 _SAFETENSORS, _BIN = "model.safetensors", "pytorch_model.bin"
 _DTYPES = {
@@ -52,6 +52,8 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._files: dict[str, _File] = {}
+        self._touched: set[str] = set()
+        self._read = 0
         try:
             self._file_of = self._find()
         except BaseException:
@@ -83,7 +85,15 @@ class TensorFiles:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU in the file's dtype: a view of the mapped file, to be copied and let go."""
-        return self._file(key).tensor(key)
+        if self._read > _MAPPED_BYTES:
+            for name in self._touched:
+                self._files[name].renew()
+            self._read = 0
+            self._touched.clear()
+        tensor = self._file(key).tensor(key)
+        self._read += tensor.nbytes
+        self._touched.add(self._file_of[key])
+        return tensor
 
     def _file(self, key: str) -> _File:
         return self._files[self._file_of[key]]
@@ -131,6 +141,7 @@ class _File(Protocol):
     def shape(self, key: str) -> tuple[int, ...]: ...
     def dtype(self, key: str) -> torch.dtype: ...
     def tensor(self, key: str) -> Tensor: ...
+    def renew(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -141,7 +152,6 @@ def _open(path: Path) -> _File:
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read = 0
         self._map()
 
     def _map(self) -> None:
@@ -161,15 +171,14 @@ class _SafetensorsFile:
         return _DTYPES[name]
 
     def tensor(self, key: str) -> Tensor:
-        if self._read > _MAPPED_BYTES:
-            self.close()
-            self._map()
-            self._read = 0
         self.dtype(key)  # is one that torch has
         with errors_named(self._path, what=_DAMAGED):
             tensor: Tensor = self._file.get_tensor(key)
-        self._read += tensor.nbytes
         return tensor
+
+    def renew(self) -> None:
+        self.close()
+        self._map()
 
     def close(self) -> None:
         self._file.__exit__(None, None, None)
@@ -178,7 +187,6 @@ class _SafetensorsFile:
 class _PickleFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read = 0
         self._tensors = self._map()
 
     def _map(self) -> dict[str, Tensor]:
@@ -206,13 +214,12 @@ class _PickleFile:
         return self._tensors[key].dtype
 
     def tensor(self, key: str) -> Tensor:
-        if self._read > _MAPPED_BYTES and zipfile.is_zipfile(self._path):
+        return self._tensors[key]
+
+    def renew(self) -> None:
+        if zipfile.is_zipfile(self._path):  # an older one is not mapped
             self._tensors = {}
             self._tensors = self._map()
-            self._read = 0
-        tensor = self._tensors[key]
-        self._read += tensor.nbytes
-        return tensor
 
     def close(self) -> None:
         self._tensors = {}

@@ -165,6 +165,8 @@ class CheckpointConfig:
     """Weights to start from: a model in the released layout, a training checkpoint, or the output of another run."""
     allow_differences: tuple[str, ...] = ()
     """Constants of the model (`model.llm.rope_base`) that may differ from those of the weights in `load_from`."""
+    allow_non_finite: bool = False
+    """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     resume: bool = True
     """Go on from the newest valid checkpoint of the output directory."""
     export: bool = True

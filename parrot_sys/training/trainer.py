@@ -25,12 +25,12 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import optimizer as megatron_optimizer
-from parrot_sys.megatron.checkpointing import load_model_weights, load_training_state
+from parrot_sys.megatron.checkpointing import load_training_state
 from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
-from parrot_sys.megatron.state_dict import load_released, load_tower, tower_tensors
+from parrot_sys.megatron.state_dict import refuse_non_finite, tower_tensors
 from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
@@ -38,6 +38,7 @@ from parrot_sys.training.checkpoint import CheckpointStore, check_same_model, fi
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import fill_store, open_store
+from parrot_sys.training.initial_weights import load_initial_weights
 from parrot_sys.training.metrics import FlopCounter, StepMetrics, peak_flops
 from parrot_sys.training.schedule import CosineSchedule, warmup_steps
 from parrot_sys.training.step import StepRunner
@@ -71,6 +72,8 @@ class Trainer:
             check_constants(config.model, start, allowed=config.checkpoint.allow_differences)
         # Data come before the model: their errors are cheap to find.
         self.processor = self._load_processor()
+        where = config.model.tokenizer_path or config.checkpoint.load_from
+        self.processor.check_fits(config.model.llm.vocab_size, config.model.vision.image_size, where)
         self.loader = self._make_loader(config.data)
         self.validation_loader = (
             self._make_loader(_validation_data(config), learns=False) if config.validation.paths else None
@@ -145,16 +148,10 @@ class Trainer:
         chunks = build_parrot_chunks(
             config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
         )
-        if load and self.source is not None:
-            load_model_weights(self.source, chunks, verify=config.checkpoint.verify)
+        if load:
+            load_initial_weights(chunks, config, self.source)
         for model in chunks:
             tower = model.vision_tower
-            if load and self.source is None:
-                if config.checkpoint.load_from is not None:
-                    load_released(model, config.checkpoint.load_from)
-                elif tower is not None and not config.trainable.vision:
-                    group = model.tp_group
-                    load_tower(tower, config.model.vision, rank=group.rank(), size=group.size())
             set_trainable(model, self._trainable())
             model.use_moe, model.use_router = self._uses_moe(), self.config.use_router
             model.train()
@@ -199,6 +196,7 @@ class Trainer:
         """Goes on from a checkpoint; the state that it has of `StepGuard`."""
         check_same_model(self.config, folder)
         common = load_training_state(folder, self.chunks, self.optimizer)
+        refuse_non_finite(self.chunks, folder, allow=self.config.checkpoint.allow_non_finite)
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
         if common["total_steps"] != self.total_steps:
