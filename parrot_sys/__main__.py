@@ -108,6 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 for a wrong command line or an error that the user can mend.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    known = bool(arguments) and arguments[0] in COMMANDS
+    return run_main(_run, arguments, prog=f"parrot {arguments[0]}" if known else "parrot")
+
+
+def _run(arguments: Sequence[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0
@@ -120,12 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `parrot {guess}`?" if guess else "`parrot --help` lists them."
         print(f"parrot: error: unknown command {name!r}, want one of {', '.join(COMMANDS)}; {hint}", file=sys.stderr)
         return 2
-
-    def command(rest: Sequence[str]) -> int | None:
-        result: int | None = importlib.import_module(COMMANDS[name].module).main(rest)
-        return result
-
-    return run_main(command, arguments[1:], prog=f"parrot {name}")
+    result: int | None = importlib.import_module(COMMANDS[name].module).main(arguments[1:])
+    return result
 
 
 if __name__ == "__main__":

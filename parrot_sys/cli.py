@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from parrot_kernels import env
+from parrot_sys import terminal
 from parrot_sys.config_values import (
     build,
     config_from_dict,
@@ -114,14 +115,19 @@ def exit_with(error: ParrotError, prog: str | None = None) -> NoReturn:
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *, prog: str | None = None) -> int:
     """Calls `main(argv)` as a program: errors that a user can mend are one block of text and exit code 2.
 
-    `--traceback` anywhere in `argv`, or PARROT_TRACEBACK=1, lets them through with their traceback.
+    `--traceback` anywhere in `argv`, or PARROT_TRACEBACK=1, lets them through with their traceback. When nobody reads
+    the output any more, as behind `| head`, the program ends in silence with 141.
     """
     rest = [argument for argument in argv if argument != "--traceback"]
-    if len(rest) < len(argv) or env.show_traceback():
-        return main(rest) or 0
+    shows_all = len(rest) < len(argv) or env.show_traceback()
     try:
-        return main(rest) or 0
+        with terminal.standard_streams():
+            return main(rest) or 0
+    except terminal.OutputClosedError:
+        return terminal.CLOSED_PIPE_STATUS
     except ParrotError as error:
+        if shows_all:
+            raise
         exit_with(error, prog)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from parrot_sys import platform
-from parrot_sys.cli import parse_config
+from parrot_sys.cli import parse_config, run_main
 from parrot_sys.data.decoding import ImageLimits, load_image
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
@@ -25,6 +25,7 @@ from parrot_sys.inference.requests import free_rows
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
+from parrot_sys.terminal import read_line
 
 if TYPE_CHECKING:
     from parrot_sys.inference.model import ParrotForConditionalGeneration
@@ -218,7 +219,7 @@ def _loop(session: ChatSession, config: ChatConfig) -> int:
     print(texts.welcome)
     while True:
         try:
-            line = input("> ").strip()
+            line = read_line("> ").strip()
         except EOFError:
             print()
             return 0
@@ -261,4 +262,4 @@ def _answer(session: ChatSession, message: str, config: ChatConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:], prog="parrot chat"))
