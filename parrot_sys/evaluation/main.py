@@ -12,11 +12,11 @@ from parrot_sys import platform
 from parrot_sys.cli import parse_config
 from parrot_sys.data.decoding import ImageLimits
 from parrot_sys.errors import ConfigError
+from parrot_sys.evaluation.answering import ADVICE, OnBadQuestion, Problems, find_problems, located, problem
 from parrot_sys.evaluation.extraction import Rules
-from parrot_sys.evaluation.headlines import measure_of, metric_of
-from parrot_sys.evaluation.markdown import INTERVAL, is_rotated
+from parrot_sys.evaluation.markdown import is_rotated
 from parrot_sys.evaluation.outcomes import METRICS
-from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
+from parrot_sys.evaluation.report import ReportInput, build_report
 from parrot_sys.evaluation.results import Plan, identity, make_room
 from parrot_sys.evaluation.runner import (
     Item,
@@ -33,9 +33,10 @@ from parrot_sys.evaluation.runner import (
     select_tables,
     settings_of,
 )
-from parrot_sys.evaluation.tsv import QuestionSet
+from parrot_sys.evaluation.summary import offers, summary
+from parrot_sys.evaluation.tsv import QuestionSet, refuse
 from parrot_sys.logging import setup_logging
-from parrot_sys.markdown_tables import fixed, interval_text, percent, table
+from parrot_sys.markdown_tables import fixed
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.platform import DtypeName
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from parrot_sys.evaluation.predictor import ModelPredictor
 
 logger = logging.getLogger(__name__)
+Job = tuple[QuestionSet, Mapping[Routing, Sequence[Item]]]
+"""A table and what is asked of it under each routing."""
 _PROBED = 8
 """Questions per part of a table on which the route's effect on the logits is measured."""
 
@@ -93,6 +96,9 @@ class EvalConfig:
     `released`. As the checkpoint says when not given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the processes of torchrun, for models that need several."""
+    on_bad_question: OnBadQuestion = "error"
+    """What follows from questions that cannot be asked (no or a broken picture, too long, ...): `error` names them all
+    before the first answer and stops; `wrong` counts them as wrong and lists them in the report."""
     overwrite: bool = False
     """Delete what `output` holds of another checkpoint, name or other settings, and start anew."""
 
@@ -125,8 +131,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `parrot eval`."""
     config = parse_config(EvalConfig, argv, prog="parrot eval")
     setup_logging()
-    tables = load_tables(config.data, (), None)  # what is wrong with the tables shows before the model is loaded
-    select_tables(tables, config.languages)
+    tables = _load(config)  # what is wrong with the tables shows before the model is loaded
     predictor = load_predictor(config)
 
     def program() -> int:
@@ -188,7 +193,7 @@ def evaluate(
             f"routing {' '.join(config.routing)} needs experts, but {config.checkpoint} has none or does not use them; "
             "evaluate it with --routing model"
         )
-    loaded = load_tables(config.data, (), None) if loaded is None else loaded
+    loaded = _load(config) if loaded is None else loaded
     tables = select_tables(loaded, config.languages)
     translations: dict[str, dict[str, QuestionSet]] = {}
     for each in loaded:  # all languages guide, also those that are not evaluated
@@ -196,6 +201,7 @@ def evaluate(
     # What is wrong with any table or with the output shows before the first answer.
     jobs = [(full, _items(config, full, translations[full.suite])) for full in tables]
     _make_room(config, predictor, jobs)
+    problems = _find_problems(config, predictor, jobs)
     results = []
     for full, items in jobs:
         changes, notes = _measure_routes(full, translations[full.suite], predictor)
@@ -211,12 +217,42 @@ def evaluate(
                 output=config.output,
                 options=config.options,
                 overwrite=config.overwrite,
+                problems=problems[full.path, routing],
+                on_bad=config.on_bad_question,
                 notes=notes,
                 extra={"logit_changes": changes} if routing == "model" else {},
             )
             _log(full, routing, result)
             results.append(result)
     return results
+
+
+def _load(config: EvalConfig) -> list[QuestionSet]:
+    """All tables; unless bad questions count as wrong, those of the wanted languages without any."""
+    loaded = load_tables(config.data, (), None, keep_bad=True)
+    tables = select_tables(loaded, config.languages)
+    if config.on_bad_question == "error":
+        refuse([problem for table in tables for problem in table.problems], ADVICE)
+    return loaded
+
+
+def _find_problems(
+    config: EvalConfig, predictor: Predictor, jobs: Sequence[Job]
+) -> dict[tuple[Path, Routing], Problems]:
+    """Questions of each table and routing that cannot be asked, before any is.
+
+    Raises:
+        DataError: there are some, and they must not count as wrong.
+    """
+    found = {
+        (table.path, routing): find_problems(asked, predictor)
+        for table, items in jobs
+        for routing, asked in items.items()
+    }
+    if config.on_bad_question == "error":
+        places = [place for table, items in jobs for each in items for place in located(table, found[table.path, each])]
+        refuse(list(dict.fromkeys(places)), ADVICE)
+    return found
 
 
 def _items(
@@ -230,9 +266,7 @@ def _items(
     return items
 
 
-def _make_room(
-    config: EvalConfig, predictor: Predictor, jobs: Sequence[tuple[QuestionSet, Mapping[Routing, Sequence[Item]]]]
-) -> None:
+def _make_room(config: EvalConfig, predictor: Predictor, jobs: Sequence[Job]) -> None:
     plans = [
         Plan(
             path=scores_path(config.output, table, routing, config.model_name),
@@ -256,31 +290,6 @@ def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> Non
     ]
     text = f"{' / '.join(metrics)} accuracy: {', '.join(parts)}" if parts else "no answers to score"
     logger.info("%s, routing %s, %s", table.name, routing, text)
-
-
-def offers(results: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
-    """Lines on the files for the public kit: which there are, and which tables it would refuse and why.
-
-    Args:
-        results: from `evaluate`.
-        output: folder that they lie in.
-    """
-    lines: dict[str, None] = {}
-    for result in results:
-        name, kit_file = result["dataset"], result["kit_file"]
-        if kit_file is None:
-            lines[f"Not for the public kit: {name}, as {'; '.join(result['kit_refusals'])}"] = None
-        elif result["parts"]:
-            lines[f"Predictions for the public kit: {output}/*/*/*.xlsx"] = None
-        else:
-            lines[f"Predictions to hand in ({name} has no answers to score): {output / kit_file}"] = None
-    namesakes = dict.fromkeys(result["dataset"] for result in results if result["kit_namesake"])
-    if namesakes:
-        lines[
-            f"Of {', '.join(namesakes)} the public kit downloads other tables, and it would score these predictions "
-            "against those: give tables and predictions another name first"
-        ] = None
-    return list(lines)
 
 
 def _measure_routes(
@@ -315,51 +324,14 @@ def _measure_routes(
     found: dict[str, dict[str, Any]] = {}
     for routing, parts in probes.items():
         items = {
-            name: make_items(part.limited(_PROBED), routing, translations)[:_PROBED] for name, part in parts.items()
+            name: items
+            for name, part in parts.items()
+            if (items := _probed(make_items(part.limited(_PROBED), routing, translations), predictor))
         }
         for name, change in (check_experts(items, predictor, routing) if items else {}).items():
             found.setdefault(name, {})[routing] = {"change": change, "n": len(items[name])}
     return found, notes
 
 
-def summary(output: Path) -> str:
-    """Headline accuracies of everything below `output` as a table for the terminal."""
-    scores = load_scores(output)
-    measure = measure_of(scores)
-    lines: list[str] = []
-    for suite, routings in scores.items():
-        languages = list(next(iter(routings.values())))
-        metrics = METRICS if any(is_rotated(_scores(held)) for held in routings.values()) else METRICS[:1]
-        rows: list[list[str]] = []
-        for key in metrics:
-            star = " *" if key == metric_of(routings) else ""
-            for routing, held in routings.items():
-                rows += _summary_rows(f"{key}{star}, routing {routing}", _scores(held), key, languages)
-        own = _scores(routings.get("model", {}))
-        beside = {language: each["beside"] for language, each in own.items() if "beside" in each}
-        for key in metrics if beside else ():
-            rows += _summary_rows(f"{key}, {next(iter(beside.values()))['rules']} rules", beside, key, languages)
-        counts = _scores(next(iter(routings.values())))
-        rows.append(["n rows", *(str(counts[language]["n"]) for language in languages)])
-        lines += ["", *table([f"{suite}: accuracy in %", *languages], rows)]
-    kit = "the accuracy that the public kit reports for this set" if measure.public_kit else measure.answers
-    return "\n".join([*lines, "", f"Intervals are clustered by picture. * {kit}"])
-
-
-def _scores(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Language -> scores with their intervals."""
-    return {
-        language: {**result["scores"], **({"intervals": result["intervals"]} if "intervals" in result else {})}
-        for language, result in languages.items()
-    }
-
-
-def _summary_rows(
-    name: str, scores: Mapping[str, Mapping[str, Any]], metric: str, languages: Sequence[str]
-) -> list[list[str]]:
-    """A row of accuracies, and one of their intervals where there are any."""
-    cells = [scores.get(language, {}) for language in languages]
-    rows = [[name, *(percent(cell.get(metric)) for cell in cells)]]
-    if any("intervals" in cell for cell in cells):
-        rows.append([INTERVAL, *(interval_text(cell.get("intervals", {}).get(metric)) for cell in cells)])
-    return rows
+def _probed(items: Sequence[Item], predictor: Predictor) -> list[Item]:
+    return [item for item in items if not problem(item, predictor)][:_PROBED]

@@ -192,6 +192,8 @@ def _counts(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for key, label in names.items():
         counts = [cell[key] for cell in cells.values()]
         rows.append([label, *map(str, counts), str(sum(counts))])
+    if any(bad := [cell.get("bad_questions", 0) for cell in cells.values()]):
+        rows.append(["bad questions", *map(str, bad), str(sum(bad))])
     if all("beside" in cell for cell in cells.values()):
         counts = [cell["beside"]["unmatched"] for cell in cells.values()]
         rules = next(iter(cells.values()))["beside"]["rules"]

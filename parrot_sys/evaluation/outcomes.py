@@ -124,10 +124,11 @@ def normalised(
     Returns:
         None where a record holds no numbers of tokens.
     """
-    if not questions or not all("option_tokens" in records[question.index] for question in questions):
+    asked = [question for question in questions if "problem" not in records[question.index]]
+    if not asked or not all("option_tokens" in records[question.index] for question in asked):
         return None
-    letters: dict[int, str | None] = {}
-    for question in questions:
+    letters: dict[int, str | None] = dict.fromkeys(question.index for question in questions)
+    for question in asked:
         record = records[question.index]
         means = {letter: score / record["option_tokens"][letter] for letter, score in record["option_scores"].items()}
         letters[question.index] = max(means, key=lambda letter: means[letter])

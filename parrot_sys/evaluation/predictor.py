@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from parrot_sys import platform
+from parrot_sys.data.decoding import PictureNotes
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.inference.requests import Request, free_rows
+from parrot_sys.inference.requests import Request, check_rows, free_rows
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
@@ -71,12 +72,43 @@ class ModelPredictor:
             **_rule(self.model.parrot),
         }
         self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [1, V, C]
+        self._picture_problems: dict[str, str] = {}  # the same key -> why it cannot be read, empty where it can
 
     def run(self, program: Callable[[], int]) -> int:
         """Runs a program of these predictions on rank 0 while the others repeat its model calls; its exit status."""
         status = self.lockstep.run(program)
         self.processor.image_processor.notes.log_counts()
         return status
+
+    def problem(self, item: Item) -> str:
+        """Why a question cannot be asked: its texts, its length with the answer, its picture. Empty where it can."""
+        try:
+            rooms = [(item.prompt, self._least_room(item)), (item.guidance_prompt, 0)]
+            for prompt, room in rooms:
+                if prompt is not None:
+                    sample = replace(self._sample(item, prompt), record_id="")
+                    check_rows(self.model.parrot, [sample], [room])
+        except DataError as error:
+            return str(error).removeprefix("request 0 ")
+        return self._picture_problem(item)
+
+    def _least_room(self, item: Item) -> int:
+        """Rows that the answer to a question takes at least."""
+        if self.mode == "text-likelihood":
+            return max(map(len, self._answers(item).values()))
+        return 1 if self.mode == "generate" else 0
+
+    def _picture_problem(self, item: Item) -> str:
+        if item.question.image_key is None:
+            return ""
+        key = _picture_key(item, item.question.image_key)
+        if key not in self._picture_problems:
+            try:
+                replace(self.processor.image_processor, notes=_Uncounted())(item.table.image(item.question.image_key))
+                self._picture_problems[key] = ""
+            except DataError as error:
+                self._picture_problems[key] = str(error)
+        return self._picture_problems[key]
 
     @torch.inference_mode()
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
@@ -124,11 +156,7 @@ class ModelPredictor:
 
     def _by_text(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
         """Summed log-probability of each option's text and of the end of the turn after it."""
-        tokenizer = self.processor.tokenizer
-        answers = [
-            [[*self.processor.encode_text(text), tokenizer.eos_token_id] for text in options.values()]
-            for options in (item.question.options for item in items)
-        ]
+        answers = [list(self._answers(item).values()) for item in items]
         sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
         return [
             replace(
@@ -137,6 +165,11 @@ class ModelPredictor:
             )
             for item, texts, scores, experts in zip(items, answers, sums, self._experts(routes, items), strict=True)
         ]
+
+    def _answers(self, item: Item) -> dict[str, list[int]]:
+        """Letter -> ids of the option's text and of the end of the turn."""
+        end = self.processor.tokenizer.eos_token_id
+        return {letter: [*self.processor.encode_text(text), end] for letter, text in item.question.options.items()}
 
     def _letter_id(self, letter: str) -> int:
         ids = self.processor.encode_text(letter)
@@ -162,26 +195,25 @@ class ModelPredictor:
         for item, feature in zip(items, features, strict=True):
             prompt = item.guidance_prompt if guidance else item.prompt
             assert prompt is not None, "runner.make_items gives guiding prompts for other-language"
-            ids = self.processor.format_conversation(item.turns(prompt), add_generation_prompt=True)["input_ids"]
-            samples.append(
-                Sample(
-                    input_ids=torch.tensor(ids),
-                    image_features=feature,
-                    language=item.table.language,
-                    record_id=f"{item.table.path.name}, index {item.question.index}",
-                )
-            )
+            samples.append(self._sample(item, prompt, feature))
         return samples
+
+    def _sample(self, item: Item, prompt: str, feature: Tensor | None = None) -> Sample:
+        ids = self.processor.format_conversation(item.turns(prompt), add_generation_prompt=True)["input_ids"]
+        return Sample(
+            input_ids=torch.tensor(ids),
+            image_features=feature,
+            language=item.table.language,
+            record_id=f"{item.table.path.name}, index {item.question.index}",
+        )
 
     def _image_features(self, items: Sequence[Item]) -> list[Tensor | None]:
         """[1, V, C] of each item's picture; the key is its content, as the languages of a benchmark share pictures."""
-        cells = [(item.table, item.question.image_key) for item in items]
-        keys = [
-            None if cell is None else hashlib.sha256(table.images[cell].encode()).hexdigest() for table, cell in cells
-        ]
+        cells = [(item, item.question.image_key) for item in items]
+        keys = [None if cell is None else _picture_key(item, cell) for item, cell in cells]
         new = {
-            key: table.image(cell)
-            for key, (table, cell) in zip(keys, cells, strict=True)
+            key: item.table.image(cell)
+            for key, (item, cell) in zip(keys, cells, strict=True)
             if key is not None and cell is not None and key not in self._features
         }
         if new:
@@ -200,6 +232,18 @@ class ModelPredictor:
             return [[]] * len(items)
         weights = iter(routes.probs.float().cpu().tolist())
         return [[] if item.question.image_key is None else next(weights) for item in items]
+
+
+class _Uncounted(PictureNotes):
+    """For pictures that are only tried."""
+
+    def add(self, kind: str, name: str, *, level: int = logging.INFO) -> None:
+        """Counts nothing: the picture is counted when its question is asked."""
+
+
+def _picture_key(item: Item, image_key: str) -> str:
+    """What pictures share that are the same, in whichever table they are."""
+    return hashlib.sha256(item.table.images[image_key].encode()).hexdigest()
 
 
 def _rule(parrot: ParrotConfig) -> dict[str, str]:

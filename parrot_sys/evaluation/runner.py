@@ -10,20 +10,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from tqdm import tqdm
-
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.parts import human_turn
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
+from parrot_sys.evaluation.answering import OnBadQuestion, Problems, answer, problem_notes
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.kit import write_kit_files
 from parrot_sys.evaluation.outcomes import measure, normalised, score_other
-from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
+from parrot_sys.evaluation.prompts import other_language, question_prompt
 from parrot_sys.evaluation.scoring import score_beside, score_table
 from parrot_sys.evaluation.store import PredictionStore
 from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_table
@@ -47,6 +46,8 @@ class Item:
     """Last user turn, with its image marker if there is a picture."""
     guidance_prompt: str | None = None
     """The same question in another language: its text decides the route (`other-language` only)."""
+    problem: str = ""
+    """Why it cannot be asked although its own row is in order."""
 
     def turns(self, prompt: str) -> list[dict[str, Any]]:
         """The conversation that `prompt` is the last turn of, behind the earlier turns of the question.
@@ -85,6 +86,10 @@ class Predictor(Protocol):
     notes: Sequence[str]
     """Sentences on the model that belong into the report."""
 
+    def problem(self, item: Item) -> str:
+        """Why the model cannot be asked a question, empty where it can; every picture is decoded once for it."""
+        ...
+
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
         """One prediction per item."""
         ...
@@ -94,13 +99,21 @@ class Predictor(Protocol):
         ...
 
 
-def load_tables(paths: Sequence[str | Path], languages: Sequence[str], limit: int | None) -> list[QuestionSet]:
+def load_tables(
+    paths: Sequence[str | Path], languages: Sequence[str], limit: int | None, *, keep_bad: bool = False
+) -> list[QuestionSet]:
     """Tables of the wanted languages (all when none is named), each cut to `limit` questions a part.
+
+    Args:
+        paths: files, and folders that hold some.
+        languages: which are wanted.
+        limit: questions a part.
+        keep_bad: see `read_table`.
 
     Raises:
         DataError: no table has a wanted language, or two tables are the same benchmark or part in the same language.
     """
-    tables = select_tables([read_table(path) for path in find_tables(paths)], languages)
+    tables = select_tables([read_table(path, keep_bad=keep_bad) for path in find_tables(paths)], languages)
     return [table.limited(limit) if limit else table for table in tables]
 
 
@@ -137,9 +150,15 @@ def make_items(
         DataError: the other language's table or one of its rows is missing.
     """
     guidance: dict[int, str] = {}
+    problems: dict[int, str] = {}
     if routing == "other-language":
         language, other = _translation(table, translations)
         guidance = {q.index: question_prompt(q, language, show_options=show_options) for q in other.questions}
+        problems = {
+            q.index: f"its guiding question, {other.path.name}, row {q.row}, cannot be asked: {q.problem}"
+            for q in other.questions
+            if q.problem
+        }
         absent = [question.index for question in table.questions if question.index not in guidance]
         if absent:
             raise DataError(
@@ -151,6 +170,7 @@ def make_items(
             question=question,
             prompt=question_prompt(question, table.language, show_options=show_options),
             guidance_prompt=guidance.get(question.index),
+            problem=problems.get(question.index, ""),
         )
         for question in table.questions
     ]
@@ -196,25 +216,43 @@ def evaluate_table(
     output: Path,
     options: Options = "shown",
     overwrite: bool = False,
+    problems: Problems | None = None,
+    on_bad: OnBadQuestion = "error",
     notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answers what is not answered yet, scores the table and writes its files.
+
+    Args:
+        table: the questions.
+        items: the same as prompts.
+        predictor: the model.
+        model_name: in file names.
+        routing: of the pictures.
+        rules: of the option extraction.
+        batch_size: questions answered together.
+        output: folder of the results.
+        options: whether the prompts show them.
+        overwrite: start anew where answers of other settings lie.
+        problems: questions that cannot be asked; they count as wrong.
+        on_bad: what happens where another one turns out so.
+        notes: sentences for the report.
+        extra: further entries of the result.
 
     Returns:
         What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
         `parts` (name -> `scores`; `experts`, the mean routing weight of each expert; `normalised`, the accuracies by
         the likelihood per token; `rows` and `intervals`, see `outcomes.measure`; none without answers to score, and no
         such file), `kit_file` (what the public kit takes, or None), `kit_refusals`, `kit_namesake` (see `KitFiles`),
-        `notes`, `seconds` of this call, and `extra`.
+        `bad_questions` (`row`, `index` and `reason` of each), `notes`, `seconds` of this call, and `extra`.
     """
+    problems = dict(problems or {})
     begin = time.perf_counter()
     path = scores_path(output, table, routing, model_name)
     stem = path.parent / path.name.removesuffix(SCORES_SUFFIX)
     settings = {**settings_of(predictor, options), "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
-        _answer(items, predictor, store, routing, batch_size)
-        records = {item.question.index: store.records[item.question.index] for item in items}
+        records = answer(items, predictor, store, routing, batch_size, problems, on_bad)
     kit = write_kit_files(table, {index: record["prediction"] for index, record in records.items()}, stem)
     result = {
         "suite": table.suite,
@@ -227,7 +265,12 @@ def evaluate_table(
         "kit_file": None if kit.offered is None else str(kit.offered.relative_to(output)),
         "kit_refusals": list(kit.refusals),
         "kit_namesake": kit.namesake,
-        "notes": [*notes, *kit.notes],
+        "bad_questions": [
+            {"row": q.row, "index": q.index, "reason": problems[q.index]}
+            for q in table.questions
+            if q.index in problems
+        ],
+        "notes": [*notes, *problem_notes(table, problems), *kit.notes],
         "seconds": time.perf_counter() - begin,
         **(extra or {}),
     }
@@ -241,13 +284,14 @@ def _parts(
 ) -> dict[str, dict[str, Any]]:
     """Part -> everything that is reported of it."""
     letters = _letters(table, records, rules)
+    bad = [index for index, record in records.items() if "problem" in record]
     # likelihoods give a letter itself, which all rules read alike
     others = _letters(table, records, beside(rules)) if mode == "generate" else None
     return {
         name: {
             "scores": {
-                **score_table(questions, letters),
-                **({} if others is None else {"beside": _beside(table, questions, others, beside(rules))}),
+                **score_table(questions, letters, bad=bad),
+                **({} if others is None else {"beside": _beside(table, questions, others, beside(rules), bad)}),
             },
             "experts": mean_experts([records[question.index] for question in questions]),
             "normalised": normalised(questions, records, table.images),
@@ -258,32 +302,22 @@ def _parts(
 
 
 def _beside(
-    table: QuestionSet, questions: Sequence[Question], letters: Mapping[int, str | None], rules: Rules
+    table: QuestionSet,
+    questions: Sequence[Question],
+    letters: Mapping[int, str | None],
+    rules: Rules,
+    bad: Collection[int],
 ) -> dict[str, Any]:
-    return {**score_beside(questions, letters, rules), **score_other(questions, letters, table.images)}
+    return {**score_beside(questions, letters, rules, bad=bad), **score_other(questions, letters, table.images)}
 
 
 def _letters(table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules: Rules) -> dict[int, str | None]:
     return {
-        question.index: extract_option(records[question.index]["prediction"], question.options, rules)
+        question.index: None
+        if "problem" in (record := records[question.index])
+        else extract_option(record["prediction"], question.options, rules)
         for question in table.questions
     }
-
-
-def _answer(
-    items: Sequence[Item], predictor: Predictor, store: PredictionStore, routing: Routing, batch_size: int
-) -> None:
-    """Asks the model what the store does not hold yet."""
-    todo = [item for item in items if item.question.index not in store.records]
-    known = len(items) - len(todo)
-    name = items[0].table.name
-    if known:
-        logger.info("%s, routing %s: %d of %d answers are there", name, routing, known, len(items))
-    with tqdm(total=len(items), initial=known, desc=f"{name} {routing}", unit="question") as bar:
-        for batch in _batches(todo, batch_size):
-            for item, prediction in zip(batch, predictor.predict(batch, routing), strict=True):
-                store.add(_record(item, prediction))
-            bar.update(len(batch))
 
 
 def check_experts(parts: Mapping[str, Sequence[Item]], predictor: Predictor, routing: Routing) -> dict[str, float]:
@@ -322,19 +356,3 @@ def mean_experts(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """Mean routing weight of each expert over `records`; empty without experts."""
     rows = [record["experts"] for record in records if record["experts"]]
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else []
-
-
-def _record(item: Item, prediction: Prediction) -> dict[str, Any]:
-    return {
-        "index": item.question.index,
-        "response": prediction.response,
-        "prediction": clean_answer(prediction.response, item.prompt),
-        "experts": [round(weight, 6) for weight in prediction.experts],
-        **({"option_scores": prediction.option_scores} if prediction.option_scores else {}),
-        **({"option_tokens": prediction.option_tokens} if prediction.option_tokens else {}),
-    }
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

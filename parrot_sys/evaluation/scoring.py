@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,19 @@ def score_cell(questions: Sequence[Question], letters: Sequence[str | None]) -> 
     return Cell(n=len(hits), plain=_percent(hits), n_questions=len(groups), circular=_percent(groups))
 
 
-def score_table(questions: Sequence[Question], letters: Mapping[int, str | None]) -> dict[str, Any]:
+def score_table(
+    questions: Sequence[Question], letters: Mapping[int, str | None], *, bad: Collection[int] = ()
+) -> dict[str, Any]:
     """Everything that is reported of one table.
 
     Args:
         questions: rows of the table.
         letters: index -> extracted letter, "Z" or None, of every row.
+        bad: indices of questions that could not be asked, among others; their letter is None.
 
     Returns:
         `n`, `plain`, `n_questions`, `circular` of all rows; the same per value under `by_split`, `by_category` and
-        `by_l2_category`; `refused` ("Z") and `unmatched` (None) counts; `baselines`.
+        `by_l2_category`; counts: `refused` ("Z"), `unmatched` (None) and `bad_questions`; `baselines`.
 
     Raises:
         DataError: when a row has no prediction.
@@ -58,8 +61,7 @@ def score_table(questions: Sequence[Question], letters: Mapping[int, str | None]
     chosen = [letters[question.index] for question in questions]
     return {
         **_as_dict(score_cell(questions, chosen)),
-        "refused": chosen.count("Z"),
-        "unmatched": chosen.count(None),
+        **_counts(questions, chosen, bad),
         "by_split": _by(questions, chosen, lambda question: question.split),
         "by_category": _by(questions, chosen, lambda question: question.category),
         "by_l2_category": _by(questions, chosen, lambda question: question.l2_category),
@@ -67,20 +69,26 @@ def score_table(questions: Sequence[Question], letters: Mapping[int, str | None]
     }
 
 
-def score_beside(questions: Sequence[Question], letters: Mapping[int, str | None], rules: str) -> dict[str, Any]:
+def score_beside(
+    questions: Sequence[Question], letters: Mapping[int, str | None], rules: str, *, bad: Collection[int] = ()
+) -> dict[str, Any]:
     """Accuracies and counts by other extraction rules, for `scores["beside"]`: `rules`, `plain`, `circular`, ..."""
     chosen = [letters[question.index] for question in questions]
     return {
         "rules": rules,
         **_as_dict(score_cell(questions, chosen)),
-        "refused": chosen.count("Z"),
-        "unmatched": chosen.count(None),
+        **_counts(questions, chosen, bad),
     }
+
+
+def _counts(questions: Sequence[Question], chosen: Sequence[str | None], bad: Collection[int]) -> dict[str, int]:
+    held = sum(question.index in bad for question in questions)
+    return {"refused": chosen.count("Z"), "unmatched": chosen.count(None) - held, "bad_questions": held}
 
 
 def baselines(questions: Sequence[Question]) -> dict[str, Any]:
     """`random`: expected accuracies of guessing among a row's options; `majority`: of always the commonest letter."""
-    chance = [1 / len(question.options) for question in questions]
+    chance = [1 / len(question.options) if question.options else 0.0 for question in questions]
     circular = [math.prod(chance[row] for row in rows) for _, rows in iter_groups(questions)]
     counts = Counter(question.answer for question in questions)
     # ties go to the earlier letter, so that the figure does not depend on row order

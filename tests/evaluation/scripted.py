@@ -22,6 +22,10 @@ class Scripted:
         self.asked: list[tuple[str, Routing, int]] = []
         self.guides: list[str | None] = []
         self.fail_after: int | None = None
+        self.problems: dict[int, str] = {}
+
+    def problem(self, item: Item) -> str:
+        return self.problems.get(item.question.index, "")
 
     def predict(self, items: Sequence[Item], routing: Routing) -> list[Prediction]:
         if self.fail_after is not None and len(self.asked) >= self.fail_after:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import parrot_sys
-from parrot_sys.errors import CheckpointError
+from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
-from parrot_sys.evaluation.main import main
+from parrot_sys.evaluation.main import evaluate, main
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
 from parrot_sys.megatron.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
+from tests.evaluation.scripted import config
 from tests.evaluation.tables import picture, write_table
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
@@ -183,3 +184,61 @@ def test_command_line(
     assert report["details"]["logit_change"]["style"]["en"]["off"] > 0
     assert len(report["details"]["experts"]["style"]["tr"]) == 6
     assert "| style: accuracy in % | en | tr |" in capsys.readouterr().out
+
+
+def _table(path: Path, **changes: object) -> Path:
+    rows = [
+        {"index": i, "question": "What is it?", "A": "cat", "B": "dog", "answer": "A", "image": picture((9 * i, 9, 9))}
+        for i in range(1, 4)
+    ]
+    rows[1] |= changes
+    return write_table(path, rows)
+
+
+BAD = {
+    "too long": {"question": "word " * 500},
+    "an option too long": {"B": "word " * 500},
+    "no picture": {"image": None},
+    "a broken picture": {"image": picture()[:72]},
+    "half a picture": {"image": picture((1, 2, 3), (60, 60))[:104]},
+    "no base64": {"image": "photo/" + "x" * 80 + ".png"},
+    "an unknown row's picture": {"image": 99},
+    "no question": {"question": None},
+    "no options": {"A": None, "B": None},
+    "no such option": {"answer": "C"},
+}
+
+
+@pytest.mark.parametrize("mode", ["generate", "text-likelihood"])
+@pytest.mark.parametrize("kind", BAD)
+def test_one_bad_question_does_not_end_an_evaluation(
+    loaded: tuple, tmp_path: Path, kind: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    data = _table(tmp_path / "data" / "mine_en.tsv", **BAD[kind])
+    settings = {"batch_size": 3, "mode": mode, "max_new_tokens": 3}
+    predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode=mode, max_new_tokens=3)  # type: ignore[arg-type]
+    predict = predictor.predict
+    asked: list[int] = []
+    monkeypatch.setattr(
+        predictor,
+        "predict",
+        lambda items, routing: (asked.extend(i.question.index for i in items), predict(items, routing))[1],
+    )
+    with pytest.raises(DataError, match=r"mine_en\.tsv, row 3, index 2: .*--on-bad-question wrong"):
+        evaluate(config(data.parent, **settings), predictor)
+    assert asked == []  # it shows before the first answer
+    (result,) = evaluate(config(data.parent, on_bad_question="wrong", **settings), predictor)
+    assert asked == [1, 3]
+    (bad,) = result["bad_questions"]
+    assert (bad["row"], bad["index"]) == (3, 2)
+    scores = result["parts"]["mine"]["scores"]
+    assert (scores["n"], scores["bad_questions"]) == (3, 1)
+    assert result["parts"]["mine"]["rows"]["right"][1] == 0
+    assert any("1 of 3 questions could not be asked and count as wrong: row 3, index 2: " in n for n in result["notes"])
+    # the others are answered as in a table without bad questions
+    clean = _items(_table(tmp_path / "clean" / "mine_en.tsv").parent)
+    records = [json.loads(line) for line in next((tmp_path / "out").rglob("*.jsonl")).read_text().splitlines()[1:]]
+    assert [record["index"] for record in records] == [1, 3]
+    alone = predict([item for item in clean if item.question.index != 2], "model")
+    assert [record["response"] for record in records] == [prediction.response for prediction in alone]

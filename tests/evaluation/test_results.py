@@ -170,7 +170,7 @@ def test_caption_names_what_is_drawn(data: Path, tmp_path: Path, routing: Any, c
 def test_command_checks_each_table_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = runner.read_table
-    monkeypatch.setattr(runner, "read_table", lambda path: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(runner, "read_table", lambda path, **more: (read.append(path.name), real(path, **more))[1])
     monkeypatch.setattr(command, "load_predictor", lambda config: Scripted())
     monkeypatch.setattr(command, "setup_logging", lambda: None)
     assert command.main(["--checkpoint", "m", "--data", str(data), "--output", str(tmp_path / "out")]) == 0

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.headlines import headline
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
-from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
+from parrot_sys.evaluation.runner import Item, check_experts, load_tables, make_items
 from tests.evaluation.scripted import Scripted, config
+from tests.evaluation.tables import picture, write_table
 
 
 @pytest.fixture
@@ -242,3 +247,118 @@ def test_likelihoods_have_no_second_rules(data: Path, tmp_path: Path) -> None:
     model.settings = {**model.settings, "mode": "likelihood"}
     evaluate(config(data, languages=("en",)), model)
     assert "beside" not in load_scores(tmp_path / "out")["style"]["model"]["en"]["scores"]
+
+
+def test_all_bad_questions_are_named_before_the_first_answer(data: Path) -> None:
+    model = Scripted()
+    model.problems = {2: "its picture is upside down", 1_000_003: "too long"}
+    with pytest.raises(DataError) as caught:
+        evaluate(config(data, languages=("en", "pt"), routing=("model", "off")), model)
+    lines = str(caught.value).split("\n")
+    assert lines[1:5] == [
+        f"  {data}/mmmb_en.tsv, row 3, index 2: its picture is upside down",
+        f"  {data}/mmmb_en.tsv, row 7, index 1000003: too long",
+        f"  {data}/mmmb_pt.tsv, row 3, index 2: its picture is upside down",
+        f"  {data}/mmmb_pt.tsv, row 7, index 1000003: too long",
+    ]
+    assert lines[5].startswith(f"4 questions of {data}/mmmb_en.tsv, {data}/mmmb_pt.tsv cannot be asked; fix the table")
+    assert model.asked == []
+
+
+def test_bad_questions_count_as_wrong_and_stand_in_the_report(data: Path, tmp_path: Path) -> None:
+    model = Scripted()
+    model.problems = {2: "its picture is upside down"}
+    evaluate(config(data, languages=("en",), on_bad_question="wrong"), model)
+    assert 2 not in {index for _, _, index in model.asked}
+    content = build_report(ReportInput(evaluation=tmp_path / "out", output=tmp_path / "report"))
+    assert content["style"]["en"] == pytest.approx(200 / 3)
+    cell = content["details"]["cells"]["style"]["en"]
+    assert (cell["n"], cell["unmatched"], cell["bad_questions"]) == (3, 0, 1)
+    assert (cell["beside"]["plain"], cell["beside"]["unmatched"]) == (pytest.approx(200 / 3), 0)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "row 3, index 2: its picture is upside down" in text
+    assert "| bad questions | 1 | 1 |" in text
+    kit = pd.read_excel(next((tmp_path / "out").rglob("*.xlsx")))
+    assert kit.loc[kit["index"] == 2, "prediction"].isna().all()
+    fixed = Scripted()
+    evaluate(config(data, languages=("en",)), fixed)  # once it can be asked, only it is
+    assert {index for _, _, index in fixed.asked} == {2}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_questions_that_turn_out_bad_leave_their_neighbours(data: Path, batch_size: int) -> None:
+    def refuse(item: Item, routing: str) -> str:
+        if item.question.index in (2, 1_000_001):
+            raise DataError("this one not")
+        return item.question.answer
+
+    flags: dict[str, Any] = {"languages": ("en",), "batch_size": batch_size}
+    with pytest.raises(DataError, match=r"mmmb_en\.tsv, row 3, index 2: this one not; fix the table"):
+        evaluate(config(data, **flags), Scripted(answer=refuse))
+    (result,) = evaluate(config(data, on_bad_question="wrong", **flags), Scripted(answer=refuse))
+    assert [bad["index"] for bad in result["bad_questions"]] == [2, 1_000_001]
+    assert result["parts"]["style"]["rows"]["right"] == [1, 0, 0]
+    assert result["parts"]["concept"]["rows"]["right"] == [1, 1, 1]
+
+
+def test_guiding_questions_that_cannot_be_asked(data: Path) -> None:
+    path = data / "mmmb_cn.tsv"
+    path.write_text(path.read_text().replace("cn?", "", 1))
+    flags: dict[str, Any] = {"languages": ("en",), "routing": ("other-language",)}
+    with pytest.raises(
+        DataError, match=r"mmmb_en\.tsv, row 2, index 1: its guiding question, mmmb_cn\.tsv, row 2, cannot"
+    ):
+        evaluate(config(data, **flags), Scripted())
+    (result,) = evaluate(config(data, on_bad_question="wrong", **flags), Scripted())
+    assert [bad["index"] for bad in result["bad_questions"]] == [1]
+
+
+ROW_PROBLEMS: dict[str, Any] = {
+    "question": "",
+    "answer": "E",
+    "image": "99",
+    "g_index": "one",
+    "history": "[[1]]",
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@given(
+    problems=st.dictionaries(st.integers(0, 7), st.sampled_from([*ROW_PROBLEMS, "model", "late"]), max_size=8),
+    batch_size=st.integers(1, 9),
+)
+def test_any_bad_questions_among_any_others(tmp_path: Path, problems: dict[int, str], batch_size: int) -> None:
+    """Rows in are rows reported; each bad one is named and wrong, each other one is asked once and scored."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    rows = [
+        {"index": n, "question": "q?", "A": "x", "B": "y", "answer": "AB"[n % 2], "image": picture(), "g_index": n}
+        | {"history": "[]"}
+        | ({kind: ROW_PROBLEMS[kind]} if (kind := problems.get(n, "")) in ROW_PROBLEMS else {})
+        for n in range(8)
+    ]
+    write_table(folder / "data" / "mine_en.tsv", rows)
+
+    def reply(item: Item, routing: str) -> str:
+        if problems.get(item.question.index) == "late":
+            raise DataError("late")
+        return item.question.answer
+
+    model = Scripted(answer=reply)
+    model.problems = {n: "model" for n, kind in problems.items() if kind == "model"}
+    (result,) = evaluate(config(folder / "data", on_bad_question="wrong", batch_size=batch_size), model)
+    assert [bad["index"] for bad in result["bad_questions"]] == sorted(problems)
+    assert all(bad["row"] == bad["index"] + 2 and bad["reason"] for bad in result["bad_questions"])
+    part = result["parts"]["mine"]
+    assert part["rows"]["index"] == list(range(8))
+    assert part["rows"]["right"] == [int(n not in problems) for n in range(8)]
+    assert part["scores"]["bad_questions"] == len(problems)
+    early = sorted(n for n, kind in problems.items() if kind != "late")
+    strict = Scripted()
+    strict.problems = model.problems
+    if early:
+        with pytest.raises(DataError) as caught:
+            evaluate(config(folder / "data", overwrite=True), strict)
+        named = {int(index) for index in re.findall(r"row \d+, index (\d+):", str(caught.value))}
+        in_table = {n for n in early if problems[n] in ROW_PROBLEMS}
+        assert named == (in_table or set(early))  # what is wrong with the table itself shows before the model is loaded
+        assert strict.asked == []
