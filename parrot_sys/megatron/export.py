@@ -69,6 +69,7 @@ def export_released(
     save_processor: Callable[[Path], None] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the model as a complete checkpoint: config.json, safetensors, tokenizer and image preprocessing.
 
@@ -81,11 +82,12 @@ def export_released(
         save_processor: writes tokenizer and preprocessor_config.json into a directory; not needed with a source.
         dtype: of the floating-point tensors, as they are when not given.
         overwrite: replace an existing directory.
+        on_progress: called after each tensor.
 
     Raises:
         CheckpointError: the directory exists already.
     """
-    tensors = export_tensors(model, source)
+    tensors = _told(export_tensors(model, source), on_progress)
     if dtype is not None:
         tensors = ((key, tensor.to(dtype) if tensor.is_floating_point() else tensor) for key, tensor in tensors)
     if dist.get_rank() > 0:
@@ -127,6 +129,12 @@ def _write(
         (target / "config.json").write_text(json.dumps(hf, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         write_tensors(tensors, target)
     logger.info("wrote %s", directory)
+
+
+def _told(tensors: Iterator[tuple[str, Tensor]], on_progress: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    for each in tensors:
+        yield each
+        on_progress()
 
 
 def _path(path: str | None) -> Path | None:

@@ -181,6 +181,11 @@ class CheckpointStore:
             self._pending = write, final, processor
         self.advance(wait=wait)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._pending is not None
+
     def advance(self, *, wait: bool = False) -> None:
         """Gives a checkpoint its name once every rank has written its part; `wait` for that. Nothing if none is due."""
         if self._pending is None:

@@ -200,8 +200,16 @@ class FaultConfig:
     max_consecutive_skips: int = 10
     """Steps left out one after the other before the run ends."""
     hang_timeout: float | None = 600.0
-    """Seconds without a step, a validation batch or a byte of a checkpoint after which a rank logs the stacks of its
-    threads and ends with an error, so that torchrun starts the run again; unset leaves it to the collectives."""
+    """Seconds without a step or a validation batch after which a rank logs the stacks of its threads and ends with
+    exit code 75, so that torchrun starts the run again; unset leaves it to the collectives."""
+    setup_timeout: float | None = 3600.0
+    """The same for a start: seconds until data, weights and checkpoint are read and all ranks have met."""
+    features_timeout: float | None = 600.0
+    """The same for the feature cache: seconds without a round of images."""
+    checkpoint_timeout: float | None = 600.0
+    """The same for saving: seconds without a byte of a checkpoint."""
+    export_timeout: float | None = 1800.0
+    """The same for the export: seconds without a tensor."""
 
     def __post_init__(self) -> None:
         if self.spike_factor is not None and not (self.spike_factor > 1 and math.isfinite(self.spike_factor)):
@@ -209,8 +217,14 @@ class FaultConfig:
         for name in ("spike_window", "max_consecutive_skips"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"faults.{name} must be >= 1, got {getattr(self, name)}")
-        if self.hang_timeout is not None and not (self.hang_timeout > 0 and math.isfinite(self.hang_timeout)):
-            raise ConfigError(f"faults.hang_timeout must be a finite number > 0 or unset, got {self.hang_timeout}")
+        for name, value in self.timeouts().items():
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"faults.{name} must be a finite number > 0 or unset, got {value}")
+
+    def timeouts(self) -> dict[str, float | None]:
+        """Setting -> seconds, for each section that the watchdog knows."""
+        sections = ("hang", "setup", "features", "checkpoint", "export")
+        return {f"{name}_timeout": getattr(self, f"{name}_timeout") for name in sections}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

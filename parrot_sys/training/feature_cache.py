@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,12 +16,61 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
+from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import DataError
+from parrot_sys.megatron import optimizer as megatron_optimizer
+from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.state_dict import tower_tensors
 from parrot_sys.models.vision import VisionConfig
+from parrot_sys.parallel.agreement import gather_everywhere
+from parrot_sys.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 _IMAGES_PER_WRITE = 64
+_FILES_PER_LOOK = 1024
+
+
+def cache_features(
+    config: TrainConfig,
+    model: ParrotModel,
+    processor: ParrotProcessor,
+    loaders: Sequence[ParrotDataLoader],
+    device: torch.device,
+    *,
+    on_progress: Callable[[], None],
+) -> None:
+    """Computes what is missing for the images of `loaders`, which take features from the store from then on.
+
+    Args:
+        config: of the run.
+        model: the first part of the model on this rank.
+        processor: reads and preprocesses images.
+        loaders: of training and held-out records.
+        device: where the model is.
+        on_progress: as in `fill_store`.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    directory = Path(config.data.cache_dir or config.output) / "features"
+    store = open_store(directory, tower_tensors(model), config.model.vision, processor)
+    copies = megatron_optimizer.replica_group()
+    fill_store(
+        store,
+        sorted({path for loader in loaders for path in loader.image_paths()}),
+        model.vision_tower,
+        processor,
+        device=device,
+        part=(dist.get_rank(copies), dist.get_world_size(copies)),
+        write=megatron_optimizer.tensor_parallel_rank() == 0,
+        on_bad_image=config.data.on_bad_sample,
+        num_workers=config.data.num_workers,
+        progress=config.logging.progress,
+        on_progress=on_progress,
+    )
+    for loader in loaders:
+        loader.use_features(store)
 
 
 def open_store(
@@ -49,6 +98,7 @@ def fill_store(
     on_bad_image: Literal["error", "skip"] = "error",
     num_workers: int = 2,
     progress: bool = True,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> int:
     """Computes and stores the features of images that have none yet; every rank calls this.
 
@@ -65,16 +115,17 @@ def fill_store(
         on_bad_image: `error`, or `skip` to leave unreadable images without features (their samples are left out later).
         num_workers: threads that read images.
         progress: show a bar on rank 0.
+        on_progress: called when all ranks have come on by some images.
 
     Returns:
         Images this rank computed.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: an image cannot be read; on every rank.
     """
     rank, skip = dist.get_rank(), on_bad_image == "skip"
     # One list for all: a file that some ranks cannot read must not shift the shares.
-    seen: list[Any] = [(store.missing(paths, skip_unreadable=skip), store.failures)]
+    seen: list[Any] = [(_missing(store, paths, skip, on_progress), store.failures)]
     dist.broadcast_object_list(seen, src=0)  # (also: no rank may write before every rank has looked)
     missing: list[str] = seen[0][0]
     failures: dict[str, str] = {}
@@ -85,12 +136,16 @@ def fill_store(
         ThreadPoolExecutor(num_workers, "parrot-images") as threads,
         tqdm(total=len(mine), desc="image features", unit="image", disable=not (progress and rank == 0)) as bar,
     ):
-        for start in range(0, len(mine), _IMAGES_PER_WRITE):
+        # As many rounds on every rank, also on those that have no tower: one that waits has to see that others work.
+        for start in range(0, -(-len(missing) // part[1]), _IMAGES_PER_WRITE):
             names = mine[start : start + _IMAGES_PER_WRITE]
-            read = partial(_read, processor=processor, skip=skip)
-            loaded = dict(zip(names, threads.map(read, names), strict=True))
+            loaded = dict(zip(names, threads.map(partial(_read, processor=processor), names), strict=True))
             images = {name: image for name, image in loaded.items() if isinstance(image, Tensor)}
             bad = {name: str(error) for name, error in loaded.items() if isinstance(error, DataError)}
+            everyone = gather_everywhere(next(iter(bad.values()), None))
+            if not skip and (message := next(filter(None, everyone), None)) is not None:
+                raise DataError(message)
+            on_progress()
             failures |= dict(zip(store.keys(bad), bad.values(), strict=True))
             if images and tower is not None:
                 with torch.no_grad():
@@ -118,11 +173,18 @@ def _share_failures(store: FeatureStore, own: Mapping[str, str]) -> None:
         )
 
 
-def _read(name: str, *, processor: ParrotProcessor, skip: bool) -> Tensor | DataError:
-    """[1, 3, h, w], or the reason why an image that may be skipped has none."""
+def _missing(store: FeatureStore, paths: Iterable[str], skip: bool, on_progress: Callable[[], None]) -> list[str]:
+    """Files whose features are not stored yet."""
+    names = list(paths)
+    for start in range(0, len(names), _FILES_PER_LOOK):  # the store remembers what it has read
+        store.missing(names[start : start + _FILES_PER_LOOK], skip_unreadable=skip)
+        on_progress()
+    return store.missing(names, skip_unreadable=skip)
+
+
+def _read(name: str, *, processor: ParrotProcessor) -> Tensor | DataError:
+    """[1, 3, h, w], or the reason why there is none."""
     try:
         return processor.images([name])
     except DataError as error:
-        if not skip:
-            raise
         return error

@@ -30,20 +30,20 @@ from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
-from parrot_sys.megatron.state_dict import refuse_non_finite, tower_tensors
+from parrot_sys.megatron.state_dict import refuse_non_finite
 from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.training.checkpoint import CheckpointStore, check_same_model, find_checkpoint
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.faults import StepGuard, TrainingError
-from parrot_sys.training.feature_cache import fill_store, open_store
+from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
 from parrot_sys.training.metrics import FlopCounter, StepMetrics, peak_flops
 from parrot_sys.training.schedule import CosineSchedule, warmup_steps
 from parrot_sys.training.step import StepRunner
 from parrot_sys.training.watchdog import Watchdog
-from parrot_sys.training.writer import MetricsWriter
+from parrot_sys.training.writer import MetricsWriter, shown, summary_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,22 @@ class Trainer:
         """
         self.config = config
         self.output = Path(config.output)
+        self.watchdog = Watchdog(config.faults)
+        with self.watchdog.section("setup", "starting"):
+            self._set_up()
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def _set_up(self) -> None:
+        config = self.config
         self.source = find_checkpoint(config.checkpoint.load_from) if config.checkpoint.load_from else None
         platform.set_cpu_threads()
         # Later than the watchdog: a collective that gives up ends its rank before that has logged where it stands.
-        patience = {} if config.faults.hang_timeout is None else {"timeout": max(600.0, 2 * config.faults.hang_timeout)}
-        initialize(config.parallel, seed=config.seed, **patience)
+        patience = 2 * max(seconds or 0.0 for seconds in config.faults.timeouts().values())
+        initialize(config.parallel, seed=config.seed, timeout=max(600.0, patience))
+        self.watchdog.meet()
         self.device = platform.device()
-        self.watchdog = Watchdog(config.faults.hang_timeout)
-        self.checkpoints = CheckpointStore(config, on_progress=lambda: self.watchdog.beat("saving a checkpoint"))
+        self.checkpoints = CheckpointStore(config, on_progress=self.watchdog.beat)
         resume_from = self._resume_from()
         if resume_from is None and config.checkpoint.load_from is not None:
             start = self.source or config.checkpoint.load_from
@@ -105,8 +113,6 @@ class Trainer:
             self.guard.load_state_dict(saved_guard)
         self.runner = self._make_runner()
         self._stop = False
-
-    # ------------------------------------------------------------------------------------------------------- set-up
 
     def _resume_from(self) -> Path | None:
         self.checkpoints.clean()
@@ -222,9 +228,10 @@ class Trainer:
             TrainingError: a loss or gradient is no number or spikes, and the configuration says stop.
             CheckpointWriteError: the last checkpoint could not be written.
         """
-        on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
-        if megatron_optimizer.sees_samples_first():
-            self._list_skipped()
+        with self.watchdog.section("setup", "writing the settings"):
+            on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
+            if megatron_optimizer.sees_samples_first():
+                self._list_skipped()
         if self.step < self.total_steps:
             summary = self._run_steps()
         else:
@@ -237,14 +244,17 @@ class Trainer:
 
     def _run_steps(self) -> dict[str, Any]:
         if self.config.cache_image_features:
-            self._cache_features()
+            with self.watchdog.section("features", "computing image features"):
+                loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
+                beat = self.watchdog.beat
+                cache_features(self.config, self.chunks[0], self.processor, loaders, self.device, on_progress=beat)
         settings = self.config.logging
         writer = MetricsWriter(self.output, settings, total_steps=self.total_steps, start_step=self.step)
-        with writer, self._stop_on_sigterm(), self.watchdog:
+        with writer, self._stop_on_sigterm(), self.watchdog.section("steps", f"training behind step {self.step}"):
             try:
                 summary = self._train(writer)
             except TrainingError:  # raised on every rank: the checkpoint that is being written can be completed
-                self.checkpoints.advance(wait=True)
+                self._advance_checkpoint(wait=True)
                 raise
             writer.write("summary", self.step, summary)
         self.processor.image_processor.notes.log_counts()
@@ -274,12 +284,12 @@ class Trainer:
                 writer.write("train", self.step, record)
                 rows += window.scalar("rows")
                 window, window_start, skipped = StepMetrics(config.model.moe.num_experts, self.device), now, 0
-            writer.advance(**_shown(last, result.metrics.loss))
+            writer.advance(**shown(last, result.metrics.loss))
             if self.validation_loader is not None and (self.step % config.validation.interval == 0 or done):
                 writer.write("validation", self.step, self.validate())
             if self.step % config.checkpoint.interval == 0 or done or stopping:
                 self._save(wait=done or stopping or not config.checkpoint.asynchronous)
-            self.checkpoints.advance()
+            self._advance_checkpoint()
             if stopping and not done:
                 logger.warning("stopped by SIGTERM behind step %d; start the same command again to go on", self.step)
                 break
@@ -293,7 +303,7 @@ class Trainer:
             "tokens_per_second": rows / seconds,
             "loss": last.get("loss"),
         }
-        writer.say(_summary_line(summary, self.step, self.total_steps))
+        writer.say(summary_line(summary, self.step, self.total_steps))
         return summary
 
     def _batches(self) -> Iterator[list[PackedBatch]]:
@@ -335,33 +345,20 @@ class Trainer:
         loader = [self.loader.state_dict()]
         dist.broadcast_object_list(loader, src=0)
         common = {"loader": loader[0], "total_steps": self.total_steps, "guard": self.guard.state_dict()}
-        self.watchdog.beat("saving a checkpoint")
-        self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor, wait=wait)
+        with self.watchdog.section("checkpoint", "saving a checkpoint"):
+            self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor, wait=wait)
+
+    def _advance_checkpoint(self, *, wait: bool = False) -> None:
+        if self.checkpoints.is_writing:
+            with self.watchdog.section("checkpoint", "completing a checkpoint"):
+                self.checkpoints.advance(wait=wait)
 
     def _export(self) -> None:
-        export_released(self.chunks, self.output / "hf", save_processor=self.processor.save_pretrained, overwrite=True)
-        dist.barrier()
-
-    def _cache_features(self) -> None:
-        config = self.config
-        directory = Path(config.data.cache_dir or self.output) / "features"
-        store = open_store(directory, tower_tensors(self.chunks[0]), config.model.vision, self.processor)
-        loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
-        copies = megatron_optimizer.replica_group()
-        fill_store(
-            store,
-            sorted({path for loader in loaders for path in loader.image_paths()}),
-            self.chunks[0].vision_tower,
-            self.processor,
-            device=self.device,
-            part=(dist.get_rank(copies), dist.get_world_size(copies)),
-            write=megatron_optimizer.tensor_parallel_rank() == 0,
-            on_bad_image=config.data.on_bad_sample,
-            num_workers=config.data.num_workers,
-            progress=config.logging.progress,
-        )
-        for loader in loaders:
-            loader.use_features(store)
+        with self.watchdog.section("export", "exporting the model"):
+            save = self.processor.save_pretrained
+            beat = self.watchdog.beat
+            export_released(self.chunks, self.output / "hf", save_processor=save, overwrite=True, on_progress=beat)
+            dist.barrier()
 
     @contextlib.contextmanager
     def _stop_on_sigterm(self) -> Iterator[None]:
@@ -386,21 +383,4 @@ def _validation_data(config: TrainConfig) -> DataConfig:
         weights=(),
         language_weights={},
         text_ratio=None,
-    )
-
-
-def _shown(record: dict[str, Any], loss: float) -> dict[str, str]:
-    shown = {"loss": f"{loss:.4f}"}
-    if record:
-        shown |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
-        if "mfu" in record:
-            shown["mfu"] = f"{record['mfu']:.0%}"
-    return shown
-
-
-def _summary_line(summary: dict[str, Any], step: int, total: int) -> str:
-    loss = "every step left out" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
-    return (
-        f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import shutil
@@ -10,86 +11,144 @@ import subprocess
 import tempfile
 import threading
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import psutil
 import torch.distributed as dist
 
+from parrot_sys import platform
+from parrot_sys.training.config import FaultConfig
+
 HUNG = 75
 """Exit code of a process that its watchdog ended. When not even the watchdog can run it is 1."""
 
+SectionName = Literal["setup", "features", "steps", "checkpoint", "export"]
+_SETTINGS: dict[SectionName, str] = {
+    "setup": "setup_timeout",
+    "features": "features_timeout",
+    "steps": "hang_timeout",
+    "checkpoint": "checkpoint_timeout",
+    "export": "export_timeout",
+}
 _STDERR = 2
+_INTERVAL = 5.0
 _PY_SPY_SECONDS = 30
 _generation = 0
 
 
-class Watchdog:
-    """Context manager around work that calls `beat` at least every `timeout` seconds; every rank has one.
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """What a process is in the middle of."""
 
-    A thread looks whether beats come. If they stop, every rank logs the stacks of its own threads, which works while
-    the main thread waits in a collective, and the first one also names the ranks that stay silent: a stopped process
-    cannot log anything itself. Should the thread not get to run (code that never releases the interpreter's lock), the
-    timer of `faulthandler`, which needs no lock, writes the stacks and ends the process.
+    setting: str
+    """Field of FaultConfig that says how long it may be silent."""
+    timeout: float | None
+    doing: str
+
+
+class Watchdog:
+    """Watches the sections of a run, in each of which `beat` must be called at least every so many seconds.
+
+    Every rank has one. A thread looks whether beats come. If they stop, every rank logs the stacks of its own threads,
+    which works while the main thread waits in a collective, and the first one also names the ranks that stay silent: a
+    stopped process cannot log anything itself. Should the thread not get to run (code that never releases the
+    interpreter's lock), the timer of `faulthandler`, which needs no lock, writes the stacks and ends the process.
     """
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, config: FaultConfig) -> None:
         """
         Args:
-            timeout: seconds; None watches nothing.
+            config: seconds for each section; None does not watch it.
         """
-        self.timeout = timeout
-        self._last, self._doing = time.monotonic(), "starting"
-        self._stopped = threading.Event()
+        self._config = config
+        self._sections: list[_Section] = []
+        self._last = time.monotonic()
+        self._peers: _Peers | None = None
+        # Set when another section begins, and with it another time.
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def beat(self, doing: str) -> None:
+    def meet(self) -> None:
+        """Tells the other ranks of this process; all ranks call it once their process groups are there."""
+        global _generation
+        _generation += 1
+        self._peers = _Peers(f"watchdog/{_generation}")
+
+    def beat(self, doing: str | None = None) -> None:
         """Says that there is progress; `doing` is what comes next, for the log."""
-        self._last, self._doing = time.monotonic(), doing
+        if self._sections and doing is not None:
+            self._sections[-1] = replace(self._sections[-1], doing=doing)
+        self._last = time.monotonic()
 
-    def __enter__(self) -> Watchdog:
-        if self.timeout is not None:
-            global _generation
-            _generation += 1
-            self._peers = _Peers(f"watchdog/{_generation}")
-            self.beat(self._doing)
-            self._thread = threading.Thread(target=self._watch, args=(self.timeout,), name="watchdog", daemon=True)
+    @contextlib.contextmanager
+    def section(self, name: SectionName, doing: str) -> Iterator[None]:
+        """Watches the block, with the time of this section; one that stands inside another has its own time.
+
+        Args:
+            name: of the section.
+            doing: what comes first, for the log.
+        """
+        setting = _SETTINGS[name]
+        self._enter([*self._sections, _Section(setting, getattr(self._config, setting), doing)])
+        try:
+            yield
+        finally:
+            self._enter(self._sections[:-1])
+
+    def _enter(self, sections: list[_Section]) -> None:
+        self._last, self._sections = time.monotonic(), sections
+        self._changed.set()
+        if sections and self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.timeout is not None:
-            self._stopped.set()
+        elif not sections and self._thread is not None:
             self._thread.join()
+            self._thread = None
             faulthandler.cancel_dump_traceback_later()
 
-    def _watch(self, timeout: float) -> None:
-        interval = min(timeout / 4, 5.0)
+    def _watch(self) -> None:
         awake = time.monotonic()
-        while True:
+        while sections := self._sections:
+            section = sections[-1]
+            interval = _INTERVAL if section.timeout is None else min(section.timeout / 4, _INTERVAL)
             # Armed anew as long as this thread runs.
-            faulthandler.dump_traceback_later(timeout + interval, exit=True, file=_STDERR)
-            if self._stopped.wait(interval):
-                return
+            if section.timeout is None:
+                faulthandler.cancel_dump_traceback_later()
+            else:
+                faulthandler.dump_traceback_later(section.timeout + interval, exit=True, file=_STDERR)
+            self._changed.wait(interval)
+            self._changed.clear()
             before, awake = awake, time.monotonic()
-            if awake - before > timeout / 2:
+            if section.timeout is None or self._sections is not sections:
+                continue
+            if awake - before > interval + section.timeout / 2:
                 self._last = awake  # the whole process was stopped: its main thread gets its time too
-            elif awake - self._last > timeout:
-                self._end(awake - self._last, grace=max(2 * interval, 1.0))
+            elif awake - self._last > section.timeout:
+                self._end(self._sections[-1], awake - self._last, grace=max(2 * interval, 1.0))
 
-    def _end(self, silence: float, grace: float) -> None:
-        rank = dist.get_rank()
+    def _end(self, section: _Section, silence: float, grace: float) -> None:
+        rank = _rank()
         faulthandler.dump_traceback_later(grace + 2 * _PY_SPY_SECONDS, exit=True, file=_STDERR)  # should this get stuck
         try:
             _say(
-                f"[rank {rank}] no progress for {silence:.0f} s while {self._doing} (pid {os.getpid()} on "
+                f"[rank {rank}] no progress for {silence:.0f} s while {section.doing} (pid {os.getpid()} on "
                 f"{socket.gethostname()}). Stacks of all its threads, the current call first:\n{_stacks()}"
             )
-            if silent := self._peers.report(grace):
+            if self._peers is not None and (silent := self._peers.report(grace)):
                 _say(f"[rank {rank}] " + "; ".join(silent))
-            _say(f"[rank {rank}] ended by the watchdog (faults.hang_timeout={self.timeout:g}) with exit code {HUNG}")
+            _say(
+                f"[rank {rank}] ended by the watchdog (faults.{section.setting}={section.timeout:g}) with exit code "
+                f"{HUNG}"
+            )
         finally:
             os._exit(HUNG)
+
+
+def _rank() -> int:
+    """The rank of this process, also before there are process groups."""
+    return dist.get_rank() if dist.is_initialized() else platform.launch().rank
 
 
 class _Peers:

@@ -108,6 +108,25 @@ class MetricsWriter:
             self._bar.write(line)
 
 
+def shown(record: dict[str, Any], loss: float) -> dict[str, str]:
+    """What stands behind the progress bar: the loss of a step, and the rates of the last record."""
+    texts = {"loss": f"{loss:.4f}"}
+    if record:
+        texts |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
+        if "mfu" in record:
+            texts["mfu"] = f"{record['mfu']:.0%}"
+    return texts
+
+
+def summary_line(summary: dict[str, Any], step: int, total: int) -> str:
+    """The end of a run in one line."""
+    loss = "every step left out" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
+    return (
+        f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
+    )
+
+
 def read_metrics(output: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run in their order, of one kind or all; a last line that a killed run left half is ignored.
 

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.training.config import FaultConfig
 from parrot_sys.training.watchdog import HUNG, Watchdog
 
 
@@ -32,8 +33,9 @@ def _hang(how: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> tuple[s
     """Two ranks, of which the second hangs and the first waits for it; how they ended, and the log."""
 
     def work(rank: int, size: int) -> None:
-        with Watchdog(1.0) as watchdog:
-            watchdog.beat("training behind step 7")
+        watchdog = Watchdog(FaultConfig(hang_timeout=1.0))
+        watchdog.meet()
+        with watchdog.section("steps", "training behind step 7"):
             if rank == 1:
                 how()
             dist.barrier()
@@ -71,13 +73,16 @@ def test_a_rank_that_holds_the_interpreter_logs_its_stack(capfd: pytest.CaptureF
 
 def test_progress_and_no_timeout_are_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     def work(rank: int, size: int) -> None:
-        with Watchdog(0.6) as watchdog:
+        watchdog = Watchdog(FaultConfig(hang_timeout=0.6, checkpoint_timeout=None))
+        watchdog.meet()
+        with watchdog.section("steps", "training"):
             for _ in range(6):
                 time.sleep(0.2)
                 watchdog.beat("working")
+            with watchdog.section("checkpoint", "saving"):
+                time.sleep(0.8)  # not watched
+            time.sleep(0.4)  # the time counts from the end of what stood inside
         time.sleep(0.8)  # nobody watches any more
-        with Watchdog(None):
-            time.sleep(0.1)
 
     run_distributed(work, 2)
     assert "no progress" not in capfd.readouterr().err
