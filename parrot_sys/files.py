@@ -87,6 +87,15 @@ def read_json(path: Path, error: type[ParrotError] = CheckpointError) -> dict[st
     return value
 
 
+@contextlib.contextmanager
+def naming_file(file: object) -> Iterator[None]:
+    """Adds the name of the file to a ConfigError about a value that was read from it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise (error if str(file) in str(error) else ConfigError(f"{file}: {error}")) from error
+
+
 class Fields:
     """Typed access to a JSON object that another program wrote: null counts as absent, a wrong type is an error.
 
@@ -143,6 +152,15 @@ class Fields:
     def below(self, key: str) -> Fields:
         """The object at a key; an empty one when it is absent."""
         return Fields(self.get(key, dict), self.file, f"{self.prefix}{key}.")
+
+    def only(self, key: str, wanted: Any, why: str) -> None:
+        """Refuses every value of a key but `wanted`, which is what an absent one means.
+
+        Raises:
+            ConfigError: it has another value; ends with `why`.
+        """
+        if self.get(key, type(wanted), wanted) != wanted:
+            raise ConfigError(f"{self.wrong(key, repr(wanted))}; {why}")
 
     def wrong(self, key: str, wanted: str) -> ConfigError:
         """The error that says what a key must be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,11 @@ if not platform.cuda_available():
 
 # More threads than one only add noise here, and ranks forked from this process must not find a used OpenMP pool.
 torch.set_num_threads(1)
+
+
+# A slow moment of a shared machine is no failure.
+hypothesis.settings.register_profile("parrot", deadline=None)
+hypothesis.settings.load_profile("parrot")
 
 
 @pytest.fixture(autouse=True)

@@ -238,7 +238,7 @@ def _load_image_processor(directory: Path) -> ImageProcessor:
     config = _fields(directory / "config.json")
     # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
     # (MultiModal-GPT resizes and crops as CLIP does.)
-    states_it = config.get("model_type", str) in ("parrot_qwen2", "multimodal_gpt")
+    states_it = config.get("model_type", str, "").startswith(("parrot_", "multimodal_gpt"))
     aspect_ratio = config.get("image_aspect_ratio", str) or (None if states_it else "pad")
     tower = config.get("mm_vision_tower", str) or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]

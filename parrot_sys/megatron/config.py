@@ -72,7 +72,7 @@ def to_transformer_config(
     recompute: Recompute = "none",
     initialize_weights: bool = True,
 ) -> TransformerConfig:
-    """Configuration of the decoder (the Qwen2 block).
+    """Configuration of the decoder (`parrot_sys.models.llm`).
 
     Args:
         llm: sizes and constants of the decoder.
@@ -98,6 +98,7 @@ def to_transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
         add_qkv_bias=llm.qkv_bias,
+        qk_layernorm=llm.qk_norm,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,

@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -37,7 +36,7 @@ from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, 
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
-from parrot_sys.megatron.norms import Norm
+from parrot_sys.megatron.norms import Norm, QueryKeyNorm
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import rotary_cos_sin
@@ -59,8 +58,8 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRA
                     linear_qkv=with_lora(column_parallel, lora, QKV),
                     core_attention=CoreAttention,
                     linear_proj=with_lora(row_parallel, lora, ("o_proj",), row_parallel=True),
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=QueryKeyNorm,
+                    k_layernorm=QueryKeyNorm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

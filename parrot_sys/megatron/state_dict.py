@@ -28,11 +28,11 @@ from parrot_sys.models.hf_checkpoint import (
     check_tensors,
     is_carried,
     is_passed_over,
-    llm_maps,
     parrot_maps,
     tower_maps,
 )
 from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
+from parrot_sys.models.llm import llm_maps
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap, only

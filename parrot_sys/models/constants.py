@@ -15,9 +15,9 @@ from parrot_sys.models.hf_config import (
     OWN_KEY,
     RELEASED_TYPES,
     config_from_hf,
-    llm_config_from_hf,
     vision_config_from_hf,
 )
+from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
 
 MODEL_CONFIG = "model_config.yaml"

@@ -17,49 +17,16 @@ import torch
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import llm_maps
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, pack_rows, qkv_map, unpack_rows
+from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, qkv_map
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 VISION_MODEL = "vision_model."
-
-
-def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
-    """Decoder (Megatron's GPTModel, its names after `prefix`) <-> Qwen2ForCausalLM."""
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
-    width = config.kv_channels * config.num_attention_heads
-    kv_width = config.kv_channels * config.num_query_groups
-    rows = (width, kv_width, kv_width)
-    maps = [copied(f"{prefix}embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden)]
-    for layer in range(config.num_layers):
-        ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
-        qkv = f"{ours}.self_attention.linear_qkv"
-        maps += [
-            copied(f"{ours}.input_layernorm.weight", f"{key}.input_layernorm.weight", hidden),
-            qkv_map(qkv, f"{key}.self_attn", "weight", rows, config.num_query_groups, hidden),
-            copied(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
-            copied(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
-            TensorMap(
-                name=f"{ours}.mlp.linear_fc1.weight",
-                keys=(f"{key}.mlp.gate_proj.weight", f"{key}.mlp.up_proj.weight"),
-                shapes=((ffn, hidden), (ffn, hidden)),
-                pack=pack_rows,
-                unpack=partial(unpack_rows, count=2),
-                gated=True,
-            ),
-            copied(f"{ours}.mlp.linear_fc2.weight", f"{key}.mlp.down_proj.weight", hidden, ffn),
-        ]
-        if config.qkv_bias:
-            maps.append(qkv_map(qkv, f"{key}.self_attn", "bias", rows, config.num_query_groups))
-    maps.append(copied(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
-    if not config.tie_word_embeddings:
-        maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
-    return maps
 
 
 def num_layers_run(config: VisionConfig) -> int:

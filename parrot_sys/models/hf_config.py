@@ -1,4 +1,4 @@
-"""config.json of the released layouts (`model_type: parrot_qwen2`, `wings_qwen2`, `wings_llama`) <-> ParrotConfig.
+"""config.json of the released layouts (`model_type: parrot_qwen2`, `wings_llama`, ...) <-> ParrotConfig.
 
 Field names follow the public code (AIDC-AI/Parrot, parrot/model). Settings that the released layout cannot express
 (routing `topk`, residual `paper`, ...) are kept leaf by leaf under the key `parrot_sys`, so that import after export
@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from parrot_sys.config_values import build, config_to_dict, merge, section_class
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.files import Fields, read_json
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.files import Fields, naming_file, read_json
+from parrot_sys.models.llm import FAMILIES, DecoderFamily, llm_config_from_hf, llm_fields
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import Activation, VisionConfig
 from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
-MODEL_TYPE = "parrot_qwen2"
+PARROT_TYPES = {f"parrot_{family.name}": f"Parrot{family.architecture}ForCausalLM" for family in FAMILIES.values()}
+"""model_type of a Parrot checkpoint -> its architecture; the public code knows `parrot_qwen2` alone."""
 MULTIMODAL_GPT = "multimodal_gpt"
 """model_type of MultiModal-GPT as `parrot convert` puts it together: LLaMA's config.json, its own parts below
-`parrot_sys`."""
-RELEASED_TYPES = (MODEL_TYPE, *WINGS_TYPES, MULTIMODAL_GPT)
+`parrot_sys`, where `llm.family` names another decoder."""
+RELEASED_TYPES = (*PARROT_TYPES, *WINGS_TYPES, MULTIMODAL_GPT)
 """model_type of every released layout; others are bare language models."""
 OWN_KEY = "parrot_sys"
 CONFIG = "config.json"
@@ -63,71 +62,6 @@ _NEW_CHECKPOINT: dict[str, Any] = {
 _LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
 
 
-def llm_config_from_hf(hf: Mapping[str, Any] | Fields, file: object = CONFIG) -> LLMConfig:
-    """Decoder configuration from the config.json (`file`) of a Qwen2 or LLaMA, or of a model with such a decoder.
-
-    Raises:
-        ConfigError: a field is missing or of a wrong type, or asks for something that the decoder here does not do.
-    """
-    fields = hf if isinstance(hf, Fields) else Fields(hf, file)
-    is_llama = "llama" in fields.get("model_type", str, "")
-    _only(fields, "hidden_act", "silu", "the decoder here does nothing else")
-    for name in ("use_sliding_window", *(("attention_bias", "mlp_bias") if is_llama else ())):
-        _only(fields, name, False, "the decoder here does nothing else")
-    rope = fields.below("rope_parameters")
-    heads = fields.require("num_attention_heads", int)
-    hidden_size = fields.require("hidden_size", int)
-    head_dim = fields.get("head_dim", int)
-    scaling = fields.below("rope_scaling")
-    with _named(fields.file):
-        return LLMConfig(
-            hidden_size=hidden_size,
-            num_layers=fields.require("num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_query_groups=fields.get("num_key_value_heads", int, heads),
-            head_dim=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
-            ffn_hidden_size=fields.require("intermediate_size", int),
-            vocab_size=fields.require("vocab_size", int),
-            rope_base=fields.get("rope_theta", float, rope.get("rope_theta", float, 10_000.0)),
-            rope_scaling=_rope_scaling(scaling if scaling.values else rope),
-            norm_eps=fields.get("rms_norm_eps", float, 1e-6),
-            max_position_embeddings=fields.get("max_position_embeddings", int, 2_048 if is_llama else 32_768),
-            tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
-            # Qwen2 has these biases and no such setting, LLaMA has neither.
-            qkv_bias=fields.get("attention_bias", bool, not is_llama),
-        )
-
-
-@contextmanager
-def _named(file: object) -> Iterator[None]:
-    """Values that are out of range are told with the file that they stand in."""
-    try:
-        yield
-    except ConfigError as error:
-        raise (error if str(file) in str(error) else ConfigError(f"{file}: {error}")) from error
-
-
-def _only(fields: Fields, name: str, wanted: Any, why: str) -> None:
-    if fields.get(name, type(wanted), wanted) != wanted:
-        raise ConfigError(f"{fields.wrong(name, repr(wanted))}; {why}")
-
-
-_SCALING_FIELDS = {"factor": "factor", "low_frequency": "low_freq_factor", "high_frequency": "high_freq_factor"}
-"""Our setting -> the one in `rope_scaling` of config.json."""
-
-
-def _rope_scaling(fields: Fields) -> RopeScaling | None:
-    kind = fields.get("rope_type", str, fields.get("type", str, "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"{fields.file}: {fields.prefix}rope_type must be 'default' or 'llama3', got {kind!r}")
-    return RopeScaling(
-        **{ours: fields.require(theirs, float) for ours, theirs in _SCALING_FIELDS.items()},
-        original_positions=fields.require("original_max_position_embeddings", int),
-    )
-
-
 def vision_config_from_hf(
     hf: Mapping[str, Any], *, path: str | None = None, file: object = "vision tower"
 ) -> VisionConfig:
@@ -148,7 +82,7 @@ def vision_config_from_hf(
         raise ConfigError(f"{file}: model_type must be one of {sorted(kinds)}, got {model_type!r}")
     kind, activation, eps = kinds[model_type]
     default = VisionConfig()
-    with _named(file):
+    with naming_file(file):
         return VisionConfig(
             type=kind,
             path=path,
@@ -183,20 +117,20 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         CheckpointError: the vision tower's shape is nowhere to be found.
     """
     fields = Fields(hf, directory / CONFIG)
-    model_type = fields.get("model_type", str, MODEL_TYPE)
+    model_type = fields.get("model_type", str, "parrot_qwen2")
     if model_type not in RELEASED_TYPES:
         raise fields.wrong("model_type", f"one of {', '.join(RELEASED_TYPES)}")
-    _only(fields, "mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
-    _only(fields, "tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
+    fields.only("mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
+    fields.only("tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
     own = fields.below(OWN_KEY)
     flamingo = model_type == MULTIMODAL_GPT
-    llm = llm_config_from_hf(fields)
+    llm = llm_config_from_hf(fields, family=_family(fields, own))
     vision, wings, limit = _vision(fields, directory, own.below("vision")), None, "tokenizer_model_max_length"
     if model_type in WINGS_TYPES:
         names, limit = tensor_names(directory), "tokenizer_max_length"
         vision, wings = tower_as_stored(vision, names), wings_from_hf(fields, names, llm.num_layers)
     projector = ProjectorConfig() if flamingo else ProjectorConfig(type=fields.get("mm_projector_type", str, "linear"))
-    with _named(fields.file):
+    with naming_file(fields.file):
         config = ParrotConfig(
             vision=vision,
             projector=projector,
@@ -231,6 +165,20 @@ def config_to_hf(config: ParrotConfig, original: Mapping[str, Any] | None, direc
     return {**hf, OWN_KEY: own} if own else hf
 
 
+def _family(fields: Fields, own: Fields) -> DecoderFamily:
+    """Family of a released checkpoint's decoder: the end of its type; MultiModal-GPT says it in its own part."""
+    model_type = fields.get("model_type", str, "parrot_qwen2")
+    if model_type != MULTIMODAL_GPT:
+        return FAMILIES[model_type.split("_", 1)[1]]
+    # Written before there were families: only these two, told apart by the biases.
+    before = "qwen2" if fields.get("attention_bias", bool, False) else "llama"
+    llm = own.below("llm")
+    name = llm.get("family", str, before)
+    if name not in FAMILIES:
+        raise llm.wrong("family", f"one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
 def _moe_from_hf(fields: Fields, hidden_size: int) -> TextGuidedMoEConfig:
     # Absent keys have the defaults of the released ParrotConfig; only a plain language model has no experts at all.
     if not fields.get("use_moe", bool, "moe_hidden_size" in fields or "num_experts" in fields):
@@ -248,20 +196,11 @@ def _moe_from_hf(fields: Fields, hidden_size: int) -> TextGuidedMoEConfig:
 
 def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
     llm, moe = config.llm, config.moe
+    model_type = f"parrot_{llm.family}" if config.flamingo is None else MULTIMODAL_GPT
     fields: dict[str, Any] = {
-        "architectures": ["ParrotQwen2ForCausalLM" if config.flamingo is None else "MultimodalGPT"],
-        "model_type": MODEL_TYPE if config.flamingo is None else MULTIMODAL_GPT,
-        "hidden_act": "silu",
-        "hidden_size": llm.hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_attention_heads,
-        "num_key_value_heads": llm.num_query_groups,
-        "intermediate_size": llm.ffn_hidden_size,
-        "vocab_size": llm.vocab_size,
-        "rope_theta": llm.rope_base,
-        "rms_norm_eps": llm.norm_eps,
-        "max_position_embeddings": llm.max_position_embeddings,
-        "tie_word_embeddings": llm.tie_word_embeddings,
+        "architectures": [PARROT_TYPES.get(model_type, "MultimodalGPT")],
+        "model_type": model_type,
+        **llm_fields(llm),
         "tokenizer_model_max_length": config.max_seq_len,
         "mm_vision_select_layer": config.vision.select_layer,
     }
@@ -279,8 +218,6 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
         fields |= wings_fields(config.wings, llm, config.rows_per_image, config.max_seq_len)
     elif config.flamingo is None:
         fields["use_moe"] = moe.num_experts > 0
-    if llm.head_dim is not None:
-        fields["head_dim"] = llm.head_dim
     if moe.num_experts:
         fields |= {
             "num_experts": moe.num_experts,
@@ -313,7 +250,7 @@ def _vision(fields: Fields, directory: Path, own: Fields) -> VisionConfig:
             f"into {directory / EXPORTED_TOWER}"
         )
     base = _apply(base, own.values, own.file, own.prefix)
-    with _named(fields.file):
+    with naming_file(fields.file):
         return dataclasses.replace(
             base,
             select_layer=own.get("select_layer", int, select_layer),
@@ -347,7 +284,7 @@ def _apply(config: Any, changes: Mapping[str, Any], file: object, prefix: str) -
     merged: dict[str, Any] = {}
     merge(type(config), merged, config_to_dict(config), where="")
     merge(type(config), merged, _without_nulls(type(config), changes), where=f" in {file}", prefix=prefix)
-    with _named(file):
+    with naming_file(file):
         return build(type(config), merged, checked=True)
 
 

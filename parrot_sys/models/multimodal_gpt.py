@@ -26,8 +26,8 @@ from parrot_sys.models.finite import NonFinite
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.flamingo_maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
 from parrot_sys.models.hf_checkpoint import check_tensors, parrot_maps
-from parrot_sys.models.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf, llm_config_from_hf, vision_config_from_hf
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf, vision_config_from_hf
+from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles, load_pickle, new_directory, write_tensors
@@ -134,7 +134,7 @@ def assemble(
             _copy_files(files.vision, target / EXPORTED_TOWER, weights=True)
             if save_tokenizer is not None:
                 save_tokenizer(target)
-            original = {**hf, "mm_vision_tower": EXPORTED_TOWER, "attention_bias": config.llm.qkv_bias}
+            original = {**hf, "mm_vision_tower": EXPORTED_TOWER}
             text = json.dumps(config_to_hf(config, original, target), indent=2, ensure_ascii=False)
             (target / "config.json").write_text(text + "\n", encoding="utf-8")
             found = NonFinite()

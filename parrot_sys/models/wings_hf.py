@@ -10,15 +10,14 @@ from typing import Any
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import FAMILIES, LLMConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap, copied
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.wings import WingsConfig
 
-QWEN_TYPE, LLAMA_TYPE = "wings_qwen2", "wings_llama"
-WINGS_TYPES = {QWEN_TYPE: "WingsQwen2ForCausalLM", LLAMA_TYPE: "WingsLlamaForCausalLM"}
-"""model_type of a released checkpoint -> its architecture."""
+WINGS_TYPES = {f"wings_{family.name}": f"Wings{family.architecture}ForCausalLM" for family in FAMILIES.values()}
+"""model_type of a Wings checkpoint -> its architecture; the public code knows `wings_qwen2` and `wings_llama`."""
 
 _LEARNERS = {"visual_learner": "attn_pool", "textual_learner": "attn_t_pool"}
 _LEARNER_LAYER = re.compile(r"^model\.layers\.(\d+)\.attn_pool\.")
@@ -57,8 +56,8 @@ def tower_as_stored(vision: VisionConfig, names: Collection[str]) -> VisionConfi
 
 def wings_fields(wings: WingsConfig, llm: LLMConfig, num_visual_rows: int, max_seq_len: int) -> dict[str, Any]:
     """What config.json of a Wings checkpoint says besides the fields of all."""
-    model_type = QWEN_TYPE if llm.qkv_bias else LLAMA_TYPE
-    fields: dict[str, Any] = {
+    model_type = f"wings_{llm.family}"
+    return {
         "architectures": [WINGS_TYPES[model_type]],
         "model_type": model_type,
         "tokenizer_max_length": max_seq_len,
@@ -66,15 +65,6 @@ def wings_fields(wings: WingsConfig, llm: LLMConfig, num_visual_rows: int, max_s
         "system_prompt_length": wings.system_prompt_length,
         "image_token_length": num_visual_rows,
     }
-    if (scaling := llm.rope_scaling) is not None:
-        fields["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_positions,
-        }
-    return fields
 
 
 def wings_maps(wings: WingsConfig, llm: LLMConfig, prefix: str = "") -> list[TensorMap]:

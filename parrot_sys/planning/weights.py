@@ -58,6 +58,8 @@ def _decoder_layers(model: ParrotConfig, layout: Layout, stage: int) -> Iterator
     qkv = (heads + 2 * groups) * width // tensor
     yield Weight("llm", size, 2 * count, replicated=True)  # norms
     yield Weight("llm", qkv * size, count)
+    if llm.qk_norm:
+        yield Weight("llm", width, 2 * count, replicated=True)
     if llm.qkv_bias:
         yield Weight("llm", qkv, count)
     yield Weight("llm", heads * width // tensor * size, count)

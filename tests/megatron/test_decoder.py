@@ -1,4 +1,4 @@
-"""The decoder against transformers' Qwen2: logits, losses and all gradients, for packs, layouts and modes."""
+"""The decoder against transformers' models of each family: logits, losses, all gradients; packs, layouts, modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.testing.distributed import run_distributed
-from tests.megatron.qwen2_reference import TINY, build_reference, copy_weights, megatron_tensors
+from tests.megatron.decoder_reference import LLAMA, QWEN3, TINY, build_reference, copy_weights, megatron_tensors
 
 LENGTHS = [5, 9, 1, 17, 3]
 
@@ -91,6 +91,8 @@ VARIANTS = {
     "grouped": TINY,
     "tied": dataclasses.replace(TINY, tie_word_embeddings=True),
     "multi-head": dataclasses.replace(TINY, num_query_groups=4),
+    "qwen3": QWEN3,
+    "llama": LLAMA,
     "one-group": dataclasses.replace(TINY, num_query_groups=1, rope_base=1_000_000.0, norm_eps=1e-3),
 }
 
@@ -161,7 +163,7 @@ def test_negative_ids_are_placeholders() -> None:
     assert torch.equal(embeddings[1], decoder.embedding.word_embeddings.weight[4])
 
 
-@pytest.mark.parametrize("variant", ["grouped", "multi-head"])
+@pytest.mark.parametrize("variant", ["grouped", "multi-head", "qwen3", "llama"])
 def test_decoding_with_cache_equals_full_recomputation(variant: str) -> None:
     llm = VARIANTS[variant]
     decoder, steps, lengths = _decoder(llm).eval(), 6, [4, 9, 1]
@@ -248,7 +250,8 @@ def _tensor_parallel_rank(
     gradients = {name: p.grad for name, p in reference.named_parameters()}
     for name, gradient in megatron_tensors(llm, gradients):
         got = parameters[name].grad
-        if getattr(parameters[name], "sequence_parallel", False):
+        # Each rank has its own rows or, with norms of queries and keys, its own heads.
+        if getattr(parameters[name], "sequence_parallel", False) or ("self_attention" in name and "layernorm" in name):
             torch.distributed.all_reduce(got, group=parallel_state.get_tensor_model_parallel_group())
         errors.append(_relative(got, _shard(name, gradient, rank, size, llm.ffn_hidden_size)))
     parallel_state.destroy_model_parallel()
@@ -257,7 +260,13 @@ def _tensor_parallel_rank(
 
 @pytest.mark.parametrize(
     ("variant", "sequence_parallel", "lengths"),
-    [("grouped", False, LENGTHS), ("grouped", True, LENGTHS), ("tied", True, [4, 6])],  # 35 rows: padded by one
+    [
+        ("grouped", False, LENGTHS),
+        ("grouped", True, LENGTHS),
+        ("tied", True, [4, 6]),
+        ("qwen3", False, LENGTHS),
+        ("qwen3", True, [4, 6]),
+    ],  # 35 rows: padded by one
 )
 def test_tensor_parallel_equals_one_rank(variant: str, sequence_parallel: bool, lengths: list[int]) -> None:
     shutdown()

@@ -26,8 +26,8 @@ from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from tests.comparisons import differ
+from tests.megatron.decoder_reference import build_reference
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch, reference_logits
-from tests.megatron.qwen2_reference import build_reference
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WITH = replace(CONFIG, lora=LoRAConfig(rank=3, alpha=5.0, targets=LAYERS))

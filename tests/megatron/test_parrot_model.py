@@ -26,8 +26,8 @@ from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOverride, TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.comparisons import differ
+from tests.megatron.decoder_reference import build_reference, copy_weights, megatron_tensors
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch, reference_logits
-from tests.megatron.qwen2_reference import build_reference, copy_weights, megatron_tensors
 
 BATCHES = {
     "mixed": MIXED,

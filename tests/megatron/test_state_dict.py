@@ -23,7 +23,8 @@ from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, load_tower, model_tensors
 from parrot_sys.megatron.vision import build_vision_tower
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_config import config_from_hf, llm_config_from_hf, read_json, vision_config_from_hf
+from parrot_sys.models.hf_config import config_from_hf, read_json, vision_config_from_hf
+from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig

@@ -15,10 +15,9 @@ from parrot_sys.models.hf_config import (
     KNOWN_TOWERS,
     config_from_hf,
     config_to_hf,
-    llm_config_from_hf,
     vision_config_from_hf,
 )
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
@@ -136,7 +135,7 @@ def test_missing_fields_and_towers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"the vision tower '\.\./clip-vit-tiny'"):
         config_from_hf(hf, tmp_path / "elsewhere")
     llm = llm_config_from_hf(
-        {k: v for k, v in hf.items() if k not in ("max_position_embeddings", "num_key_value_heads")}
+        {k: v for k, v in hf.items() if k not in ("max_position_embeddings", "num_key_value_heads", "model_type")}
     )
     assert (llm.max_position_embeddings, llm.num_query_groups) == (32_768, 4)  # the defaults of Qwen2Config
     del hf["num_experts"]

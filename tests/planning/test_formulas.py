@@ -29,7 +29,15 @@ from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.metrics import FlopCounter
 from tests.planning.runs import SHAPES, make_batch, sizes
 
-MODELS = ["parrot_7b", "parrot_14b", "parrot_32b", "parrot_qwen2_7b", "parrot_tiny_cpu"]
+MODELS = [
+    "parrot_7b",
+    "parrot_14b",
+    "parrot_32b",
+    "parrot_qwen2_7b",
+    "parrot_qwen3_8b",
+    "parrot_qwen3_32b",
+    "parrot_tiny_cpu",
+]
 
 
 def _preset(name: str) -> ParrotConfig:

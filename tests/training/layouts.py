@@ -26,6 +26,7 @@ from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
+from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
@@ -40,6 +41,16 @@ MODEL = replace(
 )
 """Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
 TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
+QWEN3 = replace(TOPK, llm=replace(MODEL.llm, family="qwen3", qkv_bias=False, head_dim=10))
+LLAMA = replace(
+    MODEL,
+    llm=replace(
+        MODEL.llm,
+        family="llama",
+        qkv_bias=False,
+        rope_scaling=RopeScaling(factor=4.0, low_frequency=1.0, high_frequency=4.0, original_positions=32),
+    ),
+)
 LORA = replace(
     MODEL, lora=LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
 )

@@ -10,7 +10,7 @@ import pytest
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import ALL, LORA, MODEL, TIED, TOPK, Run, assert_same, layout, train
+from tests.training.layouts import ALL, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 
@@ -24,6 +24,10 @@ def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = 
     ("config", "parallel", "settings"),
     [
         pytest.param(MODEL, layout(pipeline=2), {}, id="pp2"),
+        pytest.param(QWEN3, layout(tensor=2, sequence=True), {}, id="tp2-sp-qwen3"),
+        pytest.param(QWEN3, layout(pipeline=2, experts=2), {"data_parallel": 2}, id="pp2-ep2-qwen3"),
+        pytest.param(LLAMA, layout(tensor=2, pipeline=2), {}, id="tp2-pp2-llama"),
+        pytest.param(LLAMA, layout(experts=2), {"data_parallel": 2}, id="ep2-llama"),
         pytest.param(TIED, layout(pipeline=2), {}, id="pp2-tied"),
         pytest.param(TOPK, layout(pipeline=2), {"data_parallel": 2, "distributed": True}, id="pp2-dp2-topk-zero1"),
         pytest.param(MODEL, layout(pipeline=4), {"recompute": "full"}, id="pp4-recompute"),

@@ -13,9 +13,31 @@ from hypothesis import strategies as st
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import FLAMINGO, LORA, MODEL, TIED, TOPK, WINGS, Run, assert_same, layout, train
+from tests.training.layouts import (
+    FLAMINGO,
+    LLAMA,
+    LORA,
+    MODEL,
+    QWEN3,
+    TIED,
+    TOPK,
+    WINGS,
+    Run,
+    assert_same,
+    layout,
+    train,
+)
 
-SYSTEMS = {"dense": MODEL, "top-k": TOPK, "tied": TIED, "lora": LORA, "wings": WINGS, "flamingo": FLAMINGO}
+SYSTEMS = {
+    "dense": MODEL,
+    "top-k": TOPK,
+    "qwen3": QWEN3,
+    "llama": LLAMA,
+    "tied": TIED,
+    "lora": LORA,
+    "wings": WINGS,
+    "flamingo": FLAMINGO,
+}
 MAX_PROCESSES = 8
 
 

@@ -1,7 +1,4 @@
-"""Configuration of the decoder: the block of Qwen2 and LLaMA (RMSNorm, SwiGLU, RoPE, grouped-query attention).
-
-Qwen2 has biases on the query, key and value projections (`qkv_bias`), LLaMA has none.
-"""
+"""Configuration of the decoder: a pre-norm block with RMSNorm, SwiGLU, RoPE and grouped-query attention."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.models.llm.families import FAMILIES
+from parrot_sys.models.llm.family import DecoderFamily
 from parrot_sys.modules.rotary import RopeScaling
 
 _SIZES = (
@@ -24,8 +23,10 @@ _SIZES = (
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LLMConfig:
-    """Sizes of a Qwen2 or LLaMA decoder; the defaults are those of Qwen1.5-7B."""
+    """Family and sizes of a decoder; the defaults are those of Qwen1.5-7B."""
 
+    family: str = "qwen2"
+    """Decoder family: qwen2, qwen3, llama."""
     hidden_size: int = 4096
     """H, width of the rows between the blocks."""
     num_layers: int = 32
@@ -51,12 +52,22 @@ class LLMConfig:
     tie_word_embeddings: bool = False
     """Use the embedding as LM head too."""
     qkv_bias: bool = True
-    """Biases on the query, key and value projections: Qwen2 has them, LLaMA has not."""
+    """Biases on the query, key and value projections, as the family has them: Qwen2 does, Qwen3 and LLaMA do not."""
 
     @property
     def kv_channels(self) -> int:
         """Width of one head."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def qk_norm(self) -> bool:
+        """RMSNorm over the width of each query and key head."""
+        return self.traits.qk_norm
+
+    @property
+    def traits(self) -> DecoderFamily:
+        """The family with all that it brings."""
+        return FAMILIES[self.family]
 
     def tensor_sizes(self) -> dict[str, int]:
         """What tensor-parallel ranks share: name -> heads, columns or rows."""
@@ -64,6 +75,16 @@ class LLMConfig:
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
+        if self.family == "qwen2" and not self.qkv_bias:
+            # Settings of LLaMA that were written before there were families.
+            object.__setattr__(self, "family", "llama")
+        if self.family not in FAMILIES:
+            raise ConfigError(f"llm.family must be one of {', '.join(FAMILIES)}, got {self.family!r}")
+        if self.qkv_bias != self.traits.qkv_bias:
+            raise ConfigError(
+                f"llm.qkv_bias must be {str(self.traits.qkv_bias).lower()} with llm.family={self.family}, "
+                f"got {str(self.qkv_bias).lower()}"
+            )
         for name in (*_SIZES, *(("head_dim",) if self.head_dim is not None else ())):
             if (size := getattr(self, name)) < 1:
                 raise ConfigError(f"llm.{name} must be >= 1, got {size}")
