@@ -17,6 +17,7 @@ It is written as a Hugging Face Qwen2 checkpoint; `checkpoint.load_from` reads i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ class InitialDecoderConfig:
                 f"decoder.hidden_size must be a multiple of decoder.num_attention_heads={self.num_attention_heads} "
                 f"and at least {_MIN_HIDDEN_SIZE}, got {self.hidden_size}"
             )
+        if not 0 < self.rope_base < math.inf:
+            raise ConfigError(f"decoder.rope_base must be > 0 and finite, got {self.rope_base}")
 
 
 def write_initial_decoder(

@@ -14,6 +14,7 @@ block as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -50,6 +51,8 @@ class GatedCrossAttentionConfig:
         for name in ("num_attention_heads", "head_dim", "ffn_multiplier"):
             if (size := getattr(self, name)) < 1:
                 raise ConfigError(f"flamingo.cross_attention.{name} must be >= 1, got {size}")
+        if not math.isfinite(self.initial_gate):
+            raise ConfigError(f"flamingo.cross_attention.initial_gate must be a finite number, got {self.initial_gate}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,6 +70,7 @@ def ask(
     left: bool = False,
     ends_every: int = 0,
     sampled: bool = False,
+    use_cache: bool = True,
 ) -> Answers:
     """The answers to a batch, padded on the right or on the left with an id that is also a word."""
     prompts = [request.prompt(model) for request in requests]
@@ -92,6 +93,7 @@ def ask(
         eos_token_id=sorted(ends),
         pad_token_id=FIRST,
         repetition_penalty=1.3,
+        use_cache=use_cache,
         **settings,
     )[:, longest:]
     with torch.no_grad():

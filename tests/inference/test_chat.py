@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pty
 import select
@@ -170,7 +171,10 @@ def test_texts_exist_in_every_language() -> None:
     assert all(text.question in text.welcome and "{file}" in text.attached for text in TEXTS.values())
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("temperature", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf)],
+)
 def test_bad_settings(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be >="):
         ChatConfig(checkpoint=FIXTURE, **{name: value})

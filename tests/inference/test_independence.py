@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parrot_sys.inference.convert import ConvertConfig, convert
@@ -44,12 +44,7 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParrotForCond
     }
 
 
-@pytest.mark.parametrize("system", MOST_PICTURES)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_answers_do_not_depend_on_neighbours(
-    systems: dict[str, ParrotForConditionalGeneration], system: str, data: st.DataObject
-) -> None:
+def _compare_a_mix(model: ParrotForConditionalGeneration, system: str, data: st.DataObject) -> None:
     request = st.builds(
         Mixed,
         number=st.integers(0, 10**6),
@@ -64,9 +59,29 @@ def test_answers_do_not_depend_on_neighbours(
             {
                 "left": st.booleans(),
                 "sampled": st.booleans(),
+                "use_cache": st.booleans(),
                 "ends_every": st.sampled_from([0, 3]),
             }
         )
     )
     # `forward` of the released Wings gives what its public code gives in training, where padding is read as text.
-    assert_alone(systems[system], requests, rows=system != "wings-released", **how)
+    assert_alone(model, requests, rows=system != "wings-released", **how)
+
+
+@pytest.mark.parametrize("system", MOST_PICTURES)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_answers_do_not_depend_on_neighbours(
+    systems: dict[str, ParrotForConditionalGeneration], system: str, data: st.DataObject
+) -> None:
+    _compare_a_mix(systems[system], system, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", MOST_PICTURES)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_long_walk_over_mixes(
+    systems: dict[str, ParrotForConditionalGeneration], system: str, data: st.DataObject
+) -> None:
+    _compare_a_mix(systems[system], system, data)
