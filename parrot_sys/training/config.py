@@ -125,7 +125,7 @@ class TrainableConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ValidationConfig:
-    """Loss on held-out records during training; off without paths."""
+    """Loss on held-out records during training (the mean over their labels); off without paths."""
 
     paths: tuple[str, ...] = ()
     """Record files, in the format of `data.paths`."""
@@ -232,7 +232,7 @@ class LoggingConfig:
     """What a run writes down: OUTPUT/metrics.jsonl always, and TensorBoard events unless they are switched off."""
 
     interval: int = 10
-    """Steps between records."""
+    """Steps between records; the loss of a record is the mean over all labels of its steps."""
     tensorboard: bool = True
     """Also write TensorBoard events to OUTPUT/tensorboard."""
     progress: bool = True

@@ -116,12 +116,14 @@ class StepMetrics:
     def record(self) -> dict[str, Any]:
         """Means and counts with plain names, for JSON.
 
-        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, one number an expert), `experts/zh/rows`, counts.
+        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, one number an expert), `experts/zh/rows`, counts,
+        and `batches`, the global batches that all of these are over. `describe` has a sentence on each.
         """
         result: dict[str, Any] = {"loss": self.loss}
         if aux_loss := self.scalar("aux_loss"):
             result["aux_loss"] = aux_loss / self.steps
         result |= {name: int(self.scalar(name)) for name in ("labels", "rows", "samples", "images")}
+        result["batches"] = self.steps
         sums, probabilities, rows = (part.tolist() for part in (self._languages, self._probabilities, self._rows))
         for index, name in enumerate(LANGUAGE_NAMES):
             loss, labels, images = sums[index]
@@ -135,6 +137,52 @@ class StepMetrics:
     def is_finite(self) -> bool:
         """Whether every sum is a number: one NaN loss anywhere makes a sum NaN."""
         return math.isfinite(self.sums.sum().item())
+
+
+_OVER = {
+    "train": "the steps since the last record (logging.interval of them)",
+    "validation": "the held-out records that a validation reads (at most validation.batches global batches)",
+    "summary": "this start of the run",
+}
+"""Kind of a record -> what its means and sums are over, always on all processes and in all micro-batches."""
+_DESCRIPTIONS = {
+    "loss": "Mean loss of a label in nats, without auxiliary losses, over all labels of {over}. A label is a token "
+    "that is learned. loss_reduction changes what is optimised, never this mean",
+    "loss/*": "Mean loss of a label in nats over the labels in this language of {over}",
+    "aux_loss": "Auxiliary losses of the router, mean over {over}",
+    "experts/*/probability": "Mean probability of this expert over the images of samples in this language, over {over}",
+    "experts/*/rows": "Visual rows of samples in this language that this expert worked on, sum over {over}",
+    "labels": "Labels, sum over {over}",
+    "rows": "Rows of text and images, sum over {over}",
+    "samples": "Samples, sum over {over}",
+    "images": "Images, sum over {over}",
+    "batches": "Global batches that the record is over",
+    "skipped_steps": "Steps whose update was left out, sum over {over}",
+    "grad_norm": "Norm of the gradient before clipping, of the last step alone",
+    "lr": "Learning rate of the last step",
+    "lr/*": "Learning rate of this component in the last step",
+    "epoch": "Epoch of the last step",
+    "seconds": "Seconds that {over} took",
+    "tokens_per_second": "Rows of text and images a second, over {over}",
+    "summary/loss": "Loss of the last record of training: mean loss of a label in nats over all labels of its steps",
+    "summary/labels": "Labels that this loss is the mean over",
+    "steps": "Steps of {over}",
+    "finished": "1 where the run has reached its last step",
+    "mfu": "Share of the devices' peak of dense bf16 operations, over {over}",
+}
+
+
+def describe(kind: str, name: str) -> str:
+    """A sentence on a number of a record: what it is, and the mean or sum of what. Empty for a number without one.
+
+    Args:
+        kind: of the record: `train`, `validation` or `summary`.
+        name: of the number, such as `loss/zh`.
+    """
+    first, *middle = name.split("/")
+    general = "/".join([first, *(["*"] if middle else []), *middle[1:]])
+    text = _DESCRIPTIONS.get(f"{kind}/{general}") or _DESCRIPTIONS.get(general, "")
+    return text.format(over=_OVER.get(kind, "the run"))
 
 
 def _sample_languages(batch: PackedBatch, device: torch.device) -> Tensor:

@@ -302,6 +302,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": rows / seconds,
             "loss": last.get("loss"),
+            "labels": last.get("labels"),
         }
         writer.say(summary_line(summary, self.step, self.total_steps))
         return summary

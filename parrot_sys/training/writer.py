@@ -16,6 +16,7 @@ from tqdm import tqdm
 from parrot_sys.errors import DataError
 from parrot_sys.files import replace_text
 from parrot_sys.training.config import LoggingConfig
+from parrot_sys.training.metrics import describe
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -109,8 +110,8 @@ class MetricsWriter:
 
 
 def shown(record: dict[str, Any], loss: float) -> dict[str, str]:
-    """What stands behind the progress bar: the loss of a step, and the rates of the last record."""
-    texts = {"loss": f"{loss:.4f}"}
+    """What stands after the progress bar: the mean loss of a step's labels, and the rates of the last record."""
+    texts = {"loss/label (this step)": f"{loss:.4f}"}
     if record:
         texts |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
         if "mfu" in record:
@@ -120,7 +121,9 @@ def shown(record: dict[str, Any], loss: float) -> dict[str, str]:
 
 def summary_line(summary: dict[str, Any], step: int, total: int) -> str:
     """The end of a run in one line."""
-    loss = "every step left out" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
+    loss = "every step left out"
+    if summary["loss"] is not None:
+        loss = f"loss {summary['loss']:.4f} (mean over the {summary['labels']:,} labels of the last record)"
     return (
         f"trained {summary['steps']} steps ({step} of {total}) in {summary['seconds']:.0f} s, "
         f"{summary['tokens_per_second']:,.0f} tokens/s, {loss}"
@@ -176,8 +179,13 @@ def cut_records(path: Path, last_step: int) -> None:
 
 
 def _add_to_board(board: SummaryWriter, kind: str, step: int, record: dict[str, Any]) -> None:
+    """Scalars with their descriptions, which TensorBoard shows beside each chart (`add_scalar` takes none)."""
+    from torch.utils.tensorboard.summary import scalar
+
     for name, value in record.items():
         for index, number in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(number, int | float):
-                tag = f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}"
-                board.add_scalar(tag, number, step)
+                summary = scalar(f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}", number)
+                summary.value[0].metadata.plugin_data.plugin_name = "scalars"
+                summary.value[0].metadata.summary_description = describe(kind, name)
+                board._get_file_writer().add_summary(summary, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from parrot_sys.evaluation.experiment import (
     accuracies,
     answer_lengths,
+    compare_variants,
     experiment_content,
     summarize,
     write_report,
@@ -20,6 +22,7 @@ from parrot_sys.evaluation.experiment import (
 )
 from parrot_sys.evaluation.recipes import provenance
 from parrot_sys.evaluation.variants import EXPERIMENTS, EXPERTS, MIXES
+from parrot_sys.markdown_tables import interval_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +102,82 @@ def test_lengths_of_answers(tmp_path: Path) -> None:
         lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert answer_lengths(tmp_path) == ({"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0}}, {"mmmb": {"en": 2, "zh": 1}})
+
+
+def _trained(root: Path, right: dict[str, dict[str, str]]) -> dict[str, dict[str, Path]]:
+    """Variant -> seed -> evaluation whose questions are right (1) or wrong (0), alike in English and Turkish."""
+    found: dict[str, dict[str, Path]] = {}
+    for variant, seeds in right.items():
+        for seed, marks in seeds.items():
+            folder = root / variant / seed / "mmmb" / "model"
+            folder.mkdir(parents=True)
+            n = len(marks)
+            rows = {
+                "index": list(range(n)), "group": list(range(n)),
+                "picture": [f"p{i}" for i in range(n)], "right": [int(mark) for mark in marks],
+            }  # fmt: skip
+            scores = {"plain": 100 * marks.count("1") / n, "circular": 0.0, "n": n, "n_questions": n}
+            for language in ("en", "tr"):
+                result = {
+                    "suite": "mmmb", "language": language, "dataset": f"MMMB_{language}", "routing": "model",
+                    "rules": "current", "settings": {"checkpoint": "abc", "table": language},
+                    "parts": {"style": {"scores": scores, "experts": [], "rows": rows}},
+                }  # fmt: skip
+                (folder / f"m_MMMB_{language}.scores.json").write_text(json.dumps(result))
+            found.setdefault(variant, {})[seed] = root / variant / seed
+    return found
+
+
+def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
+    first, second = "experts, balanced", "plain, balanced"
+    right = {
+        first: {"0": "1111110100", "1": "1111111100"},
+        second: {"0": "1000000100", "1": "1000001110"},
+        "plain, imbalanced": {"0": "1000001110"},
+    }
+    evaluations = _trained(tmp_path, right)
+    found = compare_variants(EXPERTS, evaluations)
+    test = found["tests"]["experts - plain, balanced"]["style"]
+    assert list(test) == ["en", "tr", "all"]
+    # of each picture: what both seeds differ by, five times 2 and once -1; languages agree
+    assert (test["en"]["n"], test["en"]["first_only"], test["en"]["second_only"]) == (20, 10, 1)
+    assert (test["all"]["n"], test["all"]["first_only"], test["all"]["clusters"]) == (40, 20, 10)
+    sums = [2] * 5 + [-1]
+    signs = list(itertools.product((-1, 1), repeat=len(sums)))
+    reached = sum(abs(sum(s * abs(v) for s, v in zip(sign, sums, strict=True))) >= 9 for sign in signs)
+    assert test["en"]["p"] == test["all"]["p"] == pytest.approx(reached / len(signs))
+    assert "experts - plain, imbalanced" not in found["tests"]  # the first of them was not trained
+    low, high = found["intervals"][first]["style"]["mean"]
+    assert 0 < low < 75 < high < 100
+    assert found["intervals"][first]["style"]["mean"] == pytest.approx(found["intervals"][first]["style"]["en"])
+
+    results = {
+        variant: {seed: dict(zip(("accuracy", "n"), accuracies(folder), strict=True)) for seed, folder in seeds.items()}
+        for variant, seeds in evaluations.items()
+    }
+    content = experiment_content(EXPERTS, provenance()) | {"results": results}
+    content["summary"] = summarize(results, EXPERTS.comparisons) | found
+    text = write_report(content, tmp_path / "report").read_text(encoding="utf-8")
+    assert "| experts - plain, balanced | 20 / 40 | +45.0 (10 : 1, p = " in text
+    assert "likelihood of the options' texts" in text
+    assert f"75.0 \u00b1 7.1 {interval_text((low, high))}" in text
+
+
+def test_lengths_of_variants_are_compared_too(tmp_path: Path) -> None:
+    experiment = EXPERIMENTS["multimodal_gpt"]
+    (name, first, second), *_ = experiment.comparisons
+    evaluations = _trained(tmp_path, {first: {"0": "111111"}, second: {"0": "111111"}})
+    for variant, words in ((first, 2), (second, 5)):
+        for path in evaluations[variant]["0"].rglob("*.scores.json"):
+            lines = [{"settings": {}}, *({"index": i, "response": " ".join("a" * (words + i))} for i in range(6))]
+            stem = path.name.removesuffix(".scores.json")
+            (path.parent / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compare_variants(experiment, evaluations)
+    test = found["tests"][name]["mmmb"]["all"]
+    assert (test["difference"], test["first_only"], test["second_only"]) == (-3.0, 0, 12)
+    assert test["p"] == pytest.approx(2 / 2**6)
+    low, high = found["intervals"][second]["mmmb"]["en"]
+    assert (low + high) / 2 == pytest.approx(7.5)
 
 
 def test_provenance_names_machine_versions_and_commit() -> None:

@@ -16,7 +16,7 @@ from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.metrics import FlopCounter, StepMetrics
+from parrot_sys.training.metrics import FlopCounter, StepMetrics, describe
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 from tests.training.layouts import FLAMINGO
 
@@ -65,6 +65,31 @@ def test_record_matches_loops(topk: bool) -> None:
     assert "experts/other/probability" not in record
     assert record["experts/en/rows"] == [V * int((routing.probs[1:, e] > 0).sum()) for e in range(E)]
     assert (record["labels"], record["rows"], record["samples"], record["images"]) == (11, batch.num_rows, 3, 3)
+
+
+def test_every_number_of_a_record_says_what_it_is_over() -> None:
+    batch = _batch()
+    outputs = [(torch.rand(batch.label_rows.numel()), _routing(batch.num_images, False))]
+
+    def rank(*_: int) -> dict:
+        steps = StepMetrics(E)
+        for _step in range(3):
+            one = _reduced([batch], outputs)
+            one.add_aux_loss(torch.tensor(1.0))
+            steps.merge(one)
+        return steps.record()
+
+    (record,) = run_distributed(rank, 1)
+    assert record["batches"] == 3
+    assert record["labels"] == 3 * batch.label_rows.numel()
+    others = ("lr", "lr/vision", "grad_norm", "epoch", "seconds", "tokens_per_second", "mfu", "skipped_steps")
+    for name in (*record, *others):
+        assert describe("train", name), name
+    for name in ("loss", "loss/zh"):
+        assert "the steps since the last record" in describe("train", name)
+        assert "held-out records" in describe("validation", name)
+        assert "labels" in describe("train", name)
+    assert describe("train", "unheard of") == ""
 
 
 def test_ranks_and_steps_add_up() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
@@ -219,7 +220,12 @@ def test_records_and_files_of_a_run(tmp_path: Path) -> None:
     ].keys()
     assert sum(records[0]["experts/tr/probability"]) == pytest.approx(1.0, rel=1e-5)
     assert [r["finished"] for r in read_metrics(config.output, "summary")] == [True]
-    assert list((Path(config.output) / "tensorboard").iterdir())
+    board = EventAccumulator(str(Path(config.output) / "tensorboard")).Reload()
+    assert {event.step for event in board.Scalars("train/loss")} == {3, 6, 8}
+    for tag in board.Tags()["scalars"]:
+        assert board.SummaryMetadata(tag).summary_description, tag
+    assert "all labels of the steps since the last record" in board.SummaryMetadata("train/loss").summary_description
+    assert [record["batches"] for record in records] == [3, 3, 2]
     folder = Path(config.output) / "checkpoints" / "step-00000008"
     assert {"config.yaml", "model_config.yaml", "processor", "metadata.json"} <= {
         path.name for path in folder.iterdir()
