@@ -31,6 +31,7 @@ from parrot_sys.config_values import (
     without_foreign,
 )
 from parrot_sys.errors import ConfigError, ParrotError
+from parrot_sys.paths import check_outputs
 
 __all__ = [
     "config_from_dict",
@@ -68,6 +69,9 @@ def parse_config(
 
     Returns:
         The configuration. A wrong setting prints its name, what was wanted and what came, and exits with code 2.
+
+    Raises:
+        ConfigError: a place that the program writes to (`parrot_sys.paths`) cannot be written.
     """
     try:
         files, flags = _split_config_flags(sys.argv[1:] if argv is None else argv)
@@ -89,6 +93,7 @@ def parse_config(
         description=_help_text(cls, description, leave_out),
         config=(tyro.conf.AvoidSubcommands,),  # sections that may be absent are those of `base`
     )
+    check_outputs(config)
     return config
 
 

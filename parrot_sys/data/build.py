@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -40,6 +40,7 @@ from parrot_sys.data.templates import render_conversation
 from parrot_sys.data.text_corpus import text_conversations
 from parrot_sys.data.tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.paths import NEW_FOLDER
 
 MANIFEST = "manifest.json"
 _FORMAT = 3  # raise it when the same settings give other files
@@ -50,7 +51,7 @@ _MIN_VOCAB = 256 + 3  # bytes and special tokens
 class DataBuildConfig:
     """Settings of the default data set. The same settings give the same files, byte for byte."""
 
-    output: Path
+    output: Annotated[Path, NEW_FOLDER]
     """Folder to make."""
     concepts: int = 120
     """Things that training pictures show."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
 from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.errors import ConfigError
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 
 T = TypeVar("T")
 
@@ -29,10 +30,10 @@ class DataSource:
 class DataConfig:
     """Lists hold one value for each of `paths`, or none for the default; all but `names` may hold one value for all."""
 
-    paths: tuple[str, ...] = ()
+    paths: Annotated[tuple[str, ...], INPUT_FILE] = ()
     """Data sets: a JSON list (.json) or one record a line (.jsonl), in LLaVA/Parrot format or another one of
     docs/data.md."""
-    image_roots: tuple[str, ...] = ()
+    image_roots: Annotated[tuple[str, ...], INPUT_FOLDER] = ()
     """Directories that the records' image names are relative to (default: the directory of each file)."""
     allow_outside_root: bool = False
     """Also read images whose names lead out of the image root: absolute names, `..`, symbolic links. Only for records
@@ -71,7 +72,7 @@ class DataConfig:
     control_tokens: ControlTokens = "text"
     """What the name of a control token in a record's text, such as <|im_end|> or </s>, is: `text` like any other, or
     `parsed` to be the token, as in the released code; ordinary text has the same ids either way."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, OUTPUT_FOLDER] = None
     """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, and
     image features (`cache_image_features`; default: OUTPUT/features)."""
     num_workers: int = 2

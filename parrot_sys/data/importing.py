@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from parrot_sys.data.image_folder import ImageFolder
 from parrot_sys.data.public_sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.records import describe_record, parse_record
 from parrot_sys.errors import ConfigError, DataError, printable
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +29,13 @@ class DataImportConfig:
 
     source: SourceName
     """The set."""
-    input: Path
+    input: Annotated[Path, INPUT_FILE]
     """File of the set as it was published (vqa_v2: the annotations)."""
-    questions: Path | None = None
+    questions: Annotated[Path | None, INPUT_FILE] = None
     """vqa_v2: file of the questions."""
-    images: Path | None = None
+    images: Annotated[Path | None, INPUT_FOLDER] = None
     """Directory of the images, for sets with images; COCO's may lie in it or in its folders train2017, val2014, ..."""
-    output: Path
+    output: Annotated[Path, NEW_FILE]
     """File to write (.json)."""
     limit: int | None = None
     """Take so many rows, drawn at random, instead of all."""

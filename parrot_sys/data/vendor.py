@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image, ImageFont
 
@@ -20,6 +20,7 @@ from parrot_sys.data.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONC
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.pictures import draw_glyph, square
 from parrot_sys.errors import DataError
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 
 _NOTO_BITMAP_SIZE = 109  # the only size the bitmap font holds
 _MAX_KEYWORDS = 6
@@ -82,13 +83,13 @@ _CLOCK_FACES = range(0x1F550, 0x1F568)
 class VendorConfig:
     """Where the sources lie and where the assets go."""
 
-    cldr: Path
+    cldr: Annotated[Path, INPUT_FOLDER]
     """Unpacked npm package cldr-annotations-full (the folder that holds `annotations/`)."""
-    emoji_test: Path = Path("/usr/share/unicode/emoji/emoji-test.txt")
+    emoji_test: Annotated[Path, INPUT_FILE] = Path("/usr/share/unicode/emoji/emoji-test.txt")
     """Unicode's emoji-test.txt (Debian package unicode-data)."""
-    noto_font: Path = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+    noto_font: Annotated[Path, INPUT_FILE] = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     """Noto Color Emoji as a bitmap font (Debian package fonts-noto-color-emoji)."""
-    output: Path = Path(__file__).parent / "assets"
+    output: Annotated[Path, OUTPUT_FOLDER] = Path(__file__).parent / "assets"
     """Folder that receives the concepts and the atlas."""
 
 

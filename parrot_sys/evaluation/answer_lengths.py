@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from parrot_sys.evaluation.results import ScoreFile, read_score_files
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.evaluation.statistics import mean_margin, paired_test
 from parrot_sys.markdown_tables import fixed, p_value, table
+from parrot_sys.paths import INPUT_FOLDER, OUTPUT_FOLDER
 
 SHORT = 2
 """Answers of at most so many words count as short."""
@@ -35,11 +36,11 @@ _ALL = "all"
 class CompareConfig:
     """Compares the answers of two models to the same questions by their lengths, question by question."""
 
-    evaluations: tuple[Path, Path]
+    evaluations: Annotated[tuple[Path, Path], INPUT_FOLDER]
     """Two output folders of `parrot eval` with generated answers (`--mode generate`) to the same tables."""
     names: tuple[str, str] = ("first", "second")
     """Names of the two models in the report."""
-    output: Path | None = None
+    output: Annotated[Path | None, OUTPUT_FOLDER] = None
     """Folder for lengths.md and lengths.json; printed only when not given."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import StatisticsError, correlation, fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from parrot_sys.inference.requests import check_rows, request_name
 from parrot_sys.logging import setup_logging
 from parrot_sys.markdown_tables import fixed, table
 from parrot_sys.megatron.attention_mass import attention_mass, row_kinds
+from parrot_sys.paths import INPUT, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.platform import DtypeName
 
 WHERE = ("before", "image", "after")
@@ -43,11 +44,11 @@ DEFINITION = (
 class AttentionConfig:
     """Measures, layer by layer, the attention on text before and after the image; writes attention.json and a plot."""
 
-    checkpoint: Path
+    checkpoint: Annotated[Path, INPUT_FOLDER]
     """Folder of the model: released layout, training checkpoint, or training run (its newest checkpoint)."""
-    data: tuple[Path, ...]
+    data: Annotated[tuple[Path, ...], INPUT]
     """Tables, such as the DIR/iit of `parrot data build --output DIR`; questions without a picture are left out."""
-    output: Path
+    output: Annotated[Path, OUTPUT_FOLDER]
     """Folder for attention.json, attention.md and attention.png."""
     languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
     """Only tables of these languages; all when not given."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
@@ -39,6 +39,7 @@ from parrot_sys.logging import setup_logging
 from parrot_sys.markdown_tables import fixed
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
+from parrot_sys.paths import INPUT, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.platform import DtypeName
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ _PROBED = 8
 class EvalConfig:
     """Answers MMMB / MMBench questions with a checkpoint and reports accuracy per language and category."""
 
-    checkpoint: Path
+    checkpoint: Annotated[Path, INPUT_FOLDER]
     """Folder of the model: released layout, training checkpoint, or training run (its newest checkpoint)."""
-    data: tuple[Path, ...]
+    data: Annotated[tuple[Path, ...], INPUT]
     """TSV files, or folders that hold some, such as the DIR/benchmark of `parrot data build --output DIR`."""
-    output: Path
+    output: Annotated[Path, OUTPUT_FOLDER]
     """Folder for predictions, scores and the report. A run that was stopped goes on where it was."""
     languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
     """Only tables of these languages; all when not given."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parrot_sys.errors import ParrotError
+from parrot_sys.paths import check_writable
 
 
 class PipelineError(ParrotError):
@@ -44,7 +45,11 @@ class Pipeline:
         Args:
             root: folder of the run; made when needed.
             say: prints one line.
+
+        Raises:
+            ConfigError: the folder cannot be written.
         """
+        check_writable(root)
         self.root = root
         self.say = say
         self.steps: list[Step] = []

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from parrot_sys.inference.chat_texts import TEXTS
 from parrot_sys.inference.requests import free_rows
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
 from parrot_sys.platform import DtypeName
 from parrot_sys.terminal import read_line
 
@@ -38,9 +39,9 @@ _BAR_WIDTH = 30
 class ChatConfig:
     """Talks to a checkpoint about pictures, in English, Chinese, Portuguese, Arabic, Turkish or Russian."""
 
-    checkpoint: Path
+    checkpoint: Annotated[Path, INPUT_FOLDER]
     """Folder of the model: released layout, training checkpoint, or training run (its newest checkpoint)."""
-    image: tuple[Path, ...] = ()
+    image: Annotated[tuple[Path, ...], INPUT_FILE] = ()
     """Pictures that the first message is about."""
     message: tuple[str, ...] = ()
     """Messages to send one after the other instead of reading them from the terminal."""

@@ -17,6 +17,7 @@ from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.pretrained import load_pretrained, save_pretrained
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
 from parrot_sys.models.tensor_files import check_absent, new_directory
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FOLDER, check_outputs
 from parrot_sys.platform import DtypeName
 
 if TYPE_CHECKING:
@@ -41,19 +42,19 @@ the same tensors bit for bit.
 class ConvertConfig:
     """What to convert, and into what."""
 
-    output: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    output: Annotated[Path, NEW_FOLDER, tyro.conf.arg(metavar="DIR")]
     """Directory to create; it appears only when everything is in it."""
-    checkpoint: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    checkpoint: Annotated[Path | None, INPUT_FOLDER, tyro.conf.arg(metavar="DIR")] = None
     """Checkpoint to read, with --source-format auto."""
     source_format: Literal["auto", "multimodal_gpt"] = "auto"
     """`auto`: one directory, whatever it is; `multimodal_gpt`: the files that MultiModal-GPT was released as."""
-    llm: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    llm: Annotated[Path | None, INPUT_FOLDER, tyro.conf.arg(metavar="DIR")] = None
     """multimodal_gpt: LLaMA in Hugging Face layout."""
-    flamingo: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    flamingo: Annotated[Path | None, INPUT_FILE, tyro.conf.arg(metavar="FILE")] = None
     """multimodal_gpt: OpenFlamingo's resampler and gated blocks (.pt)."""
-    lora: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    lora: Annotated[Path | None, INPUT_FILE, tyro.conf.arg(metavar="FILE")] = None
     """multimodal_gpt: weights and settings of MultiModal-GPT's training (.pt); without it OpenFlamingo is converted."""
-    vision: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    vision: Annotated[Path | None, INPUT_FOLDER, tyro.conf.arg(metavar="DIR")] = None
     """multimodal_gpt: CLIP ViT-L/14 in Hugging Face layout."""
     image_token_id: int | None = None
     """multimodal_gpt: id of <image>, when --llm holds no tokenizer (else the second one behind LLaMA's own)."""
@@ -91,6 +92,7 @@ def convert(config: ConvertConfig) -> None:
         CheckpointError: as `main`.
     """
     check_absent(config.output, overwrite=config.force)
+    check_outputs(config)
     _check_sources(config)
     if config.source_format == "auto":
         assert config.checkpoint is not None, "checked"

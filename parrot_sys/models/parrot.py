@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
@@ -14,6 +14,7 @@ from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.paths import INPUT_FOLDER
 
 Compat = Literal["released", "paper"]
 """Whose rules a model follows where the public code does not do what the paper says."""
@@ -39,7 +40,7 @@ class ParrotConfig:
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
     template: Literal["chatml", "llama3", "instruction"] = "chatml"
     """Format of conversations: `chatml` (Parrot, Wings), `llama3` (Llama 3), `instruction` (MultiModal-GPT)."""
-    tokenizer_path: str | None = None
+    tokenizer_path: Annotated[str | None, INPUT_FOLDER] = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048
     """Longest sample in rows after image expansion, also of a request with its answer (Hugging Face:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.paths import INPUT_FOLDER
 
 TowerType = Literal["clip", "siglip", "efficientnet_lite0"]
 Feature = Literal["cls_patch", "patch"]
@@ -22,7 +23,7 @@ class VisionConfig:
 
     type: TowerType = "clip"
     """Architecture of the tower."""
-    path: str | None = None
+    path: Annotated[str | None, INPUT_FOLDER] = None
     """Directory with the tower's Hugging Face weights, when the main checkpoint does not hold them."""
     image_size: int = 336
     """Side of the square input in pixels."""

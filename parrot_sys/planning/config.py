@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.paths import OUTPUT_FILE
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.training.config import TrainableConfig
 
@@ -105,7 +106,7 @@ class PlanConfig:
     """Layouts in the table, fastest first."""
     json: bool = False
     """Print JSON in place of the table and the words."""
-    plot: str | None = None
+    plot: Annotated[str | None, OUTPUT_FILE] = None
     """Also write a figure to this file (.svg, .png or .pdf)."""
 
     def __post_init__(self) -> None:

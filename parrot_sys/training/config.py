@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
@@ -12,6 +12,7 @@ from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 
 _SECTIONS = {
     "lora": "lora",
@@ -127,9 +128,9 @@ class TrainableConfig:
 class ValidationConfig:
     """Loss on held-out records during training (the mean over their labels); off without paths."""
 
-    paths: tuple[str, ...] = ()
+    paths: Annotated[tuple[str, ...], INPUT_FILE] = ()
     """Record files, in the format of `data.paths`."""
-    image_roots: tuple[str, ...] = ()
+    image_roots: Annotated[tuple[str, ...], INPUT_FOLDER] = ()
     """Directories of their images (default: the directory of each file)."""
     interval: int = 500
     """Steps between validations; one more follows the last step."""
@@ -161,7 +162,7 @@ class CheckpointConfig:
     """Training goes on while a checkpoint is written, from a copy in host memory that is as large as a rank's share."""
     verify: bool = True
     """Compare every file with its checksum before a checkpoint is loaded; a damaged one is left out."""
-    load_from: str | None = None
+    load_from: Annotated[str | None, INPUT_FOLDER] = None
     """Weights to start from: a model in the released layout, a training checkpoint, or the output of another run."""
     allow_differences: tuple[str, ...] = ()
     """Constants of the model (`model.llm.rope_base`) that may differ from those of the weights in `load_from`."""
@@ -247,7 +248,7 @@ class LoggingConfig:
 class TrainConfig:
     """Trains Parrot: vision tower, projector, text-guided experts and decoder, together or in part."""
 
-    output: str
+    output: Annotated[str, OUTPUT_FOLDER]
     """Directory of the run: config.yaml, metrics, checkpoints and the exported model."""
     model: ParrotConfig = field(default_factory=ParrotConfig)
     """Sizes and options of the model."""
