@@ -128,6 +128,12 @@ def _refusals(table: QuestionSet, grid: Grid, frame: pd.DataFrame) -> tuple[str,
         reasons.append(f"{len(bare)} rows have no picture, and the kit leaves such rows out of its table")
     if "history" in frame:
         reasons.append("the kit does not show earlier turns")
+    held = {question.index for question in table.questions}
+    if is_circular(table.name) and (alone := {q.group for q in table.questions} - held):
+        reasons.append(
+            f"it has no row with the index {_few(sorted(alone))} of a question, and in circular evaluation the kit "
+            "leaves such questions out"
+        )
     if is_circular(table.name) and max((abs(index) for index in frame["index"]), default=0) > _EXACT_IN_FLOAT:
         reasons.append("an index is beyond 2^53, which the kit rounds in circular evaluation")
     longest = max((len(cell) for column in frame for cell in frame[column] if isinstance(cell, str)), default=0)

@@ -39,6 +39,7 @@ def _files(path: Path, rows: list[dict[str, Any]], answer: str = "B") -> KitFile
         ("t.tsv", [{"index": 1, "question": "q", "A": "x", "C": "y", "answer": "A"}], "no column spelt B"),
         ("t.tsv", [{**ROW, "index": 1.0}, {**ROW, "index": 2.5e3}], "reads the index as 1.0, 2500.0"),
         ("mmbench_dev_en.tsv", [{**ROW, "index": 2**53 + 1}], r"beyond 2\^53, which the kit rounds"),
+        ("mmbench_dev_en.tsv", [ROW, {**ROW, "index": 1_000_007}], "no row with the index 7 of a question"),
         ("t.tsv", [{**ROW, "question": "x" * 40_000}], "a cell has 40000 characters"),
     ],
 )
