@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from parrot_sys.data.text_corpus import text_conversations
 from parrot_sys.data.tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.paths import NEW_FOLDER
+from parrot_sys.staging import remove_leftovers, staged_directory
 
 MANIFEST = "manifest.json"
 _FORMAT = 3  # raise it when the same settings give other files
@@ -142,6 +142,7 @@ def build(config: DataBuildConfig) -> bool:
         ConfigError: more concepts than there are.
     """
     output = config.output.absolute()
+    remove_leftovers(output)
     if output.exists():
         if _built_with(output) == config.fingerprint():
             return False
@@ -152,16 +153,8 @@ def build(config: DataBuildConfig) -> bool:
             )
         if _built_with(output) is None and any(output.iterdir()):
             raise DataError(f"{output} is not a data set that this command made (no {MANIFEST}); it is left as it is")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_all(config, temporary)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with staged_directory(output) as folder:
+        _write_all(config, folder)
     return True
 
 

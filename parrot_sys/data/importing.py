@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from parrot_sys.data.image_folder import ImageFolder
 from parrot_sys.data.public_sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.records import describe_record, parse_record
 from parrot_sys.errors import ConfigError, DataError, printable
+from parrot_sys.files import replace_text
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FILE
 
 
@@ -137,6 +137,4 @@ def _record(
 
 def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, json.dumps(records, ensure_ascii=False, indent=1) + "\n")

@@ -17,7 +17,7 @@ from parrot_sys.evaluation.extraction import Rules
 from parrot_sys.evaluation.markdown import is_rotated
 from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.report import ReportInput, build_report
-from parrot_sys.evaluation.results import Plan, identity, make_room
+from parrot_sys.evaluation.results import Plan, find_stale, identity, remove_results
 from parrot_sys.evaluation.runner import (
     Item,
     Mode,
@@ -101,7 +101,7 @@ class EvalConfig:
     """What follows from questions that cannot be asked (no or a broken picture, too long, ...): `error` names them all
     before the first answer and stops; `wrong` counts them as wrong and lists them in the report."""
     overwrite: bool = False
-    """Delete what `output` holds of another checkpoint, name or other settings, and start anew."""
+    """Answer anew what `output` holds of another checkpoint, name or other settings; it stays until that is done."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "ablation_limit", "batch_size", "max_new_tokens"):
@@ -201,7 +201,7 @@ def evaluate(
         translations.setdefault(each.suite, {})[each.language] = each
     # What is wrong with any table or with the output shows before the first answer.
     jobs = [(full, _items(config, full, translations[full.suite])) for full in tables]
-    _make_room(config, predictor, jobs)
+    stale = _find_stale(config, predictor, jobs)
     problems = _find_problems(config, predictor, jobs)
     results = []
     for full, items in jobs:
@@ -225,6 +225,8 @@ def evaluate(
             )
             _log(full, routing, result)
             results.append(result)
+    for path in stale:
+        remove_results(path)
     return results
 
 
@@ -267,7 +269,7 @@ def _items(
     return items
 
 
-def _make_room(config: EvalConfig, predictor: Predictor, jobs: Sequence[Job]) -> None:
+def _find_stale(config: EvalConfig, predictor: Predictor, jobs: Sequence[Job]) -> list[Path]:
     plans = [
         Plan(
             path=scores_path(config.output, table, routing, config.model_name),
@@ -279,7 +281,7 @@ def _make_room(config: EvalConfig, predictor: Predictor, jobs: Sequence[Job]) ->
         for routing in items
     ]
     wanted = identity(config.model_name, config.rules, settings_of(predictor, config.options))
-    make_room(config.output, plans, wanted, overwrite=config.overwrite)
+    return find_stale(config.output, plans, wanted, overwrite=config.overwrite)
 
 
 def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> None:

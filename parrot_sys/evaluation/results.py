@@ -89,7 +89,7 @@ def check_alike(files: Sequence[ScoreFile]) -> None:
             seen[key] = file.path
 
 
-def make_room(output: Path, plans: Sequence[Plan], wanted: Mapping[str, Any], *, overwrite: bool) -> None:
+def find_stale(output: Path, plans: Sequence[Plan], wanted: Mapping[str, Any], *, overwrite: bool) -> list[Path]:
     """Makes sure that what a run is going to write goes together with what `output` holds.
 
     The rules of files that are written again may differ: they are scored anew from the answers that are there.
@@ -98,12 +98,16 @@ def make_room(output: Path, plans: Sequence[Plan], wanted: Mapping[str, Any], *,
         output: of the run.
         plans: every score file of the run.
         wanted: `identity` of the run.
-        overwrite: delete what does not go together with it, answers included.
+        overwrite: what does not go together with it may go.
+
+    Returns:
+        Score files that must go, with what belongs to them, once the run is complete; files that the run writes again
+        are not among them.
 
     Raises:
         ConfigError: `output` holds results of another model, of other settings or of other tables.
     """
-    again = {plan.path for plan in plans}
+    again, stale = {plan.path for plan in plans}, []
     tables = {cell: plan.table for plan in plans for cell in plan.cells}
     for file in read_score_files(output):
         held, new = file.identity, dict(wanted)
@@ -117,10 +121,16 @@ def make_room(output: Path, plans: Sequence[Plan], wanted: Mapping[str, Any], *,
                 f"{file.path} was made under other settings ({changed}) and would stand in the same report; "
                 "choose another --output, or pass --overwrite to delete it and answer everything anew"
             )
-        if changed:
-            stem = file.path.name.removesuffix(SCORES_SUFFIX)
-            for suffix in (SCORES_SUFFIX, ".jsonl", ".xlsx", ".tsv"):
-                (file.path.parent / f"{stem}{suffix}").unlink(missing_ok=True)
+        if changed and file.path not in again:
+            stale.append(file.path)
+    return stale
+
+
+def remove_results(score_file: Path) -> None:
+    """Removes a score file with its answers and kit files."""
+    stem = score_file.name.removesuffix(SCORES_SUFFIX)
+    for suffix in (SCORES_SUFFIX, ".jsonl", ".xlsx", ".tsv"):
+        (score_file.parent / f"{stem}{suffix}").unlink(missing_ok=True)
 
 
 def _differences(held: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -253,6 +253,7 @@ def evaluate_table(
     settings = {**settings_of(predictor, options), "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         records = answer(items, predictor, store, routing, batch_size, problems, on_bad)
+        store.complete()
     kit = write_kit_files(table, {index: record["prediction"] for index, record in records.items()}, stem)
     result = {
         "suite": table.suite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
 from parrot_sys.models.tensor_files import check_absent, new_directory
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FOLDER, check_outputs
 from parrot_sys.platform import DtypeName
+from parrot_sys.staging import scratch_directory
 
 if TYPE_CHECKING:
     from parrot_sys.data.processor import ParrotProcessor
@@ -101,9 +101,8 @@ def convert(config: ConvertConfig) -> None:
     if config.format == "hf" and config.dtype is None and not config.merge_lora:
         _assemble(config, config.output)
         return
-    config.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{config.output.name}.", dir=config.output.absolute().parent) as folder:
-        whole = Path(folder) / "released"
+    with scratch_directory(config.output) as folder:
+        whole = folder / "released"
         _assemble(config, whole)
         _convert(config, whole)
 

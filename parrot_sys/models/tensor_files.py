@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, errors_named, read_json
+from parrot_sys.staging import staged_directory
 
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 16 * 2**20
@@ -280,23 +279,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: `path` exists already and `overwrite` is not set.
     """
-    path = path.absolute()
     check_absent(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if path.is_dir():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with staged_directory(path) as folder:
+        yield folder
 
 
 def write_tensors(

@@ -22,6 +22,7 @@ from parrot_sys.megatron.checkpointing import begin_save
 from parrot_sys.megatron.checksums import sync_directory, verify_checksums
 from parrot_sys.models.checkpoint_files import (
     DAMAGED,
+    EXPORT,
     PROCESSOR,
     check_whole,
     damaged_folders,
@@ -30,6 +31,7 @@ from parrot_sys.models.checkpoint_files import (
     step_folders,
 )
 from parrot_sys.parallel.agreement import on_first_rank
+from parrot_sys.staging import remove_leftovers
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.writer import METRICS_FILE
 
@@ -107,6 +109,7 @@ class CheckpointStore:
 
         def clean() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(Path(self.config.output) / EXPORT)
             for path in self.directory.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(path)
 
