@@ -140,6 +140,17 @@ def test_what_a_run_chooses_may_differ() -> None:
     )
 
 
+def test_experts_that_a_stage_bypassed_are_there(tmp_path: Path) -> None:
+    """A stage of text alone exports with `use_moe` false; the next stage uses the experts."""
+    shutil.copytree(PARROT, tmp_path / "model")
+    hf = {**read_json(PARROT / "config.json"), "use_moe": False}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(hf), encoding="utf-8")
+    model = _model(PARROT)
+    assert find_differences(replace(model, vision=replace(model.vision, path=None)), tmp_path / "model") == []
+    more = replace(model, moe=replace(model.moe, num_experts=model.moe.num_experts + 1))
+    assert [found.field for found in find_differences(more, tmp_path / "model")] == ["model.moe.num_experts"]
+
+
 def test_a_section_that_one_side_lacks_is_one_difference() -> None:
     model = _model(WINGS)
     (plain,) = find_differences(replace(model, wings=None), WINGS)
