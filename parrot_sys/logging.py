@@ -9,6 +9,7 @@ from typing import Literal, TextIO
 from tqdm import tqdm
 
 from parrot_sys import platform
+from parrot_sys.errors import printable
 
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -28,12 +29,19 @@ def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: Tex
     quiet = launch.rank > 0 and not all_ranks
     handler = _ProgressHandler(stream or sys.stderr)
     rank = f"[rank {launch.rank}] " if launch.world_size > 1 and (launch.rank > 0 or all_ranks) else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_PrintableFormatter(f"%(asctime)s {rank}%(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     handler.setLevel(max(logging.WARNING, logging.getLevelName(level)) if quiet else level)
     logger = logging.getLogger("parrot_sys")
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters: names and texts from other people's files must not steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 class _ProgressHandler(logging.StreamHandler[TextIO]):

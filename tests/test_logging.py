@@ -53,3 +53,10 @@ def test_setting_up_twice_logs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     setup_logging(stream=io.StringIO())
     assert len(logged(monkeypatch, 0, 1)) == 2
     assert len(logging.getLogger("parrot_sys").handlers) == 1
+
+
+def test_control_characters_are_escaped() -> None:
+    stream = io.StringIO()
+    setup_logging(stream=stream)
+    logging.getLogger("parrot_sys.test").warning("name %s\n\tsecond line", "a\x1b[2J\r\u202eb")
+    assert stream.getvalue().endswith("name a\\x1b[2J\\x0d\\u202eb\n\tsecond line\n")

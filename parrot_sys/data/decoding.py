@@ -108,6 +108,7 @@ class PictureNotes:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._said: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def add(self, kind: str, name: str, *, level: int = logging.INFO) -> None:
@@ -124,9 +125,12 @@ class PictureNotes:
             return dict(sorted(self._counts.items()))
 
     def log_counts(self) -> None:
-        """Says how many pictures of each kind there were, if any."""
-        for kind, count in self.counts().items():
-            logger.info("%d images: %s", count, kind)
+        """Says how many pictures of each kind there were, where this was not said before."""
+        counts = self.counts()
+        for kind, count in counts.items():
+            if count != self._said.get(kind):
+                logger.info("%d images: %s", count, kind)
+        self._said = counts
 
 
 def load_image(

@@ -11,6 +11,7 @@ from parrot_sys.data.decoding import check_regular
 from parrot_sys.errors import DataError, printable
 
 _Kind = Literal["file", "link", "other"]
+_SHOWN = 400  # characters of a name in a message: some records hold a whole picture in place of a name
 
 
 class ImageFolder:
@@ -29,7 +30,7 @@ class ImageFolder:
     def problem(self, name: str) -> str | None:
         """Why the file of this name cannot be used; None where it can."""
         path = os.path.join(self._root, name)
-        shown = printable(path)
+        shown = printable(path if len(path) <= _SHOWN else f"{path[:_SHOWN]}...")
         folder, file = os.path.split(path)
         try:
             inside, kinds = self._list(folder)

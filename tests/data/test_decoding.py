@@ -236,6 +236,8 @@ def test_pictures_of_a_kind_are_counted_and_named_once(caplog, tmp_path):
     assert "0.jpg" in caplog.text
     with caplog.at_level(logging.INFO):
         notes.log_counts()
+        notes.log_counts()
+    assert caplog.text.count("3 images") == 1
     assert "3 images: EXIF orientation is not applied" in caplog.text
 
 

@@ -70,6 +70,7 @@ def test_names_stay_inside_or_are_refused(base, parts, start):
         ("loop", "cannot be read: Too many levels of symbolic links"),
         ("x" * 300, "cannot be read: File name too long"),
         ("a\0b", r"a\\x00b cannot be read: no file can have this name"),
+        ("data:image/png;base64," + "A" * 10_000, r"A\.\.\. cannot be read: File name too long"),
         ("\x1b[2J\n", r"\\x1b\[2J\\x0a is missing"),
     ],
 )
