@@ -19,7 +19,7 @@ from parrot_sys.errors import DataError
 _FIELD = re.compile(r'"((?:[^"]++|"")*+)"([^\t\r\n]*+)|([^\t\r\n]*+)')
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _LINE_END = re.compile(r"\r\n?|\n")
-_WHOLE_NUMBER = re.compile(r"\d+(?:\.0+)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,13 +34,16 @@ class Cells:
     """Rows (the first is 1) whose quotation marks are text here, while the public kit reads them as quoting."""
 
 
-def read_cells(path: Path, anchors: Sequence[str]) -> Cells:
+def read_cells(path: Path, number: str, filled: Sequence[str], others: Sequence[str] = ()) -> Cells:
     """Reads a table.
+
+    The names say what tells a row of the table from a line of a quoted cell; their case does not matter.
 
     Args:
         path: the file, UTF-8.
-        anchors: names of columns that no row lacks, the first one holding whole numbers; without regard to case. They
-            tell a row of the table from a line of a quoted cell.
+        number: column that holds a number in every row.
+        filled: columns that hold something in every row.
+        others: further columns that every row reaches to, as far as the table has them.
 
     Raises:
         DataError: the file cannot be read; a row has more cells than the first row; a quoted cell holds what looks
@@ -54,7 +57,7 @@ def read_cells(path: Path, anchors: Sequence[str]) -> Cells:
     if not records:
         raise DataError(f"{path} cannot be read as a tab-separated table: it is empty")
     columns = tuple(records.pop(0).cells)
-    test = _RowTest(columns, anchors)
+    test = _RowTest(columns, number, filled, others)
     if not _is_quoted(text, records, test):
         records = list(_line_by_line(text, test, path))[1:]
     return Cells(
@@ -76,18 +79,19 @@ def _padded(cells: list[str], width: int, where: str) -> tuple[str, ...]:
 class _RowTest:
     """Tells rows of a table from lines of quoted cells."""
 
-    def __init__(self, columns: Sequence[str], anchors: Sequence[str]) -> None:
+    def __init__(self, columns: Sequence[str], number: str, filled: Sequence[str], others: Sequence[str]) -> None:
         names = [name.strip().lower() for name in columns]
         self.width = len(columns)
-        self._anchors = [names.index(anchor) for anchor in anchors if anchor in names]
-        self._index = names.index(anchors[0]) if anchors[0] in names else None
+        self._filled = [names.index(name.lower()) for name in filled if name.lower() in names]
+        self._reached = max((names.index(n.lower()) for n in (*filled, *others) if n.lower() in names), default=0)
+        self._number = names.index(number.lower()) if number.lower() in names else None
 
     def whole(self, cells: Sequence[str]) -> bool:
         """Whether the cells of a line, its quotation marks taken as text, are those of a row."""
         return (
             self.numbered(cells)
-            and max(self._anchors) < len(cells) <= self.width
-            and all(cells[place].strip() for place in self._anchors)
+            and self._reached < len(cells) <= self.width
+            and all(cells[place].strip() for place in self._filled)
         )
 
     def begun(self, cells: Sequence[str]) -> bool:
@@ -95,11 +99,11 @@ class _RowTest:
         return self.whole(cells) or (self.numbered(cells) and len(cells) > 1 and cells[-1].startswith('"'))
 
     def numbered(self, cells: Sequence[str]) -> bool:
-        """Whether a whole number stands where rows have theirs."""
+        """Whether a number stands where rows have theirs."""
         return (
-            self._index is not None
-            and self._index < len(cells)
-            and _WHOLE_NUMBER.fullmatch(cells[self._index].strip()) is not None
+            self._number is not None
+            and self._number < len(cells)
+            and _NUMBER.fullmatch(cells[self._number].strip()) is not None
         )
 
 

@@ -55,7 +55,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         DataError: it cannot be read, lacks a column or has one twice.
     """
-    cells = read_cells(path, ("index", "question", "answer"))
+    cells = read_cells(path, "index", ("question",), ("answer", "A"))
     columns = _names(cells.columns, path)
     rows = [dict(zip(columns, row, strict=True)) for row in cells.rows]
     unseen: list[list[str]] = [[] for _ in rows]

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from parrot_sys.data.decoding import load_image
 from parrot_sys.errors import DataError
-from parrot_sys.evaluation.cells import read_cells
+from parrot_sys.evaluation.cells import Cells, read_cells
 from parrot_sys.evaluation.grid import kit_column, read_grid, whole_number
 from parrot_sys.evaluation.tsv import QuestionSet, read_table
 from tests.evaluation.tables import picture
 
 COLUMNS = ["index", "question", "A", "B", "answer", "image"]
-ANCHORS = ("index", "question", "answer")
 FILES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
 )  # each example writes its file anew
@@ -29,6 +28,10 @@ TEXTS = st.one_of(
     st.sampled_from(["", "None", "NA", "nan", "12", "1.50", "007", "True", '"', '""', "1\tq\ta\tb\tA", "\n7\t"]),
 )
 ENDS = st.sampled_from(["\n", "\r\n", "\r"])
+
+
+def _cells(path: Path) -> Cells:
+    return read_cells(path, "index", ["question"], ["answer", "A"])
 
 
 def _write(path: Path, rows: list[list[str]], end: str, mark: str, quoted: list[bool]) -> None:
@@ -67,7 +70,7 @@ def test_quoted_tables_are_read_as_the_kit_reads_them(
     rows = _rows(data, order)
     path = tmp_path / "t.tsv"
     _write(path, [order, *([row[name] for name in order] for row in rows)], end, mark, quoted)
-    cells = read_cells(path, ANCHORS)
+    cells = _cells(path)
     kit = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     assert (
         [list(row) for row in cells.rows] == [[row[name] for name in order] for row in rows] == kit.to_numpy().tolist()
@@ -89,7 +92,7 @@ def test_tables_without_quoting_keep_every_row(tmp_path: Path, data: st.DataObje
     path.write_bytes(
         end.join("\t".join(row[name] for name in order) for row in ({n: n for n in order}, *rows)).encode()
     )
-    cells = read_cells(path, ANCHORS)
+    cells = _cells(path)
     read = [dict(zip(order, row, strict=True)) for row in cells.rows]
     assert [row["index"] for row in read] == [row["index"] for row in rows]
     # marks that surround a cell may go, as in the kit; nothing else does
@@ -207,15 +210,24 @@ HEAD = "index\tquestion\tA\tB\tanswer\timage\n"
         # both kinds of row in one file
         ('1\t"a\tx\ty\tA\tp\n2\t"two\nlines"\tx\ty\tA\tp\n', 2, (2,)),
         ('1\t"two\nlines"\tx\ty\tA\tp\n2\t"b\tx\ty\tA\tp\n', 2, (3,)),
+        # no answers
+        ('1\t"a\tx\ty\t\tp\n2\tb\tx\ty\t\tp\n3\tc"\tx\ty\t\tp\n', 3, (2,)),
         # a row without its last cell, blank lines, lines of nothing but tabs and spaces
         ("1\ta\tx\ty\tA\n\n  \n\t\t\t\n2\tb\tx\ty\tA\t\t\n", 2, ()),
     ],
 )
 def test_rows_of_untidy_files(tmp_path: Path, text: str, rows: int, literal: tuple[int, ...]) -> None:
     (tmp_path / "t.tsv").write_text(HEAD + text)
-    cells = read_cells(tmp_path / "t.tsv", ANCHORS)
+    cells = _cells(tmp_path / "t.tsv")
     assert [row[0] for row in cells.rows] == [str(number) for number in range(1, rows + 1)]
     assert cells.literal == literal
+
+
+@pytest.mark.parametrize("numbers", [["-1", "-2", "-3"], ["1.0", "2.0", "3.0"], ["1.2E+06", "1.3e6", "7"]])
+def test_marks_beside_any_number(tmp_path: Path, numbers: list[str]) -> None:
+    text = [f"{number}\t{question}\tx\ty\tA\tp" for number, question in zip(numbers, ['"a', "b", 'c"'], strict=True)]
+    (tmp_path / "t.tsv").write_text(HEAD + "\n".join(text))
+    assert [row[0] for row in _cells(tmp_path / "t.tsv").rows] == numbers
 
 
 @pytest.mark.parametrize(
@@ -230,11 +242,11 @@ def test_rows_of_untidy_files(tmp_path: Path, text: str, rows: int, literal: tup
 def test_rows_that_would_be_lost_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.tsv").write_text(HEAD + text)
     with pytest.raises(DataError, match=message):
-        read_cells(tmp_path / "t.tsv", ANCHORS)
+        _cells(tmp_path / "t.tsv")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfei\0n\0"])
 def test_files_that_are_no_tables(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.tsv").write_bytes(content)
     with pytest.raises(DataError, match=r"t\.tsv cannot be read as a tab-separated table"):
-        read_cells(tmp_path / "t.tsv", ANCHORS)
+        _cells(tmp_path / "t.tsv")
