@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parrot_sys.evaluation.scoring import rows_by, score_cell
+from parrot_sys.evaluation.scoring import most_likely, rows_by, score_cell
 from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clusters, paired_test
 from parrot_sys.evaluation.tsv import Question, picture_bytes
 
@@ -131,7 +131,7 @@ def normalised(
     for question in asked:
         record = records[question.index]
         means = {letter: score / record["option_tokens"][letter] for letter, score in record["option_scores"].items()}
-        letters[question.index] = max(means, key=lambda letter: means[letter])
+        letters[question.index] = most_likely(means)
     return score_other(questions, letters, images)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
+from parrot_sys.evaluation.scoring import most_likely
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.requests import Request, check_rows, free_rows
@@ -254,7 +254,4 @@ def _rule(parrot: ParrotConfig) -> dict[str, str]:
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:
-    if not all(map(math.isfinite, scores.values())):
-        raise CheckpointError(f"no option is the most likely one, their log-likelihoods are {dict(scores)}")
-    best = max(scores, key=lambda letter: scores[letter])
-    return Prediction(response=best, experts=experts, option_scores=dict(scores))
+    return Prediction(response=most_likely(scores), experts=experts, option_scores=dict(scores))

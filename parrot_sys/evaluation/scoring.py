@@ -13,8 +13,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parrot_sys.errors import DataError
+from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.evaluation.tsv import Question, iter_groups
+
+
+def most_likely(scores: Mapping[str, float]) -> str:
+    """The letter with the largest log-likelihood, the first of equal ones.
+
+    Raises:
+        CheckpointError: a number is not finite: the maximum would be whichever letter comes first.
+    """
+    if not all(map(math.isfinite, scores.values())):
+        raise CheckpointError(
+            f"no option is the most likely one, their log-likelihoods are {dict(scores)}: the checkpoint's weights are "
+            "damaged, or its numbers are too large for the dtype (try --dtype float32)"
+        )
+    return max(scores, key=lambda letter: scores[letter])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from parrot_sys.errors import DataError
-from parrot_sys.evaluation.scoring import baselines, score_cell, score_table
+from parrot_sys.errors import CheckpointError, DataError
+from parrot_sys.evaluation.scoring import baselines, most_likely, score_cell, score_table
 from parrot_sys.evaluation.tsv import Question
 
 
@@ -97,3 +99,14 @@ def test_nothing() -> None:
     assert cell.n == cell.n_questions == 0
     assert math.isnan(cell.plain)
     assert math.isnan(cell.circular)
+
+
+@given(
+    scores=st.dictionaries(st.sampled_from("ABCDEF"), st.floats(-1e30, 0), min_size=1),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+def test_the_most_likely_letter_is_one_of_numbers(scores: dict[str, float], bad: float) -> None:
+    assert scores[most_likely(scores)] == max(scores.values())
+    for letter in scores:
+        with pytest.raises(CheckpointError, match="no option is the most likely one"):
+            most_likely({**scores, letter: bad})
