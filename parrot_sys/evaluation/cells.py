@@ -9,6 +9,7 @@ rows up to there for one cell, without a word. Here such a mark is text, and `Ce
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from parrot_sys.errors import DataError
 
 _FIELD = re.compile(r'"((?:[^"]++|"")*+)"([^\t\r\n]*+)|([^\t\r\n]*+)')
+_REPLACED = "\ufffd"
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _LINE_END = re.compile(r"\r\n?|\n")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", re.ASCII)
@@ -32,6 +34,8 @@ class Cells:
     """The others, each as long as `columns`; cells that are missing at the end of a row are empty."""
     literal: tuple[int, ...]
     """Rows (the first is 1) whose quotation marks are text here, while the public kit reads them as quoting."""
+    damaged: tuple[int, ...]
+    """Rows with bytes that are no UTF-8; U+FFFD stands for them."""
 
 
 def read_cells(path: Path, number: str, filled: Sequence[str], others: Sequence[str] = ()) -> Cells:
@@ -49,10 +53,7 @@ def read_cells(path: Path, number: str, filled: Sequence[str], others: Sequence[
         DataError: the file cannot be read; a row has more cells than the first row; a quoted cell holds what looks
             like a row.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a tab-separated table in UTF-8: {error}") from error
+    text, damaged = _text(path)
     records = list(_with_quoting(text))
     if not records:
         raise DataError(f"{path} cannot be read as a tab-separated table: it is empty")
@@ -64,7 +65,22 @@ def read_cells(path: Path, number: str, filled: Sequence[str], others: Sequence[
         columns=columns,
         rows=tuple(_padded(each.cells, len(columns), f"{path}, row {n}") for n, each in enumerate(records, 2)),
         literal=tuple(n for n, each in enumerate(records, 2) if each.literal),
+        damaged=tuple(n for n, each in enumerate(records, 2) if damaged and _REPLACED in "".join(each.cells)),
     )
+
+
+def _text(path: Path) -> tuple[str, bool]:
+    """Content of a file, and whether bytes of it are no UTF-8, which `_REPLACED` then stands for."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as a tab-separated table: {error}") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} cannot be read as a tab-separated table: it is UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return data.decode("utf-8-sig", errors="replace"), True
 
 
 def _padded(cells: list[str], width: int, where: str) -> tuple[str, ...]:

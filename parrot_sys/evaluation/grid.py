@@ -40,6 +40,8 @@ class Grid:
     """Of each row the question's texts that are words to people and empty to the kit, by column."""
     literal: tuple[int, ...]
     """Rows (the first line is 1) that the kit reads otherwise, see `cells.Cells`."""
+    damaged: tuple[int, ...]
+    """Rows with bytes that are no UTF-8."""
     odd_indices: tuple[str, ...]
     """Indices that the kit does not read as whole numbers, as it reads them."""
 
@@ -74,6 +76,7 @@ def read_grid(path: Path) -> Grid:
         rows=tuple(rows),
         unseen=tuple(map(tuple, unseen)),
         literal=cells.literal,
+        damaged=cells.damaged,
         odd_indices=tuple(str(index) for index in indices if index is None or not index.lstrip("+-").isdigit()),
     )
 

@@ -122,6 +122,8 @@ def _refusals(table: QuestionSet, grid: Grid, frame: pd.DataFrame) -> tuple[str,
         reasons.append(f"it has no column spelt {', '.join(absent)}")
     if grid.literal:
         reasons.append(f"the kit reads other rows, for the quotation marks of row {_few(grid.literal)}")
+    if grid.damaged:
+        reasons.append(f"row {_few(grid.damaged)} holds bytes that are no UTF-8, which the kit cannot read")
     if grid.odd_indices:
         reasons.append(f"the kit reads the index as {_few(grid.odd_indices)}, which is no whole number")
     if bare := [question.index for question in table.questions if question.image_key is None]:

@@ -187,6 +187,8 @@ def read_table(path: str | Path, *, keep_bad: bool = False) -> QuestionSet:
     questions = []
     for number, (index, row) in enumerate(zip(indices, grid.rows, strict=True), 2):
         question = replace(_read_row(index, row, grid, has_answers=has_answers), row=number)
+        if number in grid.damaged:
+            question = replace(question, problem=_joined("the row holds bytes that are no UTF-8", question.problem))
         questions.append(_with_picture(question, cells, optional="history" in grid.columns))
     stem = path.stem.lower()
     language = language_of(stem)
@@ -230,13 +232,16 @@ def refuse(problems: Sequence[str], advice: str = "") -> None:
 def _indices(grid: Grid, path: Path) -> list[int]:
     """Index of every row: a whole number that no other row has."""
     indices: dict[int, None] = {}
+    problems = []
     for number, row in enumerate(grid.rows, 2):
         index = whole_number(row["index"])
         if index is None:
-            raise DataError(f"{path}, row {number}: index must be a whole number, got {row['index'][:80]!r}")
-        if index in indices:
-            raise DataError(f"{path}, row {number}: index {index} occurs twice; every row needs its own")
-        indices[index] = None
+            problems.append(f"{path}, row {number}: index must be a whole number, got {row['index'][:80]!r}")
+        elif index in indices:
+            problems.append(f"{path}, row {number}: index {index} occurs twice; every row needs its own")
+        else:
+            indices[index] = None
+    refuse(problems)
     return list(indices)
 
 
@@ -272,7 +277,7 @@ def _read_row(index: int, row: Mapping[str, str], grid: Grid, *, has_answers: bo
         category=_text(row.get("category", "")),
         l2_category=_text(row.get("l2-category", "")),
         split=_text(row.get("split", "")),
-        problem="; ".join(problems),
+        problem=_joined(*problems),
     )
 
 
@@ -317,7 +322,11 @@ def _with_picture(question: Question, cells: Mapping[int, str], *, optional: boo
         problem = f"the image refers to row {target}, which holds no image itself"
     else:
         return replace(question, image_key=str(target))
-    return replace(question, problem="; ".join(filter(None, (question.problem, problem))))
+    return replace(question, problem=_joined(question.problem, problem))
+
+
+def _joined(*problems: str) -> str:
+    return "; ".join(filter(None, problems))
 
 
 def iter_groups(questions: Sequence[Question]) -> Iterator[tuple[int, list[int]]]:

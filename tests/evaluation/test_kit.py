@@ -65,6 +65,16 @@ def test_marks_that_the_kit_reads_otherwise(tmp_path: Path) -> None:
     assert files.refusals == ("the kit reads other rows, for the quotation marks of row 3, 5",)
 
 
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.tsv", [ROW, {**ROW, "index": 2, "question": "caf?"}])
+    path.write_bytes(path.read_bytes().replace(b"caf?", b"caf\xe9"))
+    table = read_table(path, keep_bad=True)
+    files = write_kit_files(table, {1: "B", 2: ""}, tmp_path / "m_t")
+    assert files.refusals == ("row 3 holds bytes that are no UTF-8, which the kit cannot read",)
+    with pytest.raises(UnicodeDecodeError):
+        pd.read_csv(path, sep="\t")
+
+
 def test_words_that_the_kit_takes_for_nothing_are_counted(tmp_path: Path) -> None:
     rows = [{**ROW, "index": n, "A": word} for n, word in enumerate(["None", "NA", "cat", "n/a", "null"], 1)]
     files = _files(tmp_path / "t.tsv", rows, answer="NA")

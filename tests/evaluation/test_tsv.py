@@ -159,3 +159,24 @@ def test_find_tables(tmp_path: Path) -> None:
 def test_language_of() -> None:
     names = ["mmmb_en", "MMMB_cn", "mmbench_dev_zh", "x_tr", "MMBench_dev_ar", "mmmb_ru", "mmmb_pt", "mmbench"]
     assert [language_of(name) for name in names] == ["en", "zh", "zh", "tr", "ar", "ru", "pt", "en"]
+
+
+def test_bytes_that_are_no_utf8_are_named_by_row(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.tsv", [{**ROW, "index": i, "question": f"what {i}"} for i in range(1, 5)])
+    path.write_bytes(path.read_bytes().replace(b"what 2", b"qu\xe9").replace(b"what 3", b"\xed\xa0\x80?"))
+    with pytest.raises(
+        DataError, match=r"row 3, index 2: the row holds bytes that are no UTF-8\n.*row 4, index 3: the row"
+    ):
+        read_table(path)
+    table = read_table(path, keep_bad=True)
+    assert [bool(question.problem) for question in table.questions] == [False, True, True, False]
+    assert [question.question for question in table.questions][::3] == ["what 1", "what 4"]
+
+
+def test_every_bad_index_is_named(tmp_path: Path) -> None:
+    rows = [{**ROW, "index": index} for index in (1, "one", 1, None)]
+    with pytest.raises(DataError) as caught:
+        read_table(write_table(tmp_path / "t.tsv", rows), keep_bad=True)
+    for row, reason in ((3, "a whole number, got 'one'"), (4, "index 1 occurs twice"), (5, "a whole number, got ''")):
+        assert f"t.tsv, row {row}: " in str(caught.value)
+        assert reason in str(caught.value)
