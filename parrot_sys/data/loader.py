@@ -142,6 +142,11 @@ class ParrotDataLoader:
         """Epoch of the next step, from 0."""
         return self._epoch
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Whole epochs, and samples of the next one, that are behind the last step taken."""
+        return self._epoch, self._samples
+
     def image_paths(self) -> list[str]:
         """Files of all images of all data sets, each once, sorted: what a feature store has to hold."""
         return sorted(

@@ -70,4 +70,5 @@ def _with_images(parts: Parts, encoded: Iterator[list[int]]) -> list[int]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which ids a text gets."""
     backend: Any = tokenizer.backend_tokenizer
-    return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    added = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return hashlib.sha256(f"{backend.to_str()}{added}".encode()).hexdigest()

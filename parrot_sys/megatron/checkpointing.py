@@ -20,7 +20,7 @@ from parrot_sys.megatron.checkpoint_reader import load_common, load_sharded, ten
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
 from parrot_sys.megatron.checksums import verify_checksums
 from parrot_sys.megatron.components import component_of
-from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_groups
+from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_step
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.models.checkpoint_files import check_whole
 
@@ -121,7 +121,7 @@ def load_training_state(
     _load_chunks(chunks, loaded)
     # The state is copied into leaves that require gradients.
     with torch.no_grad():
-        optimizer.load_state_dict(with_saved_groups(wanted, loaded[_WANTED], groups_of(loaded[_OPTIMIZER])))
+        optimizer.load_state_dict(with_saved_step(wanted, loaded[_WANTED], groups_of(loaded[_OPTIMIZER])))
     if same_ranks:
         _set_random_state(loaded[_RANDOM])
     return loaded[_COMMON]
@@ -139,6 +139,11 @@ def _layout() -> dict[str, int]:
         "expert": state.get_expert_model_parallel_world_size(),
         "expert_tensor": state.get_expert_tensor_parallel_world_size(),
     }
+
+
+def read_progress(folder: str | Path) -> dict[str, Any]:
+    """The `common` that a checkpoint was saved with, without its tensors."""
+    return dict(load_common(folder)[_COMMON])
 
 
 def _metadata() -> dict[str, Any]:

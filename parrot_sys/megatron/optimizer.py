@@ -126,6 +126,11 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(optimizer.get_grad_norm())
 
 
+def applied_lr(optimizer: MegatronOptimizer, max_lr: float) -> float | None:
+    """Learning rate of the last step of the groups with this peak; None on a rank that has no such group."""
+    return next((group["lr"] for group in optimizer.param_groups if group["max_lr"] == max_lr), None)
+
+
 def _no_decay_key() -> ParamKey:
     return ParamKey(
         with_name_predicate=ParamWithNamePredicate(

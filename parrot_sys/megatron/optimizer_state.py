@@ -2,7 +2,8 @@
 
 Megatron keeps an optimizer for dense and one for expert parameters, but only on ranks whose experts are split (EP > 1).
 A checkpoint's tensors do not depend on that, but its parameter groups do, and in other people's checkpoints prefixes of
-its keys. Rank 0 alone writes the groups, which need not be those of another pipeline stage either.
+its keys. Rank 0 alone writes the groups, which need not be those of another pipeline stage either. All that is taken
+from them is how many steps were done: a setting that was changed holds from the resumed step on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from parrot_sys.errors import CheckpointError
 Group = dict[str, Any]
 
 _PREFIX = re.compile(r"chained_\d+\.")
-_IDENTITY = ("wd_mult", "lr_mult", "is_decoupled_lr", "is_expert_parallel")
-"""What Megatron tells parameter groups apart by; an expert group without a counterpart takes that of a dense one."""
 
 
 def use_saved_keys(state: Any, saved: Collection[str]) -> None:
@@ -45,8 +44,11 @@ def groups_of(state: Any) -> list[Group]:
     return []
 
 
-def with_saved_groups(template: Any, loaded: Any, saved: list[Group]) -> Any:
-    """State for `optimizer.load_state_dict`: structure of `template`, tensors of `loaded`, groups of `saved`.
+def with_saved_step(template: Any, loaded: Any, saved: list[Group]) -> Any:
+    """State for `optimizer.load_state_dict`: structure and settings of `template`, tensors of `loaded`.
+
+    Settings (learning rates, weight decay, betas, eps) are those that the optimizer was built with: of a saved group
+    only the number of its steps is state.
 
     Args:
         template: the optimizer's own sharded state dict.
@@ -62,31 +64,21 @@ def with_saved_groups(template: Any, loaded: Any, saved: list[Group]) -> Any:
             f"the optimizer of the checkpoint must have parameter groups at one step, it has {len(saved)} at steps "
             f"{sorted(steps)}"
         )
-    return _fill(template, loaded, saved, {"step": steps.pop()} if steps else {})
+    return _fill(template, loaded, {"step": steps.pop()} if steps else {})
 
 
-def _fill(template: Any, loaded: Any, saved: list[Group], step: Group) -> Any:
+def _fill(template: Any, loaded: Any, step: Group) -> Any:
     if not isinstance(template, dict):
         return template if loaded is None else loaded
     loaded = loaded if isinstance(loaded, dict) else {}
     result = dict(loaded)
     for name, value in template.items():
         if name == "param_groups":
-            numbers = loaded.get(name) or [{}] * len(value)
-            result[name] = [_match(g, saved, step) | n for g, n in zip(value, numbers, strict=True)]
+            own = loaded.get(name) or [{}] * len(value)  # what Megatron keeps out of the files: numbers of parameters
+            result[name] = [group | step | numbers for group, numbers in zip(value, own, strict=True)]
         else:
-            result[name] = _fill(value, loaded.get(name), saved, step)
+            result[name] = _fill(value, loaded.get(name), step)
     return result
-
-
-def _match(wanted: Group, saved: list[Group], step: Group) -> Group:
-    """The saved group that stands for `wanted`; a group without one keeps its own settings."""
-    identity = {name: wanted.get(name) for name in _IDENTITY}
-    for names in (_IDENTITY, _IDENTITY[:-1]):
-        for group in saved:
-            if all(group.get(name) == identity[name] for name in names):
-                return {**wanted, **step, **group, **identity, "params": wanted.get("params")}
-    return {**wanted, **step}
 
 
 def _sharded(state: Any) -> Iterator[ShardedTensor | ShardedObject | ShardedTensorFactory]:

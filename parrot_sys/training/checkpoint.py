@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parrot_sys.cli import save_config
 from parrot_sys.config_values import config_to_dict, leaves, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.tokenization import tokenizer_fingerprint
 from parrot_sys.errors import CheckpointError, CheckpointWriteError, ConfigError
 from parrot_sys.megatron.checkpoint_writer import CheckpointWrite, guarded_write
 from parrot_sys.megatron.checkpointing import begin_save
@@ -38,6 +39,17 @@ from parrot_sys.training.writer import METRICS_FILE
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished-"
+_DECIDE = (
+    "use_moe",
+    "use_router",
+    "loss_reduction",
+    "precision",
+    "data.exif",
+    "data.transparency",
+    "data.image_position",
+    "data.control_tokens",
+)
+"""Settings beside those of the model and of what is trainable that a resumed run may not change."""
 _MAY_CHANGE = ("model.tokenizer_path", "model.vision.path", "model.moe.recompute")
 """Settings of the model that a resumed run may change: they move files or trade time for memory."""
 
@@ -80,12 +92,39 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
                     "with --checkpoint.load-from for a new run"
                 )
     for name, wanted in own.items():
-        decides = name.startswith(("model.", "trainable.")) or name in ("use_moe", "use_router", "loss_reduction")
+        decides = name.startswith(("model.", "trainable.")) or name in _DECIDE
         if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
             raise ConfigError(
                 f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
                 "or another --output with --checkpoint.load-from for a new run"
             )
+
+
+def check_same_text(processor: ParrotProcessor, folder: Path, common: Mapping[str, Any]) -> None:
+    """Whether `processor` makes the same ids of a conversation as the run whose checkpoint lies in `folder`.
+
+    Raises:
+        ConfigError: the tokenizer has another hash than the checkpoint's, or the template another version.
+    """
+    saved = ParrotProcessor.from_pretrained(folder / PROCESSOR, processor.template.name)
+    # Both hashes are taken now: another version of the tokenizers library may write the same tokenizer differently.
+    then, now = (tokenizer_fingerprint(each.tokenizer) for each in (saved, processor))
+    advice = "or start a new run from its weights: another --output with --checkpoint.load-from"
+    if then != now:
+        raise ConfigError(
+            f"the tokenizer is not the one that {folder} was trained with (its hash is {now[:16]}, that of "
+            f"{folder / PROCESSOR} is {then[:16]}); fix: give that one as model.tokenizer_path, {advice}"
+        )
+    if (version := common.get("template", processor.template.version)) != processor.template.version:
+        raise ConfigError(
+            f"the conversation template {processor.template.name} is {processor.template.version}, but {folder} was "
+            f"trained with {version}; fix: go on with the version of this program that has it, {advice}"
+        )
+
+
+def first_batch_size(folder: Path, common: Mapping[str, Any]) -> int:
+    """`global_batch_size` that the run of a checkpoint began with; earlier versions saved only the last one."""
+    return int(common.get("batch_size") or read_yaml(folder / "config.yaml")["global_batch_size"])
 
 
 class CheckpointStore:

@@ -1,4 +1,4 @@
-"""Steps that go wrong, found before they update anything: a loss or gradient that is no number, a loss spike."""
+"""Steps that go wrong, found before they update anything: a loss or gradient that is no number, a spike, no labels."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 BAD_STEPS_FILE = "bad_steps.jsonl"
 """Below the output of a run: one line for each step that was left out or ended the run, with its record ids."""
 
-Reason = Literal["loss spike", "gradient is no number", "loss is no number"]
+Reason = Literal["loss spike", "gradient is no number", "loss is no number", "no labels"]
 _REASONS: tuple[Reason, ...] = ("loss spike", "gradient is no number", "loss is no number")
 
 
 class TrainingError(ParrotError, ArithmeticError):
-    """Training cannot go on: a loss or gradient is no number, or spikes."""
+    """Training cannot go on: a loss or gradient is no number or spikes, or there is nothing to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class BadStep:
     step: int
     reason: Reason
     message: str
-    loss: float
+    loss: float | None
     grad_norm: float | None = None
     median: float | None = None
 
@@ -119,7 +119,7 @@ class StepGuard:
         Raises:
             TrainingError: the configuration says stop, or too many steps in a row were left out.
         """
-        action = self.config.on_spike if bad.reason == "loss spike" else self.config.on_nonfinite
+        action = _action(self.config, bad.reason)
         self._skipped += 1
         too_many = action == "skip" and self._skipped > self.config.max_consecutive_skips
         stops = action == "stop" or too_many
@@ -130,6 +130,8 @@ class StepGuard:
                 logger.warning("step %d is left out: %s; records: %s", bad.step, bad.message, records)
             return
         advice = "look at these records, lower optimizer.lr or use precision fp32"
+        if bad.reason == "no labels":
+            advice = "look at these records: their answers are empty, or model.max_seq_len cuts them off"
         if too_many:
             advice = (
                 f"{self._skipped} steps in a row are more than faults.max_consecutive_skips="
@@ -159,6 +161,12 @@ class StepGuard:
                 os.fsync(file.fileno())
         except OSError as error:
             logger.error("%s could not be written (%s); the line was: %s", self._path, error, json.dumps(record))
+
+
+def _action(config: FaultConfig, reason: Reason) -> Literal["stop", "skip"]:
+    if reason == "no labels":
+        return "skip"
+    return config.on_spike if reason == "loss spike" else config.on_nonfinite
 
 
 def listed(records: Sequence[str], limit: int = 20) -> str:

@@ -109,15 +109,37 @@ class StepMetrics:
         self.steps += other.steps
 
     @property
-    def loss(self) -> float:
-        """Mean loss of all labels, without auxiliary losses; 0 when there is none."""
-        return self.scalar("loss") / max(self.scalar("labels"), 1.0)
+    def loss(self) -> float | None:
+        """Mean loss of all labels, without auxiliary losses; None when there was no label."""
+        labels = self.scalar("labels")
+        return self.scalar("loss") / labels if labels else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums with their names, as plain values for `load_state_dict`; equal on all ranks after `reduce`."""
+        parts = (self._languages.tolist(), self._probabilities.tolist(), self._rows.tolist())
+        languages = {
+            name: list(sums) for name, *sums in zip(LANGUAGE_NAMES, *parts, strict=True) if any(map(any, sums))
+        }
+        return {
+            "steps": self.steps,
+            "scalars": dict(zip(_SCALARS, self._scalars.tolist(), strict=True)),
+            "languages": languages,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on adding to the sums of `state`."""
+        self.steps = state["steps"]
+        self._scalars.copy_(torch.tensor([state["scalars"].get(name, 0.0) for name in _SCALARS], dtype=torch.float64))
+        for name, sums in state["languages"].items():
+            for part, values in zip((self._languages, self._probabilities, self._rows), sums, strict=True):
+                part[_LANGUAGE_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
 
     def record(self) -> dict[str, Any]:
         """Means and counts with plain names, for JSON.
 
-        `loss`, `loss/zh`, `experts/zh/probability` (mean over images, one number an expert), `experts/zh/rows`, counts,
-        and `batches`, the global batches that all of these are over. `describe` has a sentence on each.
+        `loss` (None without a label), `loss/zh`, `experts/zh/probability` (mean over images, one number an expert),
+        `experts/zh/rows`, counts, and `batches`, the global batches that all of these are over. `describe` has a
+        sentence on each.
         """
         result: dict[str, Any] = {"loss": self.loss}
         if aux_loss := self.scalar("aux_loss"):

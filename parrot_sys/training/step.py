@@ -55,18 +55,22 @@ class StepRunner:
             stop: this rank wants to end; any rank's wish shows in `metrics.scalar("stop")` on all of them.
 
         Raises:
-            TrainingError: the loss or the gradient is no number or spikes, on every rank, and `guard` says stop; the
-                message names step and records. Nothing has been updated.
+            TrainingError: the loss or the gradient is no number or spikes, on every rank, and `guard` says stop, or
+                too many steps had to be left out; the message names step and records. Nothing has been updated.
         """
         metrics = self._run(batches, backward=True, stop=stop)
         grad_norm, guilty = math.nan, []
-        if metrics.is_finite():
-            grad_norm = gradient_norm(self.optimizer)
-            bad = self.guard.judge(step, metrics.loss, grad_norm, self.device)
-        else:
+        bad: BadStep | None
+        if not metrics.is_finite():
             guilty = self._guilty(batches)
             message = "the loss is not finite" + (f" for {len(guilty)} records" if guilty else "")
             bad = BadStep(step=step, reason="loss is no number", message=message, loss=metrics.loss)
+        elif (loss := metrics.loss) is None:
+            message = f"not one of its {metrics.scalar('samples'):.0f} samples has a label"
+            bad = BadStep(step=step, reason="no labels", message=message, loss=None)
+        else:
+            grad_norm = gradient_norm(self.optimizer)
+            bad = self.guard.judge(step, loss, grad_norm, self.device)
         if bad is None:
             optimizer_step(self.optimizer)
             return StepResult(metrics, grad_norm)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +16,34 @@ import torch.distributed as dist
 from parrot_sys import platform
 from parrot_sys.cli import save_config
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.data.config import DataConfig
-from parrot_sys.data.loader import ParrotDataLoader
-from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import optimizer as megatron_optimizer
-from parrot_sys.megatron.checkpointing import load_training_state
+from parrot_sys.megatron.checkpointing import load_training_state, read_progress
 from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import initialize
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.megatron.state_dict import refuse_non_finite
-from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
-from parrot_sys.training.checkpoint import CheckpointStore, check_same_model, find_checkpoint
+from parrot_sys.training.checkpoint import (
+    CheckpointStore,
+    check_same_model,
+    check_same_text,
+    find_checkpoint,
+    first_batch_size,
+)
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
-from parrot_sys.training.metrics import FlopCounter, StepMetrics, peak_flops
-from parrot_sys.training.schedule import CosineSchedule, warmup_steps
+from parrot_sys.training.inputs import load_processor, training_loader, validation_loader
+from parrot_sys.training.metrics import FlopCounter, StepMetrics
+from parrot_sys.training.schedule import CosineSchedule, RunLength, warmup_steps
 from parrot_sys.training.step import StepRunner
+from parrot_sys.training.step_log import StepLog
+from parrot_sys.training.stop import StopSignals
 from parrot_sys.training.watchdog import Watchdog
 from parrot_sys.training.writer import MetricsWriter, shown, summary_line
 
@@ -66,7 +68,6 @@ class Trainer:
 
     def _set_up(self) -> None:
         config = self.config
-        self.source = find_checkpoint(config.checkpoint.load_from) if config.checkpoint.load_from else None
         platform.set_cpu_threads()
         # Later than the watchdog: a collective that gives up ends its rank before that has logged where it stands.
         patience = 2 * max(seconds or 0.0 for seconds in config.faults.timeouts().values())
@@ -75,21 +76,20 @@ class Trainer:
         self.device = platform.device()
         self.checkpoints = CheckpointStore(config, on_progress=self.watchdog.beat)
         resume_from = self._resume_from()
-        if resume_from is None and config.checkpoint.load_from is not None:
-            start = self.source or config.checkpoint.load_from
-            check_constants(config.model, start, allowed=config.checkpoint.allow_differences)
+        wanted = config.checkpoint.load_from if resume_from is None else None  # a run that goes on needs no other
+        self.source = find_checkpoint(wanted) if wanted else None
+        if wanted is not None:
+            check_constants(config.model, self.source or wanted, allowed=config.checkpoint.allow_differences)
         # Data come before the model: their errors are cheap to find.
-        self.processor = self._load_processor()
-        where = config.model.tokenizer_path or config.checkpoint.load_from
+        self.processor = load_processor(config, resume_from or self.source)
+        where = config.model.tokenizer_path or resume_from or config.checkpoint.load_from
         self.processor.check_fits(config.model.llm.vocab_size, config.model.vision.image_size, where)
-        self.loader = self._make_loader(config.data)
-        self.validation_loader = (
-            self._make_loader(_validation_data(config), learns=False) if config.validation.paths else None
-        )
-        self.total_steps = config.max_steps or max(1, round(config.epochs * self.loader.steps_per_epoch))
+        self.loader = training_loader(config, self.processor)
+        self.validation_loader = validation_loader(config, self.processor) if config.validation.paths else None
+        self.length = self._run_length(resume_from)
         settings = config.optimizer
-        warmup = warmup_steps(self.total_steps, settings.warmup_fraction, settings.warmup_steps)
-        self.schedule = CosineSchedule(self.total_steps, warmup)
+        warmup = warmup_steps(self.length.total_steps, settings.warmup_fraction, settings.warmup_steps)
+        self.schedule = CosineSchedule(self.length.total_steps, warmup)
         self.chunks = self._build_model(load=resume_from is None)
         self.wrapped = megatron_optimizer.wrap_data_parallel(
             self.chunks, distributed_optimizer=settings.distributed, overlap=self.device.type == "cuda"
@@ -105,6 +105,7 @@ class Trainer:
             clip_grad=settings.clip_grad,
         )
         self.step = 0
+        self.log = StepLog(config.model.moe.num_experts, self.device)
         saved_guard = None
         if resume_from is not None:
             saved_guard = self._resume(resume_from)
@@ -112,7 +113,7 @@ class Trainer:
         if saved_guard is not None:
             self.guard.load_state_dict(saved_guard)
         self.runner = self._make_runner()
-        self._stop = False
+        self.stop = StopSignals()
 
     def _resume_from(self) -> Path | None:
         self.checkpoints.clean()
@@ -122,18 +123,6 @@ class Trainer:
                 f"checkpoint.resume is false, but {latest} exists: choose another output or remove the old checkpoints"
             )
         return latest
-
-    def _load_processor(self) -> ParrotProcessor:
-        """From `model.tokenizer_path`, else from the checkpoint that training starts from."""
-        model = self.config.model
-        if model.tokenizer_path is not None:
-            processor = ParrotProcessor.for_tower(
-                model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
-            )
-        else:
-            folder = self.source / PROCESSOR if self.source else Path(self.config.checkpoint.load_from or "")
-            processor = ParrotProcessor.from_pretrained(folder, model.template)
-        return processor.following(self.config.data)
 
     def _trainable(self) -> dict[str, bool]:
         trainable = self.config.trainable.as_dict()
@@ -165,19 +154,12 @@ class Trainer:
                 tower.eval()
         return chunks
 
-    def _make_loader(self, data: DataConfig, *, learns: bool = True) -> ParrotDataLoader:
-        model = self.config.model
-        return ParrotDataLoader(
-            data,
-            self.processor,
-            num_visual_rows=model.rows_per_image,
-            max_seq_len=model.max_seq_len,
-            guidance=model.moe.guidance,
-            needs_labels=learns,
-            global_batch_size=self.config.global_batch_size,
-            dp_rank=megatron_optimizer.data_parallel_rank(),
-            dp_size=megatron_optimizer.data_parallel_world_size(),
-        )
+    def _run_length(self, resume_from: Path | None) -> RunLength:
+        """In steps of the batch size that the run began with."""
+        config, begun_with = self.config, self.config.global_batch_size
+        if resume_from is not None:
+            begun_with = first_batch_size(resume_from, read_progress(resume_from))
+        return RunLength.of(self.loader.samples_per_epoch, begun_with, epochs=config.epochs, max_steps=config.max_steps)
 
     def _list_skipped(self) -> None:
         file = SkippedRecords(self.output, megatron_optimizer.data_parallel_rank())
@@ -201,17 +183,16 @@ class Trainer:
     def _resume(self, folder: Path) -> dict[str, Any]:
         """Goes on from a checkpoint; the state that it has of `StepGuard`."""
         check_same_model(self.config, folder)
+        check_same_text(self.processor, folder, read_progress(folder))
         common = load_training_state(folder, self.chunks, self.optimizer)
         refuse_non_finite(self.chunks, folder, allow=self.config.checkpoint.allow_non_finite)
         self.step = common["step"]
         self.loader.load_state_dict(common["loader"])
-        if common["total_steps"] != self.total_steps:
-            logger.warning(
-                "the run had %d steps and now has %d: the learning rate differs from here on",
-                common["total_steps"],
-                self.total_steps,
-            )
-        logger.info("going on behind step %d from %s", self.step, folder)
+        if (log := common.get("log")) is not None:  # earlier versions saved none
+            self.log.load_state_dict(log)
+        logger.info("going on after step %d from %s", self.step, folder)
+        for change in self.length.changes(common["total_steps"], self.config.global_batch_size):
+            _warn("%s; %d steps are left", change, self._steps_left())
         return common["guard"]
 
     # ----------------------------------------------------------------------------------------------------- training
@@ -219,10 +200,10 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last step, validates and saves on the way, exports at the end.
 
-        On SIGTERM the run saves a checkpoint behind the current step and returns.
+        On SIGTERM or Ctrl-C the run saves a checkpoint after the current step and returns; `stop.received` says why.
 
         Returns:
-            The summary that is also the last record of metrics.jsonl; `finished` is False after SIGTERM.
+            The summary; `finished` is False where the run was stopped, `steps` are those of this call.
 
         Raises:
             TrainingError: a loss or gradient is no number or spikes, and the configuration says stop.
@@ -232,10 +213,10 @@ class Trainer:
             on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
             if megatron_optimizer.sees_samples_first():
                 self._list_skipped()
-        if self.step < self.total_steps:
+        if self._steps_left():
             summary = self._run_steps()
         else:
-            logger.info("all %d steps are done; nothing is left to train", self.total_steps)
+            logger.info("all %d steps are done; nothing is left to train", self.step)
             summary = {"finished": True, "steps": 0}
         wants_export = self.config.checkpoint.export and (summary["steps"] or not (self.output / "hf").is_dir())
         if summary["finished"] and wants_export:
@@ -249,85 +230,78 @@ class Trainer:
                 beat = self.watchdog.beat
                 cache_features(self.config, self.chunks[0], self.processor, loaders, self.device, on_progress=beat)
         settings = self.config.logging
-        writer = MetricsWriter(self.output, settings, total_steps=self.total_steps, start_step=self.step)
-        with writer, self._stop_on_sigterm(), self.watchdog.section("steps", f"training behind step {self.step}"):
+        total = self.step + self._steps_left()
+        writer = MetricsWriter(self.output, settings, total_steps=total, start_step=self.step)
+        with writer, self.stop, self.watchdog.section("steps", f"training behind step {self.step}"):
             try:
-                summary = self._train(writer)
+                summary = self._train(writer, total)
             except TrainingError:  # raised on every rank: the checkpoint that is being written can be completed
                 self._advance_checkpoint(wait=True)
                 raise
-            writer.write("summary", self.step, summary)
+            # Without `steps`: how many of them this process did depends on where the run was interrupted.
+            writer.write("summary", self.step, {name: v for name, v in summary.items() if name != "steps"})
         self.processor.image_processor.notes.log_counts()
         return summary
 
-    def _train(self, writer: MetricsWriter) -> dict[str, Any]:
+    def _train(self, writer: MetricsWriter, total: int) -> dict[str, Any]:
         config, started, first = self.config, time.perf_counter(), self.step
-        window, window_start = StepMetrics(config.model.moe.num_experts, self.device), started
-        last: dict[str, Any] = {}
-        rows, skipped = 0.0, 0
+        self.log.restart_clock()
         batches = self._batches()
-        while self.step < self.total_steps:
-            self.schedule.apply(self.step, self.optimizer.param_groups)
-            result = self.runner.train(next(batches), self.step + 1, stop=self._stop)
+        while self.step < total:
+            position = self._position()
+            self.schedule.apply(position, self.optimizer.param_groups)
+            result = self.runner.train(next(batches), self.step + 1, stop=self.stop.received is not None)
             self.step += 1
             self.watchdog.beat(f"training behind step {self.step}")
-            if result.skipped:
-                skipped += 1
-            else:
-                window.merge(result.metrics)
+            self.log.add(result)
             stopping = result.metrics.scalar("stop") > 0
-            done = self.step == self.total_steps
-            if self.step % config.logging.interval == 0 or done or stopping:
-                now = time.perf_counter()
-                record = self._record(window, result.grad_norm, now - window_start, skipped)
-                last = record if window.steps else last
-                writer.write("train", self.step, record)
-                rows += window.scalar("rows")
-                window, window_start, skipped = StepMetrics(config.model.moe.num_experts, self.device), now, 0
-            writer.advance(**shown(last, result.metrics.loss))
+            done = self.step == total
+            if self.step % config.logging.interval == 0 or done:
+                values = self._learning_rates(position) | {"epoch": self.loader.epoch}
+                writer.write("train", self.step, self.log.take(result.grad_norm, **values))
+            writer.advance(**shown(self.log.last, result.metrics.loss))
             if self.validation_loader is not None and (self.step % config.validation.interval == 0 or done):
                 writer.write("validation", self.step, self.validate())
             if self.step % config.checkpoint.interval == 0 or done or stopping:
                 self._save(wait=done or stopping or not config.checkpoint.asynchronous)
             self._advance_checkpoint()
             if stopping and not done:
-                logger.warning("stopped by SIGTERM behind step %d; start the same command again to go on", self.step)
+                cause = "Ctrl-C" if self.stop.received is signal.SIGINT else "SIGTERM"
+                _warn("stopped by %s after step %d; start the same command again to go on", cause, self.step)
                 break
         if self.checkpoints.failure is not None:
             raise self.checkpoints.failure
         seconds = time.perf_counter() - started
         summary = {
-            "finished": self.step == self.total_steps,
+            "finished": self.step == total,
             "steps": self.step - first,
             "seconds": seconds,
-            "tokens_per_second": rows / seconds,
-            "loss": last.get("loss"),
-            "labels": last.get("labels"),
+            "tokens_per_second": self.log.rows / seconds,
+            "loss": self.log.last.get("loss"),
+            "labels": self.log.last.get("labels"),
         }
-        writer.say(summary_line(summary, self.step, self.total_steps))
+        writer.say(summary_line(summary, self.step, total))
         return summary
+
+    def _position(self) -> float:
+        """Place in the schedule before the next step."""
+        return self.length.position(*self.loader.place)
+
+    def _steps_left(self) -> int:
+        return self.length.steps_left(*self.loader.place, self.config.global_batch_size)
 
     def _batches(self) -> Iterator[list[PackedBatch]]:
         """Steps of this rank, epoch after epoch."""
         while True:
             yield from self.loader
 
-    def _record(self, window: StepMetrics, grad_norm: float, seconds: float, skipped: int) -> dict[str, Any]:
+    def _learning_rates(self, position: float) -> dict[str, float]:
+        """What the optimizer applied in the last step; of groups that only other ranks have, what theirs applied."""
         settings = self.config.optimizer
-        record: dict[str, Any] = window.record() if window.steps else {"rows": 0}
-        if skipped:
-            record["skipped_steps"] = skipped
-        lrs = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
-        record |= {name: self.schedule.lr(self.step - 1, lr, settings.min_lr) for name, lr in lrs.items()}
-        record |= {
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "epoch": self.loader.epoch,
-            "seconds": seconds,
-            "tokens_per_second": record["rows"] / seconds,
-        }
-        if (peak := peak_flops(self.device)) is not None:
-            record["mfu"] = window.scalar("flops") / (seconds * peak * dist.get_world_size())
-        return record
+        peaks = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
+        rates = {name: megatron_optimizer.applied_lr(self.optimizer, peak) for name, peak in peaks.items()}
+        computed = {name: self.schedule.lr(position, peak, settings.min_lr) for name, peak in peaks.items()}
+        return {name: computed[name] if rate is None else rate for name, rate in rates.items()}
 
     def validate(self) -> dict[str, Any]:
         """Loss on the validation records, in all and per language; always over the same samples."""
@@ -339,13 +313,23 @@ class Trainer:
             total.merge(self.runner.validate(batches))
             self.watchdog.beat("validating")
         loader.load_state_dict(start)
+        if total.loss is None:
+            cause = "their answers are empty, or model.max_seq_len cuts them off"
+            _warn("validation after step %d: no label in %d samples; %s", self.step, total.scalar("samples"), cause)
         return total.record()
 
     def _save(self, *, wait: bool) -> None:
         # Ranks differ in the samples they left out: what rank 0 says is saved.
         loader = [self.loader.state_dict()]
         dist.broadcast_object_list(loader, src=0)
-        common = {"loader": loader[0], "total_steps": self.total_steps, "guard": self.guard.state_dict()}
+        common = {
+            "loader": loader[0],
+            "total_steps": self.length.total_steps,
+            "batch_size": self.length.batch_size,
+            "template": self.processor.template.version,
+            "guard": self.guard.state_dict(),
+            "log": self.log.state_dict(),
+        }
         with self.watchdog.section("checkpoint", "saving a checkpoint"):
             self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor, wait=wait)
 
@@ -361,27 +345,8 @@ class Trainer:
             export_released(self.chunks, self.output / "hf", save_processor=save, overwrite=True, on_progress=beat)
             dist.barrier()
 
-    @contextlib.contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        def stop(*_: Any) -> None:
-            self._stop = True
 
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _validation_data(config: TrainConfig) -> DataConfig:
-    """Held-out records are read as they are: the mix of the training data does not apply to them."""
-    return replace(
-        config.data,
-        paths=config.validation.paths,
-        image_roots=config.validation.image_roots,
-        names=(),
-        languages=(),
-        weights=(),
-        language_weights={},
-        text_ratio=None,
-    )
+def _warn(text: str, *values: object) -> None:
+    """A warning that is the same on all ranks."""
+    if dist.get_rank() == 0:
+        logger.warning(text, *values)

@@ -29,7 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Writes records of plain values; on ranks other than 0 every method does nothing.
 
-    A resumed run takes back what the interrupted one wrote behind its last checkpoint: each step stands there once.
+    A resumed run takes back what the interrupted one wrote after its last checkpoint, and its summary: each step stands
+    there once, and the summary comes last.
     """
 
     def __init__(self, output: str | Path, config: LoggingConfig, *, total_steps: int, start_step: int = 0) -> None:
@@ -38,7 +39,7 @@ class MetricsWriter:
             return
         folder = Path(output)
         self._path = folder / METRICS_FILE
-        cut_records(self._path, start_step)
+        cut_records(self._path, start_step, without="summary")
         self._file = self._path.open("ab", buffering=0)
         self._unwritten = b""
         self._board = None
@@ -109,10 +110,10 @@ class MetricsWriter:
             self._bar.write(line)
 
 
-def shown(record: dict[str, Any], loss: float) -> dict[str, str]:
+def shown(record: dict[str, Any], loss: float | None) -> dict[str, str]:
     """What stands after the progress bar: the mean loss of a step's labels, and the rates of the last record."""
-    texts = {"loss/label (this step)": f"{loss:.4f}"}
-    if record:
+    texts = {"loss/label (this step)": "no labels" if loss is None else f"{loss:.4f}"}
+    if "lr" in record:
         texts |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}
         if "mfu" in record:
             texts["mfu"] = f"{record['mfu']:.0%}"
@@ -121,7 +122,7 @@ def shown(record: dict[str, Any], loss: float) -> dict[str, str]:
 
 def summary_line(summary: dict[str, Any], step: int, total: int) -> str:
     """The end of a run in one line."""
-    loss = "every step left out"
+    loss = "no loss was measured"
     if summary["loss"] is not None:
         loss = f"loss {summary['loss']:.4f} (mean over the {summary['labels']:,} labels of the last record)"
     return (
@@ -158,19 +159,21 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def cut_records(path: Path, last_step: int) -> None:
+def cut_records(path: Path, last_step: int, *, without: str | None = None) -> None:
     """Drops records behind `last_step`, and a line that a killed process left half-written.
 
     Args:
         path: file with one JSON object a line, each with a `step`; nothing happens when there is none.
         last_step: the last step that stays.
+        without: kind of records that do not stay either.
     """
     if not path.is_file():
         return
     before, kept = path.read_text(encoding="utf-8"), []
     for line in before.splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            record = json.loads(line)
+            if record["step"] <= last_step and (without is None or record["kind"] != without):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

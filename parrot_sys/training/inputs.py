@@ -1,0 +1,65 @@
+"""What a run reads: the processor of its model, and the loaders of its training and validation records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from parrot_sys.data.config import DataConfig
+from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.megatron.optimizer import data_parallel_rank, data_parallel_world_size
+from parrot_sys.models.checkpoint_files import PROCESSOR
+from parrot_sys.training.config import TrainConfig
+
+
+def load_processor(config: TrainConfig, checkpoint: Path | None) -> ParrotProcessor:
+    """From `model.tokenizer_path`, else from the checkpoint that training starts from or goes on from.
+
+    Args:
+        config: of the run.
+        checkpoint: that training checkpoint; None where the run starts from a model in the released layout.
+    """
+    model = config.model
+    if model.tokenizer_path is not None:
+        processor = ParrotProcessor.for_tower(
+            model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
+        )
+    else:
+        folder = checkpoint / PROCESSOR if checkpoint else Path(config.checkpoint.load_from or "")
+        processor = ParrotProcessor.from_pretrained(folder, model.template)
+    return processor.following(config.data)
+
+
+def training_loader(config: TrainConfig, processor: ParrotProcessor) -> ParrotDataLoader:
+    """This rank's share of the training records."""
+    return _loader(config, config.data, processor, learns=True)
+
+
+def validation_loader(config: TrainConfig, processor: ParrotProcessor) -> ParrotDataLoader:
+    """This rank's share of the held-out records, read as they are: the mix of the training data is not theirs."""
+    data = replace(
+        config.data,
+        paths=config.validation.paths,
+        image_roots=config.validation.image_roots,
+        names=(),
+        languages=(),
+        weights=(),
+        language_weights={},
+        text_ratio=None,
+    )
+    return _loader(config, data, processor, learns=False)
+
+
+def _loader(config: TrainConfig, data: DataConfig, processor: ParrotProcessor, *, learns: bool) -> ParrotDataLoader:
+    return ParrotDataLoader(
+        data,
+        processor,
+        num_visual_rows=config.model.rows_per_image,
+        max_seq_len=config.model.max_seq_len,
+        guidance=config.model.moe.guidance,
+        needs_labels=learns,
+        global_batch_size=config.global_batch_size,
+        dp_rank=data_parallel_rank(),
+        dp_size=data_parallel_world_size(),
+    )
