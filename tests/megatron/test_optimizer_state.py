@@ -133,7 +133,7 @@ def test_experts_split_and_whole(
 def test_prefixes_of_other_programs_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     _check((2, 2), (1, 1), False, folder)
-    keys = checkpointing.dist_checkpointing.load_tensors_metadata(str(folder))
+    keys = checkpointing.tensors_of(folder)
     assert any(key.startswith("chained_1.") for key in keys), "the checkpoint has the prefixes"
 
 
