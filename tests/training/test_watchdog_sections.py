@@ -19,6 +19,7 @@ from parrot_sys.megatron import checkpoint_writer
 from parrot_sys.megatron import export as exporting
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import feature_cache
+from parrot_sys.training import trainer as trainer_module
 from parrot_sys.training.config import CheckpointConfig, FaultConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.watchdog import HUNG, Watchdog
@@ -30,7 +31,7 @@ def _wait_for_ever(*_: Any, **__: Any) -> Any:
 
 
 def _in_setup() -> None:
-    Trainer._make_loader = _wait_for_ever  # type: ignore[method-assign]
+    trainer_module.training_loader = _wait_for_ever
 
 
 def _in_features() -> None:
