@@ -134,6 +134,10 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *
         if shows_all:
             raise
         exit_with(error, prog)
+    except OSError as error:  # a file that is there but may not be read, a disk that is full, ...
+        if shows_all or error.filename is None:
+            raise
+        exit_with(ParrotError(f"{error.filename}: {error.strerror}"), prog)
 
 
 def _help_text(cls: type, description: str | None, leave_out: type | None) -> str:

@@ -20,6 +20,7 @@ from parrot_sys.data.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONC
 from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.pictures import draw_glyph, square
 from parrot_sys.errors import DataError
+from parrot_sys.files import errors_named
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 
 _NOTO_BITMAP_SIZE = 109  # the only size the bitmap font holds
@@ -104,13 +105,17 @@ def vendor(config: VendorConfig) -> int:
             raise DataError(
                 f"source {path} does not exist; parrot_sys/data/assets/README.md says where each source comes from"
             )
-    concepts = list(_distinct(_concepts(config)))
+    for file in (config.emoji_test, config.noto_font):
+        with errors_named(file, DataError):
+            file.open("rb").close()
+    with errors_named(f"{config.cldr} or {config.emoji_test}", DataError):
+        concepts = list(_distinct(_concepts(config)))
     payload = json.dumps({"concepts": concepts}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     config.output.mkdir(parents=True, exist_ok=True)
     (config.output / CONCEPTS_FILE).write_bytes(gzip.compress(payload.encode(), 9, mtime=0))
-    _atlas([concept["emoji"] for concept in concepts], config.noto_font).save(
-        config.output / ATLAS_FILE, quality=55, alpha_quality=10, method=6
-    )
+    with errors_named(config.noto_font, DataError):
+        atlas = _atlas([concept["emoji"] for concept in concepts], config.noto_font)
+    atlas.save(config.output / ATLAS_FILE, quality=55, alpha_quality=10, method=6)
     return len(concepts)
 
 

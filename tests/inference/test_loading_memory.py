@@ -48,7 +48,7 @@ def _tensors(model: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         pytest.param("safetensors", torch.bfloat16, "bfloat16", marks=pytest.mark.slow),
         ("safetensors", torch.float32, "bfloat16"),
         pytest.param("sharded", torch.bfloat16, "float32", marks=pytest.mark.slow),
-        ("bin", torch.float32, "bfloat16"),
+        pytest.param("bin", torch.float32, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory(layout: str, stored: torch.dtype, asked: str, tmp_path: Path) -> None:
