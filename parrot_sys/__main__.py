@@ -84,6 +84,10 @@ COMMANDS = {
 }
 
 
+_MODULES = {"data check": "parrot_sys.training.data_check"}
+"""Commands of two words that do not belong to the module of the first."""
+
+
 def help_text() -> str:
     """What `parrot --help` prints."""
     lines = [
@@ -125,7 +129,10 @@ def _run(arguments: Sequence[str]) -> int | None:
         hint = f"did you mean `parrot {guess}`?" if guess else "`parrot --help` lists them."
         print(f"parrot: error: unknown command {name!r}, want one of {', '.join(COMMANDS)}; {hint}", file=sys.stderr)
         return 2
-    result: int | None = importlib.import_module(COMMANDS[name].module).main(arguments[1:])
+    module, rest = COMMANDS[name].module, arguments[1:]
+    if " ".join(arguments[:2]) in _MODULES:
+        module, rest = _MODULES[" ".join(arguments[:2])], arguments[2:]
+    result: int | None = importlib.import_module(module).main(rest)
     return result
 
 

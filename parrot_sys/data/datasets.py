@@ -82,7 +82,7 @@ def load_dataset(
     rows, full_rows, labels = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
     is_long = full_rows > max_seq_len
     judged = ~is_long if config.on_long_sample != "truncate" else np.ones(len(records), dtype=bool)
-    bad = {int(i): _without_label(int(full_rows[i]), max_seq_len) for i in np.flatnonzero((labels == 0) & judged)}
+    bad = {int(i): without_label(int(full_rows[i]), max_seq_len) for i in np.flatnonzero((labels == 0) & judged)}
     if not needs_labels:
         _report(
             source, [_describe(source, records[i], reason) for i, reason in bad.items()], len(records), "bad", "keep"
@@ -166,7 +166,8 @@ def _report_markers(source: DataSource, records: Sequence[Record], config: DataC
         )
 
 
-def _without_label(rows: int, max_seq_len: int) -> str:
+def without_label(rows: int, max_seq_len: int) -> str:
+    """Why a sample of so many rows, which has no label, has none."""
     if rows <= max_seq_len:
         return "has no label: nothing of its answers bears loss"
     return f"has no label: of its {rows} rows max_seq_len={max_seq_len} cuts away every answer"

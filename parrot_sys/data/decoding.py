@@ -133,6 +133,43 @@ class PictureNotes:
         self._said = counts
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureFacts:
+    """What the header of a picture says."""
+
+    format: str
+    mode: str
+    """Pillow's name of what a pixel holds: RGB, L, P, CMYK, I;16, ..."""
+    width: int
+    height: int
+    """As stored, before EXIF orientation."""
+    orientation: int
+    """EXIF orientation, 1 for none."""
+    transparent: bool
+    """Whether there is an alpha channel or a transparent colour."""
+    has_more_frames: bool
+
+
+def inspect_image(source: ImageSource, limits: ImageLimits | None = None) -> PictureFacts:
+    """The facts about an image, without decoding it.
+
+    Raises:
+        DataError: missing, no regular file, over a limit, or no image; names file and reason.
+    """
+    name = _name(source)
+    with _errors_of(name), _opened(source) as image:
+        (limits or ImageLimits()).check(*image.size)
+        return PictureFacts(
+            format=image.format or "",
+            mode=image.mode,
+            width=image.width,
+            height=image.height,
+            orientation=_orientation(image),
+            transparent=image.has_transparency_data,
+            has_more_frames=_has_more_frames(image),
+        )
+
+
 def load_image(
     source: ImageSource,
     *,
@@ -155,25 +192,14 @@ def load_image(
     """
     name = _name(source)
     notes = notes or PictureNotes()
-    try:
-        with _opened(source) as image:
-            (limits or ImageLimits()).check(*image.size)
-            if _has_more_frames(image):
-                notes.add("has several frames or pages: the first is taken", name)
-            rawmode = _rawmode(image)
-            image.load()
-            turn = _TRANSPOSE.get(_orientation(image))
-            picture = _to_rgb(image, rawmode, transparency, notes, name)
-    except UnidentifiedImageError:
-        raise DataError(
-            f"image {name} cannot be read: UnidentifiedImageError: it is in none of the formats {', '.join(_formats())}"
-        ) from None
-    except FileNotFoundError:
-        raise DataError(f"image {name} is missing") from None
-    except DataError as error:
-        raise DataError(f"image {name} {error}") from None
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, ...
-        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
+    with _errors_of(name), _opened(source) as image:
+        (limits or ImageLimits()).check(*image.size)
+        if _has_more_frames(image):
+            notes.add("has several frames or pages: the first is taken", name)
+        rawmode = _rawmode(image)
+        image.load()
+        turn = _TRANSPOSE.get(_orientation(image))
+        picture = _to_rgb(image, rawmode, transparency, notes, name)
     if turn is None:
         return picture
     if exif == "ignore":
@@ -201,6 +227,23 @@ def _name(source: ImageSource) -> str:
     if isinstance(source, Image.Image):
         return f"given as {source.mode} image of {source.width} x {source.height}"
     return printable(source)
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Makes whatever goes wrong with an image a DataError that names it."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise DataError(
+            f"image {name} cannot be read: UnidentifiedImageError: it is in none of the formats {', '.join(_formats())}"
+        ) from None
+    except FileNotFoundError:
+        raise DataError(f"image {name} is missing") from None
+    except DataError as error:
+        raise DataError(f"image {name} {error}") from None
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, ...
+        raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`parrot data`: make the default data set, import public ones."""
+"""`parrot data`: make the default data set, import public ones. (`check` knows models: training/data_check.py.)"""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _HELP = """usage: parrot data COMMAND [options]
            records to train on
              $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
                --output data/mmgpt/aokvqa.json
+  check    read record files once and say whether training would start with them
+             $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
   vendor   make the vendored names and drawings again from their public sources (for maintainers)
 """
 
