@@ -31,6 +31,7 @@ from tests.foreign_files import FIXTURE, copy_fixture
 from tests.permissions import mode, permissions_count
 
 NO_PATHS = ("info",)
+"""Commands with flags only, which have a parser of their own."""
 WITH_SUBCOMMANDS = ("data",)
 _SAYS_PATH = re.compile(r"\b(folders?|director(y|ies)|files?)\b", re.IGNORECASE)
 SAY_FILE_BUT_ARE_NONE = {
@@ -80,7 +81,7 @@ def _class_of(program: tuple[str, ...]) -> type:
     raise AssertionError(f"{' '.join(program)} parses its arguments without tyro")
 
 
-PROGRAMS = {program: _class_of(program) for program in _programs()}
+PROGRAMS = {program: _class_of(program) for program in _programs() if program[0] not in NO_PATHS}
 OPTIONS = [(program, name, place) for program, cls in PROGRAMS.items() for name, place in path_settings(cls).items()]
 _START_SLOWLY = ("train", "eval", "attention")
 
@@ -164,7 +165,7 @@ UNUSED = {
 """Options of configurations that two commands share, which this one does not read."""
 
 
-@pytest.mark.parametrize("program", [program for program in PROGRAMS if program[0] not in NO_PATHS], ids=" ".join)
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
 def test_every_path_is_marked_as_one(program: tuple[str, ...]) -> None:
     cls = PROGRAMS[program]
     marked = path_settings(cls)
@@ -269,7 +270,7 @@ def _run(command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, s
     return status, captured.out + captured.err + (status if isinstance(status, str) else "")
 
 
-@pytest.mark.parametrize("program", [program for program in PROGRAMS if program[0] not in NO_PATHS], ids=" ".join)
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
 def test_configuration_files(program: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if program == ("convert",):
         return  # it takes flags alone
