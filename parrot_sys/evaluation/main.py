@@ -79,7 +79,7 @@ class EvalConfig:
     ablation_limit: int | None = None
     """The same for the routings `off` and `other-language`; `limit` when not given."""
     batch_size: int = 32
-    """Questions answered together; changes speed and memory only."""
+    """Questions answered together; changes speed and memory only (in half precision also the rounding)."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     name: str = ""
