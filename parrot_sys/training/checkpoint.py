@@ -174,9 +174,12 @@ class CheckpointStore:
                 on_first_rank(functools.partial(self._set_aside, damaged))
             return folder
         if problems:
+            # Without its index nothing of a checkpoint can be read.
+            unverified = any(not missing_files(folder) for folder, _ in problems) and self.config.checkpoint.verify
+            advice = "set checkpoint.verify=false to load the newest as it is, " if unverified else ""
             raise CheckpointError(
                 f"no checkpoint below {self.directory} is valid: {'; '.join(str(error) for _, error in problems)}. "
-                "Fix: copy one again, set checkpoint.verify=false to load it as it is, or give another --output"
+                f"Fix: copy one again, {advice}or give another --output"
             )
         on_first_rank(self._say_from_the_start)
         return None
