@@ -82,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} must be UTF-8 text, got {error}: save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # (a date that there is not, too deep a nesting)
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if values is None:
         return {}

@@ -178,3 +178,17 @@ def test_no_setting_takes_what_is_no_number(cls: type, value: float) -> None:
             nested = {part: nested}
         with pytest.raises(ConfigError, match=rf"^{re.escape(name)}\S* must be a finite number, got '?{value}"):
             config_from_dict(cls, nested)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 2024-13-45", "a: " + "[" * 5000, "a: 0b" + "1" * 3 + "2\n\tb", "? [a]\n: b", "a: !!int x"]
+)
+def test_yaml_that_its_library_cannot_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/settings.yaml"):
+        load_config(_Anything, tmp_path / "settings.yaml")
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class _Anything:
+    b: int = 0

@@ -97,8 +97,8 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no valid JSON: {error}") from None
 
 

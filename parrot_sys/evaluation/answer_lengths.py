@@ -23,6 +23,7 @@ from parrot_sys.evaluation.outcomes import Outcome, clusters, read_outcomes
 from parrot_sys.evaluation.results import ScoreFile, read_score_files
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.evaluation.statistics import mean_margin, paired_test
+from parrot_sys.files import errors_named
 from parrot_sys.markdown_tables import fixed, p_value, table
 from parrot_sys.paths import INPUT_FOLDER, OUTPUT_FOLDER
 
@@ -159,12 +160,10 @@ def read_answers(scores: ScoreFile) -> dict[int, str]:
         DataError: the file with the answers is missing or damaged.
     """
     path = scores.path.with_name(scores.path.name.removesuffix(SCORES_SUFFIX) + ".jsonl")
-    try:
+    with errors_named(path, DataError, what="cannot be read; run parrot eval again"):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
         # (`prediction` is what is left for the score: often a letter alone.)
         return {int(record["index"]): str(record["response"]) for record in records}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({error}); run parrot eval again") from error
 
 
 def count_answers(scores: ScoreFile) -> list[Outcome]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from parrot_sys.errors import ParrotError
+from parrot_sys.files import read_json
 from parrot_sys.paths import check_writable
 
 
@@ -74,7 +75,7 @@ class Pipeline:
         folder = self.root / name
         key = _key({"name": name, "settings": settings or {}, "after": [step.key for step in after]})
         path = self.root / "stamps" / f"{name.replace('/', '.')}.json"
-        stamp = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stamp = read_json(path, PipelineError) if path.is_file() else {}
         if stamp.get("key") != key:
             # What stands there belongs to other settings.
             shutil.rmtree(folder, ignore_errors=True)

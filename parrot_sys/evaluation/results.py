@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
+from parrot_sys.files import Fields, read_json
 
 _OWN = ("routing", "table")
 """Settings that may differ between the score files of one output."""
@@ -50,6 +50,9 @@ def identity(name: str, rules: str, settings: Mapping[str, Any]) -> dict[str, An
     return {"name": name, "rules": rules, **{key: value for key, value in settings.items() if key not in _OWN}}
 
 
+_NEEDED: dict[str, type] = {"dataset": str, "language": str, "routing": str, "settings": dict, "parts": dict}
+
+
 def read_score_files(folder: Path) -> list[ScoreFile]:
     """All score files of an output folder.
 
@@ -59,9 +62,12 @@ def read_score_files(folder: Path) -> list[ScoreFile]:
     files = []
     for path in sorted(folder.glob(f"*/*/*{SCORES_SUFFIX}")):
         try:
-            files.append(ScoreFile(path=path, content=json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError as error:
+            content = read_json(path, DataError)
+            for key, kind in _NEEDED.items():
+                Fields(content, path).require(key, kind)
+        except ParrotError as error:
             raise DataError(f"{path} is damaged ({error}); delete it and run parrot eval again") from error
+        files.append(ScoreFile(path=path, content=content))
     return files
 
 

@@ -281,3 +281,10 @@ def test_configuration_files(program: tuple[str, ...], tmp_path: Path, capsys: p
             status, text = _run([*program, "--config", str(path)], capsys)
         assert status == 2
         assert str(path) in text.replace("\n", "")
+
+
+def test_commands_without_a_path_have_flags_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NO_PATHS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert re.findall(r"--[\w-]+ [A-Z]+", capsys.readouterr().out) == []
