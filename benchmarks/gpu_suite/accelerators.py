@@ -131,7 +131,7 @@ def _decoder(dtype: torch.dtype, device: torch.device) -> Part:
 def _vision(dtype: torch.dtype, device: torch.device) -> Part:
     """A CLIP tower of two layers over two images."""
     from parrot_sys.megatron.vision import build_vision_tower
-    from parrot_sys.models.vision import VisionConfig
+    from parrot_sys.towers import VisionConfig
 
     config = VisionConfig(
         image_size=56,

@@ -18,10 +18,8 @@ from PIL import Image
 from parrot_sys.data.decoding import Exif, ImageLimits, ImageSource, PictureNotes, Transparency, load_image
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
+from parrot_sys.towers import TOWERS
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Constants of the public CLIP preprocessor_config.json."""
 _LONGEST_SIDE = 2**15
 _STRIP_PIXELS = 2**22
 
@@ -72,20 +70,22 @@ class ImageProcessor:
 
     @staticmethod
     def for_tower(tower: str, image_size: int) -> ImageProcessor:
-        """What a tower of type `clip`, `siglip` or `efficientnet_lite0` was trained with.
+        """Settings that a kind of tower (`vision.type`) was trained with.
 
         Raises:
-            ConfigError: unknown type.
+            ConfigError: unknown kind.
         """
-        half, mean, std = (0.5, 0.5, 0.5), (127.0, 127.0, 127.0), (128.0, 128.0, 128.0)
-        side = image_size
-        if tower == "clip":
-            return ImageProcessor(height=side, width=side, shortest_edge=side, mean=CLIP_MEAN, std=CLIP_STD)
-        if tower == "siglip":
-            return ImageProcessor(height=side, width=side, mean=half, std=half)
-        if tower == "efficientnet_lite0":  # (x - 127) / 128, exactly
-            return ImageProcessor(height=side, width=side, mean=mean, std=std, rescale_factor=1.0)
-        raise ConfigError(f"vision.type must be clip, siglip or efficientnet_lite0, got {tower!r}")
+        if tower not in TOWERS:
+            raise ConfigError(f"vision.type must be one of {', '.join(TOWERS)}, got {tower!r}")
+        pixels = TOWERS[tower].pixels
+        return ImageProcessor(
+            height=image_size,
+            width=image_size,
+            shortest_edge=image_size if pixels.crop else None,
+            mean=pixels.mean,
+            std=pixels.std,
+            rescale_factor=pixels.rescale_factor,
+        )
 
     @staticmethod
     def from_dict(

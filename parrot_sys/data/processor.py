@@ -25,16 +25,12 @@ from parrot_sys.data.tokenization import encode_conversations
 from parrot_sys.data.tokenizer_files import MissingTokenizer, check_vocabulary, has_tokenizer, load_tokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, read_json
+from parrot_sys.towers import KNOWN_TOWERS
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TEMPLATE_KEY = "conversation_template"
 _POSITION_KEY = "image_position"
 _TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
-_KNOWN_TOWERS = {  # hub ids that checkpoints name; sizes: the public preprocessor_config.json of each
-    "clip-vit-large-patch14-336": ("clip", 336),
-    "clip-vit-large-patch14": ("clip", 224),
-    "siglip-so400m-patch14-384": ("siglip", 384),
-}
 
 
 class ParrotProcessor:
@@ -247,8 +243,11 @@ def _load_image_processor(directory: Path) -> ImageProcessor:
             values = _fields(file)
             stated = values.get("image_aspect_ratio", str) or aspect_ratio
             return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
-    if (known := _KNOWN_TOWERS.get(Path(tower).name)) is not None:
-        known_values = ImageProcessor.for_tower(*known).to_dict() | {"exif": None, "transparency": None}
+    if (known := KNOWN_TOWERS.get(Path(tower).name)) is not None:
+        known_values = ImageProcessor.for_tower(known.type, known.image_size).to_dict() | {
+            "exif": None,
+            "transparency": None,
+        }
         return ImageProcessor.from_dict(known_values, image_aspect_ratio=aspect_ratio)
     places = ", ".join(str(candidate) for candidate in dict.fromkeys(candidates))
     raise CheckpointError(

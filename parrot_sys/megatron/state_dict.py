@@ -24,21 +24,19 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.finite import NonFinite
 from parrot_sys.models.hf_checkpoint import (
     TOWER_PREFIX,
-    VISION_MODEL,
     check_tensors,
     is_carried,
-    is_passed_over,
     parrot_maps,
-    tower_maps,
 )
 from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
 from parrot_sys.models.llm import llm_maps
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap, only
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tower_maps import VISION_MODEL, is_passed_over, tower_maps
 from parrot_sys.models.wings_hf import ROUTER, WINGS_TYPES
 from parrot_sys.parallel import ExpertGroups
+from parrot_sys.towers import VisionConfig
 
 logger = logging.getLogger(__name__)
 

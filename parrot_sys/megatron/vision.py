@@ -1,4 +1,4 @@
-"""Vision towers on Megatron layers: CLIP ViT and SigLIP; EfficientNet-lite0 comes from `models`.
+"""Vision towers on Megatron layers: the vision transformers of `parrot_sys.towers`; other networks come from `models`.
 
 n images, V visual rows an image, P patches an image, C width of the tower.
 
@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ from parrot_sys.megatron.decoder import layer_spec
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_checkpoint import num_layers_run, tower_maps
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tower_maps import tower_maps
+from parrot_sys.towers import VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -56,23 +57,45 @@ def build_vision_tower(
 
     Args:
         config: architecture; all weights are random (EfficientNet: whatever torch draws) until they are loaded.
-        parallel: layout; heads and inner widths of CLIP and SigLIP are cut over the tensor-parallel ranks, EfficientNet
-            is held whole by each.
+        parallel: layout; heads and inner widths of transformers are cut over the tensor-parallel ranks, other networks
+            are held whole by each.
         dtype: of parameters and features.
         initialize_weights: False leaves the weights of the blocks as they are (they are loaded afterwards).
 
     Raises:
         ConfigError: the tower cannot be cut as `parallel` asks.
     """
-    if config.type == "efficientnet_lite0":
+    if config.tower.transformer is None:
         return EfficientNetLite0(with_mean=config.select_feature == "cls_patch").to(dtype)
     return VisionTransformer(config, parallel or ParallelConfig(), dtype=dtype, initialize_weights=initialize_weights)
 
 
-class VisionTransformer(MegatronModule):
-    """CLIP ViT (arXiv 2103.00020) or SigLIP (arXiv 2303.15343), hidden state `select_layer` of its encoder.
+class LayerScale(nn.Module):
+    """Adds what a block gives to its residual, each column times a weight of its own (arXiv 2103.17239)."""
 
-    `select_feature`: under `cls_patch` CLIP keeps its CLS as row 0; SigLIP has none, and the mean of its rows goes in
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            hidden_size: columns.
+            dtype: of the weights.
+        """
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """Function in the place of Megatron's bias-dropout-add; there is no dropout in a tower."""
+
+        def add(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            value, bias = output
+            return residual + self.scale * (value if bias is None else value + bias)
+
+        return add
+
+
+class VisionTransformer(MegatronModule):
+    """A vision transformer of `parrot_sys.towers`; gives hidden state `select_layer` of its encoder.
+
+    `select_feature`: under `cls_patch` a CLS stays row 0; without one, as in SigLIP, the mean of the rows goes in
     front. Under `patch` neither comes out.
     """
 
@@ -84,25 +107,30 @@ class VisionTransformer(MegatronModule):
         dtype: torch.dtype = torch.float32,
         initialize_weights: bool = True,
     ) -> None:
-        num_layers = num_layers_run(config)
+        num_layers = config.num_layers_run
         transformer = _transformer_config(config, parallel, num_layers, dtype, initialize_weights)
         super().__init__(config=transformer)
         self.vision = config
-        has_cls = config.type == "clip"
-        patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, patch, stride=patch, bias=not has_cls, dtype=dtype)
-        rows = config.num_patches + has_cls
+        tower, patch = config.tower, config.patch_size
+        assert tower.transformer is not None
+        bias, rows = tower.transformer.patch_bias, config.num_tower_rows
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, patch, stride=patch, bias=bias, dtype=dtype)
         self.position_embedding = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=dtype).normal_(std=0.02))
         self.class_embedding = (
-            nn.Parameter(torch.empty(config.hidden_size, dtype=dtype).normal_(std=0.02)) if has_cls else None
+            nn.Parameter(torch.empty(config.hidden_size, dtype=dtype).normal_(std=0.02)) if tower.has_cls else None
         )
-        self.pre_layernorm = Norm(transformer, config.hidden_size, config.layer_norm_eps) if has_cls else None
+        self.pre_layernorm = (
+            Norm(transformer, config.hidden_size, config.layer_norm_eps) if tower.has_pre_norm else None
+        )
         self.encoder = None
         if num_layers:
             groups = ProcessGroupCollection(tp=parallel_state.get_tensor_model_parallel_group())
             groups.pp = groups.cp = None  # every pipeline and context-parallel rank runs the whole tower by itself
             # All rows see each other (Megatron's own ViT layers without Transformer Engine are causal by mistake).
             spec = layer_spec(AttnMaskType.no_mask)
+            if tower.has_layer_scale:
+                scale = ModuleSpec(module=LayerScale, params={"hidden_size": config.hidden_size, "dtype": dtype})
+                spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scale
             self.encoder = TransformerBlock(
                 transformer,
                 spec,

@@ -15,10 +15,10 @@ from parrot_sys.models.hf_config import (
     OWN_KEY,
     RELEASED_TYPES,
     config_from_hf,
-    vision_config_from_hf,
 )
 from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.towers import vision_config_from_hf
 
 MODEL_CONFIG = "model_config.yaml"
 """Settings of the model in a training checkpoint."""

@@ -12,88 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-import torch
-
 from parrot_sys.errors import CheckpointError
-from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.flamingo_maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.models.llm import llm_maps
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.tensor_map import Shape, TensorMap, copied, norm_maps, qkv_map
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tensor_map import Shape, TensorMap, copied
+from parrot_sys.models.tower_maps import VISION_MODEL, is_passed_over, tower_maps
 from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
-VISION_MODEL = "vision_model."
-
-
-def num_layers_run(config: VisionConfig) -> int:
-    """Blocks that the selected hidden state needs; the rest of the checkpoint is kept but never run."""
-    return config.select_layer if config.select_layer >= 0 else config.num_layers + 1 + config.select_layer
-
-
-def unused_name(key: str) -> str:
-    """Name of the buffer that keeps a tower tensor which is not run (a buffer's name may not hold dots)."""
-    return f"unused.{key.replace('.', '__')}"
-
-
-def tower_maps(config: VisionConfig, prefix: str = "", key_prefix: str = VISION_MODEL) -> list[TensorMap]:
-    """CLIP or SigLIP tower (`parrot_sys.megatron.vision`, its names after `prefix`) <-> Hugging Face vision model."""
-    if config.type == "efficientnet_lite0":
-        return _efficientnet_maps(prefix, key_prefix)
-    size, patch = config.hidden_size, config.patch_size
-    embeddings = f"{key_prefix}embeddings"
-    maps = [
-        copied(f"{prefix}patch_embedding.weight", f"{embeddings}.patch_embedding.weight", size, 3, patch, patch),
-        copied(
-            f"{prefix}position_embedding",
-            f"{embeddings}.position_embedding.weight",
-            config.num_patches + (config.type == "clip"),
-            size,
-        ),
-    ]
-    if config.type == "clip":
-        maps.append(copied(f"{prefix}class_embedding", f"{embeddings}.class_embedding", size))
-        # The released name, letter for letter.
-        maps += norm_maps(f"{prefix}pre_layernorm", f"{key_prefix}pre_layrnorm", size)
-    else:
-        maps.append(copied(f"{prefix}patch_embedding.bias", f"{embeddings}.patch_embedding.bias", size))
-    run = num_layers_run(config)
-    for layer in range(run):
-        maps += _tower_block(config, f"{prefix}encoder.layers.{layer}", f"{key_prefix}encoder.layers.{layer}")
-    skipped = norm_maps("", f"{key_prefix}post_layernorm", size)
-    for layer in range(run, config.num_layers):
-        skipped += _tower_block(config, "", f"{key_prefix}encoder.layers.{layer}")
-    for entry in skipped:
-        for key, shape in zip(entry.keys, entry.shapes, strict=True):
-            maps.append(copied(prefix + unused_name(key.removeprefix(key_prefix)), key, *shape))
-    return maps
-
-
-def _efficientnet_maps(prefix: str, key_prefix: str) -> list[TensorMap]:
-    with torch.device("meta"):
-        state = EfficientNetLite0().state_dict()
-    return [copied(prefix + name, key_prefix + name, *tensor.shape) for name, tensor in state.items()]
-
-
-def _tower_block(config: VisionConfig, ours: str, key: str) -> list[TensorMap]:
-    size, ffn, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
-    maps = [
-        *norm_maps(f"{ours}.input_layernorm", f"{key}.layer_norm1", size),
-        *norm_maps(f"{ours}.pre_mlp_layernorm", f"{key}.layer_norm2", size),
-        qkv_map(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "weight", (size,) * 3, heads, size),
-        qkv_map(f"{ours}.self_attention.linear_qkv", f"{key}.self_attn", "bias", (size,) * 3, heads),
-    ]
-    for name, part, rows, columns in (
-        ("self_attention.linear_proj", "self_attn.out_proj", size, size),
-        ("mlp.linear_fc1", "mlp.fc1", ffn, size),
-        ("mlp.linear_fc2", "mlp.fc2", size, ffn),
-    ):
-        maps.append(copied(f"{ours}.{name}.weight", f"{key}.{part}.weight", rows, columns))
-        maps.append(copied(f"{ours}.{name}.bias", f"{key}.{part}.bias", rows))
-    return maps
 
 
 def projector_maps(config: ParrotConfig, prefix: str = "projector.") -> list[TensorMap]:
@@ -144,11 +73,6 @@ def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list
     if with_vision_tower:
         maps += tower_maps(config.vision, "vision_tower.", TOWER_PREFIX + VISION_MODEL)
     return maps
-
-
-def is_passed_over(key: str, config: VisionConfig) -> bool:
-    """Whether a tower's checkpoint may hold a tensor (its name behind `vision_model.`) that no tower here has."""
-    return key == "embeddings.position_ids" or (config.type == "siglip" and key.startswith("head."))
 
 
 def is_carried(key: str, config: ParrotConfig) -> bool:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from parrot_sys.config_values import build, config_to_dict, merge, section_class
-from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, naming_file, read_json
 from parrot_sys.models.llm import FAMILIES, DecoderFamily, llm_config_from_hf, llm_fields
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import Activation, VisionConfig
 from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.towers import KNOWN_TOWERS, VisionConfig, vision_config_from_hf
 
 PARROT_TYPES = {f"parrot_{family.name}": f"Parrot{family.architecture}ForCausalLM" for family in FAMILIES.values()}
 """model_type of a Parrot checkpoint -> its architecture; the public code knows `parrot_qwen2` alone."""
@@ -35,21 +35,6 @@ CONFIG = "config.json"
 EXPORTED_TOWER = "vision_tower"
 """Folder inside an exported checkpoint with the tower's config.json and preprocessor_config.json."""
 
-KNOWN_TOWERS = {
-    "clip-vit-large-patch14-336": VisionConfig(),
-    "clip-vit-large-patch14": VisionConfig(image_size=224),
-    "siglip-so400m-patch14-384": VisionConfig(
-        type="siglip",
-        image_size=384,
-        hidden_size=1152,
-        num_layers=27,
-        ffn_hidden_size=4304,
-        activation="gelu_pytorch_tanh",
-        layer_norm_eps=1e-6,
-    ),
-}
-"""Towers that checkpoints name by their hub id, by the id's last part (sizes: the public config.json of each)."""
-
 _NEW_CHECKPOINT: dict[str, Any] = {
     "mm_patch_merge_type": "flat",
     "tokenizer_padding_side": "right",
@@ -60,42 +45,6 @@ _NEW_CHECKPOINT: dict[str, Any] = {
 }
 """What the released code reads besides the settings of ParrotConfig."""
 _LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
-
-
-def vision_config_from_hf(
-    hf: Mapping[str, Any], *, path: str | None = None, file: object = "vision tower"
-) -> VisionConfig:
-    """Tower configuration from the config.json (`file`) of a CLIP or SigLIP (whole model or vision part).
-
-    Raises:
-        ConfigError: the file describes another kind of model, or a field is of a wrong type.
-    """
-    fields = Fields(hf, file)
-    if "vision_config" in fields:
-        fields = fields.below("vision_config")
-    model_type = fields.get("model_type", str, "")
-    kinds: dict[str, tuple[Any, str, float]] = {
-        "clip_vision_model": ("clip", "quick_gelu", 1e-5),
-        "siglip_vision_model": ("siglip", "gelu_pytorch_tanh", 1e-6),
-    }
-    if model_type not in kinds:
-        raise ConfigError(f"{file}: model_type must be one of {sorted(kinds)}, got {model_type!r}")
-    kind, activation, eps = kinds[model_type]
-    default = VisionConfig()
-    with naming_file(file):
-        return VisionConfig(
-            type=kind,
-            path=path,
-            image_size=fields.get("image_size", int, 224),
-            patch_size=fields.get("patch_size", int, 32 if kind == "clip" else 16),
-            hidden_size=fields.get("hidden_size", int, 768),
-            num_layers=fields.get("num_hidden_layers", int, 12),
-            num_attention_heads=fields.get("num_attention_heads", int, 12),
-            ffn_hidden_size=fields.get("intermediate_size", int, 3072),
-            activation=cast(Activation, fields.get("hidden_act", str, activation)),
-            layer_norm_eps=fields.get("layer_norm_eps", float, eps),
-            select_layer=default.select_layer,
-        )
 
 
 def find_tower_directory(hf: Mapping[str, Any], directory: Path) -> Path | None:

@@ -8,13 +8,13 @@ from typing import Annotated, Literal, get_args
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.gated_cross_attention import MediaRule
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.paths import INPUT_FOLDER
+from parrot_sys.towers import VisionConfig
 
 Compat = Literal["released", "paper"]
 """Whose rules a model follows where the public code does not do what the paper says."""

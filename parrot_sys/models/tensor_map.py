@@ -69,16 +69,30 @@ def copied(name: str, key: str, *shape: int) -> TensorMap:
     return TensorMap(name=name, keys=(key,), shapes=(shape,))
 
 
+def reshaped(name: str, key: str, *shape: int, axes: int) -> TensorMap:
+    """A tensor that has `axes` more leading axes of length 1 in the checkpoint."""
+    released = (1,) * axes + shape
+    return TensorMap(
+        name=name,
+        keys=(key,),
+        shapes=(released,),
+        pack=lambda tensors: tensors[0].reshape(shape),
+        unpack=lambda tensor: [tensor.reshape(released)],
+    )
+
+
 def norm_maps(name: str, key: str, size: int) -> list[TensorMap]:
     """Weight and bias of a LayerNorm."""
     return [copied(f"{name}.{kind}", f"{key}.{kind}", size) for kind in ("weight", "bias")]
 
 
-def qkv_map(name: str, prefix: str, kind: str, rows: Sequence[int], groups: int, *rest: int) -> TensorMap:
-    """The q, k and v projections of a layer, which Megatron keeps in one tensor."""
+def qkv_map(
+    name: str, projections: Sequence[str], kind: str, rows: Sequence[int], groups: int, *rest: int
+) -> TensorMap:
+    """The q, k and v projections of a layer (their released names), which Megatron keeps in one tensor."""
     return TensorMap(
         name=f"{name}.{kind}",
-        keys=tuple(f"{prefix}.{part}_proj.{kind}" for part in "qkv"),
+        keys=tuple(f"{projection}.{kind}" for projection in projections),
         shapes=tuple((count, *rest) for count in rows),
         pack=partial(pack_qkv, groups=groups),
         unpack=partial(unpack_qkv, groups=groups, rows=tuple(rows)),

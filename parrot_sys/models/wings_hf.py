@@ -13,8 +13,8 @@ from parrot_sys.files import Fields
 from parrot_sys.models.llm import FAMILIES, LLMConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.models.tensor_map import TensorMap, copied
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.towers import VisionConfig
 
 WINGS_TYPES = {f"wings_{family.name}": f"Wings{family.architecture}ForCausalLM" for family in FAMILIES.values()}
 """model_type of a Wings checkpoint -> its architecture; the public code knows `wings_qwen2` and `wings_llama`."""
@@ -49,7 +49,7 @@ def wings_from_hf(hf: Fields, names: Collection[str], num_layers: int) -> WingsC
 def tower_as_stored(vision: VisionConfig, names: Collection[str]) -> VisionConfig:
     """The tower inside a checkpoint: the public code drops SigLIP's last block before it saves."""
     blocks = {int(found[1]) for name in names if (found := _TOWER_BLOCK.search(name))}
-    if vision.type != "siglip" or len(blocks) != vision.num_layers - 1:
+    if vision.tower.has_cls or len(blocks) != vision.num_layers - 1:
         return vision
     return replace(vision, num_layers=len(blocks), select_layer=-1)
 

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
@@ -114,14 +113,9 @@ def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator
     yield _message("tensor", "all_reduce", batch.rows * row, 1, size)
     if layout.sequence:
         yield _message("tensor", "all_gather", layout.local_rows(batch.rows) * row, 1, size, backward=True)
-    if vision.type != "efficientnet_lite0" and batch.images:
-        features = (
-            job.bytes
-            * layout.local_images(batch.images)
-            * (vision.num_patches + (vision.type == "clip"))
-            * vision.hidden_size
-        )
-        calls = 2 * num_layers_run(vision)
+    if vision.tower.transformer is not None and batch.images:
+        features = job.bytes * layout.local_images(batch.images) * vision.num_tower_rows * vision.hidden_size
+        calls = 2 * vision.num_layers_run
         yield _message("tensor", "all_reduce", features, calls, size)
         if job.trainable.vision:
             yield _message("tensor", "all_reduce", features, calls, size, backward=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
@@ -92,13 +91,8 @@ def expert_flops(job: Job, batch: MicroBatch) -> float:
 
 
 def vision_flops(job: Job, batch: MicroBatch) -> float:
-    """The tower, forward; EfficientNet-lite0: 407 M multiply-adds at 224 pixels (its model card)."""
-    vision = job.model.vision
-    if vision.type == "efficientnet_lite0":
-        return batch.images * 2 * 0.407e9 * (vision.image_size / 224) ** 2
-    rows, size = vision.num_visual_rows, vision.hidden_size
-    block = rows * (8 * size * size + 4 * size * vision.ffn_hidden_size) + 4 * rows * rows * size
-    return batch.images * (num_layers_run(vision) * block + 2 * rows * 3 * vision.patch_size**2 * size)
+    """The tower, forward."""
+    return batch.images * job.model.vision.flops
 
 
 def _visual(job: Job, batch: MicroBatch) -> float:
@@ -134,7 +128,7 @@ def _projector_share(job: Job, layout: Layout, batch: MicroBatch) -> float:
 
 
 def _tower_cut(job: Job, layout: Layout) -> int:
-    return 1 if job.model.vision.type == "efficientnet_lite0" else layout.tensor
+    return 1 if job.model.vision.tower.transformer is None else layout.tensor
 
 
 def _times(job: Job, component: str, forward: float) -> Work:

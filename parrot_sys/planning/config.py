@@ -135,10 +135,10 @@ class PlanConfig:
         for name in ("wings", "flamingo"):
             if getattr(self.model, name) is not None:
                 raise ConfigError(f"model.{name} has no formulas in parrot plan: unset it (model.{name}: null)")
-        if self.model.vision.type == "efficientnet_lite0" and self.trainable.vision:
+        if self.model.vision.tower.transformer is None and self.trainable.vision:
             raise ConfigError(
-                "vision.type efficientnet_lite0 can be planned with a frozen tower only, got trainable.vision=true: "
-                "choose clip or siglip, or freeze it"
+                f"vision.type {self.model.vision.type} can be planned with a frozen tower only, got "
+                "trainable.vision=true: choose a transformer, or freeze it"
             )
 
     @property

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.initialize import ParallelConfig
-from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import RowSplit
 
@@ -188,7 +187,7 @@ def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str,
     rules = [(*tensor, f"llm.{name}", size) for name, size in model.llm.tensor_sizes().items()]
     if model.projector.depth > 1:
         rules.append((*tensor, "llm.hidden_size", model.llm.hidden_size))
-    if num_layers_run(model.vision):
+    if model.vision.num_layers_run:
         rules += [(*tensor, f"vision.{name}", size) for name, size in model.vision.tensor_sizes().items()]
     if model.moe.num_experts:
         rules.append(("fix.expert", layout.expert, "moe.num_experts", model.moe.num_experts))

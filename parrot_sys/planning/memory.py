@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from parrot_sys.models.hf_checkpoint import num_layers_run
 from parrot_sys.planning.dispatch import Dispatch
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
@@ -218,15 +217,15 @@ def expert_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
 def _tower_bytes(job: Job, layout: Layout, images: float) -> float:
     """A trainable ViT: pixels, and per block two layer norms, biased matrices, attention and its activation."""
     vision, b, tensor = job.model.vision, job.bytes, layout.tensor
-    rows = images * (vision.num_patches + (vision.type == "clip"))
+    rows = images * vision.num_tower_rows
     size, ffn = vision.hidden_size, vision.ffn_hidden_size / tensor
     norm = b * size + 8
     # Joint projection, output, and the output again: transposed for the matrix behind it.
     attention = (b * (3 * size + 2 * size) + 4 * vision.num_attention_heads) / tensor
     activation = ffn * b * ((2 if vision.activation == "quick_gelu" else 1) + 1)
-    block = 2 * (norm + b * size) + attention + activation
+    block = 2 * (norm + b * size) + attention + activation + 2 * b * size * vision.tower.has_layer_scale
     pixels = images * 3 * vision.image_size**2 * b
-    return pixels + rows * (num_layers_run(vision) * block + (norm if vision.type == "clip" else 0))
+    return pixels + rows * (vision.num_layers_run * block + (norm if vision.tower.has_pre_norm else 0))
 
 
 def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:

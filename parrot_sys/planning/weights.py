@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_checkpoint import num_layers_run, tower_maps
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.planning.job import Job
 from parrot_sys.planning.layouts import Layout
+from parrot_sys.towers import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,17 @@ def _experts(model: ParrotConfig, layout: Layout) -> Iterator[Weight]:
 
 
 def _vision(vision: VisionConfig, tensor: int) -> Iterator[Weight]:
-    if vision.type == "efficientnet_lite0":
-        yield Weight("vision", _efficientnet()[0])
+    tower = vision.tower
+    if (transformer := tower.transformer) is None:
+        yield Weight("vision", _network()[0])
         return
-    size, clip, count = vision.hidden_size, vision.type == "clip", num_layers_run(vision)
+    size, count = vision.hidden_size, vision.num_layers_run
     yield Weight("vision", size * 3 * vision.patch_size**2)
-    yield Weight("vision", (vision.num_patches + clip) * size)
-    yield Weight("vision", size, 3 if clip else 1)  # class embedding and the first norm, or the bias of the patches
+    yield Weight("vision", vision.num_tower_rows * size)
+    yield Weight("vision", size, tower.has_cls + 2 * tower.has_pre_norm + transformer.patch_bias)
     ffn = vision.ffn_hidden_size
-    yield Weight("vision", size, (4 + 2) * count)  # two norms; biases that are not cut
+    # Two norms; biases that are not cut; scales.
+    yield Weight("vision", size, (4 + 2 + 2 * tower.has_layer_scale) * count)
     yield Weight("vision", 3 * size // tensor * size, count)
     yield Weight("vision", 3 * size // tensor, count)
     yield Weight("vision", size // tensor * size, count)
@@ -109,7 +111,7 @@ def _vision(vision: VisionConfig, tensor: int) -> Iterator[Weight]:
 
 
 @functools.cache
-def _efficientnet() -> tuple[int, int]:
+def _network() -> tuple[int, int]:
     """Elements of the parameters and of the buffers."""
     with torch.device("meta"):
         tower = EfficientNetLite0()
@@ -119,8 +121,8 @@ def _efficientnet() -> tuple[int, int]:
 @functools.cache
 def buffer_elements(vision: VisionConfig) -> int:
     """Elements of the tower's tensors that are no parameters, or kept but never run (`VisionTransformer.unused`)."""
-    if vision.type == "efficientnet_lite0":
-        return _efficientnet()[1]
+    if vision.tower.transformer is None:
+        return _network()[1]
     unused = (entry for entry in tower_maps(vision) if entry.name.startswith("unused."))
     return sum(math.prod(entry.shapes[0]) for entry in unused)
 

@@ -22,8 +22,8 @@ from parrot_sys.errors import DataError
 from parrot_sys.megatron import optimizer as megatron_optimizer
 from parrot_sys.megatron.parrot_model import ParrotModel
 from parrot_sys.megatron.state_dict import tower_tensors
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.parallel.agreement import gather_everywhere
+from parrot_sys.towers import VisionConfig
 from parrot_sys.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)

@@ -233,7 +233,7 @@ class FlopCounter:
         self._projector_row = 2 * llm.hidden_size * (vision.hidden_size + (model.projector.depth - 1) * llm.hidden_size)
         experts = moe.topk if moe.routing == "topk" else moe.num_experts
         self._moe_row = 6 * llm.hidden_size * moe.ffn_hidden_size * experts if use_moe else 0
-        self._image = _tower_flops(model)
+        self._image = model.vision.flops
         updates = llm_lora_maps(llm, model.lora)
         self._lora_row = 2 * sum(math.prod(shape) for entry in updates for shape in entry.shapes)
         learners = [] if model.wings is None else wings_maps(model.wings, llm)
@@ -305,17 +305,6 @@ def _media_flops(model: ParrotConfig) -> tuple[float, float]:
     inner = cross.num_attention_heads * cross.head_dim
     per_row = 4 * hidden * inner + 4 * latents * inner + 4 * hidden * hidden * cross.ffn_multiplier
     return shape.num_layers * block + blocks * 4 * latents * width * inner, blocks * per_row
-
-
-def _tower_flops(model: ParrotConfig) -> float:
-    """Forward pass of the tower over one image."""
-    vision = model.vision
-    if vision.type == "efficientnet_lite0":
-        return 2 * 0.407e9 * (vision.image_size / 224) ** 2  # 407 M multiply-adds at 224 px (its model card)
-    rows, size = vision.num_visual_rows, vision.hidden_size
-    layers = vision.select_layer if vision.select_layer >= 0 else vision.num_layers + 1 + vision.select_layer
-    block = rows * (8 * size * size + 4 * size * vision.ffn_hidden_size) + 4 * rows * rows * size
-    return layers * block + 2 * rows * 3 * vision.patch_size**2 * size
 
 
 def peak_flops(device: torch.device) -> float | None:

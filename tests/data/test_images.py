@@ -19,8 +19,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from parrot_sys.data import images as images_module
 from parrot_sys.data.decoding import load_image
-from parrot_sys.data.images import CLIP_MEAN, CLIP_STD, ImageProcessor
+from parrot_sys.data.images import ImageProcessor
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.towers.clip import CLIP_MEAN, CLIP_STD
 
 SIZES = [(40, 40), (91, 37), (37, 91), (336, 50), (5, 7), (1, 1)]  # width, height
 

@@ -25,7 +25,7 @@ from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, model_tensors
 from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.hf_config import config_from_hf, vision_config_from_hf
+from parrot_sys.models.hf_config import config_from_hf
 from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
@@ -33,6 +33,7 @@ from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.towers import vision_config_from_hf
 from tests.megatron.decoder_reference import LLAMA, QWEN3, TINY, build_reference, megatron_tensors
 
 TOWER = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "clip-vit-tiny"

@@ -15,8 +15,8 @@ from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.towers import VisionConfig
 
 CONFIG = ParrotConfig(
     vision=VisionConfig(

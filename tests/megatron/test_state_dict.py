@@ -11,11 +11,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import parrot_sys
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError
+from parrot_sys.files import read_json
 from parrot_sys.megatron.checkpointing import load_model_weights, save_distributed
 from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
@@ -23,12 +33,12 @@ from parrot_sys.megatron.parrot_model import build_parrot_model
 from parrot_sys.megatron.state_dict import load_released, load_tower, model_tensors
 from parrot_sys.megatron.vision import build_vision_tower
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_config import config_from_hf, read_json, vision_config_from_hf
+from parrot_sys.models.hf_config import config_from_hf
 from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.towers import VisionConfig, vision_config_from_hf
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 PAD = 630
@@ -162,7 +172,15 @@ def test_towers_from_their_own_directories(tmp_path: Path) -> None:
         )
     )
     siglip = SiglipVisionModel(SiglipVisionConfig(**sizes))
-    for name, model, reference in (("clip", clip, clip.vision_model), ("siglip", siglip, siglip)):
+    dinov2 = Dinov2Model(Dinov2Config(**{k: v for k, v in sizes.items() if k != "intermediate_size"}, mlp_ratio=2))
+    with torch.no_grad():
+        for parameter in dinov2.parameters():  # scales are one at the start
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for name, model, reference in (
+        ("clip", clip, clip.vision_model),
+        ("siglip", siglip, siglip),
+        ("dinov2", dinov2, dinov2),
+    ):
         model.save_pretrained(tmp_path / name)
         config = vision_config_from_hf(read_json(tmp_path / name / "config.json"), path=str(tmp_path / name))
         assert config.type == name

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.vision import VisionTransformer, build_vision_tower
-from parrot_sys.models.hf_checkpoint import tower_maps
-from parrot_sys.models.hf_config import vision_config_from_hf
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tower_maps import tower_maps
+from parrot_sys.towers import KNOWN_TOWERS, VisionConfig, vision_config_from_hf
 
 SIZES = {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
 
@@ -29,15 +36,28 @@ def _groups() -> Iterator[None]:
 def _reference(kind: str, **changes: object) -> torch.nn.Module:
     torch.manual_seed(0)
     values = {**SIZES, "image_size": 28, "attn_implementation": "eager", **changes}
-    model = (
-        CLIPVisionModel(CLIPVisionConfig(**values))
-        if kind == "clip"
-        else SiglipVisionModel(SiglipVisionConfig(**values))
-    )
+    if kind == "clip":
+        model = CLIPVisionModel(CLIPVisionConfig(**values))
+    elif kind == "siglip":
+        model = SiglipVisionModel(SiglipVisionConfig(**values))
+    else:
+        del values["intermediate_size"]
+        model = Dinov2Model(Dinov2Config(mlp_ratio=2, **values))
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at zero and norms at one: make every tensor matter
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def _released(name: str) -> str:
+    """Name of a tensor of transformers' modules in published checkpoints; they differ for DINOv2 alone."""
+    for module, published in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+        name = name.replace(f".attention.{module}.", f".attention.attention.{published}.")
+    return name.replace(".attention.o_proj.", ".attention.output.dense.")
+
+
+def _named(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {_released(name): tensor for name, tensor in tensors if name != "embeddings.mask_token"}
 
 
 def _load(tower: VisionTransformer, state: dict[str, torch.Tensor]) -> None:
@@ -52,7 +72,7 @@ def _tower(reference: torch.nn.Module, **changes: object) -> VisionTransformer:
     config = dataclasses.replace(vision_config_from_hf(reference.config.to_dict()), **changes)
     tower = build_vision_tower(config)
     assert isinstance(tower, VisionTransformer)
-    _load(tower, reference.state_dict())
+    _load(tower, _named(reference.state_dict().items()))
     return tower
 
 
@@ -63,7 +83,8 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("select_layer", [-1, -2, 0, 1])
 @pytest.mark.parametrize(
-    ("kind", "activation"), [("clip", "quick_gelu"), ("clip", "gelu"), ("siglip", "gelu_pytorch_tanh")]
+    ("kind", "activation"),
+    [("clip", "quick_gelu"), ("clip", "gelu"), ("siglip", "gelu_pytorch_tanh"), ("dinov2", "gelu")],
 )
 def test_features_and_gradients(kind: str, activation: str, select_layer: int) -> None:
     reference = _reference(kind, hidden_act=activation)
@@ -77,7 +98,7 @@ def test_features_and_gradients(kind: str, activation: str, select_layer: int) -
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     (output * weight).sum().backward()
-    gradients = dict(reference.named_parameters())
+    gradients = _named(reference.named_parameters())
     ours = dict(tower.named_parameters())
     compared = set()
     for entry in tower_maps(tower.vision, key_prefix=""):
@@ -85,18 +106,19 @@ def test_features_and_gradients(kind: str, activation: str, select_layer: int) -
             entry.keys, entry.unpack(ours[entry.name].grad) if entry.name in ours else (), strict=False
         ):
             compared.add(key)
-            if key.endswith("k_proj.bias"):  # softmax ignores it: zero up to rounding
+            if key.endswith(("k_proj.bias", "key.bias")):  # softmax ignores it: zero up to rounding
                 assert gradient.abs().max() < 1e-4
             else:
                 _close(gradient, gradients[key].grad, 1e-5)
     assert {key for key, parameter in gradients.items() if parameter.grad is not None} == compared
 
 
-def test_unused_weights_are_buffers_and_survive() -> None:
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_unused_weights_are_buffers_and_survive(kind: str) -> None:
     """The last block and the final norm are kept for export but have no parameter that an optimizer could touch."""
-    reference = _reference("clip")
+    reference = _reference(kind)
     tower = _tower(reference)
-    state = reference.state_dict()
+    state = _named(reference.state_dict().items())
     names = dict(tower.named_parameters()) | dict(tower.named_buffers())
     exported = {
         key: tensor
@@ -139,3 +161,17 @@ def test_efficientnet_is_dispatched() -> None:
         VisionConfig(type="efficientnet_lite0", image_size=64, hidden_size=1280, activation="relu6")
     )
     assert tower(torch.randn(2, 3, 64, 64)).shape == (2, 5, 1280)
+
+
+@pytest.mark.parametrize("name", KNOWN_TOWERS)
+def test_known_towers_have_their_public_sizes(name: str) -> None:
+    """Towers that checkpoints name by a hub id, against the sizes that their names and papers tell."""
+    config = KNOWN_TOWERS[name]
+    kind, size, patch = re.fullmatch(r"(\w+?)2?-(?:vit-)?(\w+)(?:-patch(\d+).*)?", name).groups()
+    widths = {"small": 384, "base": 768, "large": 1024, "so400m": 1152}
+    assert (config.tower.name.startswith(kind), config.hidden_size) == (True, widths[size])
+    assert config.patch_size == int(patch or 14)
+    assert config.ffn_hidden_size == (4304 if size == "so400m" else 4 * config.hidden_size)
+    if (side := re.search(r"-(\d{3})$", name)) is not None:
+        assert config.image_size == int(side[1])
+    assert build_vision_tower(dataclasses.replace(config, num_layers=1, select_layer=1), initialize_weights=False)

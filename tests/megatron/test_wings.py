@@ -18,10 +18,10 @@ from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.towers import VisionConfig
 from tests.comparisons import differ
 from tests.megatron.wings_reference import Sequence, WingsReference
 

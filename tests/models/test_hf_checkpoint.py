@@ -12,18 +12,16 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.hf_checkpoint import (
     check_tensors,
     is_carried,
-    llm_maps,
-    num_layers_run,
     parrot_maps,
     projector_maps,
-    tower_maps,
 )
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import LLMConfig, llm_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_map import TensorMap, pack_qkv, unpack_qkv
-from parrot_sys.models.vision import VisionConfig
+from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.towers import VisionConfig
 
 LLM = LLMConfig(
     hidden_size=24, num_layers=2, num_attention_heads=6, num_query_groups=2, ffn_hidden_size=20, vocab_size=40
@@ -109,7 +107,7 @@ def test_qkv_is_grouped() -> None:
 @pytest.mark.parametrize(("select_layer", "run"), [(-1, 3), (-2, 2), (-4, 0), (0, 0), (2, 2), (3, 3)])
 def test_blocks_that_run(select_layer: int, run: int) -> None:
     config = dataclasses.replace(VISION, select_layer=select_layer)
-    assert num_layers_run(config) == run
+    assert config.num_layers_run == run
     maps = tower_maps(config)
     assert len({entry.name.split(".")[2] for entry in maps if entry.name.startswith("encoder.")}) == run
     assert sum(entry.name.startswith("unused.") for entry in maps) == 16 * (3 - run) + 2  # q, k, v stay apart there

@@ -12,15 +12,13 @@ from transformers import CLIPConfig, CLIPVisionConfig, Qwen2Config, SiglipConfig
 
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.hf_config import (
-    KNOWN_TOWERS,
     config_from_hf,
     config_to_hf,
-    vision_config_from_hf,
 )
 from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.towers import KNOWN_TOWERS, VisionConfig, vision_config_from_hf
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
 LLM = LLMConfig(
@@ -156,7 +154,7 @@ def test_configurations_written_by_transformers() -> None:
     siglip = vision_config_from_hf(SiglipConfig().to_dict())
     assert (siglip.type, siglip.activation, siglip.layer_norm_eps) == ("siglip", "gelu_pytorch_tanh", 1e-6)
     with pytest.raises(ConfigError, match="model_type must be one of"):
-        vision_config_from_hf({"model_type": "dinov2"})
+        vision_config_from_hf({"model_type": "resnet"})
 
 
 def test_absent_keys_have_the_released_defaults() -> None:

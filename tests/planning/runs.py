@@ -23,12 +23,12 @@ from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.vision import VisionConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.testing.distributed import run_distributed
+from parrot_sys.towers import VisionConfig
 from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.step import StepRunner
 

@@ -51,6 +51,7 @@ LLAMA = replace(
         rope_scaling=RopeScaling(factor=4.0, low_frequency=1.0, high_frequency=4.0, original_positions=32),
     ),
 )
+DINOV2 = replace(MODEL, vision=replace(MODEL.vision, type="dinov2", activation="gelu", layer_norm_eps=1e-6))
 LORA = replace(
     MODEL, lora=LoRAConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
 )

@@ -10,7 +10,7 @@ import pytest
 from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import ALL, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
+from tests.training.layouts import ALL, DINOV2, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 
@@ -25,6 +25,8 @@ def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = 
     [
         pytest.param(MODEL, layout(pipeline=2), {}, id="pp2"),
         pytest.param(QWEN3, layout(tensor=2, sequence=True), {}, id="tp2-sp-qwen3"),
+        pytest.param(DINOV2, layout(tensor=2, pipeline=2), {}, id="tp2-pp2-dinov2"),
+        pytest.param(DINOV2, layout(experts=2), {"data_parallel": 2}, id="ep2-dinov2"),
         pytest.param(QWEN3, layout(pipeline=2, experts=2), {"data_parallel": 2}, id="pp2-ep2-qwen3"),
         pytest.param(LLAMA, layout(tensor=2, pipeline=2), {}, id="tp2-pp2-llama"),
         pytest.param(LLAMA, layout(experts=2), {"data_parallel": 2}, id="ep2-llama"),

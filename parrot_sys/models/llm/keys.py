@@ -17,10 +17,10 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     maps = [copied(f"{prefix}embedding.word_embeddings.weight", "model.embed_tokens.weight", config.vocab_size, hidden)]
     for layer in range(config.num_layers):
         ours, key = f"{prefix}decoder.layers.{layer}", f"model.layers.{layer}"
-        qkv = f"{ours}.self_attention.linear_qkv"
+        qkv, projections = f"{ours}.self_attention.linear_qkv", [f"{key}.self_attn.{part}_proj" for part in "qkv"]
         maps += [
             copied(f"{ours}.input_layernorm.weight", f"{key}.input_layernorm.weight", hidden),
-            qkv_map(qkv, f"{key}.self_attn", "weight", rows, config.num_query_groups, hidden),
+            qkv_map(qkv, projections, "weight", rows, config.num_query_groups, hidden),
             copied(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
             copied(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
             TensorMap(
@@ -38,7 +38,7 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
                 norm = f"{ours}.self_attention.{part}_layernorm.weight"
                 maps.append(copied(norm, f"{key}.self_attn.{part}_norm.weight", config.kv_channels))
         if config.qkv_bias:
-            maps.append(qkv_map(qkv, f"{key}.self_attn", "bias", rows, config.num_query_groups))
+            maps.append(qkv_map(qkv, projections, "bias", rows, config.num_query_groups))
     maps.append(copied(f"{prefix}decoder.final_layernorm.weight", "model.norm.weight", hidden))
     if not config.tie_word_embeddings:
         maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))

@@ -1,0 +1,19 @@
+"""Vision towers: one configuration for all kinds, a file for each kind. No layer of it; those are built above."""
+
+from parrot_sys.towers.config import Feature, VisionConfig
+from parrot_sys.towers.hf import KNOWN_TOWERS, vision_config_from_hf
+from parrot_sys.towers.registry import TOWERS
+from parrot_sys.towers.tower import Network, Pixels, TensorNames, Tower, Transformer
+
+__all__ = [
+    "KNOWN_TOWERS",
+    "TOWERS",
+    "Feature",
+    "Network",
+    "Pixels",
+    "TensorNames",
+    "Tower",
+    "Transformer",
+    "VisionConfig",
+    "vision_config_from_hf",
+]
