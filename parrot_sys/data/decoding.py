@@ -72,7 +72,8 @@ class ImageLimits:
     """Largest pictures that are decoded. The header is asked, before memory is taken for any pixel."""
 
     max_pixels: int = 2**27
-    """Width x height (default: 134 million, up to 0.5 GB for each thread that decodes; Pillow allows 178,956,970)."""
+    """Width x height (default: 134 million, 0.5 GB for each thread that decodes and three times that with transparency;
+    at most 178,956,970)."""
     max_aspect_ratio: float = 200.0
     """Longer side over shorter side (at most 1000)."""
 

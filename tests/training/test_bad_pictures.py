@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from parrot_sys.cli import list_presets
+from parrot_sys.config_values import read_yaml
+from parrot_sys.data.config import DataConfig
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.training.checkpoint import PROCESSOR, latest_checkpoint
 from parrot_sys.training.config import TrainConfig
@@ -65,3 +68,12 @@ def test_rules_for_pictures_are_saved_with_the_model(tmp_path: Path) -> None:
     for folder in (Path(config.output) / "hf", checkpoint / PROCESSOR):
         saved = ParrotProcessor.from_pretrained(folder).image_processor
         assert (saved.exif, saved.transparency) == ("ignore", "black")
+
+
+@pytest.mark.parametrize(
+    "preset", ["parrot_align", "parrot_instruct", "wings_align", "wings_instruct", "multimodal_gpt_instruct"]
+)
+def test_released_recipes_see_pictures_as_the_released_code_does(preset: str) -> None:
+    values = read_yaml(list_presets()[preset])
+    assert values["data"]["exif"] == "ignore"
+    assert DataConfig().exif == "apply"
