@@ -97,7 +97,8 @@ def test_lengths_of_answers(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for language, answers in (("en", ["two words", "and four of them"]), ("zh", ["\u732b"])):
         stem = f"m_MMMB_{language}"
-        result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}"}
+        result = {"suite": "mmmb", "language": language, "dataset": f"MMMB_{language}", "routing": "model"}
+        result |= {"settings": {}, "parts": {}}
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
         lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
