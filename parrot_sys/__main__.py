@@ -21,10 +21,10 @@ class _Command:
 COMMANDS = {
     "data": _Command(
         "parrot_sys.data.main",
-        "Build the default data set (pictures, conversations and questions in six languages), or import public sets.",
+        "Build the default data set (pictures, conversations, questions), import public sets, check record files.",
         (
             "parrot data build --output data/default",
-            "parrot data import --source llava --input conversation_58k.json --images coco --output llava.json",
+            "parrot data check train.json --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen",
         ),
     ),
     "train": _Command(

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parrot_sys.cli import list_presets
+from parrot_sys.config_values import read_yaml
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.loader import ParrotDataLoader
@@ -123,6 +125,14 @@ def test_images_stand_where_the_setting_says_and_a_move_is_told_once(position, s
     moved = [record.message for record in caplog.records if "is moved to the start of its turn" in record.message]
     assert len(moved) == (position == "front")
     assert all("in 1 of 2 records" in message and "record 1 (id 'middle')" in message for message in moved)
+
+
+def test_presets_of_released_recipes_have_the_released_position():
+    released = [name for name in list_presets() if name.startswith(("parrot_", "wings_", "multimodal_gpt_"))]
+    stages = [name for name in released if name.endswith(("_align", "_instruct"))]
+    assert len(stages) >= 5
+    for name in stages:
+        assert read_yaml(list_presets()[name])["data"]["image_position"] == "front", name
 
 
 def test_the_position_is_kept_with_the_processor(processor, tmp_path):

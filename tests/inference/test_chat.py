@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pty
@@ -18,7 +19,7 @@ import torch
 import parrot_sys
 from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, routing_table
+from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, _loop, routing_table
 from parrot_sys.inference.chat_texts import TEXTS
 from parrot_sys.megatron.initialize import shutdown
 
@@ -81,6 +82,16 @@ def test_an_image_marker_in_a_message_is_text(session: ChatSession) -> None:
     ids = session.processor.format_conversation(session.turns)["input_ids"]
     ends = session.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (ids.count(IMAGE_TOKEN_ID), ids.count(ends)) == (1, 5)
+
+
+def test_a_line_that_is_no_utf8_does_not_end_the_conversation(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\ncaf\xc3\xa9\n"), encoding="ascii", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert _loop(session, ChatConfig(checkpoint=FIXTURE / "model")) == 0
+    assert "error: character 3 is no valid text: the byte 0xE9" in capsys.readouterr().err
+    assert [turn["value"] for turn in session.turns[::2]] == ["caf\u00e9"]
 
 
 def test_streamed_pieces_are_the_answer(session: ChatSession) -> None:
