@@ -14,6 +14,9 @@ _Kind = Literal["file", "link", "other"]
 _SHOWN = 400  # characters of a name in a message: some records hold a whole picture in place of a name
 
 
+_REMEDY = "name the folder in data.image_roots, or set data.allow_outside_root=true for records that you trust"
+
+
 class ImageFolder:
     """Files below an image root. Lists each folder once and opens no file, so that many names are checked quickly.
 
@@ -21,9 +24,10 @@ class ImageFolder:
     symbolic link, unless `allow_outside` says so.
     """
 
-    def __init__(self, root: str | Path, *, allow_outside: bool = False) -> None:
+    def __init__(self, root: str | Path, *, allow_outside: bool = False, remedy: str = _REMEDY) -> None:
         self._root = str(root)
         self._allow_outside = allow_outside
+        self._remedy = remedy
         self._real_root = os.path.realpath(self._root)
         self._folders: dict[str, tuple[bool, dict[str, _Kind]]] = {}
 
@@ -49,10 +53,7 @@ class ImageFolder:
             return f"image {shown} cannot be read: no file can have this name"
         if inside or self._allow_outside:
             return None
-        return (
-            f"image {shown} leads out of the image root {self._root}: name the folder in data.image_roots, or set "
-            "data.allow_outside_root=true for records that you trust"
-        )
+        return f"image {shown} leads out of the image root {self._root}: {self._remedy}"
 
     def _list(self, folder: str) -> tuple[bool, dict[str, _Kind]]:
         """Whether a folder is inside the root, and what is in it."""

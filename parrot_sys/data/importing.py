@@ -19,6 +19,8 @@ from parrot_sys.errors import ConfigError, DataError, printable
 from parrot_sys.files import replace_text
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FILE
 
+_REMEDY = "pass the folder that holds all images as --images"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataImportConfig:
@@ -95,7 +97,7 @@ def import_set(config: DataImportConfig) -> ImportReport:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{config.input} is no file of {config.source}: rows look like {source.wanted}") from error
     bar = tqdm(rows, desc=f"import {config.source}", unit=" rows", disable=not sys.stderr.isatty())
-    folder = None if config.images is None else ImageFolder(config.images)
+    folder = None if config.images is None else ImageFolder(config.images, remedy=_REMEDY)
     records, bad = [], []
     for index, example in examples(source, bar, config.source, config.seed):
         try:
