@@ -50,16 +50,25 @@ def located(table: QuestionSet, problems: Problems) -> list[str]:
     return [f"{table.place(q)}: {problems[q.index]}" for q in table.questions if q.index in problems]
 
 
+def bad_questions(table: QuestionSet, problems: Problems) -> list[dict[str, Any]]:
+    """`row`, `index` and `reason` of each question that cannot be asked, for the score file."""
+    return [
+        {"row": q.row, "index": q.index, "reason": problems[q.index]} for q in table.questions if q.index in problems
+    ]
+
+
 def problem_notes(table: QuestionSet, problems: Problems) -> list[str]:
-    """Sentences on bad questions for the report."""
+    """Sentences on bad questions for the report; they are logged as well."""
     if not problems:
         return []
-    lines = [f"row {q.row}, index {q.index}: {problems[q.index]}" for q in table.questions if q.index in problems]
+    lines = ["row {row}, index {index}: {reason}".format(**each) for each in bad_questions(table, problems)]
     more = [f"and {len(lines) - _LISTED} more, see `bad_questions` in its .scores.json"] if len(lines) > _LISTED else []
-    return [
+    note = (
         f"{table.path.name}: {len(lines)} of {len(table.questions)} questions could not be asked and count as wrong: "
         f"{'; '.join([*lines[:_LISTED], *more])}."
-    ]
+    )
+    logger.warning(note)
+    return [note]
 
 
 def answer(

@@ -57,6 +57,14 @@ class KitFiles:
     notes: tuple[str, ...]
     """Sentences for the report."""
 
+    def entries(self, output: Path) -> dict[str, Any]:
+        """`kit_file` (relative to `output`, or None), `kit_refusals` and `kit_namesake` for a score file."""
+        return {
+            "kit_file": None if self.offered is None else str(self.offered.relative_to(output)),
+            "kit_refusals": list(self.refusals),
+            "kit_namesake": self.namesake,
+        }
+
 
 def is_circular(dataset: str) -> bool:
     """Whether the kit reports circular accuracy for a data set of this name."""

@@ -2,6 +2,11 @@
 
 Everything about the model stands behind `Predictor`, so that this module needs neither torch nor Megatron.
 Files below the output folder: SUITE/ROUTING/MODEL_DATASET with the endings .jsonl, .xlsx, .tsv and .scores.json.
+
+A score file holds `suite`, `language`, `dataset`, `routing`, `rules`, `settings`; `parts`: name -> `scores`; `experts`,
+the mean routing weight of each expert; `normalised`, the accuracies by the likelihood per token; `rows` and
+`intervals`, see `outcomes.measure`; `kit_file`, `kit_refusals` and `kit_namesake`, see `kit.KitFiles`; `bad_questions`:
+`row`, `index` and `reason` of each; `notes` for the report; `seconds` of the last call.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import Any, Literal, Protocol
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.parts import human_turn
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
-from parrot_sys.evaluation.answering import OnBadQuestion, Problems, answer, problem_notes
+from parrot_sys.evaluation.answering import OnBadQuestion, Problems, answer, bad_questions, problem_notes
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
 from parrot_sys.evaluation.kit import write_kit_files
 from parrot_sys.evaluation.outcomes import measure, normalised, score_other
@@ -234,17 +239,13 @@ def evaluate_table(
         output: folder of the results.
         options: whether the prompts show them.
         overwrite: start anew where answers of other settings lie.
-        problems: questions that cannot be asked; they count as wrong.
+        problems: questions that cannot be asked and count as wrong.
         on_bad: what happens where another one turns out so.
         notes: sentences for the report.
         extra: further entries of the result.
 
     Returns:
-        What stands in the `.scores.json` file: `suite`, `language`, `dataset`, `routing`, `rules`, `settings`,
-        `parts` (name -> `scores`; `experts`, the mean routing weight of each expert; `normalised`, the accuracies by
-        the likelihood per token; `rows` and `intervals`, see `outcomes.measure`; none without answers to score, and no
-        such file), `kit_file` (what the public kit takes, or None), `kit_refusals`, `kit_namesake` (see `KitFiles`),
-        `bad_questions` (`row`, `index` and `reason` of each), `notes`, `seconds` of this call, and `extra`.
+        What stands in the `.scores.json` file, see this module; no such file without answers to score.
     """
     problems = dict(problems or {})
     begin = time.perf_counter()
@@ -263,14 +264,8 @@ def evaluate_table(
         "rules": rules,
         "settings": settings,
         "parts": _parts(table, records, rules, settings["mode"]) if table.has_answers else {},
-        "kit_file": None if kit.offered is None else str(kit.offered.relative_to(output)),
-        "kit_refusals": list(kit.refusals),
-        "kit_namesake": kit.namesake,
-        "bad_questions": [
-            {"row": q.row, "index": q.index, "reason": problems[q.index]}
-            for q in table.questions
-            if q.index in problems
-        ],
+        **kit.entries(output),
+        "bad_questions": bad_questions(table, problems),
         "notes": [*notes, *problem_notes(table, problems), *kit.notes],
         "seconds": time.perf_counter() - begin,
         **(extra or {}),
