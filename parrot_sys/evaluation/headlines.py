@@ -33,8 +33,7 @@ _ANSWERS = {
     "text-likelihood": (
         "likelihood of texts",
         "The answer is the option whose text, with the end of the turn, has the highest likelihood: a product over "
-        "tokens, which prefers short options. Rows *per token* take the option with the highest mean log-likelihood of "
-        "a token instead.",
+        "tokens, which prefers short options.",
     ),
 }
 _HIDDEN = "The prompt does not show the options."

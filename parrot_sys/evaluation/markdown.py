@@ -15,6 +15,7 @@ _CIRCULAR = (
     "*Circular* accuracy, where a table has rotations, counts questions: one is right only when every rotation of its "
     "options is."
 )
+_PER_TOKEN = "Rows *per token* take the option with the highest mean log-likelihood of a token instead."
 _KIT = "The one in bold is what the public kit reports for a set of this name."
 _OWN = "The one in bold is the headline here."
 _BASELINES = (
@@ -51,8 +52,14 @@ def render(
     generated = details["settings"].get("mode", "generate") == "generate"
     rules = f" Option extraction: `{details['rules']}` rules." if generated else ""
     lines += [f"{details['measure']['answers']}{rules} Settings: {_settings(details['settings'])}.", ""]
-    rotated = any(is_rotated(cells) for cells in details["cells"].values())
-    explained = [_PLAIN, *([_CIRCULAR] if rotated else []), _KIT if details["measure"]["public_kit"] else _OWN]
+    parts = details["cells"].values()
+    per_token = any(cell["normalised"] for cells in parts for cell in cells.values())
+    explained = [
+        _PLAIN,
+        *([_CIRCULAR] if any(map(is_rotated, parts)) else []),
+        *([_PER_TOKEN] if per_token else []),
+        _KIT if details["measure"]["public_kit"] else _OWN,
+    ]
     lines += [" ".join([*explained, _BASELINES]), "", _INTERVALS, ""]
     if len(details["average"]) > 1:
         lines += ["## All parts", "", *_overview(content), ""]

@@ -200,13 +200,13 @@ def heat_map(
     figure = Figure(figsize=(3.4 + 0.75 * len(columns), 1.5 + height * max(len(rows), 4)), layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
-    middle = sum(limits) / 2
+    bright = limits[0] + 0.6 * (limits[1] - limits[0])
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if not np.isnan(matrix[y, x]):
                 text = fixed(matrix[y, x], digits)
                 text += f"\nn={counts[row][column]}" if counts else ""
-                color = "white" if matrix[y, x] < middle else "black"
+                color = "white" if matrix[y, x] < bright else "black"
                 ax.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(len(columns)), [letters.draw(column) for column in columns])
     ax.set_yticks(range(len(rows)), [letters.draw(row) for row in rows])
