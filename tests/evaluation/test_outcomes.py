@@ -112,6 +112,9 @@ def test_likelihood_per_token_by_hand() -> None:
     assert (result["plain"], result["circular"]) == (50.0, 50.0)
     assert set(result["intervals"]) == {"plain", "circular"}
     assert result["right"] == [1, 0]
+    unasked = normalised(questions, {**records, 1: {"problem": "the picture is damaged"}}, {})
+    assert unasked is not None
+    assert (unasked["plain"], unasked["right"]) == (0.0, [0, 0])
     del records[2]["option_tokens"]  # answered by an earlier version
     assert normalised(questions, records, {}) is None
     assert normalised([], {}, {}) is None
