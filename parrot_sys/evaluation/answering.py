@@ -108,6 +108,7 @@ def answer(
             for item, prediction in _predict(batch, predictor, routing, problems, on_bad):
                 store.add(_record(item, prediction))
             bar.update(len(batch))
+    store.complete()
     return {
         item.question.index: _no_answer(item, problems)
         if item.question.index in problems

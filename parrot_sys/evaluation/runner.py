@@ -254,15 +254,10 @@ def evaluate_table(
     settings = {**settings_of(predictor, options), "routing": routing, "table": table.digest}
     with PredictionStore(stem.parent / f"{stem.name}.jsonl", settings, overwrite=overwrite) as store:
         records = answer(items, predictor, store, routing, batch_size, problems, on_bad)
-        store.complete()
     kit = write_kit_files(table, {index: record["prediction"] for index, record in records.items()}, stem)
     result = {
-        "suite": table.suite,
-        "language": table.language,
-        "dataset": table.name,
-        "routing": routing,
+        **_what_was_asked(table, settings),
         "rules": rules,
-        "settings": settings,
         "parts": _parts(table, records, rules, settings["mode"]) if table.has_answers else {},
         **kit.entries(output),
         "bad_questions": bad_questions(table, problems),
@@ -273,6 +268,16 @@ def evaluate_table(
     if table.has_answers:
         replace_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
+
+
+def _what_was_asked(table: QuestionSet, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "suite": table.suite,
+        "language": table.language,
+        "dataset": table.name,
+        "routing": settings["routing"],
+        "settings": settings,
+    }
 
 
 def _parts(
