@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any, cast
 
-from parrot_sys.data.constants import LANGUAGES
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
+from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
+from parrot_sys.evaluation.runner import Item
 from parrot_sys.evaluation.tsv import Question
 
 ENGLISH = "Answer with the option's letter from the given choices directly."
+
+
+@pytest.fixture(scope="module")
+def processor() -> ParrotProcessor:
+    return ParrotProcessor.from_pretrained(Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model")
 
 
 def question(**more: object) -> Question:
@@ -26,6 +38,38 @@ def question(**more: object) -> Question:
 def test_layout() -> None:
     assert question_prompt(question(), "en") == f"<image>\nWhat?\nA. cat\nC. dog\n{ENGLISH}"
     assert question_prompt(question(hint="Look."), "en").startswith("<image>\nLook.\nWhat?\nA. cat")
+
+
+CONTROL = ["<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<image>", "</s>", "\n", " a cat "]
+TRICKY = st.lists(st.sampled_from(CONTROL), min_size=1, max_size=4).map("".join)
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(TRICKY, min_size=6, max_size=6), picture=st.booleans(), shown=st.booleans())
+def test_texts_of_a_question_are_no_control_tokens_and_no_images(
+    processor: ParrotProcessor, texts: list[str], picture: bool, shown: bool
+) -> None:
+    """Question, options, hint and earlier turns: as many control tokens as with harmless texts, one image at most."""
+
+    def counts(asked: str, first: str, second: str, hint: str, before: str, answer: str) -> dict[int, int]:
+        row = question(
+            question=asked,
+            options={"A": first, "B": second},
+            hint=hint,
+            history=((before, answer),),
+            image_key="1" if picture else None,
+        )
+        prompt = question_prompt(row, "en", show_options=shown)
+        turns = Item(table=cast(Any, None), question=row, prompt=prompt).turns(prompt)
+        ids = processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+        special = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+        for option in row.options.values():
+            assert not set(processor.encode_text(option)) & set(special)
+        return {number: ids.count(number) for number in (IMAGE_TOKEN_ID, *special)}
+
+    harmless = counts(*"abcdef")
+    assert harmless[IMAGE_TOKEN_ID] == picture
+    assert counts(*texts) == harmless
 
 
 def test_instruction_language() -> None:
