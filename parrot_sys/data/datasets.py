@@ -138,7 +138,7 @@ def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, 
     rest = f"\n  ... and {len(problems) - _LISTED} more ({SKIPPED_FILE} has all)" if len(problems) > _LISTED else ""
     if policy == "error":
         others = f" (1 of {len(problems)} such records)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{others}; mend it, or leave such records out with data.on_{kind}_sample=skip")
+        raise DataError(f"{problems[0]}{others}; fix it, or leave such records out with data.on_{kind}_sample=skip")
     done = "without a label" if policy == "keep" else "left out"
     logger.warning("data set %s: %d of %d records %s:\n  %s%s", source.name, len(problems), total, done, listed, rest)
 

@@ -105,7 +105,7 @@ def import_set(config: DataImportConfig) -> ImportReport:
         except DataError as error:
             bad.append(str(error))
             if config.on_bad_row == "error":
-                raise DataError(f"{error}; mend it, or leave such rows out with --on-bad-row skip") from None
+                raise DataError(f"{error}; fix it, or leave such rows out with --on-bad-row skip") from None
     if not records:
         raise DataError(f"{config.input} has no usable row" + (f"; the first: {bad[0]}" if bad else ""))
     if config.limit is not None and config.limit < len(records):
