@@ -18,7 +18,7 @@ from parrot_kernels import _extension, env
 from parrot_sys import __version__, platform
 from parrot_sys.cli import list_presets
 from parrot_sys.markdown_tables import table
-from parrot_sys.megatron import backends
+from parrot_sys.megatron.runtime import backends
 from parrot_sys.ops import registry
 
 SECTIONS = ("versions", "build", "hardware", "environment", "optional", "layers")

@@ -36,7 +36,7 @@ def run_row(row: str, device: str) -> dict[str, Any]:
         AssertionError: names or results differ.
         Unavailable: the accelerator cannot be used here, or another one goes before it.
     """
-    from parrot_sys.megatron import backends
+    from parrot_sys.megatron.runtime import backends
 
     backend, part = row.split("/")
     why_not = backends.transformer_engine() if backend == "transformer_engine" else backends.apex()
@@ -54,7 +54,7 @@ def compare(part: str, device: torch.device) -> dict[str, float]:
     Raises:
         AssertionError: they are not, or the names of the parameters differ.
     """
-    from parrot_sys.megatron.initialize import initialize, shutdown
+    from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 
     initialize()
     try:
@@ -77,7 +77,7 @@ def _results(
     accelerated: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Output and gradients by name, and the weights; these are rounded to what DTYPE holds."""
-    from parrot_sys.megatron import backends
+    from parrot_sys.megatron.runtime import backends
 
     torch.manual_seed(0)
     built = contextlib.nullcontext() if accelerated else backends.without_accelerators()
@@ -106,8 +106,8 @@ def _decoder(dtype: torch.dtype, device: torch.device) -> Part:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from parrot_sys.megatron.config import to_transformer_config
-    from parrot_sys.megatron.decoder import Qwen2Decoder
-    from parrot_sys.megatron.initialize import ParallelConfig
+    from parrot_sys.megatron.decoder import Decoder
+    from parrot_sys.megatron.runtime.initialize import ParallelConfig
     from parrot_sys.models.llm import LLMConfig
 
     llm = LLMConfig(
@@ -120,7 +120,7 @@ def _decoder(dtype: torch.dtype, device: torch.device) -> Part:
         max_position_embeddings=128,
     )
     config = to_transformer_config(llm, ParallelConfig(), dtype=dtype)
-    decoder = Qwen2Decoder(llm, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).to(device)
+    decoder = Decoder(llm, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()).to(device)
     lengths = (24, 8, 32)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)

@@ -26,7 +26,7 @@ def checkpoint_digest(checkpoint: Path) -> str:
         raise CheckpointError(f"{folder} holds no checkpoint; wanted a folder with config.json and weights")
     digest = hashlib.sha256()
     if training is not None:
-        from parrot_sys.megatron.weights_digest import weights_digest
+        from parrot_sys.megatron.checkpoint.digest import weights_digest
 
         train = read_yaml(training / TRAIN_CONFIG) if (training / TRAIN_CONFIG).is_file() else {}
         routes = [bool(train.get(name, True)) for name in ("use_moe", "use_router")]

@@ -37,7 +37,7 @@ from parrot_sys.evaluation.summary import offers, summary
 from parrot_sys.evaluation.tsv import QuestionSet, refuse
 from parrot_sys.logging import setup_logging
 from parrot_sys.markdown_tables import fixed
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.paths import INPUT, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.platform import DtypeName

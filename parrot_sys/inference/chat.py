@@ -23,7 +23,7 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
 from parrot_sys.inference.requests import free_rows
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
 from parrot_sys.platform import DtypeName

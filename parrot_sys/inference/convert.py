@@ -192,7 +192,7 @@ def _merge_lora(model: ParrotForConditionalGeneration) -> None:
 def _save_training_checkpoint(
     model: ParrotForConditionalGeneration, processor: ParrotProcessor, directory: Path
 ) -> None:
-    from parrot_sys.megatron.checkpointing import begin_save
+    from parrot_sys.megatron.checkpoint.store import begin_save
 
     def add_files() -> None:
         save_config(model.config, directory / MODEL_CONFIG)

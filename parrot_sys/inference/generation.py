@@ -16,7 +16,7 @@ from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.lockstep import Lockstep
 from parrot_sys.inference.requests import Request, check_rows, num_rows, request_name
 from parrot_sys.inference.sampling import next_tokens
-from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
 

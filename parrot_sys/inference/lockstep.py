@@ -18,10 +18,10 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.initialize import ParallelConfig
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel, ParrotOutput
-from parrot_sys.megatron.pipeline import forward_logits
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.model import MultimodalModel, ParrotOutput
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.pipeline import forward_logits
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 
 _CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class _Encode:
 class Lockstep:
     """Calls of one model, repeated by all ranks. Without `lead`, every rank makes the same calls by itself."""
 
-    def __init__(self, model: ParrotModel) -> None:
+    def __init__(self, model: MultimodalModel) -> None:
         self.model = model
         self._leads = False
         self._caches = 0
@@ -70,7 +70,7 @@ class Lockstep:
         cache: KVCache | None = None,
         router_weights: dict[int, Tensor] | None = None,
     ) -> ParrotOutput:
-        """Logits and routes of a micro-batch; see `ParrotModel.forward`.
+        """Logits and routes of a micro-batch; see `MultimodalModel.forward`.
 
         Raises:
             ConfigError: router weights are asked of several processes.

@@ -19,7 +19,7 @@ from parrot_sys.inference.lockstep import Lockstep
 from parrot_sys.inference.requests import Request, check_rows, free_rows
 from parrot_sys.inference.sampling import SamplingConfig
 from parrot_sys.megatron.export import ReleasedSource, export_tensors
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
@@ -47,7 +47,7 @@ class ParrotForConditionalGeneration(nn.Module):
 
     def __init__(
         self,
-        model: ParrotModel,
+        model: MultimodalModel,
         *,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,

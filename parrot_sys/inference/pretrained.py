@@ -22,8 +22,8 @@ from parrot_sys.models.tensor_files import TensorFiles
 if TYPE_CHECKING:
     from parrot_sys.inference.model import ParrotForConditionalGeneration
     from parrot_sys.megatron.export import ReleasedSource
-    from parrot_sys.megatron.initialize import ParallelConfig
-    from parrot_sys.megatron.parrot_model import ParrotModel
+    from parrot_sys.megatron.model import MultimodalModel
+    from parrot_sys.megatron.runtime.initialize import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +129,11 @@ def _load_released(
     processor = ParrotProcessor.from_pretrained(directory)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory)
     from parrot_sys.megatron.export import ReleasedSource
-    from parrot_sys.megatron.parrot_model import build_parrot_model
+    from parrot_sys.megatron.model import build_model
     from parrot_sys.megatron.state_dict import load_released
 
     parallel = _initialize(parallel)
-    model = build_parrot_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
+    model = build_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
     load_released(model, directory, allow_non_finite=allow_non_finite)
     source = ReleasedSource(directory=directory.resolve(), hf=read_json(directory / CONFIG), keep_dtypes=dtype is None)
     return _ready(model, processor, directory, source), processor
@@ -150,12 +150,12 @@ def _load_training(
     config = load_config(ParrotConfig, directory / MODEL_CONFIG).following(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR)
-    from parrot_sys.megatron.checkpointing import load_model_weights
-    from parrot_sys.megatron.parrot_model import build_parrot_model
+    from parrot_sys.megatron.checkpoint.store import load_model_weights
+    from parrot_sys.megatron.model import build_model
     from parrot_sys.megatron.state_dict import refuse_non_finite, stored_dtype
 
     parallel = _initialize(parallel)
-    model = build_parrot_model(
+    model = build_model(
         config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
     )
     load_model_weights(directory, [model])
@@ -169,13 +169,13 @@ def _load_training(
 
 def _initialize(parallel: ParallelConfig | None) -> ParallelConfig:
     from parrot_sys.inference.lockstep import inference_layout
-    from parrot_sys.megatron.initialize import initialize
+    from parrot_sys.megatron.runtime.initialize import initialize
 
     return initialize(inference_layout(parallel))
 
 
 def _ready(
-    model: ParrotModel, processor: ParrotProcessor, directory: Path, source: ReleasedSource | None = None
+    model: MultimodalModel, processor: ParrotProcessor, directory: Path, source: ReleasedSource | None = None
 ) -> ParrotForConditionalGeneration:
     """The model object, for inference; `directory` holds the tokenizer."""
     from parrot_sys.inference.model import ParrotForConditionalGeneration

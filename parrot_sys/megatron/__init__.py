@@ -12,21 +12,21 @@ import warnings
 from typing import Any
 
 from parrot_sys import platform
-from parrot_sys.megatron import cpu_layer
+from parrot_sys.megatron.runtime import cpu_layer
 
 _PUBLIC = {
-    "GroupedExperts": "moe_layer",
+    "GroupedExperts": "embed.moe_layer",
     "Norm": "norms",
-    "TextGuidance": "guidance",
-    "TextGuidedLayer": "text_guided",
-    "TokenRouter": "moe_layer",
-    "add_text_guidance": "text_guided",
-    "learner_inputs": "wings_inputs",
-    "moe_layer_spec": "moe_layer",
-    "packed_sample_ids": "guidance",
-    "text_guidance": "guidance",
-    "text_guided_spec": "text_guided",
-    "with_grouped_experts": "moe_layer",
+    "TextGuidance": "embed.guidance",
+    "TextGuidedLayer": "embed.text_guided",
+    "TokenRouter": "embed.moe_layer",
+    "add_text_guidance": "embed.text_guided",
+    "learner_inputs": "embed.learners",
+    "moe_layer_spec": "embed.moe_layer",
+    "packed_sample_ids": "embed.guidance",
+    "text_guidance": "embed.guidance",
+    "text_guided_spec": "embed.text_guided",
+    "with_grouped_experts": "embed.moe_layer",
     "with_learners": "wings",
     "with_norms": "norms",
 }

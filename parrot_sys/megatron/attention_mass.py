@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.attention.core import AttentionContext, CoreAttention
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.modules.rotary import rotate
 from parrot_sys.ops.router_attention import router_attention_parts
 
@@ -43,7 +43,7 @@ def row_kinds(batch: PackedBatch) -> Tensor:
 
 
 @contextmanager
-def attention_mass(model: ParrotModel, kinds: Tensor) -> Iterator[list[Tensor]]:
+def attention_mass(model: MultimodalModel, kinds: Tensor) -> Iterator[list[Tensor]]:
     """Collects the attention of the rows AFTER during one forward pass of a pack without a cache.
 
     Args:

@@ -35,7 +35,7 @@ _TOP = {"vision_tower": "vision", "projector": "projector", "moe": "moe", "decod
 
 
 def component_of(name: str) -> str:
-    """Part that a parameter of `ParrotModel` belongs to, by its name there (as `named_parameters` gives it); "" for
+    """Part that a parameter of `MultimodalModel` belongs to, by its name there (as `named_parameters` gives it); "" for
     the name of anything else."""
     for mark, component in _INSIDE.items():
         if mark in name:

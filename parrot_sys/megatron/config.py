@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 
 Recompute = Literal["none", "full"]

@@ -30,13 +30,13 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.backends import parallel_linear_layers
-from parrot_sys.megatron.compat import mlp_submodule
-from parrot_sys.megatron.core_attention import AttentionContext, CoreAttention, make_context
-from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.attention.core import AttentionContext, CoreAttention, make_context
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.lora import QKV, with_lora
-from parrot_sys.megatron.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.norms import Norm, QueryKeyNorm
+from parrot_sys.megatron.runtime.backends import parallel_linear_layers
+from parrot_sys.megatron.runtime.compat import mlp_submodule
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import rotary_cos_sin
@@ -78,7 +78,7 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRA
 class OutputHead(ColumnParallelLinear):
     """The LM head: losses of label rows without their logits, or logits of chosen rows.
 
-    `GPTModel` builds its output layer itself; `Qwen2Decoder` turns it into this class. It stays a module that is
+    `GPTModel` builds its output layer itself; `Decoder` turns it into this class. It stays a module that is
     *called*, because overlapped parameter gathering hangs on the forward hooks of the module that owns the weight.
     """
 
@@ -102,7 +102,7 @@ class OutputHead(ColumnParallelLinear):
         return combine_vocab_parts(*parts, self.tp_group)
 
 
-class Qwen2Decoder(GPTModel):
+class Decoder(GPTModel):
     """RMSNorm, SwiGLU, RoPE, grouped-query attention over packed samples (Qwen2, arXiv 2407.10671; LLaMA).
 
     `embed` looks word embeddings up; `forward` takes them with the visual rows already in place.

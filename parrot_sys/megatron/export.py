@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.files import read_json
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.hf_checkpoint import TOWER_PREFIX, is_carried
 from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
@@ -39,7 +39,7 @@ class ReleasedSource:
 
 
 def export_tensors(
-    model: ParrotModel | Sequence[ParrotModel], source: ReleasedSource | None
+    model: MultimodalModel | Sequence[MultimodalModel], source: ReleasedSource | None
 ) -> Iterator[tuple[str, Tensor]]:
     """(released name, tensor) of everything that an export holds; every rank with a part of this copy must iterate.
 
@@ -49,7 +49,7 @@ def export_tensors(
     if source is None:
         yield from released_tensors(model)
         return
-    parrot = model.parrot if isinstance(model, ParrotModel) else model[0].parrot
+    parrot = model.parrot if isinstance(model, MultimodalModel) else model[0].parrot
     with TensorFiles(source.directory) as files:
         keys = files.names()
         dtypes = {key: files.dtype(key) for key in keys}
@@ -62,7 +62,7 @@ def export_tensors(
 
 
 def export_released(
-    model: ParrotModel | Sequence[ParrotModel],
+    model: MultimodalModel | Sequence[MultimodalModel],
     directory: str | Path,
     *,
     source: ReleasedSource | None = None,
@@ -94,12 +94,12 @@ def export_released(
         for _ in tensors:  # takes part in gathering the tensors
             pass
         return
-    first = model if isinstance(model, ParrotModel) else model[0]
+    first = model if isinstance(model, MultimodalModel) else model[0]
     _write(first, tensors, Path(directory), source, save_processor, dtype, overwrite=overwrite)
 
 
 def _write(
-    model: ParrotModel,
+    model: MultimodalModel,
     tensors: Iterator[tuple[str, Tensor]],
     directory: Path,
     source: ReleasedSource | None,
@@ -146,7 +146,7 @@ def _tower_inside(source: ReleasedSource) -> bool:
         return any(key.startswith(TOWER_PREFIX) for key in files.names())
 
 
-def _dtype_name(model: ParrotModel, source: ReleasedSource | None, dtype: torch.dtype | None) -> str:
+def _dtype_name(model: MultimodalModel, source: ReleasedSource | None, dtype: torch.dtype | None) -> str:
     if dtype is None and source is not None and source.keep_dtypes and "torch_dtype" in source.hf:
         return str(source.hf["torch_dtype"])
     return str(dtype or model.config.params_dtype).removeprefix("torch.")

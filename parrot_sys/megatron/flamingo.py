@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.backends import parallel_linear_layers
-from parrot_sys.megatron.core_attention import AttentionContext
+from parrot_sys.megatron.attention.core import AttentionContext
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.decoder import layer_spec
-from parrot_sys.megatron.kv_cache import KVCache
 from parrot_sys.megatron.lora import with_lora
-from parrot_sys.megatron.memory import MemoryPlan
+from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans, media_spans

@@ -36,7 +36,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRA, LoRAConfig, interleave
 
 if TYPE_CHECKING:
-    from parrot_sys.megatron.parrot_model import ParrotModel
+    from parrot_sys.megatron.model import MultimodalModel
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -245,7 +245,7 @@ def attribute_name(projection: str) -> str:
 
 
 @torch.no_grad()
-def merge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
+def merge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
     """Adds every update to the weight it belongs to; the model then computes, exports and counts as one without LoRA.
 
     The weights as they were are kept in host memory: adding and subtracting does not give them back bit for bit.
@@ -265,7 +265,7 @@ def merge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
 
 
 @torch.no_grad()
-def unmerge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
+def unmerge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
     """The reverse of `merge_lora`, bit for bit; gradients and changes of the merged weights since then are lost."""
     for chunk in [model] if isinstance(model, nn.Module) else model:
         for layer in _layers(chunk):
@@ -277,7 +277,7 @@ def unmerge_lora(model: ParrotModel | Sequence[ParrotModel]) -> None:
 
 
 @contextlib.contextmanager
-def merged_lora(model: ParrotModel | Sequence[ParrotModel]) -> Iterator[None]:
+def merged_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> Iterator[None]:
     """Within it, the updates are part of the weights."""
     merge_lora(model)
     try:

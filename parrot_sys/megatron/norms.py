@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from parrot_sys.megatron import backends
+from parrot_sys.megatron.runtime import backends
 
 
 class Norm:

@@ -1,4 +1,4 @@
-"""From released tensors to the (possibly sharded) parameters of a ParrotModel and back."""
+"""From released tensors to the (possibly sharded) parameters of a MultimodalModel and back."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import read_json
-from parrot_sys.megatron.checkpoint_reader import tensors_of
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.checkpoint.reader import tensors_of
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.finite import NonFinite
 from parrot_sys.models.hf_checkpoint import (
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"^decoder\.decoder\.layers\.(\d+)\.")
 
 
-def model_tensors(model: ParrotModel) -> dict[str, Tensor]:
+def model_tensors(model: MultimodalModel) -> dict[str, Tensor]:
     """Parameters and buffers that this rank holds, with decoder layers numbered over the whole model."""
     offset = model.decoder.decoder.layers[0].layer_number - 1 if len(model.decoder.decoder.layers) else 0
     tensors = {}
@@ -152,7 +152,7 @@ def _copy(target: Tensor, key: str, read: Callable[[str], Tensor], found: NonFin
         found.look(key, target[here])
 
 
-def load_released(model: ParrotModel, directory: str | Path, *, allow_non_finite: bool = False) -> None:
+def load_released(model: MultimodalModel, directory: str | Path, *, allow_non_finite: bool = False) -> None:
     """Fill this rank's part of the model from a checkpoint in the released layout, or start it from a bare Qwen2.
 
     A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes
@@ -218,7 +218,7 @@ def _fill_experts(
         fill(own, [one], read, rank=groups.etp_rank, size=groups.etp_size, non_finite=non_finite)
 
 
-def refuse_non_finite(chunks: Sequence[ParrotModel], where: object, *, allow: bool = False) -> None:
+def refuse_non_finite(chunks: Sequence[MultimodalModel], where: object, *, allow: bool = False) -> None:
     """Looks at the weights that were loaded into the parts of a model on this rank; every rank calls this.
 
     Raises:
@@ -295,7 +295,7 @@ def load_tower(
         found.refuse(source)
 
 
-def tower_tensors(model: ParrotModel) -> dict[str, Tensor]:
+def tower_tensors(model: MultimodalModel) -> dict[str, Tensor]:
     """Whole weights of the vision tower, by name; every tensor-parallel rank of the first pipeline stage calls this."""
     tower = model.vision_tower
     if tower is None:
@@ -306,7 +306,7 @@ def tower_tensors(model: ParrotModel) -> dict[str, Tensor]:
 
 
 def released_tensors(
-    model: ParrotModel | Sequence[ParrotModel],
+    model: MultimodalModel | Sequence[MultimodalModel],
     *,
     with_vision_tower: bool = True,
     value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
@@ -318,7 +318,7 @@ def released_tensors(
         with_vision_tower: also the tower's, by their names inside the checkpoint.
         value: what to take for each parameter or buffer, such as its gradient; None leaves it out.
     """
-    chunks = [model] if isinstance(model, ParrotModel) else model
+    chunks = [model] if isinstance(model, MultimodalModel) else model
     config, groups = chunks[0].parrot, chunks[0].pg_collection
     parts = {}
     for chunk in chunks:

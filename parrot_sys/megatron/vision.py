@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import common_fields
 from parrot_sys.megatron.decoder import layer_spec
-from parrot_sys.megatron.initialize import ParallelConfig
 from parrot_sys.megatron.norms import Norm
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.towers import VisionConfig

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.memory import MemoryPlan
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.modules.wings import WingsConfig
 
 KINDS = ("visual", "textual")

@@ -80,7 +80,7 @@ def block_maps(
 def flamingo_maps(
     config: FlamingoConfig, hidden_size: int, media_size: int, num_layers: int, lora: LoRAConfig | None = None
 ) -> list[TensorMap]:
-    """Resampler, gated blocks and their updates, of a decoder of `num_layers` layers, in `ParrotModel`'s names."""
+    """Resampler, gated blocks and their updates, of a decoder of `num_layers` layers, in `MultimodalModel`'s names."""
     maps = resampler_maps(config, media_size)
     for layer in range(num_layers):
         if config.has_block(layer + 1):

@@ -1,4 +1,4 @@
-"""Key maps: which released tensors make up which tensor of ParrotModel, in plain torch.
+"""Key maps: which released tensors make up which tensor of MultimodalModel, in plain torch.
 
 The released layout is that of the public Parrot code: a Qwen2 decoder (`model.layers.*`, `model.embed_tokens`,
 `model.norm`, `lm_head`), `model.mm_projector.*`, `model.moe_model.{gate,experts.N.{gate,up,down}_proj}` and, inside or
@@ -58,7 +58,7 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
 
 
 def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list[TensorMap]:
-    """ParrotModel <-> the released layout with the tower inside, or without any tower."""
+    """MultimodalModel <-> the released layout with the tower inside, or without any tower."""
     maps = llm_maps(config.llm, "decoder.") + llm_lora_maps(config.llm, config.lora, "decoder.")
     if config.wings is not None:
         maps += wings_maps(config.wings, config.llm, "decoder.")

@@ -18,9 +18,9 @@ from parrot_sys.config_values import config_to_dict, leaves, read_yaml
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.tokenization import tokenizer_fingerprint
 from parrot_sys.errors import CheckpointError, CheckpointWriteError, ConfigError
-from parrot_sys.megatron.checkpoint_writer import CheckpointWrite, guarded_write
-from parrot_sys.megatron.checkpointing import begin_save
-from parrot_sys.megatron.checksums import sync_directory, verify_checksums
+from parrot_sys.megatron.checkpoint.checksums import sync_directory, verify_checksums
+from parrot_sys.megatron.checkpoint.store import begin_save
+from parrot_sys.megatron.checkpoint.writer import CheckpointWrite, guarded_write
 from parrot_sys.models.checkpoint_files import (
     DAMAGED,
     EXPORT,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.components import COMPONENTS
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER

@@ -19,8 +19,8 @@ from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import DataError
-from parrot_sys.megatron import optimizer as megatron_optimizer
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.megatron.runtime import optimizer as megatron_optimizer
 from parrot_sys.megatron.state_dict import tower_tensors
 from parrot_sys.parallel.agreement import gather_everywhere
 from parrot_sys.towers import VisionConfig
@@ -33,7 +33,7 @@ _FILES_PER_LOOK = 1024
 
 def cache_features(
     config: TrainConfig,
-    model: ParrotModel,
+    model: MultimodalModel,
     processor: ParrotProcessor,
     loaders: Sequence[ParrotDataLoader],
     device: torch.device,

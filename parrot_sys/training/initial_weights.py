@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from parrot_sys.megatron.checkpointing import load_model_weights
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.checkpoint.store import load_model_weights
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.state_dict import load_released, load_tower, refuse_non_finite
 from parrot_sys.models.finite import NonFinite
 from parrot_sys.training.config import TrainConfig
 
 
-def load_initial_weights(chunks: Sequence[ParrotModel], config: TrainConfig, source: Path | None) -> None:
+def load_initial_weights(chunks: Sequence[MultimodalModel], config: TrainConfig, source: Path | None) -> None:
     """Fills the parts of the model on this rank; every rank calls this.
 
     Args:

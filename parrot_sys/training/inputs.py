@@ -8,7 +8,7 @@ from pathlib import Path
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.megatron.optimizer import data_parallel_rank, data_parallel_world_size
+from parrot_sys.megatron.runtime.optimizer import data_parallel_rank, data_parallel_world_size
 from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.training.config import TrainConfig
 

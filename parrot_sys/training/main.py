@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Megatron takes seconds to import: wrong settings are told before that.
     from torch import distributed as dist
 
-    from parrot_sys.megatron.initialize import shutdown
+    from parrot_sys.megatron.runtime.initialize import shutdown
     from parrot_sys.training.trainer import Trainer
 
     summary = Trainer(config).run()

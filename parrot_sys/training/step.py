@@ -14,9 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.megatron.optimizer import data_parallel_group, gradient_norm, replica_group, tensor_parallel_rank
-from parrot_sys.megatron.parrot_model import ParrotModel
-from parrot_sys.megatron.schedules import forward_backward, optimizer_step
+from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.megatron.runtime.optimizer import (
+    data_parallel_group,
+    gradient_norm,
+    replica_group,
+    tensor_parallel_rank,
+)
+from parrot_sys.megatron.runtime.schedules import forward_backward, optimizer_step
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
 from parrot_sys.training.faults import BadStep, StepGuard
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
@@ -158,7 +163,7 @@ class StepRunner:
 
 @torch.no_grad()
 def _routing_totals(
-    model: ParrotModel, moe: TextGuidedMoE, batches: Sequence[PackedBatch]
+    model: MultimodalModel, moe: TextGuidedMoE, batches: Sequence[PackedBatch]
 ) -> tuple[RoutingTotals, list[PackedBatch]]:
     """Counts over all images of the step, and the micro-batches to train on.
 

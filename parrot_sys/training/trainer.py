@@ -18,12 +18,12 @@ from parrot_sys.cli import save_config
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron import optimizer as megatron_optimizer
-from parrot_sys.megatron.checkpointing import load_training_state, read_progress
+from parrot_sys.megatron.checkpoint.store import load_training_state, read_progress
 from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
+from parrot_sys.megatron.model import MultimodalModel, build_chunks
+from parrot_sys.megatron.runtime import optimizer as megatron_optimizer
+from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.state_dict import refuse_non_finite
 from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
@@ -136,11 +136,11 @@ class Trainer:
         trainable = self._trainable()
         return {name: lr for name, lr in self.config.optimizer.component_lrs().items() if trainable[name]}
 
-    def _build_model(self, *, load: bool) -> list[ParrotModel]:
+    def _build_model(self, *, load: bool) -> list[MultimodalModel]:
         """The model of this rank, frozen where it should be; `load` fills it with the weights to start from."""
         config = self.config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        chunks = build_parrot_chunks(
+        chunks = build_chunks(
             config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
         )
         if load:

@@ -10,7 +10,7 @@ import pytest
 
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation.attention import WHERE, main, pearson
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.evaluation.tables import picture, write_table
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"

@@ -17,7 +17,7 @@ from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.prompts import question_prompt
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
 from parrot_sys.evaluation.tsv import read_table
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.evaluation.scripted import config
 from tests.evaluation.tables import picture, write_table
 

@@ -15,7 +15,7 @@ from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.main import evaluate, main
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import Item, load_tables, make_items
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from tests.evaluation.scripted import config
 from tests.evaluation.tables import picture, write_table

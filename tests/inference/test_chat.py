@@ -21,7 +21,7 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, _loop, routing_table
 from parrot_sys.inference.chat_texts import TEXTS
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 IMAGES = [FIXTURE / f"image_{i}.png" for i in range(4)]

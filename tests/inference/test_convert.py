@@ -18,7 +18,7 @@ from parrot_sys.config_values import config_to_dict, load_config
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.convert import main
 from parrot_sys.inference.pretrained import save_pretrained
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.modules.lora import LoRAConfig

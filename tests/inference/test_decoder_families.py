@@ -21,8 +21,8 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.files import read_json
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.megatron.state_dict import load_released, model_tensors
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.hf_config import config_from_hf
@@ -80,7 +80,7 @@ def _start(family: str, system: str, folder: Path) -> tuple[PreTrainedModel, Par
     reference.save_pretrained(folder)
     llm = llm_config_from_hf(read_json(folder / "config.json"))
     assert llm == _sizes(family, system)
-    model = build_parrot_model(ParrotConfig(llm=llm, vision=VISION, **{"max_seq_len": 128, **SYSTEMS[system]}))
+    model = build_model(ParrotConfig(llm=llm, vision=VISION, **{"max_seq_len": 128, **SYSTEMS[system]}))
     load_released(model, folder)
     return reference, ParrotForConditionalGeneration(model)
 
@@ -115,7 +115,7 @@ def test_export_and_import_are_bit_equal(family: str, system: str, tmp_path: Pat
     assert hf["model_type"] == (system if system == "multimodal_gpt" else f"{system}_{family}")
     config = config_from_hf(hf, tmp_path / "exported")
     assert dataclasses.replace(config, vision=VISION) == ours.config
-    again = build_parrot_model(config)
+    again = build_model(config)
     load_released(again, tmp_path / "exported")
     before, after = model_tensors(ours.model), model_tensors(again)
     assert before.keys() == after.keys()

@@ -19,7 +19,7 @@ import parrot_sys
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.sampling import SamplingConfig, filter_logits, next_tokens, penalize_repetition
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from tests.comparisons import differ
 from tests.inference.released_reference import FIXTURE, PAD, ReleasedParrot, Shape, pad, random_batch, write_checkpoint

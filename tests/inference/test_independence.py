@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.inference.mixed_requests import Mixed, assert_alone, limited
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -21,7 +21,7 @@ from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import save_pretrained
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.models.flamingo_reference import ReleasedMultimodalGpt, Shape, mean_loss
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mmgpt_tiny"

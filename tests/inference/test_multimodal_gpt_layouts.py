@@ -10,7 +10,7 @@ import torch
 
 import parrot_sys
 from parrot_sys.inference.convert import ConvertConfig, convert
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.models.flamingo_reference import ReleasedMultimodalGpt, Shape
 

@@ -17,7 +17,7 @@ import parrot_sys
 from parrot_sys.__main__ import main
 from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.convert import ConvertConfig, convert
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.foreign_files import FIXTURE, copy_fixture
 
 KEYS = sorted(load_file(FIXTURE / "model" / "model.safetensors"))

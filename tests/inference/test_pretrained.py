@@ -15,7 +15,7 @@ from torch import Tensor
 import parrot_sys
 from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from tests.inference.released_reference import (
     FIXTURE,

@@ -15,7 +15,7 @@ from torch import Tensor
 from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.inputs import padding_mask
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.inference.mixed_requests import limited
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

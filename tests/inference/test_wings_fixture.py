@@ -17,7 +17,7 @@ from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import save_pretrained
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "wings_tiny"
 IMAGE, PAD, V = -200, 630, 16

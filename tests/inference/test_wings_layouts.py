@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import parrot_sys
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.inference.test_wings_fixture import FIXTURE, PAD
 

@@ -24,7 +24,7 @@ def _hang() -> None:
 
 
 def _install(kind: str, step: int) -> None:
-    from parrot_sys.megatron import checkpoint_writer
+    from parrot_sys.megatron.checkpoint import writer as checkpoint_writer
     from parrot_sys.training.trainer import Trainer
 
     write, batches = checkpoint_writer._write_bucket, Trainer._batches

@@ -24,7 +24,7 @@ import yaml
 
 from parrot_sys.__main__ import COMMANDS, main
 from parrot_sys.config_values import config_to_dict, section_class
-from parrot_sys.megatron.initialize import shutdown
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.paths import Place, path_settings
 from tests.foreign_files import FIXTURE, copy_fixture

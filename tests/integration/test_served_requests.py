@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.inference.mixed_requests import Answers, Mixed, assert_alone, limited
 

@@ -21,11 +21,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from parrot_sys.megatron.adam import install_adam
-from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
-from parrot_sys.megatron.initialize import ParallelConfig, initialize
-from parrot_sys.megatron.moe_layer import with_grouped_experts
+from parrot_sys.megatron.checkpoint.writer import CheckpointWrite
+from parrot_sys.megatron.embed.moe_layer import with_grouped_experts
 from parrot_sys.megatron.norms import with_norms
+from parrot_sys.megatron.runtime.adam import install_adam
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 
 VOCAB, SEQ, LAYERS, EXPERTS, SAMPLES = 32, 8, 2, 8, 4
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from tests.megatron.gpt_training import ON_CPU
 
 VOCAB, IMAGE, SEQ = 64, -200, 9

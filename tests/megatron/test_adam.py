@@ -11,9 +11,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import nn
 
-from parrot_sys.megatron.adam import Adam, install_adam
-from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.adam import Adam, install_adam
+from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch
 
@@ -56,7 +56,7 @@ def _train(folder: str, dtype: torch.dtype, action: str) -> list[float]:
     initialize()
     assert install_adam()
     torch.manual_seed(3 if action != "load" else 4)
-    model = build_parrot_model(CONFIG, dtype=dtype, with_vision_tower=False)
+    model = build_model(CONFIG, dtype=dtype, with_vision_tower=False)
     ddp = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
     )

@@ -16,8 +16,8 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import DataError
 from parrot_sys.megatron.attention_mass import AFTER, BEFORE, IMAGE, attention_mass, row_kinds
-from parrot_sys.megatron.initialize import shutdown
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.rotary import rotate
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
@@ -25,12 +25,12 @@ TOLERANCE = 1e-5  # float32 sums of at most a hundred weights
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[ParrotModel]:
+def model() -> Iterator[MultimodalModel]:
     yield parrot_sys.load_pretrained(CHECKPOINT)[0].model
     shutdown()
 
 
-def _pack(model: ParrotModel, *samples: list[int]) -> PackedBatch:
+def _pack(model: MultimodalModel, *samples: list[int]) -> PackedBatch:
     vision = model.parrot.vision
     generator = torch.Generator().manual_seed(0)
     packed = [
@@ -47,11 +47,11 @@ def _pack(model: ParrotModel, *samples: list[int]) -> PackedBatch:
     return pack_samples(packed, num_visual_rows=vision.num_visual_rows)
 
 
-def _two_samples(model: ParrotModel) -> PackedBatch:
+def _two_samples(model: MultimodalModel) -> PackedBatch:
     return _pack(model, [5, 6, 7, IMAGE_TOKEN_ID, 8, 9], [IMAGE_TOKEN_ID, 3, 4, 5, 6])
 
 
-def test_kinds_of_rows(model: ParrotModel) -> None:
+def test_kinds_of_rows(model: MultimodalModel) -> None:
     visual = model.parrot.vision.num_visual_rows
     batch = _pack(model, [5, IMAGE_TOKEN_ID, 6, IMAGE_TOKEN_ID, 7], [8, 9, IMAGE_TOKEN_ID, 3])
     image = [IMAGE] * visual
@@ -62,7 +62,7 @@ def test_kinds_of_rows(model: ParrotModel) -> None:
 
 
 @torch.no_grad()
-def test_equal_weights_are_counted(model: ParrotModel) -> None:
+def test_equal_weights_are_counted(model: MultimodalModel) -> None:
     """With queries of zero a row gives every row up to itself the same weight."""
     batch = _two_samples(model)
     visual = model.parrot.vision.num_visual_rows
@@ -88,7 +88,7 @@ def test_equal_weights_are_counted(model: ParrotModel) -> None:
 
 
 @torch.no_grad()
-def test_shares_are_those_of_the_matrix_of_weights(model: ParrotModel) -> None:
+def test_shares_are_those_of_the_matrix_of_weights(model: MultimodalModel) -> None:
     batch = _two_samples(model)
     kinds = row_kinds(batch)
     wanted: list[Tensor] = []
@@ -122,7 +122,7 @@ def test_shares_are_those_of_the_matrix_of_weights(model: ParrotModel) -> None:
 
 
 @torch.no_grad()
-def test_nothing_is_collected_behind_the_block(model: ParrotModel) -> None:
+def test_nothing_is_collected_behind_the_block(model: MultimodalModel) -> None:
     batch = _two_samples(model)
     with attention_mass(model, row_kinds(batch)) as layers:
         pass

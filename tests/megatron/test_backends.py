@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from parrot_sys import platform
-from parrot_sys.megatron import backends
-from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime import backends
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from tests.megatron.parrot_reference import CONFIG
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -121,7 +121,7 @@ def _groups() -> Iterator[None]:
 @pytest.mark.usefixtures("_groups")
 def test_checkpoints_hold_parameters_only() -> None:
     """Layers with and without `_extra_state` have the same checkpoint, and load each other's."""
-    model = build_parrot_model(CONFIG)
+    model = build_model(CONFIG)
     assert any(name.endswith("_extra_state") for name in model.state_dict())
     state = model.sharded_state_dict()
     assert set(state) == {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
 
@@ -36,13 +36,13 @@ def _groups() -> Iterator[None]:
     shutdown()
 
 
-def _model(parallel: ParallelConfig) -> ParrotModel:
+def _model(parallel: ParallelConfig) -> MultimodalModel:
     initialize(parallel)
     torch.manual_seed(11)
-    return build_parrot_model(CONFIG, parallel)
+    return build_model(CONFIG, parallel)
 
 
-def _forward_backward(model: ParrotModel) -> dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]:
+def _forward_backward(model: MultimodalModel) -> dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Label rows of this rank, their losses, and gradients, for each micro-batch."""
     results = {}
     for name, batch in BATCHES.items():

@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 from parrot_sys import platform
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron import cpu_layer
 from parrot_sys.megatron.config import to_transformer_config
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
+from parrot_sys.megatron.runtime import cpu_layer
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.testing.distributed import run_distributed
 
@@ -91,7 +91,7 @@ import sys, torch
 from parrot_sys import platform
 torch.version.cuda, torch.version.hip, torch.cuda.device_count = None, "6.4.1", lambda: GPUS
 import parrot_sys.megatron
-from parrot_sys.megatron import cpu_layer
+from parrot_sys.megatron.runtime import cpu_layer
 from parrot_kernels import cuda_support
 found = platform.backend(), platform.device().type, platform.gpu_toolkit(), cuda_support.why_not()
 print(cpu_layer.is_installed(), *found, sep=";")
@@ -149,7 +149,7 @@ def test_uneven_collectives() -> None:
 
 
 def test_importing_the_package_imports_no_megatron() -> None:
-    code = "import sys, parrot_sys.megatron.initialize; print('megatron.core' in sys.modules)"
+    code = "import sys, parrot_sys.megatron.runtime.initialize; print('megatron.core' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "False"
 

@@ -14,10 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.config import Recompute, to_transformer_config
-from parrot_sys.megatron.decoder import Qwen2Decoder
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.kv_cache import KVCache
+from parrot_sys.megatron.decoder import Decoder
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.decoder_reference import LLAMA, QWEN3, TINY, build_reference, copy_weights, megatron_tensors
@@ -37,9 +37,9 @@ def _decoder(
     parallel: ParallelConfig | None = None,
     dtype: torch.dtype = torch.float32,
     recompute: Recompute = "none",
-) -> Qwen2Decoder:
+) -> Decoder:
     config = to_transformer_config(llm, parallel or ParallelConfig(), dtype=dtype, recompute=recompute)
-    return Qwen2Decoder(llm, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    return Decoder(llm, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ def _pack(lengths: list[int], vocab_size: int = TINY.vocab_size) -> Pack:
     )
 
 
-def _losses(decoder: Qwen2Decoder, pack: Pack) -> Tensor:
+def _losses(decoder: Decoder, pack: Pack) -> Tensor:
     embeddings = decoder.embed(pack.ids)
     return decoder(
         embeddings,

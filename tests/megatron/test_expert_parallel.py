@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch
@@ -24,7 +24,7 @@ def _losses(rank: int, parallel: ParallelConfig) -> np.ndarray:
     """Validation losses of a micro-batch with images, or on the last rank of one without."""
     initialize(parallel)
     torch.manual_seed(5)
-    model = build_parrot_model(dataclasses.replace(CONFIG, moe=MOE), parallel, with_vision_tower=False).eval()
+    model = build_model(dataclasses.replace(CONFIG, moe=MOE), parallel, with_vision_tower=False).eval()
     with torch.no_grad():
         return model(TEXT if rank == 1 else IMAGES).losses.numpy()
 
@@ -40,7 +40,7 @@ def test_validation_on_a_rank_without_images(sizes: dict[str, Any]) -> None:
 
 def _marks(rank: int, parallel: ParallelConfig) -> dict[str, tuple[bool, int | None]]:
     initialize(parallel)
-    model = build_parrot_model(dataclasses.replace(CONFIG, moe=MOE), parallel, device="meta", with_vision_tower=False)
+    model = build_model(dataclasses.replace(CONFIG, moe=MOE), parallel, device="meta", with_vision_tower=False)
     return {
         name: (getattr(p, "allreduce", True), p.partition_dim if getattr(p, "tensor_model_parallel", False) else None)
         for name, p in model.named_parameters()

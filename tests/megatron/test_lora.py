@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.checkpointing import load_model_weights, save_distributed
+from parrot_sys.megatron.checkpoint.store import load_model_weights, save_distributed
 from parrot_sys.megatron.components import component_parameters, set_trainable
 from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.initialize import initialize, shutdown
 from parrot_sys.megatron.lora import merge_lora, merged_lora, unmerge_lora
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.llm import LLMConfig
@@ -40,10 +40,10 @@ def _groups() -> Iterator[None]:
     shutdown()
 
 
-def _model(config: ParrotConfig = WITH, **settings: object) -> ParrotModel:
+def _model(config: ParrotConfig = WITH, **settings: object) -> MultimodalModel:
     """A model whose updates are not zero."""
     torch.manual_seed(3)
-    model = build_parrot_model(config, with_vision_tower=False, **settings)
+    model = build_model(config, with_vision_tower=False, **settings)
     for parameter in component_parameters(model)["lora"]:
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -53,7 +53,7 @@ def _add_update(layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
     layer.register_forward_hook(lambda _, rows, output: output + scale * ((rows[0] @ a.T) @ b.T))
 
 
-def _reference(model: ParrotModel) -> tuple[Qwen2ForCausalLM, dict[str, Tensor]]:
+def _reference(model: MultimodalModel) -> tuple[Qwen2ForCausalLM, dict[str, Tensor]]:
     """Transformers' decoder with the model's weights and updates; and all of these by released name."""
     config = model.parrot
     state = {name: tensor.detach().clone() for name, tensor in released_tensors(model)}
@@ -144,7 +144,7 @@ def test_released_layout_keeps_updates_and_settings(tmp_path: Path) -> None:
     export_released(model, tmp_path / "with")
     config = config_from_hf(read_json(tmp_path / "with" / "config.json"), tmp_path / "with")
     assert config.lora == WITH.lora
-    again = build_parrot_model(config, with_vision_tower=False)
+    again = build_model(config, with_vision_tower=False)
     load_released(again, tmp_path / "with")
     expected = dict(released_tensors(model))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in released_tensors(again))
@@ -153,14 +153,14 @@ def test_released_layout_keeps_updates_and_settings(tmp_path: Path) -> None:
     export_released(model, tmp_path / "merged")
     plain = config_from_hf(read_json(tmp_path / "merged" / "config.json"), tmp_path / "merged")
     assert plain.lora is None
-    merged = build_parrot_model(plain, with_vision_tower=False)
+    merged = build_model(plain, with_vision_tower=False)
     load_released(merged, tmp_path / "merged")
     batch = make_batch(MIXED)
     assert torch.equal(merged(batch, mode="logits").logits, model(batch, mode="logits").logits)
 
     with pytest.raises(CheckpointError, match=r"lora_A\.weight"):
-        load_released(build_parrot_model(CONFIG, with_vision_tower=False), tmp_path / "with")
-    start = build_parrot_model(WITH, with_vision_tower=False)
+        load_released(build_model(CONFIG, with_vision_tower=False), tmp_path / "with")
+    start = build_model(WITH, with_vision_tower=False)
     load_released(start, tmp_path / "merged")  # updates start at zero
     assert torch.equal(start(batch, mode="logits").logits, merged(batch, mode="logits").logits)
 
@@ -172,14 +172,14 @@ def test_training_checkpoints_with_and_without(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_distributed(tmp_path / name, [model], None, {})
     model, batch = _model(), make_batch(MIXED)
-    again = build_parrot_model(WITH, with_vision_tower=False)
+    again = build_model(WITH, with_vision_tower=False)
     load_model_weights(tmp_path / "with", [again])
     expected = dict(released_tensors(model))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in released_tensors(again))
 
-    start = build_parrot_model(WITH, with_vision_tower=False)
+    start = build_model(WITH, with_vision_tower=False)
     load_model_weights(tmp_path / "without", [start])  # updates start at zero
-    plain = build_parrot_model(CONFIG, with_vision_tower=False)
+    plain = build_model(CONFIG, with_vision_tower=False)
     load_model_weights(tmp_path / "without", [plain])
     assert torch.equal(start(batch, mode="logits").logits, merged(batch, mode="logits").logits)
     assert torch.equal(plain(batch, mode="logits").logits, merged(batch, mode="logits").logits)
@@ -207,5 +207,5 @@ def test_size_in_the_language_model_of_multimodal_gpt_9b() -> None:
         vocab_size=32003,
         qkv_bias=False,
     )
-    model = build_parrot_model(replace(CONFIG, llm=llama, lora=LoRAConfig()), device="meta", with_vision_tower=False)
+    model = build_model(replace(CONFIG, llm=llama, lora=LoRAConfig()), device="meta", with_vision_tower=False)
     assert sum(p.numel() for p in component_parameters(model)["lora"]) == 23_461_888 - 8 * 835_584

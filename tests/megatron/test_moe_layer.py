@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import GroupedExperts, TokenRouter, moe_layer_spec, with_grouped_experts
-from parrot_sys.megatron.compat import moe_submodules
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
+from parrot_sys.megatron.runtime.compat import moe_submodules
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron import gpt_training as gpt
 

@@ -17,10 +17,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer import TransformerConfig
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron import checkpointing
-from parrot_sys.megatron.adam import install_adam
-from parrot_sys.megatron.initialize import ParallelConfig, initialize
-from parrot_sys.megatron.optimizer_state import groups_of, with_saved_step
+from parrot_sys.megatron.checkpoint import store as checkpointing
+from parrot_sys.megatron.checkpoint.optimizer_state import groups_of, with_saved_step
+from parrot_sys.megatron.runtime.adam import install_adam
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.testing.distributed import run_distributed
 
 SEQUENCES, LENGTH, VOCABULARY, EXPERTS = 4, 8, 32, 4

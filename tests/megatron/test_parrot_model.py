@@ -1,4 +1,4 @@
-"""ParrotModel: forward and backward pass, stages, micro-batches without images, presets, checkpoints, ranks."""
+"""MultimodalModel: forward and backward pass, stages, micro-batches without images, presets, checkpoints, ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -44,9 +44,9 @@ def _groups() -> Iterator[None]:
     shutdown()
 
 
-def _model(config: ParrotConfig = CONFIG, **options: object) -> ParrotModel:
+def _model(config: ParrotConfig = CONFIG, **options: object) -> MultimodalModel:
     torch.manual_seed(11)
-    model = build_parrot_model(config, with_vision_tower=False, **options)
+    model = build_model(config, with_vision_tower=False, **options)
     return model
 
 
@@ -114,7 +114,7 @@ def test_truncated_image_uses_the_rows_that_are_left() -> None:
 @pytest.mark.parametrize("batch", [PackedBatch.empty(), make_batch(BATCHES["text-only"])], ids=["empty", "text-only"])
 @pytest.mark.parametrize("tower", [False, True])
 def test_every_parameter_gets_a_gradient_without_images(batch: PackedBatch, tower: bool) -> None:
-    model = build_parrot_model(CONFIG, with_vision_tower=tower)
+    model = build_model(CONFIG, with_vision_tower=tower)
     output = model(batch)
     assert output.routing.probs.shape == (0, 3)
     output.losses.sum().backward()
@@ -125,7 +125,7 @@ def test_every_parameter_gets_a_gradient_without_images(batch: PackedBatch, towe
 
 def test_trainable_tower_learns_and_frozen_tower_builds_no_graph() -> None:
     batch = make_batch(MIXED, pixels=True)
-    model = build_parrot_model(CONFIG)
+    model = build_model(CONFIG)
     model(batch).losses.sum().backward()
     assert all(p.grad is not None for p in component_parameters(model)["vision"])
     with pytest.raises(DataError, match="cached image features"):
@@ -228,7 +228,7 @@ def test_presets_of_the_paper_have_the_published_sizes(name: str) -> None:
             vocab_size=vocabulary,
         )
     )
-    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16, with_vision_tower=False)
+    model = build_model(config, device="meta", dtype=torch.bfloat16, with_vision_tower=False)
     counts = {part: sum(p.numel() for p in ps) for part, ps in component_parameters(model).items()}
     held = {part: count for part, count in counts.items() if count}
     assert held == {"projector": projector, "moe": moe, "llm": llm}
@@ -252,9 +252,9 @@ def _round_trip(folder: str, tie: bool) -> bool:
     """Save a model, load it into one with other weights, compare bit by bit."""
     config = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, tie_word_embeddings=tie))
     torch.manual_seed(1)
-    saved = build_parrot_model(config)
+    saved = build_model(config)
     torch.manual_seed(2)
-    loaded = build_parrot_model(config)
+    loaded = build_model(config)
     dist_checkpointing.save({"model": saved.sharded_state_dict()}, folder)
     state = dist_checkpointing.load({"model": loaded.sharded_state_dict()}, folder)
     loaded.load_state_dict(state["model"])
@@ -367,7 +367,7 @@ def test_tensor_parallel_from_one_seed_equals_one_rank(sequence_parallel: bool) 
 
 
 def test_modules_are_registered_under_the_names_of_the_parts() -> None:
-    model = build_parrot_model(CONFIG)
+    model = build_model(CONFIG)
     assert {name for name, _ in model.named_children()} == {"vision_tower", "projector", "moe", "decoder"}
     assert isinstance(model.projector, nn.Module)
     assert V == 5

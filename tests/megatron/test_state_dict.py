@@ -26,10 +26,10 @@ import parrot_sys
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import read_json
-from parrot_sys.megatron.checkpointing import load_model_weights, save_distributed
+from parrot_sys.megatron.checkpoint.store import load_model_weights, save_distributed
 from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.megatron.state_dict import load_released, load_tower, model_tensors
 from parrot_sys.megatron.vision import build_vision_tower
 from parrot_sys.models.efficientnet import EfficientNetLite0
@@ -100,7 +100,7 @@ def test_ranks_that_share_the_model(ranks: int, sizes: dict[str, int], tmp_path:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     initialize()
     single = parrot_sys.load_pretrained(FIXTURE / "model")[0].model
-    again = build_parrot_model(single.parrot)
+    again = build_model(single.parrot)
     assert load_model_weights(tmp_path / "distributed", [again]) == {"step": 0}
     saved, released = model_tensors(again), model_tensors(single)
     assert saved.keys() == released.keys()
@@ -111,7 +111,7 @@ def test_every_tensor_is_filled() -> None:
     """No parameter or buffer keeps what it had before."""
     initialize()
     config = config_from_hf(read_json(FIXTURE / "model" / "config.json"), FIXTURE / "model")
-    model = build_parrot_model(config, initialize_weights=False)
+    model = build_model(config, initialize_weights=False)
     with torch.no_grad():
         for tensor in model_tensors(model).values():
             tensor.fill_(torch.nan)
@@ -139,7 +139,7 @@ def test_start_from_a_bare_language_model(tmp_path: Path) -> None:
         read_json(FIXTURE / "clip-vit-tiny" / "config.json"), path=str(FIXTURE / "clip-vit-tiny")
     )
     config = ParrotConfig(llm=llm, vision=vision, moe=TextGuidedMoEConfig(num_experts=2, ffn_hidden_size=8))
-    model = build_parrot_model(config)
+    model = build_model(config)
     before = {name: tensor.detach().clone() for name, tensor in model_tensors(model).items()}
     load_released(model, tmp_path / "qwen")
     new = {name for name, tensor in model_tensors(model).items() if torch.equal(tensor, before[name])}
@@ -216,7 +216,7 @@ def test_export_of_a_model_with_efficientnet(tmp_path: Path) -> None:
         num_experts=3, ffn_hidden_size=8, routing="topk", topk=2, residual="paper", residual_weight=0.5
     )
     config = ParrotConfig(vision=vision, llm=llm, moe=moe, max_seq_len=128)
-    model = build_parrot_model(config)
+    model = build_model(config)
     load_tower(model.vision_tower, vision)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     processor = ParrotProcessor.for_tower(tmp_path / "tokenizer", "efficientnet_lite0", 64)
@@ -236,7 +236,7 @@ def _stage(rank: int, world_size: int, tied: bool) -> dict[str, np.ndarray]:
     parallel = initialize(ParallelConfig(pipeline_model_parallel_size=2))
     config = config_from_hf(read_json(FIXTURE / "model" / "config.json"), FIXTURE / "model")
     config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, tie_word_embeddings=tied))
-    model = build_parrot_model(config, parallel, initialize_weights=False)
+    model = build_model(config, parallel, initialize_weights=False)
     load_released(model, FIXTURE / "model")
     return {name: tensor.detach().numpy() for name, tensor in model_tensors(model).items()}
 
@@ -269,7 +269,7 @@ def test_first_stage_checkpoints_keep_going_past_their_experts(tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_moe"] is False
     first, _ = parrot_sys.load_pretrained(tmp_path / "out")
     assert torch.equal(first(ids, images=images).logits, wanted)
-    second = build_parrot_model(model.config)
+    second = build_model(model.config)
     load_released(second, tmp_path / "out")
     assert torch.equal(second.moe.w_gate_up, model.model.moe.w_gate_up)
 
@@ -281,7 +281,7 @@ def test_export_of_a_model_with_its_own_clip(tmp_path: Path) -> None:
     released = config_from_hf(hf, FIXTURE / "model")
     assert released.vision.path is not None
     config = dataclasses.replace(released, moe=TextGuidedMoEConfig(num_experts=2, ffn_hidden_size=8, topk=1))
-    model = build_parrot_model(config)
+    model = build_model(config)
     load_tower(model.vision_tower, config.vision)
     processor = ParrotProcessor.from_pretrained(FIXTURE / "model")
     export_released(model, tmp_path / "out", save_processor=processor.save_pretrained)

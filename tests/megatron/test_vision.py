@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.initialize import initialize, shutdown
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.megatron.vision import VisionTransformer, build_vision_tower
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.towers import KNOWN_TOWERS, VisionConfig, vision_config_from_hf

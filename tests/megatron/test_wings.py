@@ -12,9 +12,9 @@ from torch import Tensor
 
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -72,9 +72,9 @@ def _groups() -> Iterator[None]:
     shutdown()
 
 
-def build(config: ParrotConfig) -> ParrotModel:
+def build(config: ParrotConfig) -> MultimodalModel:
     torch.manual_seed(3)
-    model = build_parrot_model(config)
+    model = build_model(config)
     for name, parameter in model.named_parameters():
         if name.endswith("_up"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -97,13 +97,13 @@ def make(shapes: tuple[tuple[int, tuple[int, ...]], ...], seed: int = 5) -> list
     return samples
 
 
-def run(model: ParrotModel, samples: list[Sample]) -> list[Tensor]:
+def run(model: MultimodalModel, samples: list[Sample]) -> list[Tensor]:
     batch = pack_samples(samples, num_visual_rows=V)
     with torch.no_grad():
         return list(model(batch, mode="logits").logits.split(batch.cu_seqlens.diff().tolist()))
 
 
-def reference(model: ParrotModel, samples: list[Sample]) -> list[Tensor]:
+def reference(model: MultimodalModel, samples: list[Sample]) -> list[Tensor]:
     with torch.no_grad():
 
         def rows(pixels: Tensor) -> Tensor:
@@ -165,9 +165,9 @@ def test_no_row_reads_a_later_one_and_samples_do_not_meet() -> None:
 
 def test_new_learners_add_nothing() -> None:
     torch.manual_seed(3)
-    model, samples = build_parrot_model(QWEN), make((ONE, TEXT))
+    model, samples = build_model(QWEN), make((ONE, TEXT))
     torch.manual_seed(3)
-    plain = build_parrot_model(replace(QWEN, wings=None))
+    plain = build_model(replace(QWEN, wings=None))
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     assert_close(run(model, samples), run(plain, samples))
@@ -230,7 +230,7 @@ def test_stage_one_file_has_no_routers(tmp_path: Path) -> None:
     with TensorFiles(tmp_path / "model") as files:
         tensors = {name: files.tensor(name) for name in files.names() if "reweight_module" not in name}
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    loaded = build_parrot_model(LLAMA)
+    loaded = build_model(LLAMA)
     load_released(loaded, tmp_path / "model")
     assert not loaded.use_router
     assert model.use_router

@@ -10,8 +10,8 @@ import torch
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
 from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.models.hf_checkpoint import parrot_maps
 from parrot_sys.models.parrot import ParrotConfig
 
@@ -38,7 +38,7 @@ def _groups() -> Iterator[None]:
 @pytest.mark.parametrize("name", COUNTS)
 def test_sizes(name: str) -> None:
     config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
-    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    model = build_model(config, device="meta", dtype=torch.bfloat16)
 
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -55,7 +55,7 @@ def test_sizes(name: str) -> None:
 def test_size_of_multimodal_gpt() -> None:
     """Counts of the public code (open-mmlab/Multimodal-GPT); that of LoRA is what its training log printed."""
     config = config_from_dict(ParrotConfig, read_yaml(list_presets()["multimodal_gpt_9b"])["model"])
-    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    model = build_model(config, device="meta", dtype=torch.bfloat16)
     stage = read_yaml(list_presets()["multimodal_gpt_instruct"])
     set_trainable(model, stage["trainable"])
     parts = {name: sum(p.numel() for p in part) for name, part in component_parameters(model).items()}
@@ -79,7 +79,7 @@ WINGS_COUNTS = {"wings_qwen1_5_7b": 7_721_324_544, "wings_llama3_1_8b": 8_030_26
 @pytest.mark.parametrize("name", WINGS_COUNTS)
 def test_sizes_of_wings(name: str) -> None:
     config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
-    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    model = build_model(config, device="meta", dtype=torch.bfloat16)
     counts = {
         part: sum(parameter.numel() for parameter in parameters)
         for part, parameters in component_parameters(model).items()

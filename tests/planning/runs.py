@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.megatron.components import set_trainable
-from parrot_sys.megatron.initialize import initialize
-from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_chunks
+from parrot_sys.megatron.model import MultimodalModel, build_chunks
+from parrot_sys.megatron.runtime.initialize import initialize
+from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.projector import ProjectorConfig
@@ -153,7 +153,7 @@ def even_experts(model: ParrotConfig, ranks: int) -> ParrotConfig:
 
 
 @torch.no_grad()
-def balance_routes(model: ParrotModel, batch: PackedBatch) -> None:
+def balance_routes(model: MultimodalModel, batch: PackedBatch) -> None:
     """Sets the router so that top-k routes go through all sets of experts in turn, halves of the experts alternating.
 
     Six images are balanced over two ranks for top-1, and for top-2 of four experts, of which there are six pairs.
@@ -270,7 +270,7 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     initialize(layout.parallel)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     recompute = "full" if layout.recompute else "none"
-    chunks = build_parrot_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
+    chunks = build_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
     set_trainable(chunks, case.trainable.as_dict())
     if chunks[0].moe is not None and config.moe.routing == "topk":
         balance_routes(chunks[0], batch)

@@ -12,8 +12,8 @@ import torch
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
 from parrot_sys.megatron.components import component_parameters
-from parrot_sys.megatron.initialize import initialize, shutdown
-from parrot_sys.megatron.parrot_model import build_parrot_model
+from parrot_sys.megatron.model import build_model
+from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.cluster import GPUS, ClusterConfig, Efficiency
 from parrot_sys.planning.communication import Message
@@ -55,7 +55,7 @@ def _groups() -> Iterator[None]:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_the_presets_are_those_of_the_built_model(name: str) -> None:
     config = _preset(name)
-    model = build_parrot_model(config, device="meta", dtype=torch.bfloat16)
+    model = build_model(config, device="meta", dtype=torch.bfloat16)
     weights = stage_weights(config, Layout(), 0)
     for component, parameters in component_parameters(model).items():
         predicted = sum(weight.total for weight in weights if weight.component == component)

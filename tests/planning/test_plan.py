@@ -14,7 +14,7 @@ import torch
 from parrot_sys.__main__ import main
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import to_transformer_config
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig

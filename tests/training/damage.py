@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from parrot_sys.megatron.checksums import digest_file
+from parrot_sys.megatron.checkpoint.checksums import digest_file
 from parrot_sys.models.checkpoint_files import CHECKSUMS
 
 

@@ -17,9 +17,9 @@ from megatron.core import parallel_state
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.megatron.components import component_of, set_trainable
 from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.initialize import ParallelConfig, initialize
-from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import build_parrot_chunks, build_parrot_model
+from parrot_sys.megatron.model import build_chunks, build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
+from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -136,7 +136,7 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
         def write(rank: int, size: int) -> None:
             initialize(ParallelConfig())
             torch.manual_seed(11)
-            model = build_parrot_model(config)
+            model = build_model(config)
             for name, parameter in model.named_parameters():
                 # Zero at the start: nothing would reach what comes before, or the gated blocks.
                 if (component_of(name) == "lora" and name.endswith(".b")) or name.endswith("_up"):
@@ -174,12 +174,12 @@ def train(
         steps: all with the same samples.
         sgd: make Adam linear in the gradients (huge epsilon, no momentum), so that parameters can be compared: Adam
             itself turns rounding errors of tiny gradients into steps of full size.
-        recompute: see `build_parrot_model`.
+        recompute: see `build_model`.
         distributed: use the distributed optimizer.
         overlap: reduce gradients while the backward pass runs.
         reduction: see `StepRunner`.
         num_batches: how many of `micro_batches` make a step.
-        use_router: see `ParrotModel`.
+        use_router: see `MultimodalModel`.
     """
     parallel = parallel or ParallelConfig()
     world_size = parallel.model_parallel_size * data_parallel
@@ -208,7 +208,7 @@ def _train(
     use_router: bool,
 ) -> Run:
     initialize(parallel)
-    chunks = build_parrot_chunks(config, parallel, recompute=recompute)
+    chunks = build_chunks(config, parallel, recompute=recompute)
     for chunk in chunks:
         load_released(chunk, path)
         chunk.use_router = use_router

@@ -12,7 +12,7 @@ from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation import main as evaluation
 from parrot_sys.inference import chat as chatting
 from parrot_sys.inference import convert as converting
-from parrot_sys.megatron import initialize
+from parrot_sys.megatron.runtime import initialize
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import main as training
 from parrot_sys.training.config import CheckpointConfig

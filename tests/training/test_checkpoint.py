@@ -22,7 +22,7 @@ import torch
 from parrot_sys.errors import CheckpointError, CheckpointWriteError
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.logging import setup_logging
-from parrot_sys.megatron import checkpoint_writer
+from parrot_sys.megatron.checkpoint import writer as checkpoint_writer
 from parrot_sys.models.checkpoint_files import CHECKSUMS
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.checkpoint import latest_checkpoint

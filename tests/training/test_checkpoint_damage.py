@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.digest import checkpoint_digest
-from parrot_sys.megatron.checkpoint_reader import load_common
-from parrot_sys.megatron.checksums import verify_checksums
+from parrot_sys.megatron.checkpoint.checksums import verify_checksums
+from parrot_sys.megatron.checkpoint.reader import load_common
 from parrot_sys.models.checkpoint_files import CHECKSUMS
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.checkpoint import CheckpointStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.inference.convert import ConvertConfig, convert
-from parrot_sys.megatron import checkpoint_reader
+from parrot_sys.megatron.checkpoint import reader as checkpoint_reader
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from tests.training.tiny import MODEL, run, tiny_config

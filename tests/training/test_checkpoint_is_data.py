@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.checkpoint_reader import _read_index
+from parrot_sys.megatron.checkpoint.reader import _read_index
 from tests.training.damage import Hostile, poison, saved
 from tests.training.readers import READERS, STEP, Reader, name_of, refused, resume, run_of_one_step
 from tests.training.tiny import MODEL

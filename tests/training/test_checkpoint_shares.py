@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from parrot_sys.megatron import checkpoint_reader
-from parrot_sys.megatron.checkpoint_shares import _cut
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.checkpoint import reader as checkpoint_reader
+from parrot_sys.megatron.checkpoint.shares import _cut
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from tests.training.layouts import (
     FLAMINGO,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig

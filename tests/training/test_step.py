@@ -13,9 +13,9 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.initialize import ParallelConfig, initialize
-from parrot_sys.megatron.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.parrot_model import ParrotModel, build_parrot_model
+from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
+from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
@@ -36,9 +36,9 @@ State = dict[str, Tensor]
 
 def _model(
     config: ParrotConfig, dtype: torch.dtype, recompute: str, parallel: ParallelConfig, tower: bool = False
-) -> ParrotModel:
+) -> MultimodalModel:
     torch.manual_seed(11)
-    return build_parrot_model(config, parallel, dtype=dtype, recompute=recompute, with_vision_tower=tower)
+    return build_model(config, parallel, dtype=dtype, recompute=recompute, with_vision_tower=tower)
 
 
 def _train(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.wings import WingsConfig
 from parrot_sys.testing.distributed import run_distributed

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from parrot_sys.megatron.components import component_of
-from parrot_sys.megatron.initialize import ParallelConfig
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig

@@ -26,9 +26,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointWriteError
-from parrot_sys.megatron.checkpoint_shares import cut_for_shares
-from parrot_sys.megatron.checksums import Digest, digest_file, write_checksums
-from parrot_sys.megatron.compat import catch_common_state, plan_save
+from parrot_sys.megatron.checkpoint.checksums import Digest, digest_file, write_checksums
+from parrot_sys.megatron.checkpoint.shares import cut_for_shares
+from parrot_sys.megatron.runtime.compat import catch_common_state, plan_save
 from parrot_sys.parallel.agreement import gather_everywhere, on_first_rank
 
 _POLL_SECONDS = 0.02

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.parrot_model import ParrotModel, ParrotOutput
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.model import MultimodalModel, ParrotOutput
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
 
 def forward_logits(
-    model: ParrotModel,
+    model: MultimodalModel,
     batch: PackedBatch,
     *,
     logits_rows: Tensor | None = None,
@@ -32,7 +32,7 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache, router_weights: see `ParrotModel.forward`; the weights of a stage are
+        logits_rows, routing_override, kv_cache, router_weights: see `MultimodalModel.forward`; the weights of a stage are
             those of its own layers.
 
     Raises:
@@ -72,7 +72,7 @@ def forward_logits(
 
 
 def _routes_of_first_stage(
-    routing: RoutingOutput | None, batch: PackedBatch, model: ParrotModel
+    routing: RoutingOutput | None, batch: PackedBatch, model: MultimodalModel
 ) -> RoutingOutput | None:
     if not batch.num_images:
         return routing

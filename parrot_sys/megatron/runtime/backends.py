@@ -3,7 +3,7 @@
 Both accelerators are optional and serve CUDA only. All choices have the same parameters under the same names, so that a
 checkpoint does not tell which one wrote it (`without_extra_state`). Transformer Engine's norms and linear layers are
 taken where it is installed; of apex the fused LayerNorm, where Transformer Engine is not. A fused Adam of either is
-Megatron-Core's own choice; `parrot_sys.megatron.adam` is the one that takes over when there is none.
+Megatron-Core's own choice; `parrot_sys.megatron.runtime.adam` is the one that takes over when there is none.
 
 Importing this module imports neither Megatron nor an accelerator.
 """

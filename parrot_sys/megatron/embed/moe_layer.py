@@ -24,9 +24,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron import expert_weights
-from parrot_sys.megatron.backends import ignore_extra_state
-from parrot_sys.megatron.compat import moe_submodules, with_moe_submodules
+from parrot_sys.megatron.embed import expert_weights
+from parrot_sys.megatron.runtime.backends import ignore_extra_state
+from parrot_sys.megatron.runtime.compat import moe_submodules, with_moe_submodules
 from parrot_sys.ops import TopKRouting, m_grouped_gemm, m_grouped_swiglu, topk_routing
 
 # T tokens, R = T * K routed rows, E experts, N experts of this rank, H hidden_size, I moe_ffn_hidden_size of this rank

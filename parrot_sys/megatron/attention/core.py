@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.column_attention import ColumnSum, with_columns
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.memory import MemoryPlan
-from parrot_sys.megatron.packed_attention import (
+from parrot_sys.megatron.attention.columns import ColumnSum, with_columns
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryPlan
+from parrot_sys.megatron.attention.packed import (
     SegmentPlan,
     dense_attention,
     plan_segments,

@@ -222,7 +222,7 @@ def shutdown() -> None:
     """Leave all groups; `initialize` may be called again afterwards."""
     from megatron.core import parallel_state
 
-    from parrot_sys.megatron.compat import forget_moe_losses
+    from parrot_sys.megatron.runtime.compat import forget_moe_losses
 
     parallel_state.destroy_model_parallel()
     # Megatron forgets some groups, and what is left of a model may refer to others in circles. A process forked from

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from parrot_sys.megatron.checkpoint_reader import DataReader, as_data
+from parrot_sys.megatron.checkpoint.reader import DataReader, as_data
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 

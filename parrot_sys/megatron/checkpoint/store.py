@@ -16,12 +16,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.checkpoint_reader import load_common, load_sharded, tensors_of
-from parrot_sys.megatron.checkpoint_writer import CheckpointWrite
-from parrot_sys.megatron.checksums import verify_checksums
+from parrot_sys.megatron.checkpoint.checksums import verify_checksums
+from parrot_sys.megatron.checkpoint.optimizer_state import groups_of, use_saved_keys, with_saved_step
+from parrot_sys.megatron.checkpoint.reader import load_common, load_sharded, tensors_of
+from parrot_sys.megatron.checkpoint.writer import CheckpointWrite
 from parrot_sys.megatron.components import component_of
-from parrot_sys.megatron.optimizer_state import groups_of, use_saved_keys, with_saved_step
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.checkpoint_files import check_whole
 
 _MODEL = "model"
@@ -34,7 +34,7 @@ _LAYOUT = "layout"
 
 def begin_save(
     folder: str | Path,
-    chunks: Sequence[ParrotModel],
+    chunks: Sequence[MultimodalModel],
     optimizer: MegatronOptimizer | None,
     common: dict[str, Any],
     *,
@@ -61,7 +61,7 @@ def begin_save(
 
 
 def save_distributed(
-    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer | None, common: dict[str, Any]
+    folder: str | Path, chunks: Sequence[MultimodalModel], optimizer: MegatronOptimizer | None, common: dict[str, Any]
 ) -> None:
     """Writes one checkpoint to its end; arguments as in `begin_save`.
 
@@ -71,7 +71,7 @@ def save_distributed(
     begin_save(folder, chunks, optimizer, common).complete()
 
 
-def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, verify: bool = True) -> dict[str, Any]:
+def load_model_weights(folder: str | Path, chunks: Sequence[MultimodalModel], *, verify: bool = True) -> dict[str, Any]:
     """Loads the weights of a checkpoint into the parts of a model on this rank and returns its `common`.
 
     LoRA keeps its initial values when the checkpoint has none.
@@ -98,7 +98,7 @@ def load_model_weights(folder: str | Path, chunks: Sequence[ParrotModel], *, ver
 
 
 def load_training_state(
-    folder: str | Path, chunks: Sequence[ParrotModel], optimizer: MegatronOptimizer
+    folder: str | Path, chunks: Sequence[MultimodalModel], optimizer: MegatronOptimizer
 ) -> dict[str, Any]:
     """Loads weights, optimizer and, on the layout that saved it, the random state; returns `common`.
 
@@ -155,11 +155,11 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_model(chunks: Sequence[ParrotModel]) -> dict[str, Any]:
+def _sharded_model(chunks: Sequence[MultimodalModel]) -> dict[str, Any]:
     return {_MODEL: {f"chunk{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(chunks)}}
 
 
-def _load_chunks(chunks: Sequence[ParrotModel], loaded: dict[str, Any]) -> None:
+def _load_chunks(chunks: Sequence[MultimodalModel], loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(chunks):
         own = {key: tensor for key, tensor in chunk.state_dict().items() if _has_lora((key,))}
         chunk.load_state_dict(own | loaded[_MODEL][f"chunk{i}"])

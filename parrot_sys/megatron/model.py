@@ -1,4 +1,4 @@
-"""ParrotModel on Megatron-Core: vision tower -> projector -> text-guided MoE -> decoder (arXiv 2406.02539)."""
+"""MultimodalModel on Megatron-Core: vision tower -> projector -> text-guided MoE -> decoder (arXiv 2406.02539)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
 from parrot_sys.errors import DataError
-from parrot_sys.megatron import backends
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.config import Recompute, to_transformer_config
-from parrot_sys.megatron.decoder import Qwen2Decoder, layer_spec
+from parrot_sys.megatron.decoder import Decoder, layer_spec
 from parrot_sys.megatron.experts import (
     expert_groups,
     mark_experts,
@@ -34,9 +35,8 @@ from parrot_sys.megatron.experts import (
     sharded_projector,
 )
 from parrot_sys.megatron.flamingo import flamingo_layer_spec, media_plan
-from parrot_sys.megatron.initialize import ParallelConfig
-from parrot_sys.megatron.kv_cache import KVCache
-from parrot_sys.megatron.memory import MemoryPlan
+from parrot_sys.megatron.runtime import backends
+from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.megatron.wings import with_learners
 from parrot_sys.megatron.wings_memory import WingsPlan, plan_memory, remembered
 from parrot_sys.models.parrot import ParrotConfig
@@ -58,7 +58,7 @@ class ParrotOutput:
     routing: RoutingOutput | None = None  # None without images in inference, without MoE, and behind the first stage
 
 
-class ParrotModel(MegatronModule):
+class MultimodalModel(MegatronModule):
     """The whole model for packed micro-batches.
 
     `use_moe` switches the MoE off (stage 1: the projected rows go to the decoder as they are), `use_router` routers and
@@ -110,7 +110,7 @@ class ParrotModel(MegatronModule):
                     groups=expert_groups(pg_collection),
                 )
                 mark_experts(self.moe, pg_collection)
-        self.decoder = Qwen2Decoder(
+        self.decoder = Decoder(
             parrot.llm,
             config,
             pg_collection=pg_collection,
@@ -328,7 +328,7 @@ class ParrotModel(MegatronModule):
             return self.vision_tower(pixels.to(dtype)).to(dtype)
 
 
-def build_parrot_model(
+def build_model(
     parrot: ParrotConfig,
     parallel: ParallelConfig | None = None,
     *,
@@ -339,7 +339,7 @@ def build_parrot_model(
     initialize_weights: bool = True,
     pg_collection: ProcessGroupCollection | None = None,
     vp_stage: int | None = None,
-) -> ParrotModel:
+) -> MultimodalModel:
     """Build the part of the model that this rank holds; `initialize` must have been called.
 
     Args:
@@ -375,18 +375,18 @@ def build_parrot_model(
             tower = build_vision_tower(
                 parrot.vision, parallel, dtype=dtype, initialize_weights=config.perform_initialization
             )
-        model = ParrotModel(parrot, config, pg_collection=groups, vision_tower=tower, vp_stage=vp_stage)
+        model = MultimodalModel(parrot, config, pg_collection=groups, vision_tower=tower, vp_stage=vp_stage)
     return model if device.type == "meta" else model.to(device)
 
 
-def build_parrot_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settings: Any) -> list[ParrotModel]:
+def build_chunks(parrot: ParrotConfig, parallel: ParallelConfig, **settings: Any) -> list[MultimodalModel]:
     """All parts of the model that this rank holds: several under the interleaved pipeline schedule, else one.
 
     Args:
         parrot: sizes and options.
         parallel: layout, as given to `initialize`.
-        **settings: see `build_parrot_model`.
+        **settings: see `build_model`.
     """
     virtual = parallel.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
-    return [build_parrot_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]
+    return [build_model(parrot, parallel, vp_stage=stage, **settings) for stage in stages]

@@ -14,13 +14,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from parrot_sys.megatron.adam import install_adam
 from parrot_sys.megatron.components import component_of
-from parrot_sys.megatron.parrot_model import ParrotModel
+from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.megatron.runtime.adam import install_adam
 
 
 def wrap_data_parallel(
-    chunks: Sequence[ParrotModel], *, distributed_optimizer: bool = False, overlap: bool = False
+    chunks: Sequence[MultimodalModel], *, distributed_optimizer: bool = False, overlap: bool = False
 ) -> list[DistributedDataParallel]:
     """The parts of the model with gradient buffers for their trainable parameters; frozen ones get none.
 
@@ -28,7 +28,7 @@ def wrap_data_parallel(
     (`calculate_per_token_loss` is Megatron's name for that).
 
     Args:
-        chunks: from `build_parrot_chunks`, with their final `requires_grad` flags.
+        chunks: from `build_chunks`, with their final `requires_grad` flags.
         distributed_optimizer: the optimizer's state will be split over the data-parallel ranks.
         overlap: reduce a bucket of gradients while the rest of the backward pass runs; on the CPU both would fight for
             the same cores.

@@ -13,7 +13,7 @@ from parrot_sys.ops import router_attention, router_attention_parts
 from parrot_sys.parallel import context_attention
 
 if TYPE_CHECKING:
-    from parrot_sys.megatron.core_attention import AttentionContext
+    from parrot_sys.megatron.attention.core import AttentionContext
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from parrot_sys import platform
-from parrot_sys.megatron import compat
+from parrot_sys.megatron.runtime import compat
 
 _log = logging.getLogger(__name__)
 

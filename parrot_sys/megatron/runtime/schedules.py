@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.megatron.parrot_model import ParrotOutput
+from parrot_sys.megatron.model import ParrotOutput
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 
 R = TypeVar("R")

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.megatron.compat import replaced_readers
+from parrot_sys.megatron.runtime.compat import replaced_readers
 from parrot_sys.models.checkpoint_files import COMMON, INDEX, check_whole
 
 _CHECKPOINT = "torch.distributed.checkpoint"

@@ -1,0 +1,1 @@
+"""Training checkpoints: written by every rank, verified, read on any layout."""

@@ -1,0 +1,1 @@
+"""Parts for other people's Megatron programs (docs/embedding.md)."""
