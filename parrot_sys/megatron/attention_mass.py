@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.core import AttentionContext, CoreAttention
+from parrot_sys.megatron.attention.context import AttentionContext
+from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.modules.rotary import rotate
 from parrot_sys.ops.router_attention import router_attention_parts

@@ -30,7 +30,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.core import AttentionContext, CoreAttention, make_context
+from parrot_sys.megatron.attention.context import AttentionContext, make_context
+from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.lora import QKV, with_lora

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.core import AttentionContext
+from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.decoder import layer_spec

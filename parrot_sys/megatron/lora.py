@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
@@ -34,9 +34,6 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRA, LoRAConfig, interleave
-
-if TYPE_CHECKING:
-    from parrot_sys.megatron.model import MultimodalModel
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -245,7 +242,7 @@ def attribute_name(projection: str) -> str:
 
 
 @torch.no_grad()
-def merge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
+def merge_lora(model: nn.Module | Sequence[nn.Module]) -> None:
     """Adds every update to the weight it belongs to; the model then computes, exports and counts as one without LoRA.
 
     The weights as they were are kept in host memory: adding and subtracting does not give them back bit for bit.
@@ -253,6 +250,7 @@ def merge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
     Args:
         model: the model, or all the parts that this rank holds. Nothing happens to one without LoRA or merged before.
     """
+    chunk: Any
     for chunk in [model] if isinstance(model, nn.Module) else model:
         for layer in _layers(chunk):
             if not layer.lora.merged:
@@ -265,8 +263,9 @@ def merge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
 
 
 @torch.no_grad()
-def unmerge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
+def unmerge_lora(model: nn.Module | Sequence[nn.Module]) -> None:
     """The reverse of `merge_lora`, bit for bit; gradients and changes of the merged weights since then are lost."""
+    chunk: Any
     for chunk in [model] if isinstance(model, nn.Module) else model:
         for layer in _layers(chunk):
             if layer.lora.merged:
@@ -277,7 +276,7 @@ def unmerge_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> None:
 
 
 @contextlib.contextmanager
-def merged_lora(model: MultimodalModel | Sequence[MultimodalModel]) -> Iterator[None]:
+def merged_lora(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
     """Within it, the updates are part of the weights."""
     merge_lora(model)
     try:

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.columns import ColumnSum
-from parrot_sys.megatron.attention.core import AttentionContext, CoreAttention
+from parrot_sys.megatron.attention.context import AttentionContext, ColumnSum
+from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.wings_memory import KINDS, WingsPlan
 from parrot_sys.modules.rotary import rotary_cos_sin, rotate
 from parrot_sys.modules.wings import CUT_DIMS, LorraLearner, WingsConfig, WingsRouter

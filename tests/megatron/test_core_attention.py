@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.core import CoreAttention, make_context
+from parrot_sys.megatron.attention.context import make_context
+from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.packed import plan_segments, planned_attention
 from parrot_sys.modules.rotary import rotary_cos_sin, rotate
 

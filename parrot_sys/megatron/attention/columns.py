@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parrot_sys.megatron.attention.context import AttentionContext, ColumnSum
 from parrot_sys.ops import router_attention, router_attention_parts
 from parrot_sys.parallel import context_attention
-
-if TYPE_CHECKING:
-    from parrot_sys.megatron.attention.core import AttentionContext
-
-
-@dataclass(kw_only=True)
-class ColumnSum:
-    """Asks a layer's attention for its weights, summed over the heads of this rank, times two columns.
-
-    `columns[p]` belongs to the key at position p of its sample; `sums` is the answer (see `router_attention`).
-    """
-
-    columns: Tensor  # [P, 2], P at least the longest sample
-    sums: Tensor | None = None  # [T, 2] float32
 
 
 def with_columns(

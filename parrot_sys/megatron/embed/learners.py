@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.core import make_context
+from parrot_sys.megatron.attention.context import make_context
 from parrot_sys.megatron.wings import whole_rows
 from parrot_sys.megatron.wings_memory import check_length, papers_plan, remembered
 from parrot_sys.modules.wings import WingsConfig

@@ -32,8 +32,8 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache, router_weights: see `MultimodalModel.forward`; the weights of a stage are
-            those of its own layers.
+        logits_rows, routing_override, kv_cache, router_weights: see `MultimodalModel.forward`; the weights of a
+            stage are those of its own layers.
 
     Raises:
         ConfigError: gradients are wanted of a model in stages.
