@@ -126,7 +126,7 @@ def _accuracy_caption(scores: Scores) -> str:
 def _draw_categories(
     suite: str, languages: Mapping[str, Mapping[str, Any]], metric: str, guessing: float, output: Path, file: str
 ) -> list[tuple[str, str, Mapping[str, str]]]:
-    images = []
+    images, counted = [], "n_questions" if metric == "circular" else "n"
     for key, what in (("by_category", "category"), ("by_l2_category", "l2-category")):
         names = sorted({name for result in languages.values() for name in result["scores"][key]})
         if not names:
@@ -139,14 +139,14 @@ def _draw_categories(
         legend = plots.heat_map(
             {name: {language: cell[metric] for language, cell in row.items()} for name, row in cells.items()},
             name=suite,
-            title=f"accuracy per {what}",
+            title=f"{metric} accuracy per {what}",
             x_label="language",
             color_label="accuracy (%)",
             limits=(0.0, 100.0),
             mark=("guessing", guessing),
             digits=0,
             path=path,
-            counts={name: {language: cell["n"] for language, cell in row.items()} for name, row in cells.items()},
+            counts={name: {language: cell[counted] for language, cell in row.items()} for name, row in cells.items()},
         )
         caption = f"Accuracy per {what} and language ({suite}, {metric}); guessing would give {fixed(guessing, 1)}%"
         images.append((caption, path.name, legend))

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.outcomes import Outcome, compare_languages, mean_interval
 from parrot_sys.evaluation.report import ReportInput, build_report
@@ -117,7 +118,12 @@ def test_likelihood_per_token_stands_beside_the_plain_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["pets_en", "mmbench_dev_en"])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_circular_rows_stand_where_something_is_rotated(tmp_path: Path, name: str, rotated: bool) -> None:
+def test_circular_rows_stand_where_something_is_rotated(
+    tmp_path: Path, name: str, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    real = plots.heat_map
+    monkeypatch.setattr(plots, "heat_map", lambda *a, **k: (drawn.append(k), real(*a, **k))[1])
     write_table(tmp_path / "data" / f"{name}.tsv", questions(3, rotated=rotated, category="x"))
     always_a = Scripted(lambda item, routing: "A")
     content, text = report(tmp_path / "data", always_a, routing=("model", "off"))
@@ -127,6 +133,8 @@ def test_circular_rows_stand_where_something_is_rotated(tmp_path: Path, name: st
     assert content["details"]["headline"]["style"] == ("circular" if circular else "plain")
     assert content["style"]["en"] == (0.0 if circular else 50.0 if rotated else pytest.approx(100 / 3))
     assert ("**circular**" in text) is circular
+    (counts,) = [each["counts"] for each in drawn if each["title"].endswith("accuracy per category")]
+    assert counts == {"x": {"en": 3 if circular or not rotated else 6}}  # questions, or rows
 
 
 def test_changes_of_logits_stand_under_the_part_where_they_were_measured(tmp_path: Path) -> None:
