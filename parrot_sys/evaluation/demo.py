@@ -96,16 +96,7 @@ def forgetting(evaluations: Evaluations, folder: Path) -> list[str]:
     }
     content = {**runs, "change": change, "paired": tests}
     (folder / "forgetting.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    rows = [
-        [
-            kind,
-            str(sum(result["scores"]["n"] for result in after[kind]["model"].values())),
-            *(_mean(scores[kind]) for scores in (before, after)),
-            fixed(fmean(row.values()), 1, sign=True),
-            *(fixed(value, 1, sign=True) for value in row.values()),
-        ]
-        for kind, row in change.items()
-    ]
+    rows = [_dialogue_row(kind, before, after, row) for kind, row in change.items()]
     legend = plots.means_with_spread(
         {name: {kind: list(row.values()) for kind, row in runs[name].items()} for name in runs},
         chance=25.0,
@@ -141,6 +132,16 @@ def forgetting(evaluations: Evaluations, folder: Path) -> list[str]:
         "![Six types of dialogue before and after visual tuning](forgetting.png)",
         "",
         *([explain_numbers(legend), ""] if legend else []),
+    ]
+
+
+def _dialogue_row(kind: str, before: Scores, after: Scores, change: Mapping[str, float]) -> list[str]:
+    return [
+        kind,
+        str(sum(result["scores"]["n"] for result in after[kind]["model"].values())),
+        *(_mean(scores[kind]) for scores in (before, after)),
+        fixed(fmean(change.values()), 1, sign=True),
+        *(fixed(value, 1, sign=True) for value in change.values()),
     ]
 
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from parrot_sys.evaluation import plots
+from parrot_sys.evaluation.demo import Evaluations, forgetting
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.outcomes import Outcome, compare_languages, mean_interval
+from parrot_sys.evaluation.pipeline import Step
 from parrot_sys.evaluation.report import ReportInput, build_report
 from parrot_sys.evaluation.runner import Item, Prediction, Routing
 from tests.evaluation.scripted import Scripted, config
@@ -242,3 +244,21 @@ def test_any_name_stays_in_its_cell_and_in_the_folder(
     drawn = sorted(path.relative_to(folder / "out").as_posix() for path in folder.rglob("*.png"))
     assert len(drawn) == 2 + 2 * len(names)  # accuracies, parts; categories and experts of each part
     assert all(path.count("/") == 1 and path.startswith("report/") for path in drawn), drawn
+
+
+def test_dialogues_of_a_demo_have_n_intervals_and_a_paired_test(tmp_path: Path) -> None:
+    for language in ("en", "cn"):
+        rows = [{**row, "split": kind, "index": row["index"] + 20 * place}
+                for place, kind in enumerate(("T", "V")) for row in questions(4)]  # fmt: skip
+        write_table(tmp_path / "data" / f"iit_{language}.tsv", rows)
+    steps = {}
+    for name, scripted in (("before", Scripted(lambda item, routing: "A")), ("after", Scripted())):
+        evaluate(config(tmp_path / "data", output=tmp_path / name), scripted)
+        steps[name] = Step(name=name, folder=tmp_path / name, key=name, seconds=0.0)
+    text = "\n".join(forgetting(Evaluations(benchmark=steps["after"], attention=steps["after"], **steps), tmp_path))
+    header, *rows = tables_in(text)[0]
+    assert header[:5] == ["type", "n, all languages", "before", "after", "change"]
+    assert [row[:2] for row in rows] == [["T", "8"], ["V", "8"]]
+    assert all(cell.startswith(("50.0 [", "100.0 [")) for row in rows for cell in row[2:4])
+    assert "| T | 4 / 8 | +50.0 (2 : 0, p = 0.500) | +50.0 (2 : 0, p = 0.500) | +50.0 (4 : 0, p = 0.500) |" in text
+    assert json.loads((tmp_path / "forgetting.json").read_text())["paired"]["T"]["all"]["discordant"] == 4
