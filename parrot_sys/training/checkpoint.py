@@ -231,6 +231,11 @@ class CheckpointStore:
         """Whether a checkpoint is being written in the background."""
         return self._pending is not None
 
+    @property
+    def silent_seconds(self) -> float:
+        """Time without a byte of the checkpoint that is being written in the background, as `advance` saw it."""
+        return 0.0 if self._pending is None else self._pending[0].silent_seconds
+
     def advance(self, *, wait: bool = False) -> None:
         """Gives a checkpoint its name once every rank has written its part; `wait` for that. Nothing if none is due."""
         if self._pending is None:

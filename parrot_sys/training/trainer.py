@@ -337,6 +337,7 @@ class Trainer:
         if self.checkpoints.is_writing:
             with self.watchdog.section("checkpoint", "completing a checkpoint"):
                 self.checkpoints.advance(wait=wait)
+                self.watchdog.judge(self.checkpoints.silent_seconds, "a checkpoint is written in the background")
 
     def _export(self) -> None:
         with self.watchdog.section("export", "exporting the model"):

@@ -97,6 +97,17 @@ class Watchdog:
         finally:
             self._enter(self._sections[:-1])
 
+    def judge(self, silence: float, doing: str) -> None:
+        """Ends the process if work in the background was silent for longer than the section allows.
+
+        Args:
+            silence: seconds without progress.
+            doing: what is silent, for the log.
+        """
+        section = replace(self._sections[-1], doing=doing)
+        if section.timeout is not None and silence > section.timeout:
+            self._end(section, silence, grace=2.0)
+
     def _enter(self, sections: list[_Section]) -> None:
         self._last, self._sections = time.monotonic(), sections
         self._changed.set()

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,18 @@ def _in_the_writer() -> None:
     checkpoint_writer._write_bucket = _wait_for_ever
 
 
+def _in_the_writer_beside_slow_steps() -> None:
+    _in_the_writer()
+    batches = Trainer._batches
+
+    def slow(self: Trainer) -> Iterator[Any]:
+        for each in batches(self):
+            time.sleep(0.05)
+            yield each
+
+    Trainer._batches = slow  # type: ignore[method-assign]
+
+
 def _at_the_end_of_a_checkpoint() -> None:
     checkpoint_writer.write_checksums = _wait_for_ever
 
@@ -68,8 +80,15 @@ def _in_export() -> None:
             _at_the_end_of_a_checkpoint,
             "checkpoint_timeout",
             "completing a checkpoint",
-            {"max_steps": 400, "checkpoint": CheckpointConfig(interval=200, load_from=str(MODEL))},
+            {"max_steps": 120, "checkpoint": CheckpointConfig(interval=60, load_from=str(MODEL))},
             id="its-end-in-the-background",
+        ),
+        pytest.param(
+            _in_the_writer_beside_slow_steps,
+            "checkpoint_timeout",
+            "a checkpoint is written in the background",
+            {"max_steps": 200, "checkpoint": CheckpointConfig(interval=40, load_from=str(MODEL))},
+            id="in-the-background",
         ),
         pytest.param(_in_export, "export_timeout", "exporting the model", {}, id="export"),
     ],

@@ -58,6 +58,7 @@ class CheckpointWrite:
             buckets = _copied(buckets, self._plan.writer.write_buckets)
         files = {name: _serialized(values) for name, values in common.items()} if dist.get_rank() == 0 else {}
         self._results: list[Any] = []
+        self._seen, self._moved = -1, time.monotonic()
         self._paths = [Path(bucket[0]) for bucket in buckets] + [folder / name for name in files]
         # A daemon: a run that fails must not wait for a checkpoint that nobody completes.
         self._thread = threading.Thread(target=self._write, args=(buckets, files), name="parrot-save", daemon=True)
@@ -65,7 +66,15 @@ class CheckpointWrite:
 
     def is_done(self) -> bool:
         """Whether the writers of all ranks have come to their end, well or not. A collective."""
-        return self._progress()[0] == 0
+        writing, written = self._progress()
+        if written != self._seen:
+            self._seen, self._moved = written, time.monotonic()
+        return writing == 0
+
+    @property
+    def silent_seconds(self) -> float:
+        """Time since `is_done` last saw that some rank had written something."""
+        return time.monotonic() - self._moved
 
     def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
         """Until `is_done`.
