@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from parrot_sys.files import read_json
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
 from parrot_sys.models.hf_config import config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
 from parrot_sys.training.checkpoint import find_checkpoint
 from parrot_sys.training.config import TrainConfig
 
@@ -43,7 +44,7 @@ parrot data check a.json --checkpoint.load-from runs/first/hf --data.on-bad-samp
 class StartConfig:
     """Weights that training starts from."""
 
-    load_from: str | None = None
+    load_from: Annotated[str | None, INPUT_FOLDER] = None
     """Checkpoint whose tokenizer is used when model.tokenizer_path is not set, and whose model when no setting of
     `model` is."""
 
@@ -52,7 +53,7 @@ class StartConfig:
 class DataCheckConfig:
     """Checks record files."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], INPUT_FILE] = ()
     """Record files; data.paths when none is given."""
     model: ParrotConfig = field(default_factory=ParrotConfig)
     """Sizes and options of the model."""
