@@ -32,6 +32,7 @@ from parrot_sys.config_values import (
 )
 from parrot_sys.errors import ConfigError, ParrotError
 from parrot_sys.paths import check_outputs
+from parrot_sys.processes import EXIT_INTERRUPTED, end_with_parent
 
 __all__ = [
     "config_from_dict",
@@ -121,13 +122,22 @@ def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *
     """Calls `main(argv)` as a program: errors that a user can mend are one block of text and exit code 2.
 
     `--traceback` anywhere in `argv`, or PARROT_TRACEBACK=1, lets them through with their traceback. When nobody reads
-    the output any more, as behind `| head`, the program ends in silence with 141.
+    the output any more, as behind `| head`, the program ends in silence with 141; Ctrl-C ends it with 130. A worker of
+    torchrun ends with its launcher (SIGTERM), however that ends.
     """
     rest = [argument for argument in argv if argument != "--traceback"]
     shows_all = len(rest) < len(argv) or env.show_traceback()
+    if env.torchrun_id() is not None:
+        end_with_parent()  # a worker that outlives its launcher would keep its GPU and its output
     try:
         with terminal.standard_streams():
             return main(rest) or 0
+    except KeyboardInterrupt:
+        if shows_all:
+            raise
+        if env.rank() == 0:
+            print(f"\n{prog or Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except terminal.OutputClosedError:
         return terminal.CLOSED_PIPE_STATUS
     except ParrotError as error:

@@ -43,6 +43,16 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Writes a safetensors file with the mode that the umask gives; the library's own is 0600."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 @contextlib.contextmanager
 def errors_named(
     file: object, error: type[ParrotError] = CheckpointError, *, what: str = "cannot be read"

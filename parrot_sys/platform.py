@@ -12,8 +12,6 @@ import torch
 from parrot_sys.errors import ConfigError
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it: 128 and the number of SIGINT."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,9 +45,7 @@ def main(argv: list[str]) -> int:
     system = recipes.SYSTEMS[options.model]
     name = "demo" if system is recipes.PARROT else f"demo-{system.name}"
     root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
-    if options.fresh:
-        shutil.rmtree(root, ignore_errors=True)
-    pipeline = Pipeline(root, say=lambda line: print(line, flush=True))
+    pipeline = Pipeline(root, say=lambda line: print(line, flush=True), fresh=options.fresh)
     flags = recipes.QUICK_TRAIN if options.quick else ()
     data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
     stages: list[Step] = []

@@ -13,7 +13,6 @@ gave is kept in benchmarks/results/DEVICE (not with --quick).
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -44,11 +43,9 @@ def main(argv: list[str]) -> int:
     chosen = EXPERIMENTS[options.model]
     name = "experiment" if options.model == "parrot" else f"experiment-{options.model}"
     root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
-    if options.fresh:
-        shutil.rmtree(root, ignore_errors=True)
     device = "gpu" if platform.cuda_available() else "cpu"
     kept = root / chosen.file if options.quick else Path("benchmarks/results") / device / chosen.file
-    pipeline = Pipeline(root, say=lambda line: print(line, flush=True))
+    pipeline = Pipeline(root, say=lambda line: print(line, flush=True), fresh=options.fresh)
     data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
     content = experiment.experiment_content(chosen, recipes.provenance())
     report = root / "report" / "report.md"

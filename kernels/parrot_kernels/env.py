@@ -24,6 +24,16 @@ def triton_interpret() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def rank() -> int:
+    """`RANK`: number of this process among those of its launcher; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def torchrun_id() -> str | None:
+    """`TORCHELASTIC_RUN_ID`: of the run of torchrun that started this process, the same after restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def show_traceback() -> bool:
     """`PARROT_TRACEBACK=1`: commands show the traceback of an error that the user can mend."""
     return os.environ.get("PARROT_TRACEBACK", "0") == "1"

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from parrot_sys.data.concepts import Concept
 from parrot_sys.errors import ConfigError
+from parrot_sys.files import save_tensors
 
 _NAME_WEIGHT = 3.0  # a name says more about its concept than one of its keywords
 _EMBEDDING_NORM = 0.4
@@ -96,7 +96,7 @@ def write_initial_decoder(
         tensors |= _layer(f"model.layers.{layer}.", config, generator)
     tensors["model.norm.weight"] = torch.ones(config.hidden_size)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, output / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(contiguous, output / "model.safetensors")
     (output / "config.json").write_text(json.dumps(_hf_config(config, vocab_size), indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from typing import Any
 
 from parrot_sys.errors import ParrotError
 from parrot_sys.files import read_json
+from parrot_sys.locks import OutputLock
 from parrot_sys.paths import check_writable
+from parrot_sys.processes import Stopped, run_program
 
 
 class PipelineError(ParrotError):
@@ -41,16 +43,24 @@ class Step:
 class Pipeline:
     """Steps below one folder: results in ROOT/NAME, stamps in ROOT/stamps/NAME.json."""
 
-    def __init__(self, root: Path, *, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, *, say: Callable[[str], None], fresh: bool = False) -> None:
         """
         Args:
             root: folder of the run; made when needed.
             say: prints one line.
+            fresh: forget what is there.
 
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder cannot be written, or another process works in it.
         """
         check_writable(root)
+        self._lock = OutputLock(root)
+        if fresh:
+            for path in root.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path != self._lock.path:
+                    path.unlink()
         self.root = root
         self.say = say
         self.steps: list[Step] = []
@@ -98,8 +108,11 @@ class Pipeline:
         try:
             action(folder)
             stamp["done"] = True
-        except KeyboardInterrupt:
-            raise SystemExit("\nstopped; the same command goes on here") from None
+        except (KeyboardInterrupt, Stopped) as stop:
+            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            message = "stopped; the same command goes on here"
+            self.say(f"\n{message}")
+            raise Stopped(message, number) from None
         finally:
             seconds = time.perf_counter() - begin
             self.seconds += seconds
@@ -111,9 +124,10 @@ class Pipeline:
 
         Raises:
             PipelineError: it ended with an error.
+            Stopped: this process was asked to stop, and has passed it on; the program has ended.
         """
         self.say("$ " + " ".join(arguments))
-        code = subprocess.run(arguments, check=False).returncode
+        code = run_program(arguments)
         if code:
             raise PipelineError(
                 f"exit code {code} of: {' '.join(arguments)}\nMend what it says and start again to go on here"

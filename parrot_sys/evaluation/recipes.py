@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from parrot_sys import platform
 from parrot_sys.cli import list_presets, parse_config
 from parrot_sys.data.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.pipeline import Pipeline, Step
+from parrot_sys.files import save_tensors
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 EXPERT_PREFIX = "model.moe_model."
@@ -148,7 +149,7 @@ def train(
         arguments += ["--validation.paths", str(data.folder / "validation.json")]
     arguments += ["--checkpoint.load-from", str(data.folder / "decoder" if start is None else released(start))]
     # torchrun sets one thread itself where nothing is set, but not without a warning
-    launcher = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "parrot_sys.launcher", "--standalone"]
     launcher += ["--nproc-per-node", str(num_processes())]
 
     def run(folder: Path) -> None:
@@ -234,7 +235,7 @@ def bare_decoder(pipeline: Pipeline, model: Step, data: Step, *, name: str) -> S
         shutil.copytree(data.folder / "decoder", target)
         trained = load_file(released(model) / "model.safetensors")
         held = load_file(target / "model.safetensors")
-        save_file({key: trained[key] for key in held}, target / "model.safetensors", metadata={"format": "pt"})
+        save_tensors({key: trained[key] for key in held}, target / "model.safetensors")
 
     return pipeline.step(name, run, after=[model, data])
 
@@ -252,7 +253,7 @@ def strip_experts(folder: Path) -> None:
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXPERT_PREFIX)}
     if len(kept) == len(tensors):
         raise CheckpointError(f"{weights} holds no experts ({EXPERT_PREFIX}*)")
-    save_file(kept, weights, metadata={"format": "pt"})
+    save_tensors(kept, weights)
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["use_moe"] = False
     config.get("parrot_sys", {}).pop("moe", None)

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.files import Fields, errors_named, read_json
+from parrot_sys.files import Fields, errors_named, read_json, save_tensors
 from parrot_sys.staging import staged_directory
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -294,7 +293,7 @@ def write_tensors(
 
     def flush() -> None:
         path = directory / f"shard-{len(shards)}.tmp"
-        save_file(pending, path, metadata={"format": "pt"})
+        save_tensors(pending, path)
         shards.append((path, list(pending)))
         pending.clear()
 

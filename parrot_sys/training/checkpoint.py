@@ -98,6 +98,17 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
                 f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
                 "or another --output with --checkpoint.load-from for a new run"
             )
+    _check_split(saved, config, folder)
+
+
+def _check_split(saved: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:
+    """The distributed optimizer needs main parameters, which the other one saves beside bf16 weights only."""
+    if config.optimizer.distributed and config.precision == "fp32" and saved.get("optimizer.distributed") is False:
+        raise ConfigError(
+            f"{folder} was saved without optimizer.distributed at precision fp32, so its optimizer's state cannot be "
+            "split now; fix: set optimizer.distributed=false, or give another --output with --checkpoint.load-from for "
+            "a new run"
+        )
 
 
 def check_same_text(processor: ParrotProcessor, folder: Path, common: Mapping[str, Any]) -> None:

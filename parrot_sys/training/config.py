@@ -278,9 +278,10 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the data, when `max_steps` is not set."""
     max_steps: int | None = None
-    """Steps of the run."""
+    """Steps of the run, at the batch size that it began with: progress counts samples."""
     loss_reduction: Literal["global", "micro_batch"] = "global"
-    """`global`: mean over all labels of the step; `micro_batch`: mean of the micro-batches' means (released code)."""
+    """`global`: mean over all labels of the step; `micro_batch`: mean of the micro-batches' means (released code),
+    which depends on the data-parallel size and on how samples are packed."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of parameters and activations; bf16 keeps fp32 main parameters and gradients in the optimizer."""
     recompute: Literal["none", "full"] = "none"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parrot_sys.platform import EXIT_INTERRUPTED
+from parrot_sys.processes import EXIT_INTERRUPTED
 
 _ASKING = (signal.SIGTERM, signal.SIGINT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import signal
@@ -18,6 +19,7 @@ from parrot_sys.cli import save_config
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
+from parrot_sys.locks import OutputLock
 from parrot_sys.megatron.checkpoint.store import load_training_state, read_progress
 from parrot_sys.megatron.components import set_trainable
 from parrot_sys.megatron.export import export_released
@@ -35,6 +37,7 @@ from parrot_sys.training.checkpoint import (
     first_batch_size,
 )
 from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.export import exported_step, save_with_step
 from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
@@ -61,12 +64,21 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.watchdog = Watchdog(config.faults)
+        self.export_folder = self.output / "hf"
         with self.watchdog.section("setup", "starting"):
-            self._set_up()
+            self._meet()
+            self._lock: OutputLock | None = None
+            on_first_rank(self._lock_output)
+            try:
+                self._set_up()
+            except BaseException:
+                self._unlock_output()
+                raise
 
     # ------------------------------------------------------------------------------------------------------- set-up
 
-    def _set_up(self) -> None:
+    def _meet(self) -> None:
+        """The other processes."""
         config = self.config
         platform.set_cpu_threads()
         # Later than the watchdog: a collective that gives up ends its rank before that has logged where it stands.
@@ -74,6 +86,22 @@ class Trainer:
         initialize(config.parallel, seed=config.seed, timeout=max(600.0, patience))
         self.watchdog.meet()
         self.device = platform.device()
+        if config.loss_reduction == "micro_batch":
+            _warn(
+                "loss_reduction=micro_batch: the loss depends on how samples fall into micro-batches, so on the "
+                "data-parallel size (now %d) and on data.max_tokens_per_micro_batch; loss_reduction=global does not",
+                megatron_optimizer.data_parallel_world_size(),
+            )
+
+    def _lock_output(self) -> None:
+        self._lock = OutputLock(self.output)
+
+    def _unlock_output(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _set_up(self) -> None:
+        config = self.config
         self.checkpoints = CheckpointStore(config, on_progress=self.watchdog.beat)
         resume_from = self._resume_from()
         wanted = config.checkpoint.load_from if resume_from is None else None  # a run that goes on needs no other
@@ -209,6 +237,12 @@ class Trainer:
             TrainingError: a loss or gradient is no number or spikes, and the configuration says stop.
             CheckpointWriteError: the last checkpoint could not be written.
         """
+        try:
+            return self._run()
+        finally:
+            self._unlock_output()
+
+    def _run(self) -> dict[str, Any]:
         with self.watchdog.section("setup", "writing the settings"):
             on_first_rank(lambda: save_config(self.config, self.output / "config.yaml"))
             if megatron_optimizer.sees_samples_first():
@@ -218,8 +252,8 @@ class Trainer:
         else:
             logger.info("all %d steps are done; nothing is left to train", self.step)
             summary = {"finished": True, "steps": 0}
-        wants_export = self.config.checkpoint.export and (summary["steps"] or not (self.output / "hf").is_dir())
-        if summary["finished"] and wants_export:
+        wants_export = summary["finished"] and self.config.checkpoint.export
+        if wants_export and on_first_rank(lambda: exported_step(self.export_folder)) != self.step:
             self._export()
         return summary
 
@@ -341,9 +375,9 @@ class Trainer:
 
     def _export(self) -> None:
         with self.watchdog.section("export", "exporting the model"):
-            save = self.processor.save_pretrained
+            save = functools.partial(save_with_step, self.processor, self.step)
             beat = self.watchdog.beat
-            export_released(self.chunks, self.output / "hf", save_processor=save, overwrite=True, on_progress=beat)
+            export_released(self.chunks, self.export_folder, save_processor=save, overwrite=True, on_progress=beat)
             dist.barrier()
 
 

@@ -19,10 +19,14 @@ from parrot_sys.errors import CheckpointError
 Group = dict[str, Any]
 
 _PREFIX = re.compile(r"chained_\d+\.")
+_MAIN, _MAIN_BF16 = "optimizer.state.param.", "optimizer.state.fp32_param."
 
 
 def use_saved_keys(state: Any, saved: Collection[str]) -> None:
-    """Renames the sharded tensors of `state` whose keys the checkpoint has with or without a `chained_N.` in front.
+    """Renames the sharded tensors of `state` that the checkpoint has under another key.
+
+    That is with or without a `chained_N.` in front, and main parameters beside bf16 weights: the distributed optimizer
+    calls them `param`, the other one `fp32_param`.
 
     Args:
         state: sharded state dict of an optimizer; changed in place.
@@ -31,7 +35,16 @@ def use_saved_keys(state: Any, saved: Collection[str]) -> None:
     plain = {_PREFIX.sub("", key, count=1): key for key in saved}
     for part in _sharded(state):
         if part.key not in saved:
-            part.key = plain.get(_PREFIX.sub("", part.key, count=1), part.key)
+            key = _PREFIX.sub("", part.key, count=1)
+            part.key = plain.get(key, plain.get(_other_name(key), part.key))
+
+
+def _other_name(key: str) -> str:
+    """Key under which the other optimizer saves the same main parameter."""
+    for own, other in ((_MAIN, _MAIN_BF16), (_MAIN_BF16, _MAIN)):
+        if key.startswith(own):
+            return other + key.removeprefix(own)
+    return key
 
 
 def groups_of(state: Any) -> list[Group]:
