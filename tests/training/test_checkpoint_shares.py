@@ -65,7 +65,7 @@ def _train(config: TrainConfig, ranks: int, *, stop_behind: int | None = None) -
 @pytest.mark.parametrize(
     ("ranks", "zero1", "parallel"),
     [
-        pytest.param(2, False, ParallelConfig(), id="dp2"),
+        pytest.param(2, False, ParallelConfig(), id="dp2", marks=pytest.mark.slow),
         pytest.param(2, True, ParallelConfig(), id="dp2-zero1"),
         pytest.param(4, True, ParallelConfig(), id="dp4-zero1", marks=pytest.mark.slow),
         pytest.param(4, True, ParallelConfig(expert_model_parallel_size=2), id="dp4-ep2-zero1", marks=pytest.mark.slow),

@@ -75,7 +75,14 @@ def _in_export() -> None:
         ),
         pytest.param(_in_steps, "hang_timeout", "training behind step 0", {}, id="steps"),
         pytest.param(_in_the_writer, "checkpoint_timeout", "saving a checkpoint", {}, id="checkpoint"),
-        pytest.param(_at_the_end_of_a_checkpoint, "checkpoint_timeout", "saving a checkpoint", {}, id="its-end"),
+        pytest.param(
+            _at_the_end_of_a_checkpoint,
+            "checkpoint_timeout",
+            "saving a checkpoint",
+            {},
+            id="its-end",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             _at_the_end_of_a_checkpoint,
             "checkpoint_timeout",
