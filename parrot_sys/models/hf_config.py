@@ -78,7 +78,9 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
     if model_type in WINGS_TYPES:
         names, limit = tensor_names(directory), "tokenizer_max_length"
         vision, wings = tower_as_stored(vision, names), wings_from_hf(fields, names, llm.num_layers)
-    projector = ProjectorConfig() if flamingo else ProjectorConfig(type=fields.get("mm_projector_type", str, "linear"))
+    with naming_file(fields.file):
+        kind = fields.get("mm_projector_type", str, "linear")
+        projector = ProjectorConfig() if flamingo else ProjectorConfig(type=kind)
     with naming_file(fields.file):
         config = ParrotConfig(
             vision=vision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -123,7 +124,7 @@ class TensorFiles:
         for name in sorted(set(file_of.values())):
             if Path(name).name != name:
                 raise CheckpointError(f"{index} {_DAMAGED}: shards must lie beside it, got the file name {name!r}")
-            if not (self.directory / name).is_file():
+            if not os.path.isfile(self.directory / name):  # (Path.is_file raises for names that no file can have)
                 raise CheckpointError(f"{self.directory / name} is missing; the index names it as a shard")
             self._files[name] = _open(self.directory / name)
         held = {name: set(file.names()) for name, file in self._files.items()}
