@@ -59,6 +59,11 @@ class StepLog:
         self._begin()
         return record
 
+    def measured(self) -> dict[str, Any]:
+        """Loss and labels of the last record; before the first, of the steps so far."""
+        record = self.last or (self._window.record() if self._window.steps else {})
+        return {name: record.get(name) for name in ("loss", "labels")}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for `load_state_dict`."""
         elapsed = self._before + time.perf_counter() - self._since

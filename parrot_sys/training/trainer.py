@@ -311,8 +311,7 @@ class Trainer:
             "steps": self.step - first,
             "seconds": seconds,
             "tokens_per_second": self.log.rows / seconds,
-            "loss": self.log.last.get("loss"),
-            "labels": self.log.last.get("labels"),
+            **self.log.measured(),
         }
         writer.say(summary_line(summary, self.step, total))
         return summary
@@ -353,16 +352,17 @@ class Trainer:
         return total.record()
 
     def _save(self, *, wait: bool) -> None:
-        # Ranks differ in the samples they left out: what rank 0 says is saved.
-        loader = [self.loader.state_dict()]
-        dist.broadcast_object_list(loader, src=0)
+        # Ranks differ in the samples they left out and in their clocks: what rank 0 says is saved.
+        own = [self.loader.state_dict(), self.log.state_dict()]
+        dist.broadcast_object_list(own, src=0)
+        loader, log = own
         common = {
-            "loader": loader[0],
+            "loader": loader,
             "total_steps": self.length.total_steps,
             "batch_size": self.length.batch_size,
             "template": self.processor.template.version,
             "guard": self.guard.state_dict(),
-            "log": self.log.state_dict(),
+            "log": log,
         }
         with self.watchdog.section("checkpoint", "saving a checkpoint"):
             self.checkpoints.save(self.step, self.chunks, self.optimizer, common, self.processor, wait=wait)

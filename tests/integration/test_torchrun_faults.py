@@ -106,3 +106,17 @@ def test_sigterm_saves_and_workers_exit_with_0(restarts: int | None, tmp_path: P
     newest = latest_checkpoint(Path(config.output) / "checkpoints")
     assert newest is not None
     assert newest.name == f"step-{last:08d}"
+
+
+def test_ctrl_c_saves_and_ends_with_130(tmp_path: Path) -> None:
+    config = _config(tmp_path, "run")
+    process = _start(config, tmp_path, restarts=None)
+    log = tmp_path / "log.txt"
+    _wait_for_step(config, 2, process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(SECONDS) == 130, log.read_text()
+    assert "Traceback" not in log.read_text()
+    last = losses(config)[-1][0]
+    newest = latest_checkpoint(Path(config.output) / "checkpoints")
+    assert newest is not None
+    assert newest.name == f"step-{last:08d}"
