@@ -1,6 +1,6 @@
 """`parrot data check`: reads record files once and finds what training would stop at, leave out or change.
 
-Memory does not grow with the files but for 8 bytes a record (duplicates) and a few dozen for each picture.
+Memory does not grow with the files but for 16 bytes a record (duplicates) and a few dozen for each picture.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -35,7 +36,7 @@ from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.lora import QKV, with_lora
-from parrot_sys.megatron.norms import Norm, QueryKeyNorm
+from parrot_sys.megatron.norms import Norm
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.megatron.runtime.compat import mlp_submodule
 from parrot_sys.models.llm import LLMConfig
@@ -45,7 +46,9 @@ from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, combine_vocab_parts, share_pack
 
 
-def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None) -> ModuleSpec:
+def layer_spec(
+    attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None, qk_norm: bool = False
+) -> ModuleSpec:
     """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
     column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
@@ -59,8 +62,9 @@ def layer_spec(attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRA
                     linear_qkv=with_lora(column_parallel, lora, QKV),
                     core_attention=CoreAttention,
                     linear_proj=with_lora(row_parallel, lora, ("o_proj",), row_parallel=True),
-                    q_layernorm=QueryKeyNorm,
-                    k_layernorm=QueryKeyNorm,
+                    # Each tensor-parallel rank sees its own heads: Megatron adds up these gradients by name.
+                    q_layernorm=Norm if qk_norm else IdentityOp,
+                    k_layernorm=Norm if qk_norm else IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -118,7 +122,7 @@ class Decoder(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        spec_of_layer: Callable[[int], ModuleSpec] = lambda _: layer_spec(),
+        spec_of_layer: Callable[[int], ModuleSpec] | None = None,
     ) -> None:
         """
         Args:
@@ -128,14 +132,15 @@ class Decoder(GPTModel):
             pre_process: this part has the embeddings.
             post_process: this part has the LM head.
             vp_stage: chunk number under the interleaved pipeline schedule.
-            spec_of_layer: spec of a layer by its number in the whole model, from 1.
+            spec_of_layer: spec of a layer by its number in the whole model, from 1; by default a plain one.
         """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
+        spec_of = spec_of_layer or (lambda _: layer_spec(qk_norm=llm.qk_norm))
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[spec_of_layer(first + i) for i in range(layers)], layer_norm=Norm
+                layer_specs=[spec_of(first + i) for i in range(layers)], layer_norm=Norm
             ),
             vocab_size=llm.vocab_size,
             max_sequence_length=llm.max_position_embeddings,

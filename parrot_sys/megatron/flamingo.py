@@ -64,7 +64,11 @@ def _plan(spans: MediaSpans, rows: int, width: int) -> MemoryPlan:
 
 
 def flamingo_layer_spec(
-    flamingo: FlamingoConfig, media_size: int, layer_number: int, lora: LoRAConfig | None = None
+    flamingo: FlamingoConfig,
+    media_size: int,
+    layer_number: int,
+    lora: LoRAConfig | None = None,
+    qk_norm: bool = False,
 ) -> ModuleSpec:
     """A layer of the decoder, with a gated block in front where there is one.
 
@@ -73,8 +77,9 @@ def flamingo_layer_spec(
         media_size: width of the latents.
         layer_number: of the layer in the whole model, from 1.
         lora: low-rank updates of the layer and of the block.
+        qk_norm: norms of queries and keys in the layer.
     """
-    spec = layer_spec(lora=lora)
+    spec = layer_spec(lora=lora, qk_norm=qk_norm)
     if not flamingo.has_block(layer_number):
         return spec
     params = {"flamingo": flamingo, "media_size": media_size, "lora": lora}

@@ -124,11 +124,13 @@ class MultimodalModel(MegatronModule):
 
     def _spec_of_layer(self, number: int) -> ModuleSpec:
         if self.parrot.wings is not None:
-            spec = layer_spec(lora=self.parrot.lora)
+            spec = layer_spec(lora=self.parrot.lora, qk_norm=self.parrot.llm.qk_norm)
             return with_learners(spec, self.parrot.wings, rope_base=self.parrot.llm.rope_base)
         if self.parrot.flamingo is None:
-            return layer_spec(lora=self.parrot.lora)
-        return flamingo_layer_spec(self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora)
+            return layer_spec(lora=self.parrot.lora, qk_norm=self.parrot.llm.qk_norm)
+        return flamingo_layer_spec(
+            self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora, self.parrot.llm.qk_norm
+        )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""

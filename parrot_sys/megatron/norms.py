@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,24 +36,6 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
-
-
-class QueryKeyNorm:
-    """Builds the norm of query or key heads where `config.qk_layernorm` asks for one, and nothing otherwise.
-
-    Each tensor-parallel rank sees its own heads, so the gradients are partial sums, which Megatron adds up by name.
-    """
-
-    def __new__(  # type: ignore[misc] # as above
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
-    ) -> nn.Module:
-        """
-        Args:
-            config: see `Norm`.
-            hidden_size: width of a head.
-            eps: added to the mean square.
-        """
-        return Norm(config, hidden_size, eps) if config.qk_layernorm else IdentityOp()
 
 
 def with_norms(layer_spec: ModuleSpec | TransformerBlockSubmodules, num_layers: int) -> TransformerBlockSubmodules:
