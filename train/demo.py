@@ -24,7 +24,7 @@ DIALOGUES = 30
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    from parrot_sys.evaluation.recipes import SYSTEMS
+    from studies.recipes import SYSTEMS
 
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=list(SYSTEMS), default="parrot", help="the system (parrot)")
@@ -35,11 +35,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    from parrot_sys.evaluation import recipes
-    from parrot_sys.evaluation.conversation import sample_conversations
-    from parrot_sys.evaluation.demo import evaluate_demo, report_demo
-    from parrot_sys.evaluation.pipeline import Pipeline, Step
     from parrot_sys.files import replace_text
+    from studies import recipes
+    from studies.conversation import sample_conversations
+    from studies.demo import evaluate_demo, report_demo
+    from studies.pipeline import Pipeline, Step
 
     begin = time.perf_counter()
     system = recipes.SYSTEMS[options.model]

@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    from parrot_sys.evaluation.variants import EXPERIMENTS
+    from studies.variants import EXPERIMENTS
 
     parser = argparse.ArgumentParser(
         prog="experiment.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -36,9 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = parse(argv)
     from parrot_sys import platform
-    from parrot_sys.evaluation import experiment, recipes
-    from parrot_sys.evaluation.pipeline import Pipeline
-    from parrot_sys.evaluation.variants import EXPERIMENTS
+    from studies import experiment, recipes
+    from studies.pipeline import Pipeline
+    from studies.variants import EXPERIMENTS
 
     chosen = EXPERIMENTS[options.model]
     name = "experiment" if options.model == "parrot" else f"experiment-{options.model}"

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from parrot_sys.errors import DataError
+from parrot_sys.evaluation.items import Item, Prediction, Predictor, Routing
 from parrot_sys.evaluation.prompts import clean_answer
 from parrot_sys.evaluation.store import PredictionStore
 from parrot_sys.evaluation.tsv import QuestionSet
-
-if TYPE_CHECKING:
-    from parrot_sys.evaluation.runner import Item, Prediction, Predictor, Routing
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from parrot_sys.data.packing import pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.fonts import explain_numbers
+from parrot_sys.evaluation.items import Item, Options
 from parrot_sys.evaluation.predictor import ModelPredictor
-from parrot_sys.evaluation.runner import Item, Options, load_tables, make_items
+from parrot_sys.evaluation.runner import load_tables, make_items
 from parrot_sys.inference.generation import check_finite
 from parrot_sys.inference.pretrained import load_pretrained
 from parrot_sys.inference.requests import check_rows, request_name

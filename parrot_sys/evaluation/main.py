@@ -14,16 +14,12 @@ from parrot_sys.data.decoding import ImageLimits
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.answering import ADVICE, OnBadQuestion, Problems, find_problems, located, problem
 from parrot_sys.evaluation.extraction import Rules
+from parrot_sys.evaluation.items import Item, Mode, Options, Predictor, Routing
 from parrot_sys.evaluation.markdown import is_rotated
 from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.report import ReportInput, build_report
 from parrot_sys.evaluation.results import Plan, find_stale, identity, remove_results
 from parrot_sys.evaluation.runner import (
-    Item,
-    Mode,
-    Options,
-    Predictor,
-    Routing,
     check_experts,
     evaluate_table,
     guided_questions,

@@ -18,7 +18,7 @@ from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
-from parrot_sys.evaluation.runner import Item, Mode, Prediction, Routing
+from parrot_sys.evaluation.items import Item, Mode, Prediction, Routing
 from parrot_sys.evaluation.scoring import most_likely
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parrot_sys.evaluation.items import Item, Prediction, Routing
 from parrot_sys.evaluation.main import EvalConfig
-from parrot_sys.evaluation.runner import Item, Prediction, Routing
 
 
 class Scripted:

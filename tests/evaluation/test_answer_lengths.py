@@ -12,8 +12,8 @@ import pytest
 from parrot_sys.__main__ import main as parrot
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation.answer_lengths import compare_answers, compare_evaluations, count_words
+from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import evaluate
-from parrot_sys.evaluation.runner import Item
 from tests.evaluation.scripted import Scripted, config
 
 

@@ -12,10 +12,11 @@ import torch
 
 import parrot_sys
 from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import main
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.prompts import question_prompt
-from parrot_sys.evaluation.runner import Item, load_tables, make_items
+from parrot_sys.evaluation.runner import load_tables, make_items
 from parrot_sys.evaluation.tsv import read_table
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.evaluation.scripted import config

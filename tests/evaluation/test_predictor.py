@@ -12,9 +12,10 @@ import torch
 import parrot_sys
 from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
+from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import evaluate, main
 from parrot_sys.evaluation.predictor import ModelPredictor
-from parrot_sys.evaluation.runner import Item, load_tables, make_items
+from parrot_sys.evaluation.runner import load_tables, make_items
 from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from tests.evaluation.scripted import config

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
-from parrot_sys.evaluation.runner import Item
 from parrot_sys.evaluation.tsv import Question
 
 ENGLISH = "Answer with the option's letter from the given choices directly."

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.demo import Evaluations, forgetting
+from parrot_sys.evaluation.items import Item, Prediction, Routing
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.outcomes import Outcome, compare_languages, mean_interval
-from parrot_sys.evaluation.pipeline import Step
 from parrot_sys.evaluation.report import ReportInput, build_report
-from parrot_sys.evaluation.runner import Item, Prediction, Routing
+from studies.demo import Evaluations, forgetting
+from studies.pipeline import Step
 from tests.evaluation.scripted import Scripted, config
 from tests.evaluation.tables import picture, write_table
 

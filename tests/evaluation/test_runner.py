@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.headlines import headline
+from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
-from parrot_sys.evaluation.runner import Item, check_experts, load_tables, make_items
+from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
 from tests.evaluation.scripted import Scripted, config
 from tests.evaluation.tables import picture, write_table
 

@@ -20,7 +20,11 @@ from parrot_sys.locks import OutputLock
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}{os.pathsep}{ROOT / 'train'}",
+    "OMP_NUM_THREADS": "1",
+}
 HOLD = """
 import sys, time
 from parrot_sys.locks import OutputLock
@@ -44,7 +48,7 @@ PIPELINE = """
     import sys
     from pathlib import Path
     from parrot_sys.cli import run_main
-    from parrot_sys.evaluation.pipeline import Pipeline
+    from studies.pipeline import Pipeline
 
     def main(argv):
         pipeline = Pipeline(Path(argv[0]) / "work", say=lambda line: print(line, flush=True))

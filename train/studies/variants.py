@@ -7,10 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.evaluation import recipes
-from parrot_sys.evaluation.experiment import Experiment, Run, Variant, answer_lengths, counted_words
-from parrot_sys.evaluation.pipeline import Step
-from parrot_sys.evaluation.recipes import (
+from parrot_sys.training.writer import read_metrics
+from studies import recipes
+from studies.experiment import Experiment, Run, Variant, answer_lengths, counted_words
+from studies.pipeline import Step
+from studies.recipes import (
     ALIGN,
     INSTRUCT,
     MULTIMODAL_GPT,
@@ -21,7 +22,6 @@ from parrot_sys.evaluation.recipes import (
     Stage,
     System,
 )
-from parrot_sys.training.writer import read_metrics
 
 _OTHERS = tuple(language for language in LANGUAGES if language != "en")
 MIXES: Mapping[str, Mapping[str, float]] = {

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from parrot_sys.evaluation.experiment import (
+from parrot_sys.markdown_tables import interval_text
+from studies.experiment import (
     accuracies,
     answer_lengths,
     compare_variants,
@@ -20,9 +21,8 @@ from parrot_sys.evaluation.experiment import (
     write_report,
     write_result,
 )
-from parrot_sys.evaluation.recipes import provenance
-from parrot_sys.evaluation.variants import EXPERIMENTS, EXPERTS, MIXES
-from parrot_sys.markdown_tables import interval_text
+from studies.recipes import provenance
+from studies.variants import EXPERIMENTS, EXPERTS, MIXES
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,12 +16,12 @@ from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.headlines import headlines, metric_of, outcomes_of
 from parrot_sys.evaluation.markdown import PAIRED, paired_table
 from parrot_sys.evaluation.outcomes import ALL, Outcome, clusters, compare, mean_interval
-from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.evaluation.report import load_scores
 from parrot_sys.evaluation.results import read_score_files
 from parrot_sys.evaluation.statistics import mean_margin
 from parrot_sys.files import replace_text
 from parrot_sys.markdown_tables import fixed, table
+from studies.pipeline import Pipeline, Step
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""

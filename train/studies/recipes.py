@@ -17,8 +17,8 @@ from parrot_sys import platform
 from parrot_sys.cli import list_presets, parse_config
 from parrot_sys.data.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
-from parrot_sys.evaluation.pipeline import Pipeline, Step
 from parrot_sys.files import save_tensors
+from studies.pipeline import Pipeline, Step
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 EXPERT_PREFIX = "model.moe_model."

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parrot_sys.errors import CheckpointError
-from parrot_sys.evaluation.pipeline import Pipeline, PipelineError, Step
-from parrot_sys.evaluation.recipes import strip_experts
+from studies.pipeline import Pipeline, PipelineError, Step
+from studies.recipes import strip_experts
 
 
 class Recorder:
