@@ -10,6 +10,7 @@ exponential are one fused multiply-add and one instruction. Products of float32 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cheapest, launch
 
 # Tiles are [M, D] of query rows and [N, D] of key rows; WIDTH <= D is the width of a head. COLUMNS: there are two more
 # value columns, which cost a sum along the rows of p each; widening v would cost a tensor-core tile.
 
-Configs = dict[int | str, list[triton.Config]]
+TilesOfWidth = dict[int | str, Tiles]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -49,55 +51,61 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def grid(tile: str, num_rows: int, *others: int) -> Callable[[dict[str, int]], tuple[int, ...]]:
-    """One program for each tile (of M query rows, or N key rows) and each of the others."""
-    return lambda meta: (triton.cdiv(num_rows, meta[tile]), *others)
-
-
-def _configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
-    """Configurations (M, N, warps, stages); in the interpreter a small one, so that small tests have several tiles."""
+def _tiles(*sizes: tuple[int, int, int, int]) -> Tiles:
+    """Tiles (M, N, warps, stages); in the interpreter a small one, so that small tests have several tiles."""
     if triton_support.INTERPRETING:
-        return [triton.Config({"M": 16, "N": 32})]
-    return [triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes]
+        return (Tile(sizes={"M": 16, "N": 32}),)
+    return tuple(Tile(sizes={"M": m, "N": n}, warps=warps, stages=stages) for m, n, warps, stages in sizes)
 
 
-# Autotune configurations by the width of the tiles; float32, which has no tensor cores here, has its own, and so have
-# heads that do not fill their tiles where the masks of the columns take registers that a configuration lacks.
-FWD_CONFIGS: Configs = {
-    64: _configs((128, 64, 4, 3), (128, 128, 8, 3)),
-    128: _configs((128, 64, 8, 3), (128, 64, 8, 2)),
-    256: _configs((64, 64, 8, 2), (64, 32, 4, 2)),
-    "fp32": _configs((32, 16, 8, 2), (16, 16, 4, 2)),
+# Tiles by the width of the heads; float32, which has no tensor cores here, has its own, and so have heads that do not
+# fill their tiles where the masks of the columns take registers that a tile lacks.
+FWD_TILES: TilesOfWidth = {
+    64: _tiles((128, 64, 4, 3), (128, 128, 8, 3)),
+    128: _tiles((128, 64, 8, 3)),
+    256: _tiles((64, 64, 8, 2)),
+    "fp32": _tiles((32, 16, 8, 2), (16, 16, 4, 2)),
 }
-QUERY_BWD_CONFIGS: Configs = {
-    64: _configs((128, 64, 8, 2), (64, 64, 4, 2)),
-    128: _configs((128, 64, 8, 2), (64, 64, 8, 2)),
-    256: _configs((64, 32, 8, 2)),
-    "fp32": _configs((16, 16, 4, 2)),
+QUERY_BWD_TILES: TilesOfWidth = {
+    64: _tiles((128, 64, 8, 2), (64, 64, 4, 2)),
+    128: _tiles((128, 64, 8, 2), (64, 64, 8, 2)),
+    256: _tiles((64, 32, 8, 2)),
+    "fp32": _tiles((16, 16, 4, 2)),
 }
-KEY_BWD_CONFIGS: Configs = {
-    64: _configs((32, 128, 8, 2), (32, 64, 4, 2)),
-    128: _configs((32, 128, 8, 2), (32, 64, 8, 2)),
-    "128 not filled": _configs((16, 128, 8, 2), (32, 64, 8, 2)),
-    256: _configs((16, 64, 8, 2)),
-    "fp32": _configs((16, 16, 4, 2)),
+KEY_BWD_TILES: TilesOfWidth = {
+    64: _tiles((32, 128, 8, 2), (32, 64, 4, 2)),
+    128: _tiles((32, 128, 8, 2), (32, 64, 8, 2)),
+    "128 not filled": _tiles((16, 128, 8, 2), (32, 64, 8, 2)),
+    256: _tiles((16, 64, 8, 2)),
+    "fp32": _tiles((16, 16, 4, 2)),
 }
 
 
-class ByTile:
-    """A kernel whose autotune configurations depend on dtype and width of the heads."""
+def _of_width(tiles: TilesOfWidth, query: Tensor) -> Tiles:
+    """The tiles for heads of `query` [T, n, d]."""
+    if query.element_size() == 4:
+        return tiles["fp32"]
+    width = max(64, tile_width(query.shape[2]))
+    not_filled = f"{width} not filled"
+    return tiles[not_filled if query.shape[2] < width and not_filled in tiles else width]
 
-    def __init__(self, kernel: Any, configs: Configs) -> None:
-        key = ["GROUP", "WIDTH"]
-        self._kernels = {kind: triton.autotune(choices, key=key)(kernel) for kind, choices in configs.items()}
 
-    def __getitem__(self, query: Tensor) -> Any:
-        """The form for heads of `query` [T, n, d], to be indexed with a grid and called."""
-        if query.element_size() == 4:
-            return self._kernels["fp32"]
-        width = max(64, tile_width(query.shape[2]))
-        not_filled = f"{width} not filled"
-        return self._kernels[not_filled if query.shape[2] < width and not_filled in self._kernels else width]
+def by_rows(kernel: Any, tiles: TilesOfWidth, query: Tensor, rows: int, keys: int, *others: int) -> Callable[..., None]:
+    """`kernel` with one program for each M of `rows` query rows, and each of the others (heads, samples)."""
+    return _launch(kernel, _of_width(tiles, query), query, ("M", rows, "N", keys), others)
+
+
+def by_keys(kernel: Any, tiles: TilesOfWidth, query: Tensor, keys: int, rows: int, *others: int) -> Callable[..., None]:
+    """`kernel` with one program for each N of `keys` key rows, and each of the others (key heads, samples)."""
+    return _launch(kernel, _of_width(tiles, query), query, ("N", keys, "M", rows), others)
+
+
+def _launch(
+    kernel: Any, tiles: Tiles, query: Tensor, sizes: tuple[str, int, str, int], others: tuple[int, ...]
+) -> Callable[..., None]:
+    width, processors = tile_width(query.shape[2]), triton_support.num_processors(query.device)
+    tile = cheapest(tiles, lambda tile: attention_cost(tile, *sizes, math.prod(others), width, processors))
+    return launch(kernel, tile, tiles, (triton.cdiv(sizes[1], tile[sizes[0]]), *others))
 
 
 @triton.jit

@@ -4,8 +4,8 @@
     python -m parrot_kernels.compile_only [--op NAME] [--arch 90] --update   compile all of it and write the figures
 
 `parrot_kernels/<op>/compile_cases.py` holds `CASES`, calls of the op's launchers with meta tensors. A driver that never
-launches stands in for CUDA's, so each call compiles the kernels that it would launch, autotuned ones in every
-configuration. Of each compiled kernel this checks that nothing spills, that shared memory fits, and that it has the
+launches stands in for CUDA's, so each call compiles the kernels that it would launch, in every tile size that it may
+choose. Of each compiled kernel this checks that nothing spills, that shared memory fits, and that it has the
 instructions that its case claims; figures must equal the recorded ones where the same Triton made them. Without --all,
 kernels whose source and compiler did not change are not compiled again, except those of an op's first case on sm_90.
 """
@@ -40,6 +40,8 @@ FIGURES = Path(__file__).with_name("compile_figures.json")
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may use
 # Loads and stores of local memory are the spills.
+# Stages of the pipeline that brings in the operands of products: the smallest number of copies of a tile that it keeps.
+_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16)\b")
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 
 Figures = dict[str, Any]
@@ -55,7 +57,8 @@ class Case:
     archs: tuple[int, ...] = (90,)
     """Compute capabilities that the kernels claim."""
     instructions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Kernel name -> instructions (of INSTRUCTIONS) that each of its configurations must have on sm_90."""
+    """Kernel name, and constants that pick some of its tiles -> instructions (of INSTRUCTIONS) that they must have on
+    sm_90; with UTMALDG as many copies of a tile as stages, too."""
 
 
 class _Anything:
@@ -94,11 +97,7 @@ class _CompileOnlyDriver(_Anything):
         return torch.device("meta")
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
-        def benchmark(function: Callable[[], object], quantiles: Any = (0.5,), **kwargs: object) -> list[float]:
-            function()
-            return [1.0] * len(quantiles)
-
-        return benchmark
+        raise AssertionError("a launch must choose its tile without timing anything: see tile_choice.py")
 
     def map_python_to_cpp_type(self, kind: str) -> str:
         from triton.backends.nvidia.driver import ty_to_cpp
@@ -111,8 +110,19 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
+def narrow_strides(ttir: str) -> int:
+    """Strides of TMA descriptors that are products of 32 bits, widened too late: wrong from 2**31 elements on."""
+    made_by = dict(re.findall(r"(%[\w#]+) = (.+)", ttir))
+    count = 0
+    for operands in re.findall(r"tt\.make_tensor_descriptor [^,]+, \[[^\]]*\], \[([^\]]*)\]", ttir):
+        for stride in operands.split(", "):
+            widened = re.match(r"arith\.extsi (%[\w#]+) : i32 to i64", made_by.get(stride, ""))
+            count += bool(widened and made_by.get(widened[1], "").startswith("arith.muli"))
+    return count
+
+
 def figures_of(kernel: Any) -> Figures:
-    """Registers, shared memory and instruction counts (those that are not 0) of one compiled kernel."""
+    """Registers, shared memory, buffers and instruction counts (those that are not 0) of one compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -120,6 +130,8 @@ def figures_of(kernel: Any) -> Figures:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, f"cuobjdump names no registers: {usage}"
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    counts["buffers"] = min(map(int, _BUFFERS.findall(kernel.asm["ttgir"])), default=0)
+    counts["narrow_strides"] = narrow_strides(kernel.asm["ttir"])
     return {
         "registers": int(registers[1]),
         "shared": kernel.metadata.shared,
@@ -177,15 +189,26 @@ def problems_of(case: Case, rows: Mapping[str, Figures], known: Mapping[str, Fig
             )
         if row["shared"] > SHARED_MEMORY[arch]:
             found.append(f"{name} needs {row['shared']} bytes of shared memory, sm_{arch} has {SHARED_MEMORY[arch]}")
+        if row.get("narrow_strides"):
+            found.append(f"{name} multiplies the stride of a TMA descriptor in 32 bits: cast a factor to int64")
         recorded = None if known is None else known.get(name, {})
         if recorded is not None and {**row, "digest": None} != {**recorded, "digest": None}:
             found.append(f"{name} is recorded as {recorded}, and compiles to {row}; --update if that is meant")
     if known is not None:
         found += [f"{name} is recorded and no longer compiled; run --update" for name in known if name not in rows]
     for kernel, wanted in case.instructions.items() if arch == 90 else ():
-        own = {name: row for name, row in rows.items() if name.startswith(f"{kernel}[")}
+        start, *constants = kernel.split()
+        own = {
+            name: row
+            for name, row in rows.items()
+            if name.startswith(f"{start}[") and all(f"{one}," in name for one in constants)
+        }
         found += [f"claims {kernel}, which it does not compile"] if not own else []
-        found += [f"{name} has no {what}" for name, row in own.items() for what in wanted if not row.get(what)]
+        for name, row in own.items():
+            found += [f"{name} has no {what}" for what in wanted if not row.get(what)]
+            stages = int(name.rpartition("stages=")[2].rstrip("]'"))
+            if "UTMALDG" in wanted and row.get("buffers", 0) < stages:
+                found.append(f"{name} keeps {row.get('buffers', 0)} copies of a tile, not one for each stage")
     return found
 
 
@@ -194,8 +217,6 @@ def compile_op(op: str, arch: int, recorded: Figures | None, compile_all: bool) 
     figures: Figures = {}
     problems: list[str] = []
     seen: set[str] = set()
-    # Read when a kernel is made: a configuration that was timed once would be the only one that is compiled.
-    knobs.autotuning.cache = False
     cases = [case for case in importlib.import_module(f"parrot_kernels.{op}.compile_cases").CASES if arch in case.archs]
     for number, case in enumerate(cases):
         known = None if recorded is None else recorded.get(case.name, {})

@@ -7,7 +7,7 @@ tested without the repairs. Nothing here needs a GPU.
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ INTERPRETING = env.triton_interpret()
 # What launches are planned for where there is no GPU to ask: an H100 or H200 when compiling only; in the interpreter a
 # few, since its programs run one after the other.
 _COMPILE_ONLY_PROCESSORS, _INTERPRETER_PROCESSORS = 132, 4
-
-_Config = TypeVar("_Config")
 
 
 def why_not(*args: object) -> str | None:
@@ -43,35 +41,12 @@ def why_not(*args: object) -> str | None:
     return None if INTERPRETING or torch.cuda.is_available() else f"it needs a CUDA device ({hint})"
 
 
-def first_only_when_interpreting(configs: list[_Config]) -> list[_Config]:
-    """The autotune configurations; only the first in the interpreter, which cannot time kernels."""
-    return configs[:1] if INTERPRETING else configs
-
-
 @functools.cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of `device`: how many programs run at the same time when each fills one."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _INTERPRETER_PROCESSORS if INTERPRETING else _COMPILE_ONLY_PROCESSORS
-
-
-_semaphores: dict[tuple[torch.device, int], list[Tensor]] = {}
-
-
-def semaphores(count: int, device: torch.device) -> Tensor:
-    """[count] int32 zeros that a kernel counts arriving programs in and must leave at zero again.
-
-    Kept for each stream, so that no launch is spent on clearing them. A CUDA graph gets its own, cleared at each
-    replay, since nobody knows which streams it will be replayed on.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    buffers = _semaphores.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
-    if not buffers or buffers[-1].numel() < count:
-        # Smaller ones stay: kernels already in the stream may still count in them.
-        buffers.append(torch.zeros(max(1024, 2 * count), dtype=torch.int32, device=device))
-    return buffers[-1]
 
 
 # Repairs of the interpreter. It keeps bfloat16 as uint16, and Triton 3.6 and 3.9 then multiply, add and compare those

@@ -91,7 +91,7 @@ def test_order_of_the_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch, t
 def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch, triton_device: torch.device) -> None:
     """They are used again by the next launch in the stream, without being cleared."""
     counters = torch.zeros(64, dtype=torch.int32, device=triton_device)
-    monkeypatch.setattr(triton_support, "semaphores", lambda count, device: counters)
+    monkeypatch.setattr(triton_impl, "semaphores", lambda count, device: counters)
     args = make_args([40, 0, 21], [3, 1, 17], triton_device)
     first = run(args)
     assert not counters.any()

@@ -23,7 +23,6 @@ from parrot_kernels import triton_support
 from parrot_kernels.grouped_gemm import tiles
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 from parrot_kernels.grouped_gemm.tiles import (
-    config,
     load_plane,
     load_tile,
     load_weights,
@@ -31,6 +30,7 @@ from parrot_kernels.grouped_gemm.tiles import (
     tile_position,
 )
 from parrot_kernels.permute.triton_impl import combine_rows
+from parrot_kernels.tile_choice import Tile, cheapest, launch, product_cost, product_tile
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk,
 # J segments: at most n * K, or E * n (dense)
@@ -48,7 +48,7 @@ def why_not(*args: object) -> str | None:
     return triton_support.why_not(*args)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _route_kernel(
     plan_ptr, topk_indices_ptr, probs_ptr, places_ptr, targets_ptr, weights_ptr,
     segments, topk, num_experts, scale, BLOCK: tl.constexpr,
@@ -63,7 +63,19 @@ def _route_kernel(
     tl.store(places_ptr + position, place.to(tl.int64), mask=mask)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit
+def _segment_of(places_ptr, experts_ptr, image, choice, topk):
+    """Where a choice of an image lies in `a`, and its matrix in w."""
+    if places_ptr is None:
+        place, expert = choice, choice
+    else:
+        place = tl.load(places_ptr + image * topk + choice).to(tl.int32)
+        expert = tl.load(experts_ptr + image * topk + choice).to(tl.int32)
+    return place, expert
+
+
+# Not even a row count that 16 divides may be a kernel of its own: numbers of images change from step to step.
+@triton.jit(do_not_specialize=["images", "rows_per_image", "segments"])
 def _combine_kernel(
     a_ptr, w_ptr, places_ptr, experts_ptr, residual_ptr, y_ptr,
     residual_scale, images, rows_per_image, segments, topk, num_experts, N, K,
@@ -85,13 +97,9 @@ def _combine_kernel(
         image, v, n = tile_m // tiles_v, tile_m % tiles_v * BLOCK_M, tile_n * BLOCK_N
         own = v + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        place, expert = _segment_of(places_ptr, experts_ptr, image, 0, topk)
         for step in range(0, topk * steps):
-            choice, k = step // steps, step % steps * BLOCK_K
-            if places_ptr is None:
-                place, expert = choice, choice
-            else:
-                place = tl.load(places_ptr + image * topk + choice).to(tl.int32)
-                expert = tl.load(experts_ptr + image * topk + choice).to(tl.int32)
+            k = step % steps * BLOCK_K
             # Past the edge of an expert's K columns, of an image's rows, and at place -1, both ways to load give zeros.
             if TMA:
                 a = load_plane(a_desc, place, v, k, BLOCK_M, BLOCK_K)
@@ -100,6 +108,8 @@ def _combine_kernel(
                 a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), (own < rows_per_image) & (place >= 0), K)
             b = load_weights(w_ptr, w_desc, expert, n, k, N, K, False, TMA, BLOCK_N, BLOCK_K)
             acc = tl.dot(a, b, acc, input_precision="ieee")
+            # Those of the next step, so that no load of a tile waits for them: that would cost the pipeline a stage.
+            place, expert = _segment_of(places_ptr, experts_ptr, image, tl.minimum((step + 1) // steps, topk - 1), topk)
         cols = n + tl.arange(0, BLOCK_N)
         mask = (own < rows_per_image)[:, None] & (cols < N)[None, :]
         at = (tl.cast(image, tl.int64) * rows_per_image + own)[:, None] * N + cols[None, :]
@@ -107,17 +117,13 @@ def _combine_kernel(
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-_combine = tiles.autotuned(
-    _combine_kernel,
+_TILES = tiles.product_tiles(
     {
-        "tma": [config(128, 256, 64, warps=8, stages=3), config(128, 128, 64, warps=8, stages=4)],
-        # One stage goes to looking up place and expert.
-        "planned": [config(128, 256, 64, warps=8, stages=4), config(128, 128, 64, warps=8, stages=5)],
-        "pointer": [config(128, 128, 64, warps=8, stages=3), config(64, 128, 64, warps=4, stages=4)],
-        "unaligned": [config(64, 64, 32, warps=8, stages=2)],
-        "fp32": [config(64, 64, 16, warps=8, stages=3)],
-    },
-    ["N", "K", "topk", "rows_per_image"],
+        "tma": [product_tile(128, 256, 64, warps=8, stages=3), product_tile(128, 128, 64, warps=8, stages=4)],
+        "pointer": [product_tile(128, 128, 64, warps=8, stages=3), product_tile(64, 128, 64, warps=4, stages=4)],
+        "unaligned": [product_tile(64, 64, 32, warps=8, stages=2)],
+        "fp32": [product_tile(64, 64, 16, warps=8, stages=3)],
+    }
 )
 
 
@@ -187,18 +193,20 @@ def _combine_experts(a: Tensor, w: Tensor, route: _Route, residual: Tensor, resi
         return y
     a = a.view(-1, rows, a.shape[-1])
     kind = tiles.product_kind(w.shape[2], a, w)
-    tma = kind == "tma"
-    if tma and route.places is not None:
-        kind = "planned"
     tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
-    _combine[kind][
-        lambda meta: (
-            min(processors, images * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(w.shape[2], meta["BLOCK_N"])),
-        )
-    ](
+    experts, depth, columns = w.shape
+
+    def count(tile: Tile) -> int:
+        return images * triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"])
+
+    def cost(tile: Tile) -> float:
+        return product_cost(tile, count(tile), route.topk * depth, processors, element_size=a.element_size())
+
+    tile = cheapest(_TILES[kind], cost)
+    launch(_combine_kernel, tile, _TILES[kind], (min(processors, count(tile)),))(
         a, w, route.places, route.experts, residual, y,
-        residual_scale, images, rows, len(a), route.topk, len(w), w.shape[2], w.shape[1], TMA=tma,
+        residual_scale, images, rows, len(a), route.topk, experts, columns, depth, TMA=kind == "tma",
     )  # fmt: skip
     return y
 

@@ -6,6 +6,7 @@ all groups once and finds the group of each of its tiles by comparing with the r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from parrot_kernels import triton_support
+from parrot_kernels import tile_choice, triton_support
+from parrot_kernels.tile_choice import Tile, Tiles, product_tile
 
 # How a row of the product finds its row of x: in place; every group reads all rows (dense experts); through the plan.
 IN_PLACE = tl.constexpr(0)
@@ -71,8 +73,9 @@ def load_tile(ptr, rows, cols, row_mask, width):
 @triton.jit
 def plane_descriptor(ptr, planes, height, width, BLOCK_HEIGHT: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """TMA over [planes, height, width]; a block stays inside its plane, zeros past its edges."""
+    row = tl.cast(width, tl.int64)  # a plane may have 2**31 elements and more
     return tl.make_tensor_descriptor(
-        ptr, [planes, height, width], [height * width, width, 1], [1, BLOCK_HEIGHT, BLOCK_WIDTH]
+        ptr, [planes, height, width], [height * row, row, 1], [1, BLOCK_HEIGHT, BLOCK_WIDTH]
     )
 
 
@@ -179,7 +182,7 @@ def set_tma_allocator(device: torch.device) -> None:
 
 
 def tile_kind(*matrices: Tensor) -> str:
-    """Which list of configurations fits: "fp32", "tma" (see `use_tma`) or "pointer"."""
+    """Which list of tiles fits: "fp32", "tma" (see `use_tma`) or "pointer"."""
     if matrices[0].element_size() == 4:
         return "fp32"
     return "tma" if use_tma(*matrices) else "pointer"
@@ -195,13 +198,6 @@ def product_kind(out_width: int, *matrices: Tensor) -> str:
     return kind if aligned or kind == "fp32" else "unaligned"
 
 
-def config(rows: int, columns: int, depth: int, *, warps: int, stages: int) -> triton.Config:
-    """One choice of BLOCK_M, BLOCK_N and BLOCK_K."""
-    return triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
-
-
-def autotuned(kernel: Any, configs: dict[str, list[triton.Config]], key: list[str]) -> dict[str, Any]:
-    """One autotuned form of `kernel` for each kind of tile; in the interpreter small ones, so that tests meet edges."""
-    if triton_support.INTERPRETING:
-        configs = {kind: [config(32, 32, 32, warps=4, stages=1)] for kind in configs}
-    return {kind: triton.autotune(choices, key=key)(kernel) for kind, choices in configs.items()}
+def product_tiles(choices: Mapping[str, Sequence[Tile]]) -> dict[str, Tiles]:
+    """The tiles of a product by kind."""
+    return tile_choice.tables(choices, product_tile(32, 32, 32, warps=4, stages=1))

@@ -6,21 +6,18 @@ pointer a row. Elsewhere, and for widths that are no multiple of 16 bytes, all o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from parrot_kernels import triton_support
+from parrot_kernels import tile_choice, triton_support
 from parrot_kernels.grouped_gemm import tiles
 from parrot_kernels.grouped_gemm.backward import Parts
 from parrot_kernels.grouped_gemm.tiles import (
     EVERY_ROW,
     IN_PLACE,
     PLANNED,
-    config,
     eighths,
     group_bounds,
     halves,
@@ -36,6 +33,7 @@ from parrot_kernels.grouped_gemm.tiles import (
 )
 from parrot_kernels.permute import triton_impl as permute
 from parrot_kernels.swiglu import triton_impl as swiglu
+from parrot_kernels.tile_choice import Tile, cheapest, launch, product_cost, product_tile
 
 # G groups, J segments, V rows a segment, S segments before the gather, N and K widths, I inner width
 
@@ -188,6 +186,7 @@ def _k_grouped_kernel(
         lo, hi = group_bounds(group, offsets_ptr, num_groups, rows, x_rows, rows_per_segment, SOURCE)
         base = lo if SOURCE == EVERY_ROW else tl.zeros_like(lo)  # row r of a meets row r - base of b
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        from_rows = source_rows(lo + tl.arange(0, BLOCK_K), lo, hi, plan_ptr, topk, rows_per_segment, SOURCE)
         for step in range(0, tl.cdiv(hi - lo, BLOCK_K).to(tl.int32)):
             row = lo + step * BLOCK_K
             own_rows = row + tl.arange(0, BLOCK_K)
@@ -199,37 +198,40 @@ def _k_grouped_kernel(
             if B_TMA:
                 b = load_ragged(b_desc, hi - base, row - base, k, BLOCK_K, BLOCK_N)
             else:
-                from_rows = source_rows(own_rows, lo, hi, plan_ptr, topk, rows_per_segment, SOURCE)
                 b = load_tile(b_ptr, from_rows, ks, row_mask, K)
+                # Of the next step, so that no load of a tile waits for the plan: that would cost the pipeline stages.
+                from_rows = source_rows(own_rows + BLOCK_K, lo, hi, plan_ptr, topk, rows_per_segment, SOURCE)
             acc = tl.dot(a.T, b, acc, input_precision="ieee")
         out = out_ptr + tl.cast(group, tl.int64) * N * K + ns.to(tl.int64)[:, None] * K + ks[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(ns < N)[:, None] & (ks < K)[None, :])
 
 
-_KEY = ["N", "K", "SOURCE", "EPILOGUE", "TRANS_W"]
 _PLAIN = {
-    "pointer": [config(128, 128, 64, warps=8, stages=3), config(64, 128, 64, warps=4, stages=4)],
-    "unaligned": [config(64, 64, 32, warps=8, stages=2)],
-    "fp32": [config(64, 64, 16, warps=8, stages=3)],
+    "pointer": [product_tile(128, 128, 64, warps=8, stages=3), product_tile(64, 128, 64, warps=4, stages=4)],
+    "unaligned": [product_tile(64, 64, 32, warps=8, stages=2)],
+    "fp32": [product_tile(64, 64, 16, warps=8, stages=3)],
 }
-_TMA = [config(128, 256, 64, warps=8, stages=3), config(128, 128, 64, warps=8, stages=4)]
+_TMA = [product_tile(128, 256, 64, warps=8, stages=3), product_tile(128, 128, 64, warps=8, stages=4)]
 # For SwiGLU, which has two accumulators.
-_PAIR_TMA = [config(128, 128, 64, warps=8, stages=4), config(64, 128, 64, warps=4, stages=4)]
-_PAIR_POINTER = [config(128, 64, 64, warps=8, stages=3), config(64, 64, 64, warps=4, stages=4)]
-# Rows that are gathered within the loop spend two stages on the way from the plan to their addresses.
-_GATHERED = [config(128, 256, 64, warps=8, stages=5), config(128, 128, 64, warps=8, stages=6)]
-_KERNELS = {
-    STORE.value: tiles.autotuned(_m_grouped_kernel, {"tma": _TMA, **_PLAIN}, _KEY),
-    SWIGLU.value: tiles.autotuned(_m_grouped_kernel, {**_PLAIN, "tma": _PAIR_TMA, "pointer": _PAIR_POINTER}, _KEY),
+_PAIR_TMA = [product_tile(128, 128, 64, warps=8, stages=4), product_tile(64, 128, 64, warps=4, stages=4)]
+_PAIR_POINTER = [product_tile(128, 64, 64, warps=8, stages=3), product_tile(64, 64, 64, warps=4, stages=4)]
+_M_TILES = {
+    STORE.value: tiles.product_tiles({"tma": _TMA, **_PLAIN}),
+    SWIGLU.value: tiles.product_tiles({**_PLAIN, "tma": _PAIR_TMA, "pointer": _PAIR_POINTER}),
     # All of a kind have the same BLOCK_N: `sums` has one row for each tile along N.
-    SWIGLU_BWD.value: tiles.autotuned(_m_grouped_kernel, {"tma": _TMA[:1], **_PLAIN}, _KEY),
+    SWIGLU_BWD.value: tiles.product_tiles({"tma": _TMA[:1], **_PLAIN}),
 }
-_k_grouped = tiles.autotuned(_k_grouped_kernel, {"tma": _TMA, "gathered": _GATHERED, **_PLAIN}, ["N", "K", "SOURCE"])
+_K_TILES = tiles.product_tiles({"tma": _TMA, **_PLAIN})
 
 
-def _max_tiles(rows: int, groups: int, columns: int, meta: dict[str, Any]) -> int:
-    """An upper bound known on the host: each group, the padding too, ends with at most one tile row that is cut."""
-    return (rows // meta["BLOCK_M"] + groups + 1) * triton.cdiv(columns, meta["BLOCK_N"])
+def _m_tiles_of(tile: Tile, rows: int, columns: int, groups: int, segments: int, every_row: bool) -> int:
+    """Output tiles, as far as the host can know: the sizes of the groups are on the device."""
+    blocks = (
+        groups * triton.cdiv(rows // groups, tile["BLOCK_M"])
+        if every_row
+        else tile_choice.ragged_blocks(rows, groups, segments, tile["BLOCK_M"])
+    )
+    return blocks * triton.cdiv(columns, tile["BLOCK_N"])
 
 
 def launch_m_grouped(
@@ -268,7 +270,16 @@ def launch_m_grouped(
     kind = tiles.product_kind(columns, x, w)
     tiles.set_tma_allocator(x.device)
     processors = triton_support.num_processors(x.device)
-    _KERNELS[epilogue][kind][lambda meta: (min(processors, _max_tiles(rows, num_groups, columns, meta)),)](
+    choices, results = _M_TILES[epilogue][kind], 2 if epilogue == SWIGLU.value else 1
+
+    def cost(tile: Tile) -> float:
+        count = _m_tiles_of(tile, rows, columns, num_groups, rows // rows_per_segment, offsets is None)
+        return product_cost(tile, count, depth, processors, element_size=x.element_size(), results=results)
+
+    tile = cheapest(choices, cost)
+    # An upper bound: each group, the padding too, ends with at most one tile row that is cut.
+    most = (rows // tile["BLOCK_M"] + num_groups + 1) * triton.cdiv(columns, tile["BLOCK_N"])
+    launch(_m_grouped_kernel, tile, choices, (min(processors, most),))(
         x, w, offsets, plan, weights, out, z, grad_z, sums,
         rows, x_rows, num_groups, columns, depth, rows_per_segment, topk,
         SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind == "tma",
@@ -284,18 +295,21 @@ def launch_k_grouped(
     rows, x_rows = a[..., 0].numel(), b[..., 0].numel()
     source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
     kind = tiles.product_kind(depth, a, b)
-    tma = kind == "tma"
-    if tma and source == PLANNED.value:
-        kind = "gathered"
     tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
-    _k_grouped[kind][
-        lambda meta: (
-            min(processors, num_groups * triton.cdiv(columns, meta["BLOCK_M"]) * triton.cdiv(depth, meta["BLOCK_N"])),
-        )
-    ](
+    choices = _K_TILES[kind]
+
+    def count(tile: Tile) -> int:
+        return num_groups * triton.cdiv(columns, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"])
+
+    def cost(tile: Tile) -> float:
+        mean_rows = triton.cdiv(rows, max(1, num_groups))
+        return product_cost(tile, count(tile), mean_rows, processors, element_size=a.element_size())
+
+    tile = cheapest(choices, cost)
+    launch(_k_grouped_kernel, tile, choices, (min(processors, count(tile)),))(
         a, b, offsets, plan, out, rows, x_rows, num_groups, columns, depth, rows_per_segment, topk,
-        SOURCE=source, TMA=tma,
+        SOURCE=source, TMA=kind == "tma",
     )  # fmt: skip
 
 
@@ -316,7 +330,7 @@ def swiglu_bwd_of_product(
     """
     segments, rows, _, width = z.shape
     h, grad_z = z.new_empty(segments, rows, width), torch.empty_like(z)
-    block = _KERNELS[SWIGLU_BWD.value][tiles.product_kind(width, grad, w)].configs[0].kwargs["BLOCK_N"]
+    block = _M_TILES[SWIGLU_BWD.value][tiles.product_kind(width, grad, w)][0]["BLOCK_N"]
     sums = weights.new_empty(triton.cdiv(width, block), segments, rows)
     launch_m_grouped(
         grad, w, (h, z, grad_z, sums), offsets=offsets, plan=plan, topk=topk, weights=weights,

@@ -18,53 +18,41 @@ import triton
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.grouped_gemm.tiles import config, set_tma_allocator, tile_kind
+from parrot_kernels.grouped_gemm.tiles import set_tma_allocator, tile_kind
 from parrot_kernels.linear_cross_entropy import kernels
+from parrot_kernels.tile_choice import Tile, Tiles, cheapest, launch, product_cost, product_tile, tables
 
 # L label rows, H hidden_size, N vocabulary rows held here, B columns of a chunk
 
 CHUNK_BYTES = 256 * 2**20  # of gradients of logits that exist at a time
 MIN_CHUNK = 1024
 
-_Sizes = tuple[int, int, int, int, int]
-
-
-def _tuned(kernel: Any, key: list[str], choices: dict[str, list[_Sizes]], **options: Any) -> dict[str, Any]:
-    """`kernel` for each kind of tile, tuned by (M, N, K, warps, stages) for each `key`; small in the interpreter."""
-    if triton_support.INTERPRETING:
-        choices = {kind: [(16, 32, 32, 4, 1)] for kind in choices}
-    configs = {kind: [config(m, n, k, warps=w, stages=s) for m, n, k, w, s in own] for kind, own in choices.items()}
-    return {kind: triton.autotune(own, key=key, **options)(kernel) for kind, own in configs.items()}
-
-
-# All of a kind have the same N: the forward pass allocates by the number of tiles along the vocabulary.
-_fwd = _tuned(
-    kernels.fwd_kernel,
-    ["H"],
+# All of a kind have the same BLOCK_N: the forward pass allocates by the number of tiles along the vocabulary.
+_TINY = product_tile(16, 32, 32, warps=4, stages=1)  # in the interpreter
+_FP32 = [product_tile(64, 64, 16, warps=4, stages=2)]
+_FWD_TILES = tables(
     {
-        "tma": [(128, 256, 128, 8, 2)],
-        "pointer": [(128, 128, 32, 8, 4)],
-        "fp32": [(64, 64, 16, 4, 2)],
+        "tma": [product_tile(128, 256, 128, warps=8, stages=2)],
+        "pointer": [product_tile(128, 128, 32, warps=8, stages=4)],
+        "fp32": _FP32,
     },
+    _TINY,
 )
-_grad_logits = _tuned(
-    kernels.grad_logits_kernel,
-    ["H"],
+_GRAD_LOGITS_TILES = tables(
     {
-        "tma": [(128, 256, 64, 8, 4), (64, 256, 64, 4, 4)],
-        "pointer": [(128, 128, 32, 8, 4), (64, 128, 32, 4, 4)],
-        "fp32": [(64, 64, 16, 4, 2)],
+        "tma": [product_tile(128, 256, 64, warps=8, stages=4), product_tile(64, 256, 64, warps=4, stages=4)],
+        "pointer": [product_tile(128, 128, 32, warps=8, stages=4), product_tile(64, 128, 32, warps=4, stages=4)],
+        "fp32": _FP32,
     },
+    _TINY,
 )
-_matmul = _tuned(
-    kernels.matmul_kernel,
-    ["N", "TRANS_A", "ADD"],
+_MATMUL_TILES = tables(
     {
-        "tma": [(128, 128, 128, 8, 2), (128, 128, 64, 8, 4)],
-        "pointer": [(64, 128, 32, 4, 4), (64, 64, 32, 4, 4)],
-        "fp32": [(64, 64, 16, 4, 2)],
+        "tma": [product_tile(128, 128, 64, warps=8, stages=4)],
+        "pointer": [product_tile(64, 128, 32, warps=4, stages=4), product_tile(64, 64, 32, warps=4, stages=4)],
+        "fp32": _FP32,
     },
-    restore_value=["out_ptr"],  # it may add to it
+    _TINY,
 )
 
 
@@ -73,10 +61,18 @@ def why_not(*args: object) -> str | None:
     return triton_support.why_not(*args)
 
 
-def _grid(device: torch.device, rows: int, columns: int) -> Callable[[dict[str, int]], tuple[int]]:
-    """As many programs as run at a time, or as there are tiles."""
-    processors = triton_support.num_processors(device)
-    return lambda meta: (min(processors, triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])),)
+def _launch(kernel: Any, choices: Tiles, like: Tensor, rows: int, columns: int, depth: int) -> Callable[..., None]:
+    """`kernel` for a product of these sizes, in as many programs as run at a time, or as there are tiles."""
+    processors = triton_support.num_processors(like.device)
+
+    def count(tile: Tile) -> int:
+        return triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"])
+
+    def cost(tile: Tile) -> float:
+        return product_cost(tile, count(tile), depth, processors, element_size=like.element_size())
+
+    tile = cheapest(choices, cost)
+    return launch(kernel, tile, choices, (min(processors, count(tile)),))
 
 
 def linear_cross_entropy_fwd(
@@ -91,10 +87,10 @@ def linear_cross_entropy_fwd(
         return lse, target_logits
     hidden, weight = hidden.contiguous(), weight.contiguous()
     kind = tile_kind(hidden, weight)
-    num_tiles = triton.cdiv(num_columns, _fwd[kind].configs[0].kwargs["BLOCK_N"])
+    num_tiles = triton.cdiv(num_columns, _FWD_TILES[kind][0]["BLOCK_N"])
     tops, totals = lse.new_empty(num_tiles, num_rows), lse.new_empty(num_tiles, num_rows)
     set_tma_allocator(hidden.device)
-    _fwd[kind][_grid(hidden.device, num_rows, num_columns)](
+    _launch(kernels.fwd_kernel, _FWD_TILES[kind], hidden, num_rows, num_columns, width)(
         hidden, weight, targets, tops, totals, target_logits, num_rows, num_columns, width, vocab_start,
         TMA=kind == "tma",
     )  # fmt: skip
@@ -125,7 +121,7 @@ def linear_cross_entropy_bwd(
     """See the contract in the package docstring."""
     num_rows, width = hidden.shape
     needs_hidden, needs_weight = needs
-    dtype, device = hidden.dtype, hidden.device
+    dtype = hidden.dtype
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=torch.float32)
     grad_weight = weight.new_empty(weight.shape if needs_weight else 0)
     if not num_rows:
@@ -138,20 +134,20 @@ def linear_cross_entropy_bwd(
     stride = buffer.shape[1]
     kind = tile_kind(hidden, weight)
     tma = kind == "tma"
-    set_tma_allocator(device)
+    set_tma_allocator(hidden.device)
     for start, stop in chunks:
         columns, block = stop - start, weight[start:stop]
-        _grad_logits[kind][_grid(device, num_rows, columns)](
+        _launch(kernels.grad_logits_kernel, _GRAD_LOGITS_TILES[kind], hidden, num_rows, columns, width)(
             hidden, block, targets, lse, grad_lse, grad_target_logits, buffer,
             num_rows, columns, width, vocab_start + start, stride, TMA=tma,
         )  # fmt: skip
         if needs_hidden:
-            _matmul[kind][_grid(device, num_rows, width)](
+            _launch(kernels.matmul_kernel, _MATMUL_TILES[kind], hidden, num_rows, width, columns)(
                 buffer, block, grad_hidden, num_rows, width, columns, stride, width,
                 TRANS_A=False, ADD=start > 0, TMA=tma,
             )  # fmt: skip
         if needs_weight:
-            _matmul[kind][_grid(device, columns, width)](
+            _launch(kernels.matmul_kernel, _MATMUL_TILES[kind], hidden, columns, width, num_rows)(
                 buffer, hidden, grad_weight[start:stop], columns, width, num_rows, stride, width,
                 TRANS_A=True, ADD=False, TMA=tma,
             )  # fmt: skip

@@ -28,7 +28,7 @@ def _sample(sample, cu_seqlens_q_ptr, cu_seqlens_kv_ptr, positions_ptr):
     return first_row, num_rows, first_key, num_keys, shift, key_position
 
 
-@triton.jit(do_not_specialize=["total_rows"])
+@triton.jit(do_not_specialize=["total_rows", "num_columns"])
 def fwd_kernel(
     q_ptr, k_ptr, v_ptr, column_ptr, cu_seqlens_q_ptr, cu_seqlens_kv_ptr, positions_ptr, out_ptr, extra_ptr, lse_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, total_rows, num_columns, scale2,
@@ -70,7 +70,7 @@ def fwd_kernel(
     tl.store(lse_ptr + of_head + rows, lse, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["total_rows"])
+@triton.jit(do_not_specialize=["total_rows", "num_columns", "stride_gh"])
 def query_bwd_kernel(
     grad_out_ptr, grad_extra_ptr, grad_lse_ptr, q_ptr, k_ptr, v_ptr, column_ptr, cu_seqlens_q_ptr, cu_seqlens_kv_ptr,
     positions_ptr, out_ptr, extra_ptr, lse_ptr, delta_ptr, grad_q_ptr, stride_gh, stride_qt, stride_qh, stride_kt,
@@ -127,7 +127,7 @@ def query_bwd_kernel(
         tiles.store_rows(grad_q_ptr + at_out, rows, stride_ot, num_rows, grad_q * scale, WIDTH, D)
 
 
-@triton.jit(do_not_specialize=["total_rows", "total_keys"])
+@triton.jit(do_not_specialize=["total_rows", "total_keys", "num_columns", "stride_gh"])
 def key_bwd_kernel(
     grad_out_ptr, grad_extra_ptr, q_ptr, k_ptr, v_ptr, column_ptr, cu_seqlens_q_ptr, cu_seqlens_kv_ptr, positions_ptr,
     lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grad_column_ptr, stride_gh, stride_qt, stride_qh, stride_kt,
@@ -178,7 +178,7 @@ def key_bwd_kernel(
         tiles.store_pairs(own, keys, keys < num_keys, grad_column0, grad_column1)
 
 
-@triton.jit(do_not_specialize=["num_samples", "total_keys"])
+@triton.jit(do_not_specialize=["num_samples", "total_keys", "num_columns"])
 def column_bwd_kernel(
     partial_ptr, cu_seqlens_q_ptr, cu_seqlens_kv_ptr, positions_ptr, grad_column_ptr, num_samples, total_keys,
     num_columns,

@@ -24,10 +24,6 @@ Needs = tuple[bool, bool, bool, bool]
 
 _POSITIONS = 32  # positions of one program of the columns' gradient
 
-_fwd = tiles.ByTile(kernels.fwd_kernel, tiles.FWD_CONFIGS)
-_query_bwd = tiles.ByTile(kernels.query_bwd_kernel, tiles.QUERY_BWD_CONFIGS)
-_key_bwd = tiles.ByTile(kernels.key_bwd_kernel, tiles.KEY_BWD_CONFIGS)
-
 
 def why_not(*args: object) -> str | None:
     """Needs what every Triton kernel needs, and heads of at most 512 bytes."""
@@ -52,8 +48,8 @@ def router_attention_fwd(
     lse = query.new_empty(num_heads, num_rows, dtype=torch.float32)
     extra = lse.new_empty(num_heads, num_rows, 2)
     if num_rows:
-        grid = tiles.grid("M", max_seqlen_q, num_heads, cu_seqlens_q.shape[0] - 1)
-        _fwd[query][grid](
+        lengths = max_seqlen_q, max_seqlen_kv, num_heads, cu_seqlens_q.shape[0] - 1
+        tiles.by_rows(kernels.fwd_kernel, tiles.FWD_TILES, query, *lengths)(
             query,
             key,
             value,
@@ -114,13 +110,15 @@ def router_attention_bwd(
     if num_rows:
         outputs = (out, extra, lse, delta, grad_query)
         counts = (num_rows, columns.shape[0])
-        _query_bwd[query][tiles.grid("M", max_seqlen_q, num_heads, num_samples)](
+        lengths = max_seqlen_q, max_seqlen_kv, num_heads, num_samples
+        tiles.by_rows(kernels.query_bwd_kernel, tiles.QUERY_BWD_TILES, query, *lengths)(
             grad_out, grad_extra, grad_lse, *inputs, *outputs, *strides, *counts, *scales, **sizes
         )
     if num_keys and any(needs[1:]):
         key_outputs = (lse, delta, grad_key, grad_value, partial)
         key_counts = (num_rows, num_keys, columns.shape[0])
-        _key_bwd[query][tiles.grid("N", max_seqlen_kv, kv_heads, num_samples)](
+        lengths = max_seqlen_kv, max_seqlen_q, kv_heads, num_samples
+        tiles.by_keys(kernels.key_bwd_kernel, tiles.KEY_BWD_TILES, query, *lengths)(
             grad_out, grad_extra, *inputs, *key_outputs, *strides, *key_counts, *scales, **sizes
         )
     grad_columns = columns.new_empty(columns.shape) if needs[3] else None

@@ -134,11 +134,6 @@ def _key_bwd_kernel(
         tiles.store_rows(grad_v_ptr + kv_head * WIDTH, keys, stride_gt, num_keys, grad_v, WIDTH, D)
 
 
-_fwd = tiles.ByTile(_fwd_kernel, tiles.FWD_CONFIGS)
-_query_bwd = tiles.ByTile(_query_bwd_kernel, tiles.QUERY_BWD_CONFIGS)
-_key_bwd = tiles.ByTile(_key_bwd_kernel, tiles.KEY_BWD_CONFIGS)
-
-
 def segment_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -149,7 +144,7 @@ def segment_attention_fwd(
     if num_rows:
         sizes = {"GROUP": num_heads // key.shape[1], "WIDTH": width, "D": tiles.tile_width(width)}
         strides = tiles.strides(query, key, value)
-        _fwd[query][tiles.grid("M", num_rows, num_heads)](
+        tiles.by_rows(_fwd_kernel, tiles.FWD_TILES, query, num_rows, key.shape[0], num_heads)(
             query, key, value, kv_start, kv_end, out, lse, *strides, num_rows, key.shape[0], scale * tiles.LOG2_E.value,
             **sizes,
         )  # fmt: skip
@@ -181,11 +176,11 @@ def segment_attention_bwd(
     sizes = (*tiles.strides(query, key, value), num_rows, num_keys, scale * tiles.LOG2_E.value, scale)
     tile = {"GROUP": num_heads // kv_heads, "WIDTH": width, "D": tiles.tile_width(width)}
     if num_rows:
-        _query_bwd[query][tiles.grid("M", num_rows, num_heads)](
+        tiles.by_rows(_query_bwd_kernel, tiles.QUERY_BWD_TILES, query, num_rows, num_keys, num_heads)(
             grad_out, grad_lse, *inputs, out, lse, delta, grad_query, *sizes, **tile
         )
     if num_keys and (needs[1] or needs[2]):
-        _key_bwd[query][tiles.grid("N", num_keys, kv_heads)](
+        tiles.by_keys(_key_bwd_kernel, tiles.KEY_BWD_TILES, query, num_keys, num_rows, kv_heads)(
             grad_out, *inputs, lse, delta, grad_key, grad_value, *sizes, **tile
         )
     grads = (grad_query, grad_key, grad_value)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-from parrot_kernels import triton_support
 
 # S images, T text rows, H hidden_size, E experts
 
@@ -104,25 +100,9 @@ def _merge(parts_ptr, image, start, end, num_blocks, V: tl.constexpr, BLOCK_V: t
     return values / total, top, total
 
 
-_CONFIGS = triton_support.first_only_when_interpreting(
-    [
-        triton.Config({"BLOCK_H": 128}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_H": 64}, num_warps=4, num_stages=4),
-    ]
-)
-
-
-def _those_that_fit(configs: list[Any], args: dict[str, Any], **constants: Any) -> list[Any]:
-    """The configurations whose tiles of text, query and router fit the shared memory of every GPU from sm_80 on."""
-    columns = constants["BLOCK_T"] + constants["BLOCK_S"] + constants["BLOCK_E"]
-    size = columns * args["text_ptr"].element_size()
-    return [config for config in configs if size * config.kwargs["BLOCK_H"] * config.num_stages <= 160 * 1024]
-
-
 _SIZES = ["num_images", "num_rows"]  # differ from batch to batch: not worth a compilation each
 
 
-@triton.autotune(_CONFIGS, key=["H", "BLOCK_T", "BLOCK_E"], prune_configs_by={"early_config_prune": _those_that_fit})
 @triton.jit(do_not_specialize=_SIZES)
 def fwd_kernel(
     query_ptr, text_ptr, start_ptr, end_ptr, router_ptr, parts_ptr, arrived_ptr, logits_ptr, lse_ptr,
@@ -173,7 +153,6 @@ def fwd_kernel(
                     tl.store(arrived_ptr + image, 0)
 
 
-@triton.autotune(_CONFIGS, key=["H", "BLOCK_T", "BLOCK_E"], prune_configs_by={"early_config_prune": _those_that_fit})
 @triton.jit(do_not_specialize=_SIZES)
 def bwd_scores_kernel(
     query_ptr, text_ptr, start_ptr, end_ptr, router_ptr, grad_logits_ptr, grad_lse_ptr, scores_ptr, grads_ptr,
@@ -277,20 +256,6 @@ def bwd_text_kernel(
     tl.store(at, gradient, mask=(rows < num_rows)[:, None] & (columns < H)[None, :])
 
 
-_IMAGE_CONFIGS = triton_support.first_only_when_interpreting(
-    [
-        triton.Config({"BLOCK_H": 32, "BLOCK_T": 32}, num_warps=4, num_stages=4),
-        triton.Config({"BLOCK_H": 64, "BLOCK_T": 64}, num_warps=4, num_stages=3),
-    ]
-)
-
-
-def _small_for_float32(configs: list[Any], args: dict[str, Any], **constants: Any) -> list[Any]:
-    """Products of true float32 run on the ordinary cores, and only the smallest tiles of them fit the registers."""
-    return configs[:1] if args["text_ptr"].element_size() == 4 else configs
-
-
-@triton.autotune(_IMAGE_CONFIGS, key=["H", "BLOCK_E"], prune_configs_by={"early_config_prune": _small_for_float32})
 @triton.jit(do_not_specialize=_SIZES)
 def bwd_images_kernel(
     text_ptr, start_ptr, end_ptr, grad_logits_ptr, scores_ptr, grads_ptr, stats_ptr, grad_query_ptr, parts_ptr,

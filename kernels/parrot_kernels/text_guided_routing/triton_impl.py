@@ -12,6 +12,7 @@ images and some columns, and reads the images' text a second time for the gradie
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ import triton
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.semaphores import semaphores
 from parrot_kernels.text_guided_routing.kernels import (
     bwd_images_kernel,
     bwd_scores_kernel,
     bwd_text_kernel,
     fwd_kernel,
 )
+from parrot_kernels.tile_choice import Tile, Tiles, cheapest, launch, tables
 
 # S images, T text rows, H hidden_size, E experts
 
@@ -46,16 +49,57 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _sizes(query: Tensor, text: Tensor, router_weight: Tensor) -> tuple[int, dict[str, Any]]:
-    """Number of text blocks, and the sizes that the kernels are compiled for."""
+# Columns of the text that a program of the images' gradients owns, and text rows that it takes at a time.
+_IMAGE_TILES = tables(
+    {
+        "products": [
+            Tile(sizes={"BLOCK_H": 32, "BLOCK_T": 32}, stages=4),
+            Tile(sizes={"BLOCK_H": 64, "BLOCK_T": 64}, stages=3),
+        ],
+        # Products of true float32 run on the ordinary cores, and only the smallest tiles of them fit the registers.
+        "fp32": [Tile(sizes={"BLOCK_H": 32, "BLOCK_T": 32}, stages=4)],
+    },
+    Tile(sizes={"BLOCK_H": 32, "BLOCK_T": 32}),
+)
+
+
+@functools.cache
+def _text_tiles(block_e: int, element_size: int) -> Tiles:
+    """For short texts and for long ones: columns of H that fit, of text, query and router, the memory of a block."""
+
+    def tile(block_t: int) -> Tile:
+        size = (block_t + _BLOCK_S + block_e) * element_size * 4  # stages
+        fits = 128 * size <= 160 * 1024  # of every GPU from sm_80 on
+        return Tile(sizes={"BLOCK_T": block_t, "BLOCK_H": 128 if fits else 64}, stages=4)
+
+    # The products of long blocks with many experts would not fit the registers.
+    return (tile(16), tile(64)) if block_e <= 32 else (tile(16),)
+
+
+def _sizes(query: Tensor, text: Tensor, router_weight: Tensor) -> tuple[int, dict[str, Any], Tile, Tiles]:
+    """Number of text blocks, the sizes that the kernels are compiled for, and the tile of the text among its choices.
+
+    Short texts are split finely, so that more programs share them; long ones coarsely, so that queries and router are
+    read less often.
+    """
     num_experts, hidden = router_weight.shape
     block_e = max(16, triton.next_power_of_2(num_experts))
-    # Short texts are split finely, so that more programs share them; long ones coarsely, so that queries and router are
-    # read less often, unless the products with many experts would not fit the registers.
+    choices = _text_tiles(block_e, text.element_size())
     long = text.shape[0] > 4 * 16 * triton_support.num_processors(text.device)
-    block_t = 64 if long and block_e <= 32 else 16
-    constants = {"H": hidden, "E": num_experts, "BLOCK_E": block_e}
-    return triton.cdiv(text.shape[0], block_t), {**constants, "BLOCK_S": _BLOCK_S, "BLOCK_T": block_t, "SCAN": 128}
+    tile = choices[-1] if long else choices[0]
+    constants = {"H": hidden, "E": num_experts, "BLOCK_E": block_e, "BLOCK_S": _BLOCK_S, "SCAN": 128}
+    return triton.cdiv(text.shape[0], tile["BLOCK_T"]), constants, tile, choices
+
+
+def _image_tile(num_groups: int, hidden: int, text: Tensor, choices: Tiles) -> Tile:
+    """The one with the fewer columns a processor, in whole waves."""
+    processors = triton_support.num_processors(text.device)
+
+    def cost(tile: Tile) -> int:
+        programs = num_groups * triton.cdiv(hidden, tile["BLOCK_H"])
+        return triton.cdiv(programs, processors) * tile["BLOCK_H"]
+
+    return cheapest(choices, cost)
 
 
 def text_guided_routing_fwd(
@@ -67,12 +111,12 @@ def text_guided_routing_fwd(
     logits = query.new_empty((num_images, num_experts), dtype=torch.float32)
     lse = query.new_empty(num_images, dtype=torch.float32)
     if num_images:
-        num_blocks, constants = _sizes(query, text, router_weight)
+        num_blocks, constants, tile, choices = _sizes(query, text, router_weight)
         num_blocks = max(1, num_blocks)  # without text there are still logits to clear
         parts = query.new_empty((num_images, num_blocks, num_experts + 2), dtype=torch.float32)
-        fwd_kernel[(num_blocks,)](
+        launch(fwd_kernel, tile, choices, (num_blocks,))(
             query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts,
-            triton_support.semaphores(num_images, query.device), logits, lse,
+            semaphores(num_images, query.device), logits, lse,
             num_images, text.shape[0], query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
         )  # fmt: skip
     return logits, lse
@@ -102,7 +146,7 @@ def text_guided_routing_bwd(
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     grad_logits, grad_lse = grad_logits.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     spans = text_start.contiguous(), text_end.contiguous()
-    num_blocks, constants = _sizes(query, text, router_weight)
+    num_blocks, constants, tile, choices = _sizes(query, text, router_weight)
     num_experts, hidden = router_weight.shape
 
     def scratch(*sizes: int) -> Tensor:
@@ -111,27 +155,34 @@ def text_guided_routing_bwd(
     # Of the scores only those inside a span are ever touched.
     scores, grad_attention = scratch(2, num_images, num_rows).unbind()
     stats, parts = scratch(num_images, 3), scratch(num_images, num_blocks, 3)
-    bwd_scores_kernel[(num_blocks,)](
+    launch(bwd_scores_kernel, tile, choices, (num_blocks,))(
         query, text, *spans, router_weight, grad_logits, grad_lse, scores, grad_attention, parts,
-        triton_support.semaphores(num_images, query.device), stats,
+        semaphores(num_images, query.device), stats,
         num_images, num_rows, query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
     )  # fmt: skip
     # Three TF32 products make one of float32 accuracy to half a bfloat16 bit and far beyond; float32 gets the real one.
     constants["PRECISION"] = "ieee" if query.dtype == torch.float32 else "tf32x3"
     pairs = scores, grad_attention, stats
     if needs[1]:
-        block_h = 128
-        bwd_text_kernel[(num_blocks, triton.cdiv(hidden, block_h))](
+        # As many columns as the registers take.
+        widths = {16: 128, 64: 128 // query.element_size()}
+        blocks = tuple(
+            Tile(sizes={"BLOCK_T": rows, "BLOCK_H": widths[rows]}) for rows in (own["BLOCK_T"] for own in choices)
+        )
+        block = blocks[choices.index(tile)]
+        launch(bwd_text_kernel, block, blocks, (num_blocks, triton.cdiv(hidden, block["BLOCK_H"])))(
             query, *spans, router_weight, grad_logits, *pairs, grads[1],
-            num_images, num_rows, query.stride(0), router_weight.stride(0), scale, **constants, BLOCK_H=block_h,
+            num_images, num_rows, query.stride(0), router_weight.stride(0), scale, **constants,
         )  # fmt: skip
     if needs[0] or needs[2]:
-        del constants["BLOCK_T"], constants["SCAN"]
+        del constants["SCAN"]
         num_groups = triton.cdiv(num_images, _BLOCK_S)
         parts = scratch(num_groups if needs[2] else 0, num_experts, hidden)
-        bwd_images_kernel[lambda config: (triton.cdiv(hidden, config["BLOCK_H"]), num_groups)](
+        choices = _IMAGE_TILES["fp32" if query.dtype == torch.float32 else "products"]
+        tile = _image_tile(num_groups, hidden, text, choices)
+        launch(bwd_images_kernel, tile, choices, (triton.cdiv(hidden, tile["BLOCK_H"]), num_groups))(
             text, *spans, grad_logits, *pairs, grads[0], parts,
-            triton_support.semaphores(triton.cdiv(hidden, 32), query.device), grads[2],
+            semaphores(triton.cdiv(hidden, 32), query.device), grads[2],
             num_images, num_rows, text.stride(0), scale,
             **constants, NEEDS_QUERY=needs[0], NEEDS_ROUTER=needs[2],
         )  # fmt: skip
