@@ -1,7 +1,6 @@
 // The device primitives as instructions of Hopper (sm_90a), and launches through the CUDA runtime.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -14,9 +13,12 @@ __device__ __forceinline__ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(parrot_shared_bytes);
 }
 
-// Waits for every block of a cooperative launch; what they wrote before is visible afterwards.
-__device__ __forceinline__ void grid_sync() {
-  cooperative_groups::this_grid().sync();
+// Counts one more arrival and returns how many came before. What the caller could see before is visible to whoever
+// arrives later, to the whole block of each after a barrier.
+__device__ __forceinline__ int arrive(int32_t* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }
 
 // 16 bytes that will not be needed again: they leave no trace in the first-level cache.
@@ -60,14 +62,12 @@ PARROT_MMA(mma_float16, "f16")
 #undef PARROT_MMA
 
 constexpr size_t kSharedBytesOfEveryKernel = 48 * 1024;
-constexpr int kLaunchFailure = cudaErrorLaunchOutOfResources;
 
 struct Launch {
   dim3 grid;
   int threads;
   size_t shared_bytes;
   void* stream;
-  bool cooperative = false;
 };
 
 // Returns a cudaError_t.
@@ -78,16 +78,11 @@ int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(shape.stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -96,14 +91,6 @@ inline int multiprocessors() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
-}
-
-// How many blocks of `kernel` fit on the device at the same time.
-template <typename Kernel>
-int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
-  int per_multiprocessor = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes);
-  return per_multiprocessor * multiprocessors();
 }
 
 }  // namespace parrot::cuda::device

@@ -55,14 +55,25 @@ float* floats(Tensor& tensor) {
   return tensor.mutable_data_ptr<float>();
 }
 
+// The counters of the images: at least one of each.
+int32_t* checked_counters(const Tensor& arrived, const Tensor& query) {
+  PARROT_CHECK_SHAPE(arrived, -1);
+  PARROT_CHECK_DENSE(arrived, Int, query);
+  STD_TORCH_CHECK(arrived.size(0) >= query.size(0), "arrived must have one element an image, at least ", query.size(0),
+                  ", got ", arrived.size(0));
+  return arrived.mutable_data_ptr<int32_t>();
+}
+
 std::tuple<Tensor, Tensor> fwd(const Tensor& query, const Tensor& text, const Tensor& text_start,
-                               const Tensor& text_end, const Tensor& router_weight, double scale) {
+                               const Tensor& text_end, const Tensor& router_weight, const Tensor& arrived,
+                               double scale) {
   const RoutingInputs in = checked_inputs(query, text, text_start, text_end, router_weight, scale);
   const int64_t images = in.images, rows = in.rows, experts = in.experts;
   Tensor logits = new_float(query, {images, experts}), lse = new_float(query, {images});
   if (images == 0) return {logits, lse};
   Tensor projected = new_float(query, {rows, experts}), scores = new_float(query, {images, rows});
-  const RoutingForward out{floats(logits), floats(lse), floats(projected), floats(scores)};
+  const RoutingForward out{floats(logits), floats(lse), floats(projected), floats(scores),
+                           checked_counters(arrived, query)};
   const LaunchScope scope(query);
   check_launch(parrot_text_guided_routing_fwd(&in, &out, scope.stream()), "text_guided_routing_fwd");
   return {logits, lse};
@@ -78,7 +89,8 @@ Tensor new_gradient(const Tensor& like, bool needed, bool zeros) {
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const std::optional<Tensor>& maybe_grad_lse,
                                        const Tensor& query, const Tensor& text, const Tensor& text_start,
                                        const Tensor& text_end, const Tensor& router_weight, const Tensor& lse,
-                                       double scale, bool needs_query, bool needs_text, bool needs_router_weight) {
+                                       const Tensor& arrived, double scale, bool needs_query, bool needs_text,
+                                       bool needs_router_weight) {
   const RoutingInputs in = checked_inputs(query, text, text_start, text_end, router_weight, scale);
   const int64_t images = in.images, rows = in.rows, experts = in.experts;
   PARROT_CHECK_SHAPE(grad_logits, images, experts);
@@ -109,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const std::opt
                             floats(projected),
                             floats(scores),
                             floats(means),
-                            floats(grad_projected)};
+                            floats(grad_projected),
+                            checked_counters(arrived, query)};
   const LaunchScope scope(query);
   check_launch(parrot_text_guided_routing_bwd(&in, &out, scope.stream()), "text_guided_routing_bwd");
   return {grad_query, grad_text, grad_router_weight};
@@ -121,11 +134,11 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad_logits, const std::opt
 STABLE_TORCH_LIBRARY_FRAGMENT(PARROT_CUDA_LIBRARY, m) {
   m.def(
       "text_guided_routing_cuda_fwd(Tensor query, Tensor text, Tensor text_start, Tensor text_end, "
-      "Tensor router_weight, float scale) -> (Tensor, Tensor)");
+      "Tensor router_weight, Tensor(a!) arrived, float scale) -> (Tensor, Tensor)");
   m.def(
       "text_guided_routing_cuda_bwd(Tensor grad_logits, Tensor? grad_lse, Tensor query, Tensor text, "
-      "Tensor text_start, Tensor text_end, Tensor router_weight, Tensor lse, float scale, bool needs_query, "
-      "bool needs_text, bool needs_router_weight) -> (Tensor, Tensor, Tensor)");
+      "Tensor text_start, Tensor text_end, Tensor router_weight, Tensor lse, Tensor(a!) arrived, float scale, "
+      "bool needs_query, bool needs_text, bool needs_router_weight) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PARROT_CUDA_LIBRARY, PARROT_CUDA_KEY, m) {

@@ -1,4 +1,4 @@
-// Launches of text_guided_routing: one for the forward pass, two for the backward pass.
+// Launches of text_guided_routing: one for the forward pass, three for the backward pass.
 #include "text_guided_routing_bwd.cuh"
 #include "text_guided_routing_fwd.cuh"
 
@@ -9,30 +9,34 @@ int64_t blocks_for(int64_t work, int64_t of_one) {
   return (work + of_one - 1) / of_one;
 }
 
-// A cooperative launch of `kernel`: as many blocks as there is work for, at most two per multiprocessor, all resident.
+// A launch of `kernel` over the chunks of rows: a block for each, at most two per multiprocessor.
 template <typename Shared, typename Outputs>
-int launch_resident(void (*kernel)(RoutingInputs, Outputs), const RoutingInputs& in, const Outputs& out, void* stream) {
-  const int resident = device::resident_blocks(kernel, kThreads, sizeof(Shared));
-  if (resident == 0) return device::kLaunchFailure;
-  int64_t blocks = blocks_for(in.rows, kChunk);
-  if (blocks < in.images) blocks = in.images;
-  if (blocks > resident) blocks = resident;
+int launch_chunks(void (*kernel)(RoutingInputs, Outputs), const RoutingInputs& in, const Outputs& out, void* stream) {
   const int64_t enough = 2 * static_cast<int64_t>(device::multiprocessors());
+  int64_t blocks = blocks_for(in.rows, kChunk);
+  if (blocks == 0) blocks = 1;  // images without text have results too
   if (blocks > enough) blocks = enough;
-  return device::launch({dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(Shared), stream, true}, kernel, in, out);
+  return device::launch({dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(Shared), stream}, kernel, in, out);
 }
 
 template <typename T>
 int fwd(const RoutingInputs& in, const RoutingForward& out, void* stream) {
-  if (in.experts <= 8) return launch_resident<ForwardShared<1>>(routing_fwd_kernel<T, 1>, in, out, stream);
-  return launch_resident<ForwardShared<8>>(routing_fwd_kernel<T, 8>, in, out, stream);
+  if (in.experts <= 8) return launch_chunks<ForwardShared<1>>(routing_fwd_kernel<T, 1>, in, out, stream);
+  return launch_chunks<ForwardShared<8>>(routing_fwd_kernel<T, 8>, in, out, stream);
+}
+
+template <typename T, int kExpertTiles>
+int bwd_coefficients(const RoutingInputs& in, const RoutingBackward& out, void* stream) {
+  const int error = launch_chunks<MeanShared<kExpertTiles>>(routing_bwd_means_kernel<T, kExpertTiles>, in, out, stream);
+  if (error) return error;
+  const auto blocks = static_cast<unsigned>(blocks_for(in.rows, kCoefficientRows));
+  return device::launch({dim3(blocks), kCoefficientRows, 0, stream}, routing_bwd_coefficients_kernel<kExpertTiles>, in,
+                        out);
 }
 
 template <typename T>
 int bwd(const RoutingInputs& in, const RoutingBackward& out, void* stream) {
-  const int error = in.experts <= 8
-                        ? launch_resident<CoefficientShared<1>>(routing_bwd_coefficients_kernel<T, 1>, in, out, stream)
-                        : launch_resident<CoefficientShared<8>>(routing_bwd_coefficients_kernel<T, 8>, in, out, stream);
+  const int error = in.experts <= 8 ? bwd_coefficients<T, 1>(in, out, stream) : bwd_coefficients<T, 8>(in, out, stream);
   if (error) return error;
   const int64_t slices = blocks_for(in.hidden, kSliceVectors * kVector<T>);
   GradientBlocks blocks{};

@@ -154,12 +154,42 @@ struct ProjectShared {
   float partial[kWarps][kChunk][8 * (kExpertTiles + 1)];
 };
 
+// Counts that the rows [first, last) of a chunk are done, and calls finish(image) in this block for each image whose
+// last chunk this was. No block ever waits for another: they may run in any order, and one at a time. The whole block
+// calls it; `finished` is shared and lies apart from what `finish` uses.
+template <typename Finish>
+__device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* arrived, int64_t first, int64_t last,
+                                              unsigned& finished, Finish finish) {
+  __threadfence();
+  __syncthreads();
+  for (int base = 0; base < in.images; base += 32) {
+    const unsigned meeting = images_that_meet(in, base, first, last);
+    if (meeting == 0) continue;  // the same for all warps
+    if (threadIdx.x < 32) {
+      const int image = base + static_cast<int>(threadIdx.x);
+      bool complete = false;
+      if (meeting >> threadIdx.x & 1) {
+        const Span span = span_of(in, image);
+        const int64_t chunks = (span.end - 1) / kChunk - span.begin / kChunk + 1;
+        complete = device::arrive(arrived + image) == chunks - 1;
+        if (complete) arrived[image] = 0;
+      }
+      const unsigned mask = __ballot_sync(kFullWarp, complete);
+      if (threadIdx.x == 0) finished = mask;
+    }
+    __syncthreads();
+    __threadfence();
+    for (unsigned mask = finished; mask; mask &= mask - 1) finish(base + __ffs(mask) - 1);
+    __syncthreads();  // before `finished` is written again
+  }
+}
+
 // projected[t, e] = text[t] . router_weight[e], and scores[s, t] = scale * text[t] . query[s] for the rows of each span
 // (the rest of `scores` is not written). Blocks take chunks of rows in turn; of a chunk that at most kImageSlots images
-// look at, each text row is read once.
-template <typename T, int kExpertTiles>
+// look at, each text row is read once. After each chunk the whole block calls done(first row, last row + 1).
+template <typename T, int kExpertTiles, typename Done>
 __device__ __forceinline__ void project_rows(const RoutingInputs& in, float* projected, float* scores,
-                                             ProjectShared<kExpertTiles>& shared) {
+                                             ProjectShared<kExpertTiles>& shared, Done done) {
   constexpr int kTiles = kExpertTiles + 1, kColumns = 8 * kTiles;
   const int n = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
   const T* text = static_cast<const T*>(in.text);
@@ -198,6 +228,7 @@ __device__ __forceinline__ void project_rows(const RoutingInputs& in, float* pro
       __syncthreads();
       first_pass = false;
     } while (cursor < in.images);
+    done(first, first + count);
   }
 }
 

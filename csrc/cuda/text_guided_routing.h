@@ -26,6 +26,7 @@ struct RoutingForward {
   float* lse;        // [S]
   float* projected;  // [T, E], scratch
   float* scores;     // [S, T], scratch
+  int32_t* arrived;  // [S], zeros, and zeros again at the end: how many blocks have brought their rows of an image
 };
 
 struct RoutingBackward {
@@ -39,6 +40,7 @@ struct RoutingBackward {
   float* scores;             // [S, T], scratch
   float* means;              // [S], scratch
   float* grad_projected;     // [T, E], scratch
+  int32_t* arrived;          // [S], as in the forward pass
 };
 
 // Each returns a cudaError_t. At least one image; the backward pass also needs at least one row.

@@ -1,5 +1,5 @@
-// Backward pass of text_guided_routing: one cooperative launch for the coefficients of each (image, row), one launch
-// for the three gradients. With a the attention, p the projected rows and g the incoming gradient:
+// Backward pass of text_guided_routing: one launch for the mean of each image, one for the coefficients of each
+// (image, row), one for the three gradients. With a the attention, p the projected rows and g the incoming gradient:
 //     grad_a[s, t]           = g[s] . p[t]
 //     mean[s]                = sum over t of a[s, t] grad_a[s, t] - grad_lse[s]
 //     d[s, t]                = scale * a[s, t] (grad_a[s, t] - mean[s])
@@ -17,12 +17,15 @@
 namespace parrot::cuda {
 
 template <int kExpertTiles>
-struct CoefficientShared {
+struct MeanShared {
   union {
     ProjectShared<kExpertTiles> project;
     float scratch[2][kWarps];
   };
+  unsigned finished;
 };
+
+constexpr int kCoefficientRows = 64;  // rows of a block, one a thread: few, so that a short text has many blocks
 
 // A row's projection, held in registers.
 template <int kExperts>
@@ -44,10 +47,11 @@ struct ProjectedRow {
   }
 };
 
-// mean[s]. Divided by the sum of the weights, which rounding leaves a little off one: the d of a span add up to zero.
+// mean[s] of an image whose span is not empty. Divided by the sum of the weights, which rounding leaves a little off
+// one: the d of a span add up to zero.
 template <int kExpertTiles>
 __device__ __forceinline__ void reduce_mean(const RoutingInputs& in, const RoutingBackward& out, int image,
-                                            CoefficientShared<kExpertTiles>& shared) {
+                                            MeanShared<kExpertTiles>& shared) {
   const Span span = span_of(in, image);
   const float* scores = out.scores + static_cast<int64_t>(image) * in.rows;
   const float* grad_logits = out.grad_logits + static_cast<int64_t>(image) * in.experts;
@@ -62,8 +66,7 @@ __device__ __forceinline__ void reduce_mean(const RoutingInputs& in, const Routi
   weighted = block_reduce(weighted, shared.scratch[0], Add());
   total = block_reduce(total, shared.scratch[1], Add());
   if (threadIdx.x == 0) {
-    const float mean = span.begin < span.end ? weighted / total : 0.0f;
-    out.means[image] = mean - (out.grad_lse ? out.grad_lse[image] : 0.0f);
+    out.means[image] = weighted / total - (out.grad_lse ? out.grad_lse[image] : 0.0f);
   }
   __syncthreads();  // the next image writes the same shared memory
 }
@@ -99,16 +102,19 @@ __device__ __forceinline__ void reduce_images(const RoutingInputs& in, const Rou
 
 template <typename T, int kExpertTiles>
 __global__ void __launch_bounds__(kThreads, kExpertTiles == 1 ? 2 : 1)
+    routing_bwd_means_kernel(const RoutingInputs in, const RoutingBackward out) {
+  auto& shared = device::shared_storage<MeanShared<kExpertTiles>>();
+  project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project, [&](int64_t first, int64_t last) {
+    finish_images(in, out.arrived, first, last, shared.finished,
+                  [&](int image) { reduce_mean<kExpertTiles>(in, out, image, shared); });
+  });
+}
+
+template <int kExpertTiles>
+__global__ void __launch_bounds__(kCoefficientRows)
     routing_bwd_coefficients_kernel(const RoutingInputs in, const RoutingBackward out) {
-  auto& shared = device::shared_storage<CoefficientShared<kExpertTiles>>();
-  project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project);
-  device::grid_sync();
-  for (int image = blockIdx.x; image < in.images; image += gridDim.x) reduce_mean<kExpertTiles>(in, out, image, shared);
-  device::grid_sync();
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  for (int64_t first = warp * 32; first < in.rows; first += static_cast<int64_t>(gridDim.x) * kThreads) {
-    reduce_images<kExpertTiles>(in, out, first);
-  }
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kCoefficientRows + threadIdx.x / 32 * 32;
+  if (first < in.rows) reduce_images<kExpertTiles>(in, out, first);
 }
 
 constexpr int kSliceVectors = 4;  // 16-byte vectors of a slice of H, one a thread of a quad

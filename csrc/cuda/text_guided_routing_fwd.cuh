@@ -1,4 +1,4 @@
-// Forward pass of text_guided_routing in one cooperative launch.
+// Forward pass of text_guided_routing in one launch: the block that brings the last rows of an image finishes it.
 #pragma once
 
 #include <math.h>
@@ -16,9 +16,10 @@ struct ForwardShared {
       float sums[kWarps][8 * kExpertTiles + 1];
     } attend;
   };
+  unsigned finished;
 };
 
-// logits and lse of one image from the scores of its span.
+// logits and lse of one image from the scores of its span, which is not empty.
 template <int kExpertTiles>
 __device__ __forceinline__ void attend(const RoutingInputs& in, const RoutingForward& out, int image,
                                        ForwardShared<kExpertTiles>& shared) {
@@ -53,9 +54,8 @@ __device__ __forceinline__ void attend(const RoutingInputs& in, const RoutingFor
       sum += shared.attend.sums[w][thread];
       total += shared.attend.sums[w][kExperts];
     }
-    const bool empty = span.begin >= span.end;
-    out.logits[static_cast<int64_t>(image) * in.experts + thread] = empty ? 0.0f : sum / total;
-    if (thread == 0) out.lse[image] = empty ? -INFINITY : top + logf(total);
+    out.logits[static_cast<int64_t>(image) * in.experts + thread] = sum / total;
+    if (thread == 0) out.lse[image] = top + logf(total);
   }
   __syncthreads();  // the next image writes the same shared memory
 }
@@ -64,9 +64,18 @@ template <typename T, int kExpertTiles>
 __global__ void __launch_bounds__(kThreads, kExpertTiles == 1 ? 2 : 1)
     routing_fwd_kernel(const RoutingInputs in, const RoutingForward out) {
   auto& shared = device::shared_storage<ForwardShared<kExpertTiles>>();
-  project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project);
-  device::grid_sync();
-  for (int image = blockIdx.x; image < in.images; image += gridDim.x) attend<kExpertTiles>(in, out, image, shared);
+  if (blockIdx.x == 0) {  // images without text, which no chunk of rows finishes
+    for (int image = threadIdx.x; image < in.images; image += kThreads) {
+      const Span span = span_of(in, image);
+      if (span.begin < span.end) continue;
+      for (int e = 0; e < in.experts; ++e) out.logits[static_cast<int64_t>(image) * in.experts + e] = 0.0f;
+      out.lse[image] = -INFINITY;
+    }
+  }
+  project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project, [&](int64_t first, int64_t last) {
+    finish_images(in, out.arrived, first, last, shared.finished,
+                  [&](int image) { attend<kExpertTiles>(in, out, image, shared); });
+  });
 }
 
 }  // namespace parrot::cuda

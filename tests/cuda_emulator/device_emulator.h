@@ -81,6 +81,7 @@ inline int __popc(unsigned mask) {
 inline void __syncthreads() {
   emulator::wait(emulator::grid->running->block->barrier);
 }
+inline void __threadfence() {}
 inline void __syncwarp() {
   emulator::wait(emulator::warp().barrier);
 }
@@ -124,7 +125,6 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 namespace parrot::cuda::device {
 
-constexpr int kLaunchFailure = 701;
 constexpr int kDeadlock = 702;
 
 template <typename Storage>
@@ -132,8 +132,8 @@ Storage& shared_storage() {
   return *reinterpret_cast<Storage*>(emulator::grid->running->block->shared);
 }
 
-inline void grid_sync() {
-  emulator::wait(emulator::grid->barrier);
+inline int arrive(int32_t* counter) {
+  return (*counter)++;
 }
 
 inline uint4 load_streaming(const void* address) {
@@ -209,9 +209,10 @@ struct Launch {
   int threads;
   size_t shared_bytes;
   void* stream;
-  bool cooperative = false;
 };
 
+// One block after the other, each to its end, in an order that the seed shuffles: a block that waits for one that has
+// not begun never ends, as on a device whose other multiprocessors are busy.
 template <typename... Parameters>
 int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&... arguments) {
   emulator::Grid grid;
@@ -219,23 +220,18 @@ int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&
   grid.size = shape.grid;
   grid.body = [&] { kernel(arguments...); };
   std::mt19937 random(emulator_seed);
-  const unsigned blocks = shape.grid.x;
-  grid.barrier.wanted = static_cast<int>(blocks) * shape.threads;
-  for (unsigned block = 0; block < blocks; ++block) {
+  std::vector<unsigned> blocks(shape.grid.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (emulator_seed) std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const unsigned block : blocks) {
     emulator::start_block(dim3(block), shape.threads, shape.shared_bytes);
-    const bool last = block + 1 == blocks;
-    if ((last || !shape.cooperative) && !emulator::run_blocks(random)) return kDeadlock;
+    if (!emulator::run_blocks(random)) return kDeadlock;
   }
   return 0;
 }
 
 inline int multiprocessors() {
   return emulator_multiprocessors;
-}
-
-template <typename Kernel>
-int resident_blocks(Kernel*, int, size_t) {
-  return 2 * emulator_multiprocessors;
 }
 
 }  // namespace parrot::cuda::device

@@ -15,6 +15,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -90,7 +91,6 @@ struct Fiber {
 
 struct Grid {
   dim3 size;
-  Barrier barrier;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;  // reused from block to block
@@ -180,7 +180,7 @@ inline bool run_copies(std::mt19937& random) {
   return !copies.empty();
 }
 
-// Runs the started blocks to their end; false when they wait for each other forever.
+// Runs the started block to its end; false when its threads wait forever.
 inline bool run_blocks(std::mt19937& random) {
   std::vector<Fiber*> alive;
   for (auto& fiber : grid->fibers) alive.push_back(fiber.get());

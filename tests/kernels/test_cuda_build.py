@@ -23,12 +23,12 @@ REQUIRED = {
     "k_grouped_gemm_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
     "routing_fwd_kernelINS0_8BFloat16": ("HMMA",),
     "routing_fwd_kernelINS0_7Float16": ("HMMA",),
-    "routing_bwd_coefficients_kernelINS0_8BFloat16": ("HMMA",),
-    "routing_bwd_coefficients_kernelINS0_7Float16": ("HMMA",),
+    "routing_bwd_means_kernelINS0_8BFloat16": ("HMMA",),
+    "routing_bwd_means_kernelINS0_7Float16": ("HMMA",),
 }
 KERNELS = (
     *("m_grouped_gemm_kernel", "k_grouped_gemm_kernel"),
-    *("routing_fwd_kernel", "routing_bwd_coefficients_kernel", "routing_bwd_gradients_kernel"),
+    *("routing_fwd_kernel", "routing_bwd_means_kernel", "routing_bwd_gradients_kernel"),
     *("topk_routing_tiles_kernel", "topk_routing_totals_kernel", "topk_routing_plan_kernel", "topk_routing_bwd_kernel"),
 )
 

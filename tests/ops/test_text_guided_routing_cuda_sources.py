@@ -87,16 +87,32 @@ def test_matches_float64(ran_on, cuda_device: torch.device, case: str, dtype: to
 def test_neither_order_of_threads_nor_number_of_blocks_changes_a_bit(
     ran_on, cuda_device: torch.device, case: str
 ) -> None:
-    """On a GPU two runs must agree; the emulator also shuffles its threads, which shows a missing barrier."""
+    """On a GPU two runs must agree. The emulator shuffles threads, which shows a missing barrier, and runs the blocks
+    one after the other in an order that the seed shuffles: one that waits for another would never end.
+    """
     results = []
     with ran_on("cuda", "text_guided_routing", *LAUNCHERS):
-        for seed, multiprocessors in ((0, 1), (1, 1), (2, 2)):
+        for seed, multiprocessors in ((0, 1), (1, 1), (2, 8), (3, 8)):
             torch.manual_seed(0)
             with cuda_emulator.device(seed=seed, multiprocessors=multiprocessors):
                 results.append(run(case, torch.bfloat16, cuda_device)[0])
     for other in results[1:]:
         for name, value in other.items():
             assert torch.equal(value, results[0][name]), name
+
+
+def test_counters_are_left_at_zero(ran_on, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are used again by the next launch in the stream, without being cleared."""
+    counters = torch.zeros(64, dtype=torch.int32, device=cuda_device)
+    monkeypatch.setattr(cuda_impl, "semaphores", lambda count, device: counters)
+    results = []
+    with ran_on("cuda", "text_guided_routing", *LAUNCHERS):
+        for _ in range(2):
+            torch.manual_seed(0)
+            results.append(run("overlapping", torch.bfloat16, cuda_device)[0])
+            assert not counters.any()
+    for name, value in results[1].items():
+        assert torch.equal(value, results[0][name]), name
 
 
 def test_spans_outside_of_the_text_are_cut(ran_on, cuda_device: torch.device) -> None:
@@ -166,6 +182,9 @@ def test_host_checks_name_what_is_wrong(cuda_device: torch.device) -> None:
     fwd = torch.ops.parrot_ext.text_guided_routing_cuda_fwd
     query, text, weight = (torch.zeros(n, 8, device=cuda_device) for n in (2, 5, 3))
     start, end = (span.to(cuda_device) for span in make_spans([5], [2]))
+    counters = torch.zeros(2, dtype=torch.int32, device=cuda_device)
+    with pytest.raises(RuntimeError, match="arrived must have one element an image, at least 2, got 1"):
+        fwd(query, text, start, end, weight, counters[:1], 0.3)
     wrong = [
         ((query, text[:, :4], start, end, weight), r"text must have shape \[any, 8\], got \[5, 4\]"),
         ((query, text, start[:1], end, weight), r"text_start must have shape \[2\], got \[1\]"),
@@ -178,4 +197,4 @@ def test_host_checks_name_what_is_wrong(cuda_device: torch.device) -> None:
     ]
     for args, message in wrong:
         with pytest.raises(RuntimeError, match=message):
-            fwd(*args, 0.3)
+            fwd(*args, counters, 0.3)

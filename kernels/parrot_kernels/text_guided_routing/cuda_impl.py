@@ -1,4 +1,4 @@
-"""CUDA `text_guided_routing` for Hopper: one launch forward, two backward (csrc/cuda/text_guided_routing*.cuh)."""
+"""CUDA `text_guided_routing` for Hopper: one launch forward, three backward (csrc/cuda/text_guided_routing*.cuh)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parrot_kernels import cuda_support
+from parrot_kernels.semaphores import semaphores
 
 # S images, T text rows, H hidden_size, E experts
 
@@ -45,7 +46,8 @@ def text_guided_routing_fwd(
 ) -> tuple[Tensor, Tensor]:
     """See the contract in the package docstring."""
     tensors = (text.contiguous(), text_start.contiguous(), text_end.contiguous(), router_weight.contiguous())
-    return torch.ops.parrot_ext.text_guided_routing_cuda_fwd(_rows(query), *tensors, scale)
+    arrived = semaphores(query.shape[0], query.device)
+    return torch.ops.parrot_ext.text_guided_routing_cuda_fwd(_rows(query), *tensors, arrived, scale)
 
 
 def text_guided_routing_bwd(
@@ -69,6 +71,7 @@ def text_guided_routing_bwd(
         _rows(query),
         *tensors,
         lse,
+        semaphores(query.shape[0], query.device),
         scale,
         *needs,
     )
