@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -81,7 +82,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """HEAD, with `-dirty` when files differ from it."""
+    """HEAD, with `-dirty` when files differ from it; "unknown" without git or outside of a repository."""
+    if shutil.which("git") is None:
+        return "unknown"
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=ROOT,

@@ -22,8 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [str(ROOT), str(ROOT / "kernels")]
 sys.path[:0] = [folder for folder in FOLDERS if folder not in sys.path]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
-# Before Triton is imported: what is tuned once is not tuned again by the next worker, or the next run.
-os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 # cuBLAS is deterministic with it, which the correctness stage asks of every result.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -51,9 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         stage.add_argument("--json", type=Path, required=True, help="results file; an existing one is gone on with")
         stage.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, as a rehearsal")
         stage.add_argument("--budget", type=float, default=450, help="seconds of one run of a stage (default 450)")
-        stage.add_argument(
-            "--row-limit", type=float, default=150, help="seconds after which a row failed (default 150)"
-        )
+        stage.add_argument("--row-limit", type=float, help="seconds after which a row failed (default: by stage)")
         stage.add_argument("--workers", type=int, help="processes at a time (default: by stage)")
         stage.add_argument(
             "--only", action="append", default=[], help="only rows whose name holds this; may be repeated"
@@ -110,7 +106,9 @@ def run_stage(args: argparse.Namespace) -> Counter[str]:
     work = functools.partial(module.run_row, device=args.device)
     left = max(0.0, args.budget - (time.monotonic() - start))
     workers = args.workers or module.WORKERS
-    not_run = run_rows(todo, work, record, workers=workers, seconds=left, row_seconds=args.row_limit)
+    not_run = run_rows(
+        todo, work, record, workers=workers, seconds=left, row_seconds=args.row_limit or module.ROW_SECONDS
+    )
     seconds = round(time.monotonic() - start, 1)
     store.end_run(args.command, {"seconds": seconds, "budget": args.budget, "begun": len(todo) - len(not_run)}, not_run)
     counts = Counter(store.rows(args.command)[name]["status"] for name in wanted)

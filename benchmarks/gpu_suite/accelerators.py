@@ -17,6 +17,7 @@ from benchmarks.workload import Unavailable
 from parrot_kernels.testing import assert_all_accurate, max_error
 
 WORKERS = 1
+ROW_SECONDS = 150
 # Only these: Transformer Engine may multiply float32 in TF32.
 DTYPE = torch.bfloat16
 NORMS = {"decoder": "RMSNorm", "vision": "LayerNorm"}

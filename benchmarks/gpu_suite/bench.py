@@ -37,6 +37,7 @@ MODULES = (
     bench_segment_attention,
 )
 WORKERS = 1
+ROW_SECONDS = 150
 
 
 def _ceilings(device: str) -> list[Workload]:

@@ -21,6 +21,7 @@ from parrot_sys.ops import force_backend
 CASES = {f"{case.op}/{case.name}": case for case in (*MOE, *ATTENTION)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 WORKERS = 6
+ROW_SECONDS = 150
 
 
 def backends(device: str) -> tuple[str, ...]:

@@ -206,6 +206,40 @@ def test_results_of_other_sources_are_not_gone_on_with(tmp_path: Path) -> None:
     assert (code, list(rows)) == (0, ["swiglu/none/cpu/fp32"])
 
 
+def test_runs_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A borrowed machine may have none; --commit then names the sources."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "r.json"
+    for options, commit in (((), "unknown"), (("--fresh", "--commit", "abc"), "abc")):
+        assert suite("correctness", path, *ONLY, *options)[0] == 0
+        assert json.loads(path.read_text())["machine"]["commit"] == commit
+
+
+def test_no_stage_times_kernels_for_another() -> None:
+    """What small inputs under six processes measured would decide the tiles of the benchmark."""
+    command = [sys.executable, "-c", "import benchmarks.gpu_suite.__main__, os; print(sorted(os.environ))"]
+    environment = {key: value for key, value in os.environ.items() if "AUTOTUN" not in key}
+    done = subprocess.run(command, env=environment, cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    assert "AUTOTUN" not in done.stdout
+
+
+def test_the_sanitizer_is_asked_for_findings_of_kernels_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, seen = tmp_path / "tool", tmp_path / "seen"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {seen}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "tool", lambda _: str(tool))
+    suite("sanitize", tmp_path / "r.json", "--only", "memcheck/swiglu/cpu")
+    assert "--report-api-errors no" in seen.read_text()
+
+
+def test_row_limits_fit_into_a_run() -> None:
+    """A row that outlasts the budget of a run would never end: each run would begin it anew."""
+    budget = suite_main.parse(["bench", "--json", "r.json"]).budget
+    limits = {name: module.ROW_SECONDS for name, module in suite_main.STAGES.items()}
+    assert all(limit < budget for limit in limits.values())
+    assert limits["sanitize"] > limits["correctness"]
+
+
 @pytest.mark.parametrize(
     ("stage", "only", "name"), [("sanitize", "swiglu/cpu", "compute-sanitizer"), ("profile", "swiglu/cpu/cpu", "ncu")]
 )
