@@ -11,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import LLMConfig, TokenExpertsConfig
+from parrot_sys.parallel import check_experts
 
 Recompute = Literal["none", "full"]
 
@@ -19,7 +20,7 @@ Recompute = Literal["none", "full"]
 def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_weights: bool) -> dict[str, Any]:
     """The fields that hold for any transformer of ours: layout, precision, initialisation and what is switched off.
 
-    Expert parallelism is not among them: these transformers have no experts, and Megatron would ask how many.
+    Expert parallelism is not among them (`token_expert_fields`): Megatron would ask how many experts there are.
 
     Weights are initialised on the host, so that they do not depend on the layout; kernels that need apex or Transformer
     Engine are off (we bring norm and attention by ModuleSpec).
@@ -33,7 +34,7 @@ def common_fields(parallel: ParallelConfig, dtype: torch.dtype, *, initialize_we
         "sequence_parallel": parallel.sequence_parallel,
         # Packed micro-batches differ in their number of rows.
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
-        # Never used, but Megatron checks that it would take micro-batches of different lengths.
+        # Megatron checks that it takes micro-batches of different lengths, also where there are no experts.
         "moe_token_dispatcher_type": "alltoall",
         # Batched point-to-point calls give wrong gradients in the interleaved schedule on gloo.
         "overlap_p2p_comm": interleaved,
@@ -64,6 +65,29 @@ def recompute_fields(recompute: Recompute, num_layers: int = 1) -> dict[str, Any
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": num_layers}
 
 
+def token_expert_fields(experts: TokenExpertsConfig | None, parallel: ParallelConfig) -> dict[str, Any]:
+    """The fields of experts in the decoder's layers.
+
+    Raises:
+        ConfigError: the experts cannot be shared as `parallel` asks.
+    """
+    if experts is None:
+        return {}
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    check_experts(experts.num_experts, experts.ffn_hidden_size, ep, etp, section="llm.experts")
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.topk,
+        "moe_router_pre_softmax": not experts.renormalize,
+        "moe_router_load_balancing_type": "none",
+        # Near ties should not be decided by the rounding of half precision.
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+    }
+
+
 def to_transformer_config(
     llm: LLMConfig,
     parallel: ParallelConfig,
@@ -88,6 +112,7 @@ def to_transformer_config(
     return TransformerConfig(
         **common_fields(parallel, dtype, initialize_weights=initialize_weights),
         **recompute_fields(recompute),
+        **token_expert_fields(llm.experts, parallel),
         pipeline_model_parallel_layout=_stage_layout(llm.num_layers, parallel),
         num_layers=llm.num_layers,
         hidden_size=llm.hidden_size,

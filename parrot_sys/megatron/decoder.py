@@ -35,6 +35,7 @@ from parrot_sys.megatron.attention.context import AttentionContext, make_context
 from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
+from parrot_sys.megatron.embed.moe_layer import moe_layer_spec
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
@@ -47,9 +48,20 @@ from parrot_sys.parallel import RowSplit, combine_vocab_parts, share_pack
 
 
 def layer_spec(
-    attn_mask_type: AttnMaskType = AttnMaskType.causal, *, lora: LoRAConfig | None = None, qk_norm: bool = False
+    attn_mask_type: AttnMaskType = AttnMaskType.causal,
+    *,
+    lora: LoRAConfig | None = None,
+    qk_norm: bool = False,
+    token_experts: bool = False,
 ) -> ModuleSpec:
-    """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config."""
+    """A pre-norm transformer layer with our norm and core attention; sizes, biases, activation come from the config.
+
+    Args:
+        attn_mask_type: who sees whom.
+        lora: low-rank updates of the linear layers.
+        qk_norm: norms of queries and keys.
+        token_experts: experts that each row chooses for itself, in the place of the MLP.
+    """
     column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
         module=TransformerLayer,
@@ -69,7 +81,9 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=mlp_submodule(
+            mlp=moe_layer_spec()
+            if token_experts
+            else mlp_submodule(
                 MLPSubmodules(
                     linear_fc1=with_lora(column_parallel, lora, ("gate_proj", "up_proj")),
                     linear_fc2=with_lora(row_parallel, lora, ("down_proj",), row_parallel=True),
@@ -136,7 +150,9 @@ class Decoder(GPTModel):
         """
         layers = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         first = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank()) + 1
-        spec_of = spec_of_layer or (lambda _: layer_spec(qk_norm=llm.qk_norm))
+        spec_of = spec_of_layer or (
+            lambda number: layer_spec(qk_norm=llm.qk_norm, token_experts=llm.has_experts(number - 1))
+        )
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(

@@ -7,8 +7,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
 from torch.distributed import ProcessGroup
 
+from parrot_sys.megatron.embed.moe_layer import GroupedExperts
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import TextGuidedMoE
 from parrot_sys.parallel import ExpertGroups
@@ -35,20 +37,38 @@ def mark_projector(projector: Projector) -> None:
         _mark_cut(projector.get_parameter(name), dim)
 
 
+def _are_apart(groups: ProcessGroupCollection) -> bool:
+    """Whether the ranks that hold copies of the same experts are others than those with copies of dense parameters."""
+    copies, dense_copies = (set(dist.get_process_group_ranks(group)) for group in (groups.expt_dp, groups.dp_cp))
+    return copies != dense_copies
+
+
 def mark_experts(moe: TextGuidedMoE, groups: ProcessGroupCollection) -> None:
     """Tells Megatron to sum the experts' gradients over the ranks that hold copies of the same experts.
 
     They get gradient buffers and an optimizer of their own by that. Where these ranks are those that hold copies of the
     dense parameters, the experts stay with them: fewer messages.
     """
-    copies, dense_copies = (set(dist.get_process_group_ranks(group)) for group in (groups.expt_dp, groups.dp_cp))
-    apart = copies != dense_copies
+    apart = _are_apart(groups)
     for name, dim in _EXPERT_COLUMNS.items():
         parameter: Any = moe.get_parameter(name)
         if apart:
             parameter.allreduce = False
         if apart or moe.groups.etp is not None:
             _mark_cut(parameter, dim)  # no rank's part counts twice in the norm of the gradients
+
+
+def mark_token_experts(decoder: nn.Module, groups: ProcessGroupCollection) -> None:
+    """The same for the experts inside the decoder's layers, which mark themselves wherever `ep` has several ranks.
+
+    Copies on tensor-parallel ranks (`expt_tp` smaller than `tp`) see other rows under sequence parallelism.
+    """
+    if not _are_apart(groups):
+        return
+    for module in decoder.modules():
+        if isinstance(module, GroupedExperts):
+            for parameter in module.parameters():
+                vars(parameter)["allreduce"] = False
 
 
 def _mark_cut(parameter: Any, dim: int) -> None:

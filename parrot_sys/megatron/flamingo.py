@@ -24,7 +24,6 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
-from parrot_sys.megatron.decoder import layer_spec
 from parrot_sys.megatron.lora import with_lora
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.models.flamingo import FlamingoConfig
@@ -64,22 +63,21 @@ def _plan(spans: MediaSpans, rows: int, width: int) -> MemoryPlan:
 
 
 def flamingo_layer_spec(
+    spec: ModuleSpec,
     flamingo: FlamingoConfig,
     media_size: int,
     layer_number: int,
     lora: LoRAConfig | None = None,
-    qk_norm: bool = False,
 ) -> ModuleSpec:
     """A layer of the decoder, with a gated block in front where there is one.
 
     Args:
+        spec: of the layer without a block.
         flamingo: where blocks stand and how large they are.
         media_size: width of the latents.
         layer_number: of the layer in the whole model, from 1.
-        lora: low-rank updates of the layer and of the block.
-        qk_norm: norms of queries and keys in the layer.
+        lora: low-rank updates of the block.
     """
-    spec = layer_spec(lora=lora, qk_norm=qk_norm)
     if not flamingo.has_block(layer_number):
         return spec
     params = {"flamingo": flamingo, "media_size": media_size, "lora": lora}

@@ -30,6 +30,7 @@ from parrot_sys.megatron.experts import (
     expert_groups,
     mark_experts,
     mark_projector,
+    mark_token_experts,
     several,
     sharded_experts,
     sharded_projector,
@@ -119,18 +120,18 @@ class MultimodalModel(MegatronModule):
             vp_stage=vp_stage,
             spec_of_layer=self._spec_of_layer,
         )
+        mark_token_experts(self.decoder, pg_collection)
         self.share_embeddings_and_output_weights = parrot.llm.tie_word_embeddings
         self.register_load_state_dict_post_hook(backends.ignore_extra_state)
 
     def _spec_of_layer(self, number: int) -> ModuleSpec:
-        if self.parrot.wings is not None:
-            spec = layer_spec(lora=self.parrot.lora, qk_norm=self.parrot.llm.qk_norm)
-            return with_learners(spec, self.parrot.wings, rope_base=self.parrot.llm.rope_base)
-        if self.parrot.flamingo is None:
-            return layer_spec(lora=self.parrot.lora, qk_norm=self.parrot.llm.qk_norm)
-        return flamingo_layer_spec(
-            self.parrot.flamingo, self.parrot.vision.hidden_size, number, self.parrot.lora, self.parrot.llm.qk_norm
-        )
+        parrot, llm = self.parrot, self.parrot.llm
+        spec = layer_spec(lora=parrot.lora, qk_norm=llm.qk_norm, token_experts=llm.has_experts(number - 1))
+        if parrot.wings is not None:
+            return with_learners(spec, parrot.wings, rope_base=llm.rope_base)
+        if parrot.flamingo is not None:
+            return flamingo_layer_spec(spec, parrot.flamingo, parrot.vision.hidden_size, number, parrot.lora)
+        return spec
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
         """Hidden states of the previous pipeline stage (called by Megatron's schedules)."""
@@ -365,9 +366,10 @@ def build_model(
         recompute=recompute,
         initialize_weights=initialize_weights and device.type != "meta",
     )
-    # (Megatron's spelling.) Layers with and without a gated block differ.
+    # (Megatron's spelling.) Layers with and without a gated block, or experts, differ.
     some_layers = parrot.wings is not None and parrot.wings.layers is not None
-    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None or some_layers
+    some_experts = len({parrot.llm.has_experts(layer) for layer in range(parrot.llm.num_layers)}) > 1
+    config.hetereogenous_dist_checkpoint = parrot.flamingo is not None or some_layers or some_experts
     first = is_vp_first_stage(vp_stage, parallel.virtual_pipeline_model_parallel_size) and is_pp_first_stage(groups.pp)
     with torch.device("meta" if device.type == "meta" else "cpu"), backends.building_for(device):
         tower = None

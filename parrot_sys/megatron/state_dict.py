@@ -19,6 +19,7 @@ from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import read_json
 from parrot_sys.megatron.checkpoint.reader import tensors_of
+from parrot_sys.megatron.experts import expert_groups
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.finite import NonFinite
@@ -53,11 +54,6 @@ def model_tensors(model: MultimodalModel) -> dict[str, Tensor]:
     if shared is not None:  # a last pipeline stage holds its own copy of the tied embedding
         tensors.setdefault("decoder.embedding.word_embeddings.weight", shared)
     return tensors
-
-
-def is_expert(entry: TensorMap) -> bool:
-    """Whether a tensor holds experts, which are shared by groups of their own."""
-    return entry.name.startswith("moe.w_")
 
 
 def local_experts(entry: TensorMap, rank: int, size: int) -> TensorMap:
@@ -173,7 +169,7 @@ def load_released(model: MultimodalModel, directory: str | Path, *, allow_non_fi
     config = model.parrot
     tensors = model_tensors(model)
     rank, size = model.tp_group.rank(), model.tp_group.size()
-    experts = model.moe.groups if model.moe is not None else ExpertGroups()
+    experts = expert_groups(model.pg_collection)
     with TensorFiles(directory) as files:
         keys = files.names()
         inside = any(key.startswith(TOWER_PREFIX) for key in keys)
@@ -192,9 +188,10 @@ def load_released(model: MultimodalModel, directory: str | Path, *, allow_non_fi
             maps = [entry for entry in maps if ROUTER not in entry.keys[0]]
             model.use_router = False
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
-        for entry in filter(is_expert, maps):
-            _fill_experts(tensors, entry, files.tensor, experts, non_finite)
-        shared = [entry for entry in maps if not is_expert(entry)]
+        for entry in maps:
+            if entry.experts:
+                _fill_experts(tensors, entry, files.tensor, experts, non_finite)
+        shared = [entry for entry in maps if not entry.experts]
         fill(tensors, shared, files.tensor, rank=rank, size=size, non_finite=non_finite)
     if model.vision_tower is not None and not inside:
         tower = find_tower_directory(hf, directory)
@@ -337,7 +334,7 @@ def _gathered(
     entry: TensorMap, part: Tensor | None, groups: ProcessGroupCollection
 ) -> Iterator[tuple[TensorMap, Tensor | None]]:
     """The whole tensor from a stage's ranks, None on other stages; experts come in parts, so that no rank holds all."""
-    if not is_expert(entry):
+    if not entry.experts:
         yield entry, None if part is None else whole_tensor(entry, part, groups.tp)
         return
     ranks = [local_experts(entry, rank, groups.ep.size()) for rank in range(groups.ep.size())]

@@ -15,6 +15,7 @@ from parrot_sys.models.hf_config import (
     OWN_KEY,
     RELEASED_TYPES,
     config_from_hf,
+    holds_experts,
 )
 from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.models.parrot import ParrotConfig
@@ -89,7 +90,7 @@ def find_differences(model: ParrotConfig, directory: Path) -> list[Difference]:
     if hf.get("model_type") not in RELEASED_TYPES:
         decoder = leaves({"llm": config_to_dict(llm_config_from_hf(hf, file))})
         return _compare(model, dict(decoder), file) + _compare_tower(model)
-    if "num_experts" in hf:  # they are there although the stage that wrote the file bypassed them (use_moe false)
+    if holds_experts(hf):  # they are there although the stage that wrote the file bypassed them (use_moe false)
         hf = {**hf, "use_moe": True}
     try:
         found = comparable(config_from_hf(hf, directory))

@@ -52,6 +52,7 @@ def moe_maps(config: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
             shapes=tuple(shape(key) for key in keys),
             pack=partial(pack_released, name),
             unpack=partial(unpack_released, name),
+            experts=name != "router_weight",
         )
         for name, keys in released_keys(config.moe.num_experts).items()
     ]

@@ -16,7 +16,7 @@ from typing import Any, cast, get_args, get_type_hints
 from parrot_sys.config_values import build, config_to_dict, merge, section_class
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, naming_file, read_json
-from parrot_sys.models.llm import FAMILIES, DecoderFamily, llm_config_from_hf, llm_fields
+from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig, llm_config_from_hf, llm_fields
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.wings_hf import WINGS_TYPES, tensor_names, tower_as_stored, wings_fields, wings_from_hf
 from parrot_sys.modules.projector import ProjectorConfig
@@ -85,7 +85,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
         config = ParrotConfig(
             vision=vision,
             projector=projector,
-            moe=_moe_from_hf(fields, llm.hidden_size),
+            moe=_moe_from_hf(fields, llm),
             llm=llm,
             wings=wings,
             template="instruction" if flamingo else "chatml",
@@ -130,15 +130,28 @@ def _family(fields: Fields, own: Fields) -> DecoderFamily:
     return FAMILIES[name]
 
 
-def _moe_from_hf(fields: Fields, hidden_size: int) -> TextGuidedMoEConfig:
+def holds_experts(hf: Mapping[str, Any]) -> bool:
+    """Whether a released config.json describes Parrot's experts, even if the stage that wrote it bypassed them."""
+    fields = Fields(hf, CONFIG)
+    return _moe_keys(_family(fields, fields.below(OWN_KEY)))[0] in fields
+
+
+def _moe_keys(family: DecoderFamily) -> tuple[str, str]:
+    """Number and inner width of Parrot's experts in config.json; a token-routed decoder's own have the plain names."""
+    prefix = "mm_" if family.token_routed else ""
+    return f"{prefix}num_experts", f"{prefix}moe_intermediate_size"
+
+
+def _moe_from_hf(fields: Fields, llm: LLMConfig) -> TextGuidedMoEConfig:
     # Absent keys have the defaults of the released ParrotConfig; only a plain language model has no experts at all.
-    if not fields.get("use_moe", bool, "moe_hidden_size" in fields or "num_experts" in fields):
+    count, inner = _moe_keys(llm.traits)
+    if not fields.get("use_moe", bool, "moe_hidden_size" in fields or count in fields):
         return TextGuidedMoEConfig(num_experts=0)
-    if fields.get("moe_hidden_size", int, hidden_size) != hidden_size:
-        raise fields.wrong("moe_hidden_size", f"{hidden_size} (hidden_size)")
+    if fields.get("moe_hidden_size", int, llm.hidden_size) != llm.hidden_size:
+        raise fields.wrong("moe_hidden_size", f"{llm.hidden_size} (hidden_size)")
     return TextGuidedMoEConfig(
-        num_experts=fields.require("num_experts", int),
-        ffn_hidden_size=fields.require("moe_intermediate_size", int),
+        num_experts=fields.require(count, int),
+        ffn_hidden_size=fields.require(inner, int),
         routing="dense",
         residual="code" if fields.get("use_moe_residual", bool, True) else "none",
         residual_weight=fields.get("moe_weight", float, 1.0),
@@ -170,10 +183,11 @@ def _hf_fields(config: ParrotConfig) -> dict[str, Any]:
     elif config.flamingo is None:
         fields["use_moe"] = moe.num_experts > 0
     if moe.num_experts:
+        count, inner = _moe_keys(llm.traits)
         fields |= {
-            "num_experts": moe.num_experts,
+            count: moe.num_experts,
             "moe_hidden_size": llm.hidden_size,
-            "moe_intermediate_size": moe.ffn_hidden_size,
+            inner: moe.ffn_hidden_size,
             "use_moe_residual": moe.residual == "code",
             "moe_weight": moe.residual_weight,
         }

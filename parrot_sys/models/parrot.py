@@ -54,6 +54,8 @@ class ParrotConfig:
                 "model.moe needs model.vision.select_feature cls_patch, whose first row it routes by, got "
                 f"{self.vision.select_feature}: set that, or model.moe.num_experts 0"
             )
+        if self.lora is not None and self.llm.experts is not None:
+            self._check_lora(self.lora)
         if self.wings is not None:
             self._check_wings(self.wings)
         if self.flamingo is not None:
@@ -92,6 +94,13 @@ class ParrotConfig:
             return self
         rule: MediaRule = "next" if compat == "released" else "previous"
         return replace(self, flamingo=replace(self.flamingo, media_rule=rule))
+
+    def _check_lora(self, lora: LoRAConfig) -> None:
+        if beside_experts := [name for name in lora.targets if name in ("gate_proj", "up_proj", "down_proj")]:
+            raise ConfigError(
+                "model.lora.targets must leave out gate_proj, up_proj and down_proj with model.llm.experts "
+                f"(experts have no low-rank updates here), got {', '.join(beside_experts)}"
+            )
 
     def _check_wings(self, wings: WingsConfig) -> None:
         llm = self.llm

@@ -41,6 +41,8 @@ class TensorMap:
     """The reverse."""
     gated: bool = False
     """The two halves of dimension 0 are sharded each by itself (SwiGLU's gate and up)."""
+    experts: bool = False
+    """Dimension 0 counts experts, which groups of ranks of their own share."""
 
 
 def pack_qkv(tensors: Sequence[Tensor], *, groups: int) -> Tensor:

@@ -73,8 +73,15 @@ class ExpertGroups:
         return set(dist.get_process_group_ranks(self.joint)) == set(dist.get_process_group_ranks(self.tp))
 
 
-def check_experts(num_experts: int, ffn_hidden_size: int, ep_size: int, etp_size: int) -> None:
+def check_experts(num_experts: int, ffn_hidden_size: int, ep_size: int, etp_size: int, *, section: str = "moe") -> None:
     """
+    Args:
+        num_experts: all of them.
+        ffn_hidden_size: inner width of one.
+        ep_size: ranks that share the experts.
+        etp_size: ranks that share each expert.
+        section: of the configuration, for the message.
+
     Raises:
         ConfigError: the experts cannot be shared by so many ranks; names the nearest numbers that fit.
     """
@@ -87,8 +94,8 @@ def check_experts(num_experts: int, ffn_hidden_size: int, ep_size: int, etp_size
             below, above = size // parts * parts, (size // parts + 1) * parts
             near = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"moe.{name} must be a multiple of parallel.{option}_parallel_size={parts}, got {size}: "
-                f"set moe.{name} to {near}, or parallel.{option}_parallel_size to {fits}"
+                f"{section}.{name} must be a multiple of parallel.{option}_parallel_size={parts}, got {size}: "
+                f"set {section}.{name} to {near}, or parallel.{option}_parallel_size to {fits}"
             )
 
 

@@ -135,6 +135,11 @@ class PlanConfig:
         for name in ("wings", "flamingo"):
             if getattr(self.model, name) is not None:
                 raise ConfigError(f"model.{name} has no formulas in parrot plan: unset it (model.{name}: null)")
+        if self.model.llm.experts is not None:
+            raise ConfigError(
+                f"model.llm.experts (llm.family {self.model.llm.family}) has no formulas in parrot plan: "
+                "choose a dense decoder"
+            )
         if self.model.vision.tower.transformer is None and self.trainable.vision:
             raise ConfigError(
                 f"vision.type {self.model.vision.type} can be planned with a frozen tower only, got "

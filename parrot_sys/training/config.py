@@ -364,18 +364,22 @@ class TrainConfig:
                 )
 
     def _check_layout(self) -> None:
-        self.parallel.layers_of_stages(self.model.llm.num_layers)
+        parallel, experts = self.parallel, self.model.llm.experts
+        parallel.layers_of_stages(self.model.llm.num_layers)
         for part, config in (("llm", self.model.llm), ("vision", self.model.vision)):
             self.parallel.check_tensor_sizes(f"model.{part}", config.tensor_sizes())
-        moe = self.model.moe
+        moe, ranks = self.model.moe, (parallel.expert_model_parallel_size, parallel.expert_tensor_size)
         if moe.num_experts:
-            check_experts(
-                moe.num_experts,
-                moe.ffn_hidden_size,
-                self.parallel.expert_model_parallel_size,
-                self.parallel.expert_tensor_size,
-            )
-        elif (size := self.parallel.expert_model_parallel_size) != 1:
+            check_experts(moe.num_experts, moe.ffn_hidden_size, *ranks)
+        if experts is not None:
+            check_experts(experts.num_experts, experts.ffn_hidden_size, *ranks, section="model.llm.experts")
+            if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+                raise ConfigError(
+                    "parallel.sequence_parallel must be true with tensor parallelism and model.llm.experts, got false: "
+                    "all tensor-parallel ranks would send the same rows to the experts"
+                )
+        elif not moe.num_experts and ranks[0] != 1:
             raise ConfigError(
-                f"parallel.expert_model_parallel_size must be 1 without experts (model.moe.num_experts=0), got {size}"
+                "parallel.expert_model_parallel_size must be 1 without experts (model.moe.num_experts=0), "
+                f"got {ranks[0]}"
             )

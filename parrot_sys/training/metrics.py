@@ -224,9 +224,8 @@ class FlopCounter:
     def __init__(self, model: ParrotConfig, trainable: dict[str, bool], *, use_moe: bool) -> None:
         llm, vision, moe = model.llm, model.vision, model.moe
         heads, groups, width = llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
-        self._llm_row = (
-            2 * llm.num_layers * llm.hidden_size * ((2 * heads + 2 * groups) * width + 3 * llm.ffn_hidden_size)
-        )
+        attention = llm.num_layers * llm.hidden_size * (2 * heads + 2 * groups) * width
+        self._llm_row = 2 * (attention + llm.mlp_weights_per_row)
         self._llm_pair = 2 * llm.num_layers * heads * width  # causal: half of all pairs, for scores and for values
         self._label = 2 * llm.hidden_size * llm.vocab_size
         self._visual_rows = vision.num_visual_rows

@@ -16,9 +16,11 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import LLMConfig, TokenExpertsConfig
 from parrot_sys.modules.rotary import RopeScaling
 
 TINY = LLMConfig(
@@ -34,6 +36,17 @@ TINY = LLMConfig(
 )
 QWEN3 = dataclasses.replace(TINY, family="qwen3", qkv_bias=False, head_dim=12)
 """Heads of 12 columns, which do not fill the 32 of the rows."""
+QWEN3_MOE = dataclasses.replace(
+    QWEN3, family="qwen3_moe", num_layers=3, experts=TokenExpertsConfig(num_experts=8, topk=3, ffn_hidden_size=20)
+)
+QWEN3_MOE_MIXED = dataclasses.replace(
+    QWEN3_MOE,
+    num_layers=5,
+    experts=TokenExpertsConfig(
+        num_experts=4, topk=2, ffn_hidden_size=20, renormalize=False, sparse_step=2, dense_layers=(1,)
+    ),
+)
+"""Experts in the fourth layer alone, whose weights do not add up to 1."""
 LLAMA = dataclasses.replace(
     TINY,
     family="llama",
@@ -45,6 +58,7 @@ LLAMA = dataclasses.replace(
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 
@@ -62,6 +76,16 @@ def build_reference(llm: LLMConfig, seed: int = 0) -> PreTrainedModel:
             "high_freq_factor": scaling.high_frequency,
             "original_max_position_embeddings": scaling.original_positions,
         }
+    experts: dict[str, Any] = {}
+    if llm.experts is not None:
+        experts = {
+            "num_experts": llm.experts.num_experts,
+            "num_experts_per_tok": llm.experts.topk,
+            "moe_intermediate_size": llm.experts.ffn_hidden_size,
+            "norm_topk_prob": llm.experts.renormalize,
+            "decoder_sparse_step": llm.experts.sparse_step,
+            "mlp_only_layers": list(llm.experts.dense_layers),
+        }
     model = model_class(
         config(
             hidden_size=llm.hidden_size,
@@ -76,6 +100,7 @@ def build_reference(llm: LLMConfig, seed: int = 0) -> PreTrainedModel:
             max_position_embeddings=llm.max_position_embeddings,
             tie_word_embeddings=llm.tie_word_embeddings,
             attn_implementation="eager",
+            **experts,
         )
     )
     with torch.no_grad():
@@ -107,6 +132,11 @@ def megatron_tensors(llm: LLMConfig, source: dict[str, Tensor]) -> Iterator[tupl
         yield f"{ours}.self_attention.linear_proj.weight", source[f"{theirs}.self_attn.o_proj.weight"]
         yield f"{ours}.input_layernorm.weight", source[f"{theirs}.input_layernorm.weight"]
         yield f"{ours}.pre_mlp_layernorm.weight", source[f"{theirs}.post_attention_layernorm.weight"]
+        if llm.has_experts(i):
+            yield f"{ours}.mlp.router.weight", source[f"{theirs}.mlp.gate.weight"]
+            yield f"{ours}.mlp.experts.w_gate_up", source[f"{theirs}.mlp.experts.gate_up_proj"].unflatten(1, (2, -1))
+            yield f"{ours}.mlp.experts.w_down", source[f"{theirs}.mlp.experts.down_proj"]
+            continue
         gate_up = [source[f"{theirs}.mlp.{p}_proj.weight"] for p in ("gate", "up")]
         yield f"{ours}.mlp.linear_fc1.weight", torch.cat(gate_up)
         yield f"{ours}.mlp.linear_fc2.weight", source[f"{theirs}.mlp.down_proj.weight"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.llm.families import FAMILIES
 from parrot_sys.models.llm.family import DecoderFamily
+from parrot_sys.models.llm.token_experts import TokenExpertsConfig
 from parrot_sys.modules.rotary import RopeScaling
 
 _SIZES = (
@@ -26,7 +27,7 @@ class LLMConfig:
     """Family and sizes of a decoder; the defaults are those of Qwen1.5-7B."""
 
     family: str = "qwen2"
-    """Decoder family: qwen2, qwen3, llama."""
+    """Decoder family: qwen2, qwen3, qwen3_moe, llama."""
     hidden_size: int = 4096
     """H, width of the rows between the blocks."""
     num_layers: int = 32
@@ -53,6 +54,8 @@ class LLMConfig:
     """Use the embedding as LM head too."""
     qkv_bias: bool = True
     """Biases on the query, key and value projections, as the family has them: Qwen2 does, Qwen3 and LLaMA do not."""
+    experts: TokenExpertsConfig | None = None
+    """Experts in the place of a layer's MLP, which each row chooses for itself (family qwen3_moe)."""
 
     @property
     def kv_channels(self) -> int:
@@ -68,6 +71,20 @@ class LLMConfig:
     def traits(self) -> DecoderFamily:
         """The family with all that it brings."""
         return FAMILIES[self.family]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, from 0, has token-routed experts in the place of its MLP."""
+        return self.experts is not None and self.experts.in_layer(layer)
+
+    @property
+    def mlp_weights_per_row(self) -> int:
+        """Weights that a row is multiplied with in the MLPs of all layers, or in its experts and their routers."""
+        dense = 3 * self.hidden_size * self.ffn_hidden_size
+        if self.experts is None:
+            return self.num_layers * dense
+        routed = sum(map(self.has_experts, range(self.num_layers)))
+        chosen = 3 * self.experts.topk * self.experts.ffn_hidden_size + self.experts.num_experts
+        return (self.num_layers - routed) * dense + routed * self.hidden_size * chosen
 
     def tensor_sizes(self) -> dict[str, int]:
         """What tensor-parallel ranks share: name -> heads, columns or rows."""
@@ -85,6 +102,7 @@ class LLMConfig:
                 f"llm.qkv_bias must be {str(self.traits.qkv_bias).lower()} with llm.family={self.family}, "
                 f"got {str(self.qkv_bias).lower()}"
             )
+        self._check_experts()
         for name in (*_SIZES, *(("head_dim",) if self.head_dim is not None else ())):
             if (size := getattr(self, name)) < 1:
                 raise ConfigError(f"llm.{name} must be >= 1, got {size}")
@@ -100,4 +118,21 @@ class LLMConfig:
             raise ConfigError(
                 f"llm.hidden_size must be a multiple of llm.num_attention_heads={self.num_attention_heads}, "
                 f"got {self.hidden_size}; or set llm.head_dim"
+            )
+
+    def _check_experts(self) -> None:
+        experts = self.experts
+        if self.traits.token_routed != (experts is not None):
+            wanted, got = ("set", "none") if experts is None else ("unset", "experts")
+            raise ConfigError(f"llm.experts must be {wanted} with llm.family={self.family}, got {got}")
+        if experts is None:
+            return
+        if max(experts.dense_layers, default=0) >= self.num_layers:
+            raise ConfigError(
+                f"llm.experts.dense_layers must be < llm.num_layers={self.num_layers}, got {list(experts.dense_layers)}"
+            )
+        if not any(map(experts.in_layer, range(self.num_layers))):
+            raise ConfigError(
+                f"llm.experts must be in one layer at least, got none of {self.num_layers} with sparse_step="
+                f"{experts.sparse_step} and dense_layers={list(experts.dense_layers)}: use another family"
             )

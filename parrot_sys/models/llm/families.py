@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parrot_sys.models.llm import llama, qwen2, qwen3
+from parrot_sys.models.llm import llama, qwen2, qwen3, qwen3_moe
 from parrot_sys.models.llm.family import DecoderFamily
 
 FAMILIES: dict[str, DecoderFamily] = {
@@ -10,6 +10,7 @@ FAMILIES: dict[str, DecoderFamily] = {
     for family in (
         qwen2.FAMILY,
         qwen3.FAMILY,
+        qwen3_moe.FAMILY,
         llama.FAMILY,
     )
 }

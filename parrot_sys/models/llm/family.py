@@ -17,6 +17,8 @@ class DecoderFamily:
     """Biases on the query, key and value projections."""
     qk_norm: bool = False
     """RMSNorm over the width of each query and key head, before the rotation."""
+    token_routed: bool = False
+    """Layers have experts that each row chooses among, in the place of an MLP."""
     max_position_embeddings: int
     """Positions where config.json does not name them."""
     refused: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from parrot_sys.files import Fields, naming_file
 from parrot_sys.models.llm.config import LLMConfig
 from parrot_sys.models.llm.families import FAMILIES
 from parrot_sys.models.llm.family import DecoderFamily
+from parrot_sys.models.llm.token_experts import TokenExpertsConfig
 from parrot_sys.modules.rotary import RopeScaling
 
 _SCALING_FIELDS = {"factor": "factor", "low_frequency": "low_freq_factor", "high_frequency": "high_freq_factor"}
@@ -66,6 +67,7 @@ def llm_config_from_hf(
             max_position_embeddings=fields.get("max_position_embeddings", int, family.max_position_embeddings),
             tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
             qkv_bias=family.qkv_bias,
+            experts=_experts(fields) if family.token_routed else None,
         )
 
 
@@ -86,6 +88,15 @@ def llm_fields(llm: LLMConfig) -> dict[str, Any]:
     }
     if llm.head_dim is not None:
         fields["head_dim"] = llm.head_dim
+    if (experts := llm.experts) is not None:
+        fields |= {
+            "num_experts": experts.num_experts,
+            "num_experts_per_tok": experts.topk,
+            "moe_intermediate_size": experts.ffn_hidden_size,
+            "norm_topk_prob": experts.renormalize,
+            "decoder_sparse_step": experts.sparse_step,
+            "mlp_only_layers": list(experts.dense_layers),
+        }
     if (scaling := llm.rope_scaling) is not None:
         fields["rope_scaling"] = {
             "rope_type": "llama3",
@@ -93,6 +104,19 @@ def llm_fields(llm: LLMConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_positions,
         }
     return fields
+
+
+def _experts(fields: Fields) -> TokenExpertsConfig:
+    # transformers 5 saves the number under another name than Qwen published it.
+    count = "num_experts" if "num_experts" in fields else "num_local_experts"
+    return TokenExpertsConfig(
+        num_experts=fields.require(count, int),
+        topk=fields.require("num_experts_per_tok", int),
+        ffn_hidden_size=fields.require("moe_intermediate_size", int),
+        renormalize=fields.get("norm_topk_prob", bool, False),
+        sparse_step=fields.get("decoder_sparse_step", int, 1),
+        dense_layers=tuple(fields.items("mlp_only_layers", int) if "mlp_only_layers" in fields else ()),
+    )
 
 
 def _rope_scaling(fields: Fields) -> RopeScaling | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+
+import torch
+from torch import Tensor
 
 from parrot_sys.models.llm.config import LLMConfig
 from parrot_sys.models.tensor_map import TensorMap, copied, pack_rows, qkv_map, unpack_rows
@@ -10,7 +14,7 @@ from parrot_sys.models.tensor_map import TensorMap, copied, pack_rows, qkv_map, 
 
 def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     """Decoder (Megatron's GPTModel, its names after `prefix`) <-> `Qwen2ForCausalLM` and the like."""
-    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    hidden = config.hidden_size
     width = config.kv_channels * config.num_attention_heads
     kv_width = config.kv_channels * config.num_query_groups
     rows = (width, kv_width, kv_width)
@@ -23,15 +27,7 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
             qkv_map(qkv, projections, "weight", rows, config.num_query_groups, hidden),
             copied(f"{ours}.self_attention.linear_proj.weight", f"{key}.self_attn.o_proj.weight", hidden, width),
             copied(f"{ours}.pre_mlp_layernorm.weight", f"{key}.post_attention_layernorm.weight", hidden),
-            TensorMap(
-                name=f"{ours}.mlp.linear_fc1.weight",
-                keys=(f"{key}.mlp.gate_proj.weight", f"{key}.mlp.up_proj.weight"),
-                shapes=((ffn, hidden), (ffn, hidden)),
-                pack=pack_rows,
-                unpack=partial(unpack_rows, count=2),
-                gated=True,
-            ),
-            copied(f"{ours}.mlp.linear_fc2.weight", f"{key}.mlp.down_proj.weight", hidden, ffn),
+            *(_expert_maps if config.has_experts(layer) else _mlp_maps)(config, f"{ours}.mlp", f"{key}.mlp"),
         ]
         if config.qk_norm:
             for part in "qk":
@@ -43,3 +39,54 @@ def llm_maps(config: LLMConfig, prefix: str = "") -> list[TensorMap]:
     if not config.tie_word_embeddings:
         maps.append(copied(f"{prefix}output_layer.weight", "lm_head.weight", config.vocab_size, hidden))
     return maps
+
+
+def _mlp_maps(config: LLMConfig, name: str, key: str) -> list[TensorMap]:
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    return [
+        TensorMap(
+            name=f"{name}.linear_fc1.weight",
+            keys=(f"{key}.gate_proj.weight", f"{key}.up_proj.weight"),
+            shapes=((ffn, hidden), (ffn, hidden)),
+            pack=pack_rows,
+            unpack=partial(unpack_rows, count=2),
+            gated=True,
+        ),
+        copied(f"{name}.linear_fc2.weight", f"{key}.down_proj.weight", hidden, ffn),
+    ]
+
+
+def _expert_maps(config: LLMConfig, name: str, key: str) -> list[TensorMap]:
+    """Router and experts: each has tensors of its own in a checkpoint, and all share two in the model."""
+    experts = config.experts
+    assert experts is not None, "the layer has experts"
+    hidden, inner, numbers = config.hidden_size, experts.ffn_hidden_size, range(experts.num_experts)
+    return [
+        copied(f"{name}.router.weight", f"{key}.gate.weight", experts.num_experts, hidden),
+        TensorMap(
+            name=f"{name}.experts.w_gate_up",
+            keys=tuple(f"{key}.experts.{e}.{part}_proj.weight" for e in numbers for part in ("gate", "up")),
+            shapes=((inner, hidden),) * (2 * experts.num_experts),
+            pack=_stack_pairs,
+            unpack=_unstack_pairs,
+            experts=True,
+        ),
+        TensorMap(
+            name=f"{name}.experts.w_down",
+            keys=tuple(f"{key}.experts.{e}.down_proj.weight" for e in numbers),
+            shapes=((hidden, inner),) * experts.num_experts,
+            pack=lambda tensors: torch.stack(list(tensors)),
+            unpack=lambda tensor: list(tensor.unbind()),
+            experts=True,
+        ),
+    ]
+
+
+def _stack_pairs(tensors: Sequence[Tensor]) -> Tensor:
+    """Gate and up [I, H] of each expert, one expert after the other -> [E, 2, I, H]."""
+    return torch.stack(list(tensors)).unflatten(0, (-1, 2))
+
+
+def _unstack_pairs(tensor: Tensor) -> list[Tensor]:
+    """The reverse of `_stack_pairs`."""
+    return list(tensor.flatten(0, 1).unbind())
