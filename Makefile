@@ -1,4 +1,4 @@
-# PYTHON: the Python (3.11 or 3.12) that .venv is made from.   ARGS: further arguments of the program that a target runs.
+# PYTHON: the Python (3.11 or 3.12) used to create .venv.   ARGS: additional arguments for the program that a target runs.
 # MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt.
 PYTHON ?= python3
 MODEL ?= parrot
@@ -11,15 +11,15 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 .PHONY: help setup test test-all sanitize demo experiment lint format bench clean
 
 help:
-	@echo "make demo         set up, build the data set, train, evaluate, report, talk (five minutes on two cores)"
-	@echo "                  MODEL=wings and MODEL=multimodal_gpt do the same with the other systems"
-	@echo "make experiment   set up and train the variants of the report, three seeds each (an hour; resumable)"
+	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
+	@echo "                  MODEL=wings or MODEL=multimodal_gpt does the same with another system"
+	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable)"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
-	@echo "make lint         style, types, layers; make format mends the style"
-	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' keeps the result)"
-	@echo "make setup        only create .venv; PYTHON=python3.12 picks the Python"
-	@echo "make clean        remove what was built; .venv, data and runs stay"
+	@echo "make lint         check style, types and layers; make format fixes the style"
+	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' saves the results)"
+	@echo "make setup        only create .venv; PYTHON=python3.12 selects the Python"
+	@echo "make clean        remove build products; .venv, data and runs stay"
 
 setup: $(STAMP)
 
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/setup_venv.py $(CPP_FILES)
 	$(PYTHON) .ci/setup_venv.py
 	@touch $@
 
-# Two workers: one takes the tests that start several processes, the other one the rest (tests/conftest.py).
+# Two workers: one runs the tests that start several processes, the other one the rest (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: setup
