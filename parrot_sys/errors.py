@@ -40,6 +40,11 @@ class DataError(ParrotError, ValueError):
     """A record, image or data set is missing, broken or inconsistent; the message names file, record and reason."""
 
 
+class StorageError(DataError):
+    """A file that holds the data of many samples is damaged or has changed: no fault of a sample, so that leaving the
+    sample out is no answer."""
+
+
 class CheckpointError(ParrotError, ValueError):
     """A checkpoint is missing, damaged or does not fit the model; the message lists the keys."""
 

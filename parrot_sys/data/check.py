@@ -22,7 +22,7 @@ from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.data.control_tokens import control_tokens
 from parrot_sys.data.datasets import without_label
 from parrot_sys.data.decoding import PictureNotes, inspect_image, load_image
-from parrot_sys.data.image_folder import ImageFolder
+from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.layouts import layout_name
 from parrot_sys.data.packing import expanded_lengths, remaining_labels
 from parrot_sys.data.parts import moves_images, turn_parts
@@ -30,7 +30,7 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.record_files import read_raw_records
 from parrot_sys.data.records import Record, describe_record, parse_record
 from parrot_sys.data.templates import TEMPLATES
-from parrot_sys.errors import DataError
+from parrot_sys.errors import DataError, StorageError
 
 Pictures = Literal["decode", "header", "skip"]
 _BLOCK = 256  # records whose texts are encoded, and whose pictures are read, at once
@@ -90,7 +90,6 @@ class _FileCheck:
     def __init__(self, setup: CheckSetup, source: DataSource, threads: ThreadPoolExecutor) -> None:
         self.setup, self.source, self.threads = setup, source, threads
         self.report = FileReport(path=source.path)
-        self.folder = ImageFolder(source.image_root, allow_outside=setup.data.allow_outside_root)
         self.pictures: dict[bytes, str | None] = {}  # hash of a name -> what is wrong with the file
         tokenizer = setup.processor.tokenizer if setup.processor is not None else None
         control = sorted(_USUAL_TOKENS if tokenizer is None else control_tokens(tokenizer), key=len, reverse=True)
@@ -98,8 +97,12 @@ class _FileCheck:
         self.notes = PictureNotes()
 
     def run(self, digests: array[int], numbers: array[int], on_progress: Callable[[int], None]) -> None:
-        """Reads the file; a file that breaks off is a problem of its report."""
+        """Reads the file; one that breaks off, and a damaged archive of images, are problems of its report."""
+        data = self.setup.data
         try:
+            self.images = ImageRoot(
+                self.source.image_root, allow_outside=data.allow_outside_root, cache_dir=data.cache_dir
+            )
             for block in _blocks(self._records(on_progress), _BLOCK):
                 self._check_block(block)
                 digests.extend(_digest(record) for record in block)
@@ -195,22 +198,24 @@ class _FileCheck:
 
     def _check_picture(self, name: str) -> str | None:
         pictures, data = self.report.pictures, self.setup.data
-        if (problem := self.folder.problem(name)) is not None:
+        if (problem := self.images.problem(name)) is not None:
             pictures.count_bad()
             return problem
         if self.setup.pictures == "skip":
             return None
-        path = self.source.image_root / name
         try:
-            facts = inspect_image(path, data.image_limits)
+            picture = self.images.picture(name)
+            facts = inspect_image(picture, data.image_limits)
             if self.setup.pictures == "decode":
                 load_image(
-                    path,
+                    picture,
                     exif=data.exif,
                     transparency=data.transparency,
                     limits=data.image_limits,
                     notes=self.notes,
                 )
+        except StorageError:
+            raise
         except DataError as error:
             pictures.count_bad()
             return str(error)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
 from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.errors import ConfigError
-from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
+from parrot_sys.paths import INPUT, INPUT_FILE, OUTPUT_FOLDER
 
 T = TypeVar("T")
 
@@ -33,8 +33,9 @@ class DataConfig:
     paths: Annotated[tuple[str, ...], INPUT_FILE] = ()
     """Data sets: a JSON list (.json) or one record a line (.jsonl), in LLaVA/Parrot format or another one of
     docs/data.md."""
-    image_roots: Annotated[tuple[str, ...], INPUT_FOLDER] = ()
-    """Directories that the records' image names are relative to (default: the directory of each file)."""
+    image_roots: Annotated[tuple[str, ...], INPUT] = ()
+    """What the records' image names are relative to (default: the directory of each file): a directory, a tar or
+    Parquet file, a directory of those, or a pattern such as 'shards/*.tar'."""
     allow_outside_root: bool = False
     """Also read images whose names lead out of the image root: absolute names, `..`, symbolic links. Only for records
     that you trust: without it such a record is a bad one."""
@@ -73,8 +74,9 @@ class DataConfig:
     """What the name of a control token in a record's text, such as <|im_end|> or </s>, is: `text` like any other, or
     `parsed` to be the token, as in the released code; ordinary text has the same ids either way."""
     cache_dir: Annotated[str | None, OUTPUT_FOLDER] = None
-    """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, and
-    image features (`cache_image_features`; default: OUTPUT/features)."""
+    """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, image
+    features (`cache_image_features`; default: OUTPUT/features), and indexes of image archives whose own directory
+    cannot be written."""
     num_workers: int = 2
     """Threads that decode images."""
     prefetch_steps: int = 2

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from parrot_sys.data.cached_arrays import read_array, write_array
 from parrot_sys.data.config import DataConfig, DataSource
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.image_folder import ImageFolder
+from parrot_sys.data.image_files import ImageFile
+from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.packing import expanded_lengths, remaining_labels
 from parrot_sys.data.parts import moves_images
 from parrot_sys.data.processor import ParrotProcessor
@@ -25,7 +24,7 @@ from parrot_sys.data.record_files import read_raw_records
 from parrot_sys.data.records import Record, describe_record, parse_record
 from parrot_sys.data.skipped import SKIPPED_FILE
 from parrot_sys.data.tokenization import tokenizer_fingerprint
-from parrot_sys.errors import DataError
+from parrot_sys.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 _BLOCK = 2048  # conversations tokenised in one call
@@ -46,10 +45,11 @@ class RecordDataset:
     """Hash of the file."""
     skipped: tuple[str, ...]
     """One message for each record that was left out."""
+    images: ImageRoot
 
-    def image_paths(self, index: int) -> list[str]:
+    def pictures(self, index: int) -> list[ImageFile]:
         """Files of the images of record `index`, in order."""
-        return [os.path.join(self.source.image_root, name) for name in self.records[index].images]
+        return [self.images.picture(name) for name in self.records[index].images]
 
     def describe(self, index: int) -> str:
         """Where record `index` is, for messages."""
@@ -76,7 +76,8 @@ def load_dataset(
         DataError: the file is unreadable or nothing in it is usable; under `on_bad_sample=error` a record is wrong or
             an image missing; under `on_long_sample=error` a sample is too long. Names file, record and reason.
     """
-    records, problems = _parse_records(source)
+    images = ImageRoot(source.image_root, allow_outside=config.allow_outside_root, cache_dir=config.cache_dir)
+    records, problems = _parse_records(source, images)
     digest = _file_digest(source.path)
     _report_markers(source, records, config)
     rows, full_rows, labels = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
@@ -88,7 +89,7 @@ def load_dataset(
             source, [_describe(source, records[i], reason) for i, reason in bad.items()], len(records), "bad", "keep"
         )
         bad = {}
-    bad |= _unusable_images(records, ImageFolder(source.image_root, allow_outside=config.allow_outside_root))
+    bad |= _unusable_images(records, images)
     problems += [_describe(source, records[i], reason) for i, reason in sorted(bad.items())]
     _report(source, problems, len(records) + len(problems) - len(bad), "bad", config.on_bad_sample)
     usable = np.array([i not in bad for i in range(len(records))], dtype=bool)
@@ -117,17 +118,31 @@ def load_dataset(
         is_long=is_long[kept],
         digest=digest,
         skipped=tuple(problems),
+        images=images,
     )
 
 
-def _parse_records(source: DataSource) -> tuple[list[Record], list[str]]:
+def _parse_records(source: DataSource, images: ImageRoot) -> tuple[list[Record], list[str]]:
     records, problems = [], []
     for index, raw in enumerate(read_raw_records(source.path)):
         try:
-            records.append(parse_record(raw, index, source.path, language=source.language))
+            record = parse_record(raw, index, source.path, language=source.language)
+            records.append(_without_pictures(record, source, images))
+        except StorageError:
+            raise
         except DataError as error:
             problems.append(str(error))
     return records, problems
+
+
+def _without_pictures(record: Record, source: DataSource, images: ImageRoot) -> Record:
+    """The record without the pictures that it holds itself, which would fill the memory: they go to disk."""
+    try:
+        return replace(record, images=tuple(map(images.keep, record.images)))
+    except StorageError:
+        raise
+    except DataError as error:
+        raise DataError(_describe(source, record, str(error))) from None
 
 
 def _report(source: DataSource, problems: Sequence[str], total: int, kind: str, policy: str) -> None:
@@ -173,10 +188,12 @@ def without_label(rows: int, max_seq_len: int) -> str:
     return f"has no label: of its {rows} rows max_seq_len={max_seq_len} cuts away every answer"
 
 
-def _unusable_images(records: Sequence[Record], folder: ImageFolder) -> dict[int, str]:
+def _unusable_images(records: Sequence[Record], images: ImageRoot) -> dict[int, str]:
     """Place in `records` -> reason, where an image is missing or must not be read."""
-    reasons = ((i, folder.problem(name)) for i, record in enumerate(records) for name in record.images)
-    return {i: reason for i, reason in reasons if reason is not None}
+    reasons = ((i, images.problem(name)) for i, record in enumerate(records) for name in record.images)
+    unusable = {i: reason for i, reason in reasons if reason is not None}
+    images.forget()
+    return unusable
 
 
 def _measure(
@@ -212,30 +229,17 @@ def _measure(
             lengths[:2, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
             lengths[2, i] = remaining_labels(input_ids, labels, num_visual_rows, max_seq_len)
     if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f"{cached.stem}-{uuid.uuid4().hex}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, lengths)
-            np.save(file, np.uint32(zlib.crc32(lengths.data)))
-        temporary.replace(cached)  # several processes may do this at once; each writes the same
+        write_array(cached, lengths)
     return lengths
 
 
 def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:
     """int32 [3, count] of a whole file; None without one, and (with a warning) for a damaged or another one."""
-    try:
-        with path.open("rb") as file:
-            lengths, checksum = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
-    except FileNotFoundError:
+    lengths = read_array(path, np.int32)
+    if lengths is not None and lengths.shape != (3, count):
+        logger.warning("%s is not of this data set; it is made anew", path)
         return None
-    except Exception as error:  # (of a damaged header, numpy raises what its parser happens to raise)
-        logger.warning("%s is damaged (%s); it is made anew", path, error)
-        return None
-    fits = lengths.dtype == np.int32 and lengths.shape == (3, count)
-    if not fits or zlib.crc32(np.ascontiguousarray(lengths).data) != checksum:
-        logger.warning("%s is damaged, or is not of this data set; it is made anew", path)
-        return None
-    return np.asarray(lengths)
+    return lengths
 
 
 def _file_digest(path: Path) -> str:

@@ -6,11 +6,10 @@ docs/data.md has a table of what becomes of each kind of picture.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import logging
 import math
-import os
-import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from parrot_sys.errors import ConfigError, DataError, printable
+from parrot_sys.data.image_files import ImageFile, check_regular
+from parrot_sys.errors import ConfigError, DataError, StorageError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +51,8 @@ _PAPER = {"white": (255, 255, 255), "black": (0, 0, 0)}
 _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
-    """The bytes of an image file that is part of something else, such as a cell of a table."""
-
-    data: bytes
-    name: str
-    """Where they come from, for messages: `of row 7 of questions.tsv`."""
-
-    def __str__(self) -> str:
-        return self.name
-
-
-ImageSource: TypeAlias = Image.Image | str | Path | bytes | EncodedImage
-"""A decoded image, a file name, or the bytes of an image file."""
+ImageInput: TypeAlias = Image.Image | bytes | ImageFile
+"""A decoded image, or an image file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +139,7 @@ class PictureFacts:
     has_more_frames: bool
 
 
-def inspect_image(source: ImageSource, limits: ImageLimits | None = None) -> PictureFacts:
+def inspect_image(source: ImageInput, limits: ImageLimits | None = None) -> PictureFacts:
     """The facts about an image, without decoding it.
 
     Raises:
@@ -172,7 +160,7 @@ def inspect_image(source: ImageSource, limits: ImageLimits | None = None) -> Pic
 
 
 def load_image(
-    source: ImageSource,
+    source: ImageInput,
     *,
     exif: Exif = "apply",
     transparency: Transparency = "white",
@@ -210,19 +198,20 @@ def load_image(
     return picture.transpose(turn)
 
 
-def check_regular(path: str | Path) -> None:
-    """
+def image_digest(source: ImageFile) -> str:
+    """SHA-256 of the contents of an image file.
+
     Raises:
-        FileNotFoundError: nothing there.
-        DataError: a pipe, a device, a socket or a folder: reading it could wait forever, or never end.
+        DataError: missing, no regular file, or it cannot be read; names file and reason.
     """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-        raise DataError(f"is a {kinds.get(stat.S_IFMT(mode), 'device')}; wanted a regular file")
+    with _errors_of(_name(source)):
+        if isinstance(source, str | Path):
+            check_regular(source)
+        with open(source, "rb") if isinstance(source, str | Path) else source.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _name(source: ImageSource) -> str:
+def _name(source: ImageInput) -> str:
     if isinstance(source, bytes):
         return "given as bytes"
     if isinstance(source, Image.Image):
@@ -241,6 +230,8 @@ def _errors_of(name: str) -> Iterator[None]:
         ) from None
     except FileNotFoundError:
         raise DataError(f"image {name} is missing") from None
+    except StorageError:
+        raise
     except DataError as error:
         raise DataError(f"image {name} {error}") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, ...
@@ -248,18 +239,18 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
+def _opened(source: ImageInput) -> Iterator[Image.Image]:
     """The image with its header read; an image that is the caller's stays open."""
     if isinstance(source, Image.Image):
         yield source
         return
-    if isinstance(source, bytes | EncodedImage):
-        data = source if isinstance(source, bytes) else source.data
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+    if isinstance(source, str | Path):
+        check_regular(source)
+        with Image.open(source, formats=_formats()) as image:
             yield image
         return
-    check_regular(source)
-    with Image.open(source, formats=_formats()) as image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source.open()
+    with file, Image.open(file, formats=_formats()) as image:
         yield image
 
 

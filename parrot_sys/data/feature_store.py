@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parrot_sys.data.decoding import check_regular
-from parrot_sys.errors import DataError, printable
+from parrot_sys.data.decoding import image_digest
+from parrot_sys.data.image_files import ImageFile
+from parrot_sys.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 _SHARDS = "*.npy"
 
 
-class DamagedFeaturesError(DataError):
-    """Stored features are not what was written: no fault of a sample, so that leaving the sample out is no answer."""
+class DamagedFeaturesError(StorageError):
+    """Stored features are not what was written."""
 
 
 def tower_fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
@@ -45,22 +46,6 @@ def tower_fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def image_key(path: str | Path) -> str:
-    """Key of an image file: the hash of its contents.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
-    """
-    try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"image {printable(path)} cannot be read: {error.strerror}") from error
-    except DataError as error:
-        raise DataError(f"image {printable(path)} {error}") from None
 
 
 class FeatureStore:
@@ -86,25 +71,26 @@ class FeatureStore:
         """Images whose features this process knows to be stored."""
         return len(self._places)
 
-    def keys(self, paths: Iterable[str | Path]) -> list[str]:
+    def keys(self, images: Iterable[ImageFile]) -> list[str]:
         """Key of each image file. A file is read once; files must not change while the store is open.
 
         Raises:
             DataError: a file is missing or cannot be read.
         """
-        names = [str(path) for path in paths]
-        for name in names:
-            if name not in self._keys:
-                self._keys[name] = image_key(name)
-        return [self._keys[name] for name in names]
+        return [self._key(image) for image in images]
 
-    def missing(self, paths: Iterable[str | Path], *, skip_unreadable: bool = False) -> list[str]:
-        """Files whose features are not stored yet, one for each distinct content, in the order given.
+    def _key(self, image: ImageFile) -> str:
+        if (name := str(image)) not in self._keys:
+            self._keys[name] = image_digest(image)
+        return self._keys[name]
 
-        Ranks that share the work take `missing(paths)[rank::world_size]` before any of them writes.
+    def missing(self, images: Iterable[ImageFile], *, skip_unreadable: bool = False) -> list[str]:
+        """Names (`str`) of files whose features are not stored yet, one for each distinct content, in the order given.
+
+        Ranks that share the work take `missing(images)[rank::world_size]` before any of them writes.
 
         Args:
-            paths: image files.
+            images: image files.
             skip_unreadable: note a file that cannot be read in `failures` instead of raising.
 
         Raises:
@@ -112,9 +98,12 @@ class FeatureStore:
         """
         self.refresh()
         wanted: dict[str, str] = {}
-        for name in map(str, paths):
+        for image in images:
+            name = str(image)
             try:
-                (key,) = self.keys([name])
+                key = self._key(image)
+            except StorageError:
+                raise
             except DataError as error:
                 if not skip_unreadable:
                     raise
@@ -164,18 +153,17 @@ class FeatureStore:
             )
         return torch.from_numpy(np.stack([self._read(key) for key in keys]))
 
-    def features_of(self, paths: Iterable[str | Path]) -> Tensor:
+    def features_of(self, images: Sequence[ImageFile]) -> Tensor:
         """Features of n image files, float32 [n, V, C]; n >= 1.
 
         Raises:
             DataError: an image has none, since it cannot be read: says why.
             DamagedFeaturesError: what is stored is not what was written.
         """
-        names = [str(path) for path in paths]
-        for name in names:
-            if (reason := self.failures.get(name)) is not None:
+        for image in images:
+            if (reason := self.failures.get(str(image))) is not None:
                 raise DataError(reason)
-        keys = self.keys(names)
+        keys = self.keys(images)
         for key in keys:
             if (reason := self.failures.get(key)) is not None:
                 raise DataError(reason)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from parrot_sys.data.decoding import Exif, ImageLimits, ImageSource, PictureNotes, Transparency, load_image
+from parrot_sys.data.decoding import Exif, ImageInput, ImageLimits, PictureNotes, Transparency, load_image
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
 from parrot_sys.towers import TOWERS
@@ -149,7 +149,7 @@ class ImageProcessor:
             "image_std": list(self.std),
         }
 
-    def __call__(self, source: ImageSource) -> npt.NDArray[np.float32]:
+    def __call__(self, source: ImageInput) -> npt.NDArray[np.float32]:
         """Float32 [3, height, width].
 
         Raises:

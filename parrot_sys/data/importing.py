@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import random
 import sys
@@ -12,12 +13,12 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from parrot_sys.data.image_folder import ImageFolder
+from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.public_sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.records import describe_record, parse_record
 from parrot_sys.errors import ConfigError, DataError, printable
 from parrot_sys.files import replace_text
-from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FILE
+from parrot_sys.paths import INPUT, INPUT_FILE, NEW_FILE
 
 _REMEDY = "pass the folder that holds all images as --images"
 
@@ -26,7 +27,7 @@ _REMEDY = "pass the folder that holds all images as --images"
 class DataImportConfig:
     """Turns a public data set into records for `data.paths`, with the images left where they are.
 
-    Pass the directory of the images as data.image_roots in training.
+    Pass --images as data.image_roots in training.
     """
 
     source: SourceName
@@ -35,8 +36,9 @@ class DataImportConfig:
     """File of the set as it was published (vqa_v2: the annotations)."""
     questions: Annotated[Path | None, INPUT_FILE] = None
     """vqa_v2: file of the questions."""
-    images: Annotated[Path | None, INPUT_FOLDER] = None
-    """Directory of the images, for sets with images; COCO's may lie in it or in its folders train2017, val2014, ..."""
+    images: Annotated[Path | None, INPUT] = None
+    """Where the images are, for sets with images: a directory, a tar or Parquet file, a directory of those, or a
+    pattern such as 'shards/*.tar'. COCO's may lie in it or in its folders train2017, val2014, ..."""
     output: Annotated[Path, NEW_FILE]
     """File to write (.json)."""
     limit: int | None = None
@@ -85,9 +87,8 @@ def import_set(config: DataImportConfig) -> ImportReport:
     """
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"{config.output} exists: choose another --output, or pass --overwrite")
-    if config.images is not None and not config.images.is_dir():
-        raise DataError(f"--images {config.images} must be the directory of the images; it does not exist")
     source = SOURCES[config.source]
+    images = _images(config.images)
     for file in (config.input, config.questions):
         if file is not None and not file.is_file():
             raise DataError(f"{file} is missing; wanted the file of {config.source} as it was published")
@@ -97,11 +98,10 @@ def import_set(config: DataImportConfig) -> ImportReport:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{config.input} is no file of {config.source}: rows look like {source.wanted}") from error
     bar = tqdm(rows, desc=f"import {config.source}", unit=" rows", disable=not sys.stderr.isatty())
-    folder = None if config.images is None else ImageFolder(config.images, remedy=_REMEDY)
     records, bad = [], []
     for index, example in examples(source, bar, config.source, config.seed):
         try:
-            records.append(_record(example, index, config, folder))
+            records.append(_record(example, index, config, images))
         except DataError as error:
             bad.append(str(error))
             if config.on_bad_row == "error":
@@ -115,15 +115,23 @@ def import_set(config: DataImportConfig) -> ImportReport:
     return ImportReport(len(rows), len(records), tuple(bad))
 
 
+def _images(root: Path | None) -> ImageRoot | None:
+    if root is None:
+        return None
+    if not root.exists() and not glob.has_magic(str(root)):
+        raise DataError(f"--images {root} must be the directory of the images, or an archive; it does not exist")
+    return ImageRoot(root, remedy=_REMEDY)
+
+
 def _record(
-    example: Example | DataError, index: int, config: DataImportConfig, folder: ImageFolder | None
+    example: Example | DataError, index: int, config: DataImportConfig, images: ImageRoot | None
 ) -> dict[str, Any]:
     """A record that has passed all checks, its image among them."""
     if isinstance(example, DataError):
         raise DataError(f"{describe_record(config.input, index)}: {example}")
     record: dict[str, Any] = {"id": f"{config.source}-{example.record_id or index}"}
-    if example.images and folder is not None:
-        problems = {name: folder.problem(name) for name in example.images}
+    if example.images and images is not None:
+        problems = {name: images.problem(name) for name in example.images}
         found = next((name for name, problem in problems.items() if problem is None), None)
         if found is None:
             tried = printable(", ".join(example.images))

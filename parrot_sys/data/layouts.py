@@ -175,8 +175,8 @@ def _name(name: Any, where: str, whole: Any = None) -> str:
     if not isinstance(name, str) or not name:
         got = short(name if whole is None else whole)
         raise DataError(f"{where} must be a file name or a list of file names, got {got}")
-    if name.startswith(("data:", "http:", "https:")):
-        raise DataError(f"{where} must be a file name, got {short(name)}: save the image as a file")
+    if name.startswith(("http:", "https:")):
+        raise DataError(f"{where} must be a file name or a data URL, got {short(name)}: save the image as a file")
     return valid_text(name.removeprefix("file://"), where)
 
 

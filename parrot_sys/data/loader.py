@@ -15,12 +15,13 @@ import numpy as np
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.datasets import RecordDataset, load_dataset
-from parrot_sys.data.feature_store import DamagedFeaturesError, FeatureStore
+from parrot_sys.data.feature_store import FeatureStore
+from parrot_sys.data.image_files import ImageFile
 from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.skipped import SkippedRecords
-from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.errors import ConfigError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -147,17 +148,16 @@ class ParrotDataLoader:
         """Whole epochs, and samples of the next one, that are behind the last step taken."""
         return self._epoch, self._samples
 
-    def image_paths(self) -> list[str]:
-        """Files of all images of all data sets, each once, sorted: what a feature store has to hold."""
-        return sorted(
-            {p for dataset in self.datasets for i in range(len(dataset.records)) for p in dataset.image_paths(i)}
-        )
+    def pictures(self) -> dict[str, ImageFile]:
+        """Name -> file of all images of all data sets, each once, sorted: what a feature store has to hold."""
+        pictures = (p for dataset in self.datasets for i in range(len(dataset.records)) for p in dataset.pictures(i))
+        return dict(sorted({str(picture): picture for picture in pictures}.items()))
 
     def use_features(self, store: FeatureStore) -> None:
         """From the next iteration on, batches hold `image_features` from `store` instead of `pixel_values`.
 
         Args:
-            store: must hold the features of `image_paths()`; a sample that lacks some is a bad sample.
+            store: must hold the features of `pictures()`; a sample that lacks some is a bad sample.
         """
         self._feature_store = store
 
@@ -289,13 +289,13 @@ class ParrotDataLoader:
         """
         number, sample = numbered
         dataset, index = self._locate(number)
-        if not (paths := dataset.image_paths(index)):
+        if not (pictures := dataset.pictures(index)):
             return sample
         try:
             if self._feature_store is not None:
-                return replace(sample, image_features=self._feature_store.features_of(paths))
-            return replace(sample, pixel_values=self._processor.images(paths))
-        except DamagedFeaturesError:
+                return replace(sample, image_features=self._feature_store.features_of(pictures))
+            return replace(sample, pixel_values=self._processor.images(pictures))
+        except StorageError:
             raise
         except DataError as error:
             located = DataError(f"{dataset.describe(index)}: {error}")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.control_tokens import TextEncoder
-from parrot_sys.data.decoding import ImageLimits, ImageSource
+from parrot_sys.data.decoding import ImageInput, ImageLimits
 from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
@@ -183,7 +183,7 @@ class ParrotProcessor:
             self._encoder_size = len(self.tokenizer)
         return self._encoder
 
-    def images(self, images: Iterable[ImageSource]) -> Tensor:
+    def images(self, images: Iterable[ImageInput]) -> Tensor:
         """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
 
         Args:

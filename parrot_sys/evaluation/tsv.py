@@ -11,16 +11,15 @@ or `NA` is kept, see `cells` and `grid`.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
-from parrot_sys.data.decoding import EncodedImage
+from parrot_sys.data.image_files import EncodedImage
+from parrot_sys.data.image_sources.data_urls import decode_base64
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation.grid import Grid, present, read_grid, whole_number
 
@@ -34,7 +33,6 @@ _KIT_NAMES = {"mmmb": "MMMB", "mmbench_dev": "MMBench_dev", "mmbench": "MMBench_
 _GENERIC_SPLITS = {"", "dev", "val", "test", "train"}
 _NAMED = 20
 """Bad questions that an error names."""
-_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,8 +158,7 @@ def picture_bytes(cell: str) -> bytes:
     text = cell.strip()
     if text.startswith("["):
         raise ValueError("it holds a list of pictures, and a question takes one")
-    prefix = _DATA_URL.match(text)
-    return base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
+    return decode_base64(text)
 
 
 def read_table(path: str | Path, *, keep_bad: bool = False) -> QuestionSet:

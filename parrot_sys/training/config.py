@@ -12,7 +12,7 @@ from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
-from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
+from parrot_sys.paths import INPUT, INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 
 _SECTIONS = {
     "lora": "lora",
@@ -130,8 +130,8 @@ class ValidationConfig:
 
     paths: Annotated[tuple[str, ...], INPUT_FILE] = ()
     """Record files, in the format of `data.paths`."""
-    image_roots: Annotated[tuple[str, ...], INPUT_FOLDER] = ()
-    """Directories of their images (default: the directory of each file)."""
+    image_roots: Annotated[tuple[str, ...], INPUT] = ()
+    """Where their images are, as `data.image_roots` (default: the directory of each file)."""
     interval: int = 500
     """Steps between validations; one more follows the last step."""
     batches: int = 20

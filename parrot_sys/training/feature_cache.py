@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
+from parrot_sys.data.image_files import ImageFile
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.errors import DataError
+from parrot_sys.errors import DataError, StorageError
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime import optimizer as megatron_optimizer
 from parrot_sys.megatron.state_dict import tower_tensors
@@ -58,7 +59,7 @@ def cache_features(
     copies = megatron_optimizer.replica_group()
     fill_store(
         store,
-        sorted({path for loader in loaders for path in loader.image_paths()}),
+        {name: picture for loader in loaders for name, picture in loader.pictures().items()},
         model.vision_tower,
         processor,
         device=device,
@@ -88,7 +89,7 @@ def open_store(
 
 def fill_store(
     store: FeatureStore,
-    paths: Iterable[str],
+    pictures: Mapping[str, ImageFile],
     tower: nn.Module | None,
     processor: ParrotProcessor,
     *,
@@ -106,7 +107,7 @@ def fill_store(
 
     Args:
         store: from `open_store`.
-        paths: image files, the same on every rank.
+        pictures: name -> image file, the same names on every rank.
         tower: [n, 3, h, w] -> [n, V, C]; None on ranks that hold none.
         processor: reads and preprocesses images.
         device: where the tower is.
@@ -125,7 +126,7 @@ def fill_store(
     """
     rank, skip = dist.get_rank(), on_bad_image == "skip"
     # One list for all: a file that some ranks cannot read must not shift the shares.
-    seen: list[Any] = [(_missing(store, paths, skip, on_progress), store.failures)]
+    seen: list[Any] = [(_missing(store, pictures, skip, on_progress), store.failures)]
     dist.broadcast_object_list(seen, src=0)  # (also: no rank may write before every rank has looked)
     missing: list[str] = seen[0][0]
     failures: dict[str, str] = {}
@@ -139,19 +140,20 @@ def fill_store(
         # As many rounds on every rank, also on those that have no tower: one that waits has to see that others work.
         for start in range(0, -(-len(missing) // part[1]), _IMAGES_PER_WRITE):
             names = mine[start : start + _IMAGES_PER_WRITE]
-            loaded = dict(zip(names, threads.map(partial(_read, processor=processor), names), strict=True))
+            files = [pictures[name] for name in names]
+            loaded = dict(zip(names, threads.map(partial(_read, processor=processor), files), strict=True))
             images = {name: image for name, image in loaded.items() if isinstance(image, Tensor)}
             bad = {name: str(error) for name, error in loaded.items() if isinstance(error, DataError)}
             everyone = gather_everywhere(next(iter(bad.values()), None))
             if not skip and (message := next(filter(None, everyone), None)) is not None:
                 raise DataError(message)
             on_progress()
-            failures |= dict(zip(store.keys(bad), bad.values(), strict=True))
+            failures |= dict(zip(store.keys(map(pictures.__getitem__, bad)), bad.values(), strict=True))
             if images and tower is not None:
                 with torch.no_grad():
                     features = tower(torch.cat(list(images.values())).to(device, next(tower.parameters()).dtype))
                 if write:
-                    store.write(store.keys(images), features)
+                    store.write(store.keys(map(pictures.__getitem__, images)), features)
             bar.update(len(names))
     _share_failures(store, seen[0][1] | failures)
     if mine:
@@ -173,18 +175,22 @@ def _share_failures(store: FeatureStore, own: Mapping[str, str]) -> None:
         )
 
 
-def _missing(store: FeatureStore, paths: Iterable[str], skip: bool, on_progress: Callable[[], None]) -> list[str]:
-    """Files whose features are not stored yet."""
-    names = list(paths)
-    for start in range(0, len(names), _FILES_PER_LOOK):  # the store remembers what it has read
-        store.missing(names[start : start + _FILES_PER_LOOK], skip_unreadable=skip)
+def _missing(
+    store: FeatureStore, pictures: Mapping[str, ImageFile], skip: bool, on_progress: Callable[[], None]
+) -> list[str]:
+    """Names of files whose features are not stored yet."""
+    files = [pictures[name] for name in sorted(pictures)]
+    for start in range(0, len(files), _FILES_PER_LOOK):  # the store remembers what it has read
+        store.missing(files[start : start + _FILES_PER_LOOK], skip_unreadable=skip)
         on_progress()
-    return store.missing(names, skip_unreadable=skip)
+    return store.missing(files, skip_unreadable=skip)
 
 
-def _read(name: str, *, processor: ParrotProcessor) -> Tensor | DataError:
+def _read(picture: ImageFile, *, processor: ParrotProcessor) -> Tensor | DataError:
     """[1, 3, h, w], or the reason why there is none."""
     try:
-        return processor.images([name])
+        return processor.images([picture])
+    except StorageError:
+        raise
     except DataError as error:
         return error

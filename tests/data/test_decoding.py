@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from parrot_sys.data.decoding import EncodedImage, ImageLimits, PictureNotes, load_image
+from parrot_sys.data.decoding import ImageLimits, PictureNotes, load_image
+from parrot_sys.data.image_files import EncodedImage
 from parrot_sys.errors import ConfigError, DataError
 from tests.data.picture_files import encoded, grey_tiff, noise, png
 

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot_sys.data.feature_store import DamagedFeaturesError, FeatureStore, image_key, tower_fingerprint
+from parrot_sys.data.decoding import image_digest
+from parrot_sys.data.feature_store import DamagedFeaturesError, FeatureStore, tower_fingerprint
 from parrot_sys.errors import DataError
 
 
@@ -124,7 +125,7 @@ def test_errors(files, tmp_path):
     store.write(keys[:1], features(1))
     with pytest.raises(DataError, match=r"must be \[n, 3, 2\] as in .*, got \[n, 4, 2\]"):
         store.write(keys[1:2], torch.zeros(1, 4, 2))
-    with pytest.raises(DataError, match=r"nowhere\.png cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"nowhere\.png is missing"):
         store.missing([tmp_path / "nowhere.png"])
 
 
@@ -182,7 +183,7 @@ def test_files_that_cannot_be_read_keep_their_reason(files, tmp_path):
     store = FeatureStore(tmp_path / "s", "t")
     bad = [str(tmp_path / "nowhere.png"), str(tmp_path / "pipe")]
     assert store.missing([*bad, *files], skip_unreadable=True) == files
-    with pytest.raises(DataError, match=r"nowhere\.png cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"nowhere\.png is missing"):
         store.features_of(bad[:1])
     with pytest.raises(DataError, match=r"pipe is a named pipe; wanted a regular file"):
         store.features_of(bad[1:])
@@ -205,4 +206,4 @@ def test_fingerprint_depends_on_weights_names_and_settings():
 
 
 def test_keys_are_hashes_of_contents(files):
-    assert image_key(files[0]) == "01d448afd928065458cf670b60f5a594d735af0172c8d67f22a81680132681ca"
+    assert image_digest(files[0]) == "01d448afd928065458cf670b60f5a594d735af0172c8d67f22a81680132681ca"

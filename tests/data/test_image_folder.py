@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot_sys.data.image_folder import ImageFolder
+from parrot_sys.data.image_sources.folder import ImageFolder
 
 PARTS = [
     *("in.png", "folder", "secret.png", "..", ".", "", "root", "pipe", "nowhere", "\0", "\ud800", "x" * 300),

@@ -15,6 +15,7 @@ from parrot_sys.data.public_sets import CAPTION_PROMPTS, DETAIL_PROMPTS, SOURCES
 from parrot_sys.data.records import parse_record
 from parrot_sys.data.templates import render_instruction
 from parrot_sys.errors import ConfigError, DataError
+from tests.data.picture_archives import write_parquet, write_tar
 
 LLAVA = [
     {
@@ -320,6 +321,22 @@ def test_missing_images_are_named(tmp_path: Path, images: Path) -> None:
         run("aokvqa", rows[:1], tmp_path, images, on_bad_row="skip")
     with pytest.raises(DataError, match="must be the directory of the images"):
         run("aokvqa", rows, tmp_path, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("write", [write_tar, write_parquet])
+def test_images_may_be_in_an_archive(tmp_path: Path, images: Path, write: Any) -> None:
+    pictures = {path.relative_to(images).as_posix(): path.read_bytes() for path in images.rglob("*") if path.is_file()}
+    archive = write(tmp_path / f"shards/a.{'tar' if write is write_tar else 'parquet'}", pictures)
+    wanted, _ = run("llava", LLAVA, tmp_path, images)
+    for root in (archive, archive.parent, archive.parent / f"*{archive.suffix}"):
+        config = DataImportConfig(
+            source="llava", input=tmp_path / "rows.json", images=root, output=tmp_path / "new.json", overwrite=True
+        )
+        import_set(config)
+        assert json.loads(config.output.read_text(encoding="utf-8")) == wanted
+    archive.write_bytes(archive.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"image archive .* (is damaged|cannot be read)"):
+        import_set(config)
 
 
 def test_dialogues_that_do_not_pair_are_named(tmp_path: Path, images: Path) -> None:

@@ -143,7 +143,7 @@ def chat(*contents, **more):
         (chat([{"type": "image"}], "x"), "must have one <image> marker for each image, got 1 markers and 0 images"),
         (chat("Hi", "x", images=["a.png"]), ".*got 0 markers and 1 images"),
         (chat("<image>\nHi", "x", images=None), ".*got 1 markers and 0 images"),
-        (chat("<image>", "x", images=["data:image/png;base64,AA=="]), "`images` must be a file name, got 'data:image"),
+        (chat("<image>", "x", images=["https://a/b.png"]), "`images` must be a file name or a data URL, got 'https:"),
         (
             chat([{"type": "image_url", "image_url": {"url": "https://a/b.png"}}], "x"),
             "turn 0: an image must be a file",

@@ -138,7 +138,7 @@ def test_features_come_from_the_store(write_records, records, make_loader, tmp_p
     config = DataConfig(paths=(write_records(records),))
     loader = make_loader(config)
     loader.use_features(store)
-    paths = loader.image_paths()
+    paths = list(loader.pictures())
     assert len(paths) == 4
     with pytest.raises(DataError, match=r"record \d+ \(id 'r\d+'\): feature store .* holds no features"):
         list(loader)

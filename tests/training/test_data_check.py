@@ -21,6 +21,7 @@ from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ParrotError
 from parrot_sys.training.data_check import DataCheckConfig, StartConfig, _reasons, check, main
+from tests.data.picture_archives import data_url, write_parquet, write_tar
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
 ROWS, LIMIT = 17, 90
@@ -128,6 +129,41 @@ def test_the_verdict_is_what_training_does(folder, processor, names, bad, long, 
     if bad == "skip" and not report.files[0].unreadable:
         wrong = sum(name not in (*GOOD, "cut") for name in names)
         assert report.files[0].bad.total - report.files[0].bad.counts["no label"] == wrong
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=CHOICES, kind=st.sampled_from(["tar", "parquet", "urls"]), bad=st.sampled_from(["error", "skip"]))
+def test_the_verdict_is_that_on_files_wherever_pictures_are(folder, processor, names, kind, bad):
+    pictures = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
+    records = [RECORDS[name] for name in names]
+    path, root = folder / "stored.json", folder / kind / f"a.{kind}"
+    path.write_text(json.dumps(records))
+    data = DataConfig(paths=(str(path),), on_bad_sample=bad, num_workers=1)
+    wanted = report_on(data, processor)
+    if kind == "urls":
+        text = json.dumps(records)
+        for name, content in pictures.items():
+            text = text.replace(f'"{name}"', f'"{data_url(content)}"')
+        path.write_text(text)
+    else:
+        (write_tar if kind == "tar" else write_parquet)(root, pictures)
+        data = replace(data, image_roots=(str(root),))
+    report = report_on(data, processor)
+    assert len(report.reasons) == len(wanted.reasons)
+    assert (not report.reasons) == starts(data, processor)
+    assert report.files[0].bad.counts == wanted.files[0].bad.counts
+    assert report.files[0].pictures.plain() == wanted.files[0].pictures.plain()
+
+
+def test_a_damaged_archive_is_named(folder, processor):
+    path = folder / "damaged.json"
+    path.write_text(json.dumps([RECORDS["picture"]]))
+    (folder / "damaged.tar").write_bytes(b"x" * 2000)
+    data = DataConfig(paths=(str(path),), image_roots=(str(folder / "damaged.tar"),), on_bad_sample="skip")
+    (reason,) = report_on(data, processor).reasons
+    assert reason.startswith(f"image archive {folder / 'damaged.tar'} is damaged: ")
+    assert not starts(data, processor)
+    (folder / "damaged.tar").unlink()
 
 
 def test_everything_is_counted_with_its_place(folder, processor):

@@ -1,0 +1,1 @@
+"""Where the pictures that records name are stored: a file for each kind of place, `root.py` for the choice."""

@@ -1,0 +1,160 @@
+"""Parquet files with a column of names and one of bytes, or with Hugging Face's struct of `bytes` and `path`."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from parrot_sys.data.image_files import OpenFile
+from parrot_sys.data.image_sources.archive import Archive, Member
+from parrot_sys.errors import ConfigError, DataError, printable
+from parrot_sys.files import errors_named
+
+logger = logging.getLogger(__name__)
+_NAMES = ("path", "name", "file_name", "filename", "image_path", "image_name", "image_id", "key", "__key__", "id")
+"""Columns that are taken for the names, in this order, where there are several of strings."""
+_CACHE_BYTES = 256 << 20
+
+
+class ParquetArchive(Archive):
+    """A Parquet file. A place is a row group and a row in it; the whole row group has to be decoded for a picture."""
+
+    ENDINGS = (".parquet",)
+
+    def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
+        """All rows with a name; only the column of names is read."""
+        with errors_named(f"image archive {printable(self.path)}", DataError), self._file() as file:
+            names, _ = self._columns(file.schema_arrow)
+            groups = file.num_row_groups
+            for group in range(groups):
+                column = _read(file, group, names)
+                for row, name in enumerate(column.to_pylist()):
+                    if name is not None:
+                        yield Member(str(name), group, row)
+                advance(self.state[0] * (group + 1) // groups - self.state[0] * group // groups)
+
+    def open(self, first: int, second: int) -> OpenFile:
+        """The bytes of a row, as a file."""
+        os.close(self.descriptor())  # (raises if the file has changed)
+        data = _CACHE.column(self, first)[second].as_py()
+        if data is None:
+            raise DataError("has no bytes: its cell is null")
+        return io.BytesIO(data)
+
+    def decode(self, group: int, make_room: Callable[[int, Path], None]) -> Any:
+        """The pictures of a row group, as an Arrow column; `make_room` is told its size before it is decoded."""
+        with self._file() as file:
+            _, data = self._columns(file.schema_arrow)
+            metadata = file.metadata.row_group(group)
+            columns = [metadata.column(i) for i in range(metadata.num_columns)]
+            make_room(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == data), self.path)
+            return _read(file, group, data)
+
+    def _file(self) -> Any:
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ConfigError(
+                f"image archive {printable(self.path)} needs pyarrow; fix: pip install 'parrot_sys[parquet]'"
+            ) from None
+        return parquet.ParquetFile(self.path)
+
+    def _columns(self, schema: Any) -> tuple[str, str]:
+        """Paths of the column of names and of the one of bytes."""
+        import pyarrow
+
+        structs, texts, data = [], [], []
+        for field in schema:
+            kind = field.type
+            if pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(len(kind))}:
+                structs.append(field.name)
+            elif _is_text(kind):
+                texts.append(field.name)
+            elif _is_bytes(kind):
+                data.append(field.name)
+        if len(structs) == 1:
+            return f"{structs[0]}.path", f"{structs[0]}.bytes"
+        names = texts if len(texts) == 1 else [name for name in _NAMES if name in texts]
+        if structs or len(data) != 1 or not names:
+            raise DataError(
+                f"image archive {printable(self.path)} must have one column of bytes and one of names ({_NAMES[0]}, "
+                f"{_NAMES[1]}, ...), or one struct of `bytes` and `path`; got "
+                + ", ".join(f"{field.name}: {field.type}" for field in schema)
+            )
+        return names[0], data[0]
+
+
+class _RowGroups:
+    """Decoded row groups of all files, so many that they have no more bytes than a limit (or one that has more).
+
+    One thread decodes at a time: that bounds the memory.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._warned = limit, False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all. A forked process starts anew: another thread may have held the locks."""
+        self._groups: OrderedDict[tuple[Path, tuple[int, int], int], Any] = OrderedDict()
+        self._access, self._decoding = threading.Lock(), threading.Lock()
+
+    def column(self, archive: ParquetArchive, group: int) -> Any:
+        """The pictures of a row group."""
+        key = (archive.path, archive.state, group)
+        if (found := self._known(key)) is not None:
+            return found
+        with self._decoding:
+            if (found := self._known(key)) is None:
+                found = archive.decode(group, self._make_room)
+                with self._access:
+                    self._groups[key] = found
+            return found
+
+    def _known(self, key: tuple[Path, tuple[int, int], int]) -> Any:
+        with self._access:
+            if key in self._groups:
+                self._groups.move_to_end(key)
+            return self._groups.get(key)
+
+    def _make_room(self, size: int, path: Path) -> None:
+        if size > self._limit and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s has row groups of %.0f MB, and a whole one is decoded for each picture that is read: write it with "
+                "smaller row groups (100 rows), or as tar files",
+                *(path, size / 1e6),
+            )
+        with self._access:
+            while self._groups and size + sum(column.nbytes for column in self._groups.values()) > self._limit:
+                self._groups.popitem(last=False)
+
+
+_CACHE = _RowGroups(_CACHE_BYTES)
+os.register_at_fork(after_in_child=_CACHE.reset)
+
+
+def _read(file: Any, group: int, path: str) -> Any:
+    """A column of a row group. (No threads of Arrow: a forked process has none of them.)"""
+    from pyarrow import compute, types
+
+    column = file.read_row_group(group, columns=[path], use_threads=False).column(0)
+    return compute.struct_field(column, path.rsplit(".", 1)[-1]) if types.is_struct(column.type) else column
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

@@ -1,0 +1,81 @@
+"""Tar files, as WebDataset and GNU tar write them."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+
+from parrot_sys.data.image_files import OpenFile
+from parrot_sys.data.image_sources.archive import Archive, Member
+from parrot_sys.data.image_sources.base import open_section
+from parrot_sys.errors import DataError, printable
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_STEP = 1 << 22  # bytes between two reports of progress
+
+
+class TarArchive(Archive):
+    """A tar file. A place is the first byte of a member and its size."""
+
+    ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+    REFUSED = (
+        "",
+        "is a link; wanted a regular file",
+        "is a folder; wanted a regular file",
+        "is a device or a named pipe; wanted a regular file",
+        "is a sparse file; wanted a regular file: pack it without --sparse",
+    )
+
+    def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
+        """All members; only the headers are read."""
+        descriptor, reported = self.descriptor(), 0
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            self._refuse_compressed(file.read(8))
+            file.seek(0)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    seen: list[tarfile.TarInfo] = vars(tar)["members"]
+                    while (info := tar.next()) is not None:
+                        seen.clear()  # (the library keeps all that it has seen)
+                        if info.size < 0 or tar.offset <= info.offset:
+                            raise tarfile.ReadError(f"the header at byte {info.offset} has a wrong size")
+                        if info.offset_data + info.size > self.state[0]:
+                            raise tarfile.ReadError(f"the file ends inside {info.name!r}")
+                        yield Member(info.name, info.offset_data, info.size, _refused(info))
+                        if tar.offset - reported > _STEP:
+                            advance(tar.offset - reported)
+                            reported = tar.offset
+                    end = tar.offset
+            except (tarfile.TarError, OSError, ValueError) as error:
+                raise self._damaged(str(error)) from error
+            # The library takes a damaged header for the end; a real end is a block of zeros.
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                raise self._damaged(f"byte {end} starts neither a member nor the end of the archive")
+        advance(self.state[0] - reported)
+
+    def open(self, first: int, second: int) -> OpenFile:
+        """A member, as a file."""
+        return open_section(self.descriptor(), first, second)
+
+    def _refuse_compressed(self, start: bytes) -> None:
+        for magic, name in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise DataError(
+                    f"image archive {printable(self.path)} is compressed ({name}), which allows no random access: "
+                    "unpack it to a plain .tar; pictures are compressed already"
+                )
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"image archive {printable(self.path)} is damaged: {reason}; pack or copy it again")
+
+
+def _refused(info: tarfile.TarInfo) -> int:
+    if info.issym() or info.islnk():
+        return 1
+    if info.isdir():
+        return 2
+    if not info.isfile():
+        return 3
+    return 4 if info.issparse() else 0
