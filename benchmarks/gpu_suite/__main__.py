@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ STAGES: dict[str, ModuleType] = {
     "accelerators": accelerators,
 }
 FAILED, INCOMPLETE = 1, 3
+BENCH_SHARE = 1 / 3  # of the budget of `first`, kept for its bench rows
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     summaries = {name: (module.__doc__ or "").splitlines()[0] for name, module in STAGES.items()}
-    for name, summary in {"all": (run_all.__doc__ or "").splitlines()[0], **summaries}.items():
+    calls = {name: (function.__doc__ or "").splitlines()[0] for name, function in CALLS.items()}
+    for name, summary in {**calls, **summaries}.items():
         stage = commands.add_parser(name, help=summary)
         stage.add_argument("--json", type=Path, required=True, help="results file; an existing one is gone on with")
         stage.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny shapes, as a rehearsal")
@@ -81,8 +84,8 @@ def describe_machine(device: str, commit: str | None) -> dict[str, Any]:
     return found[0]["machine"]
 
 
-def run_stage(args: argparse.Namespace) -> Counter[str]:
-    """Runs one stage within its budget; returns the number of its rows by status."""
+def run_stage(args: argparse.Namespace, rows: Sequence[str] | None = None) -> Counter[str]:
+    """Runs one stage, or only these rows of it, within its budget; returns the number of its rows by status."""
     start, module = time.monotonic(), STAGES[args.command]
     installed = None
     if args.wheels:
@@ -96,10 +99,11 @@ def run_stage(args: argparse.Namespace) -> Counter[str]:
     again = ("not_run", "failed", "unavailable") if args.retry else ("not_run",)
     known = store.rows(args.command)
     wanted = [name for name in module.rows(args.device) if not args.only or any(part in name for part in args.only)]
+    wanted = [name for name in wanted if rows is None or name in rows]
     todo = [name for name in wanted if name not in known or known[name]["status"] in again]
 
     def record(name: str, row: Row) -> None:
-        store.record(args.command, name, row)
+        store.record(args.command, name, {**row, "device": store.content["machine"]["device"]})
         error = str(row.get("error", "")).splitlines()
         print(f"{row['status']:12} {name} {error[0][:150] if error else ''}", flush=True)
 
@@ -114,6 +118,16 @@ def run_stage(args: argparse.Namespace) -> Counter[str]:
     counts = Counter(store.rows(args.command)[name]["status"] for name in wanted)
     print(f"{args.command}: {', '.join(f'{count} {status}' for status, count in counts.items())}; {seconds:.0f} s")
     return counts
+
+
+def run_first(args: argparse.Namespace) -> Counter[str]:
+    """The first call on a machine: correctness, then the bench rows that decide the README's table, in one budget."""
+    end = time.monotonic() + args.budget
+    args.command, args.budget = "correctness", args.budget * (1 - BENCH_SHARE)
+    total = run_stage(args)
+    args.fresh = False  # once
+    args.command, args.budget = "bench", end - time.monotonic()
+    return total + run_stage(args, bench.decisive_rows(args.device))
 
 
 def run_all(args: argparse.Namespace) -> Counter[str]:
@@ -138,13 +152,16 @@ def draw(file: Path, folder: Path) -> None:
         print(path)
 
 
+CALLS: dict[str, Callable[[argparse.Namespace], Counter[str]]] = {"first": run_first, "all": run_all}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs stages, or renders a results file; returns the exit code."""
     args = parse(argv)
     if args.command == "render":
         draw(args.file, args.out or args.file.parent)
         return 0
-    counts = run_all(args) if args.command == "all" else run_stage(args)
+    counts = CALLS.get(args.command, run_stage)(args)
     return FAILED if counts["failed"] else INCOMPLETE if counts["not_run"] else 0
 
 

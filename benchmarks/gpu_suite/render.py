@@ -46,7 +46,7 @@ def render(path: Path, folder: Path) -> list[Path]:
 def markdown(content: Mapping[str, Any], measured: list[Timing], limits: Ceilings | None, plots: Sequence[str]) -> str:
     """The whole report."""
     parts = [_heading(content), _summary(content), _problems(content), _correctness(rows(content, "correctness"))]
-    parts += [_sanitizer(rows(content, "sanitize")), _speed(measured, limits)]
+    parts += [_sanitizer(rows(content, "sanitize")), _speed(measured, limits, str(content["machine"]["device"]))]
     parts += [f"![]({name})" for name in plots]
     parts.append(_profile(rows(content, "profile")))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -110,7 +110,7 @@ def _sanitizer(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "## compute-sanitizer\n\n" + _table(columns, lines) if lines else ""
 
 
-def _speed(measured: list[Timing], limits: Ceilings | None) -> str:
+def _speed(measured: list[Timing], limits: Ceilings | None, device: str) -> str:
     if not measured:
         return ""
     floor = "no ceilings were measured, so there are no floors"
@@ -135,7 +135,17 @@ def _speed(measured: list[Timing], limits: Ceilings | None) -> str:
                 "; ".join(f"{text}: {MARKS[verdict]}" for text, verdict in targets.items()),
             )
         )
-    columns = ["workload", "pass", "contender", "ms", "p10 - p90", "TFLOP/s", "GB/s", "of floor", "saved MB"]
+    columns = [
+        "workload",
+        "pass",
+        "contender",
+        f"ms on {device}",
+        "p10 - p90",
+        "TFLOP/s",
+        "GB/s",
+        "of floor",
+        "saved MB",
+    ]
     columns += ["best peer", "targets"]
     unchecked = "Bounds (`*_bound`, `*_unweighted`) leave out part of the work; every other result was equal to ours."
     return f"## Speed\n\nMedians; {floor}. Ours in bold. {unchecked}\n\n" + _table(columns, lines)

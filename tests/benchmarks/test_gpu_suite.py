@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.gpu_suite import __main__ as suite_main
-from benchmarks.gpu_suite import profile, sanitize
+from benchmarks.gpu_suite import bench, profile, sanitize
 from benchmarks.gpu_suite.__main__ import main
 from parrot_kernels.swiglu import cpu_impl
 
@@ -70,6 +70,46 @@ def test_all_stages_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [run["begun"] for run in stages["correctness"]["runs"]] == [1, 1, 1]
     assert stages["bench"]["rows"]["swiglu/cpu/cpu"]["status"] == "passed"
     assert (tmp_path / "r.md").exists()
+
+
+def test_the_first_call_checks_results_and_measures_the_decisive_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bench rows keep their share of the time, however much correctness would take."""
+    begun: list[tuple[list[str], float]] = []
+    run_rows = suite_main.run_rows
+
+    def no_row(names: list[str], work: Any, record: Any, **options: Any) -> dict[str, str]:
+        if names == ["cpu"]:  # the description of the machine
+            return run_rows(names, work, record, **options)
+        begun.append((names, options["seconds"]))
+        return dict.fromkeys(names, "out of time")
+
+    monkeypatch.setattr(suite_main, "run_rows", no_row)
+    path = tmp_path / "r.json"
+    code = main(["first", "--json", str(path), "--device", "cpu", "--budget", "300"])
+    assert code == suite_main.INCOMPLETE
+    (checked, check_seconds), (measured, bench_seconds) = begun
+    assert len(checked) > 100
+    assert all(name.endswith("/bf16") for name in checked[: len(checked) // 3])
+    assert measured == bench.decisive_rows("cpu")
+    assert len(measured) == 10
+    assert check_seconds <= 200
+    assert bench_seconds >= 100 - 60  # less what describing the machine took, twice
+
+
+def test_decisive_rows_come_first_on_a_gpu() -> None:
+    rows = bench.rows("cuda")
+    assert tuple(rows[:10]) == bench.DECISIVE
+    assert len(set(rows)) == len(rows)
+
+
+def test_each_row_names_its_card(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    _, rows = suite("correctness", path, *ONLY)
+    device = json.loads(path.read_text())["machine"]["device"]
+    assert device
+    assert {row["device"] for row in rows.values()} == {device}
 
 
 def test_a_wrong_kernel_fails_until_it_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_render_writes_every_stage(tmp_path: Path, content: Content, capsys: pyt
         "| unavailable | bench | 1 | gemm/a/peer | peer does not import |",
         "| swiglu | triton | bf16 | 1 | 1 | 0 | 0 | 4.0e-03 |",
         "| memcheck | swiglu | triton | passed | ERROR SUMMARY: 0 |",
+        "| workload | pass | contender | ms on NVIDIA H200 |",
         "| gemm/a | fwd | **triton** | 0.1250 | 0.1125 - 0.1375 | 632 | 344 | 80.0% |  | 0.94 x fast |",
         "| swiglu/a/triton/fwd | _kernel | 1234 |  | 88 |",
         "![](h200_roofline.png)",
