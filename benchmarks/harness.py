@@ -33,7 +33,7 @@ def interleaved_times(runs: Mapping[str, Callable[[], object]], repeats: int) ->
 
 
 def ratio(times: Mapping[str, Sequence[float]], baseline: str, ours: str) -> float:
-    """How many times faster `ours` is: the ratio of the medians."""
+    """Speed-up of `ours`: the ratio of the medians."""
     return statistics.median(times[baseline]) / statistics.median(times[ours])
 
 

@@ -175,7 +175,7 @@ def measure(workload: Workload, name: str, device: str, seconds: float = 0.25) -
 
 
 def saved_megabytes(workload: Workload, contender: Contender, inputs: Inputs) -> float:
-    """What a forward pass keeps for its backward pass, besides inputs and parameters."""
+    """Megabytes that a forward pass keeps for its backward pass, besides inputs and parameters."""
     prepared = workload.prepare(contender, inputs)
     return saved_bytes(prepared.run, [*inputs.values(), *prepared.leaves]) / 1e6
 

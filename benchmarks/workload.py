@@ -1,4 +1,4 @@
-"""What a benchmark measures: one op at one shape, computed by our back ends and by peers, with its least work.
+"""Workload of a benchmark: one op at one shape, computed by our back ends and by peers, with its least work.
 
 Each `bench_<op>.py` lists workloads for a device ("cpu" or "cuda"); pytest-benchmark, its own command line and
 `benchmarks.gpu_suite` run the same ones.
@@ -35,7 +35,7 @@ def _same(tensors: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What is timed, for a contender whose results or parameters are laid out in its own way."""
+    """Functions that are timed, for a contender whose results or parameters are laid out in its own way."""
 
     run: Run
     leaves: Sequence[Tensor] = ()
@@ -73,7 +73,7 @@ class Contender:
     backward: bool = True
     """False: it has a forward pass only."""
     checked: Literal["all", "outputs", "nothing"] = "all"
-    """What must equal ours: outputs and gradients, outputs, or nothing for a bound that leaves out part of the work."""
+    """Must equal ours: outputs and gradients, outputs, or nothing for a bound that leaves out part of the work."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ def samples(args: argparse.Namespace, step: int) -> Iterator[torch.Tensor]:
 
 
 def forward_step(data: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """What Megatron's schedules call for each micro-batch."""
+    """Runs one micro-batch; Megatron's schedules call it for each."""
     tokens = next(data)
     positions = torch.arange(SEQ, device=tokens.device)[None]
     causal = torch.ones(SEQ, SEQ, dtype=torch.bool, device=tokens.device).triu(1)[None, None]

@@ -154,7 +154,7 @@ def make_batch(step: int) -> Batch:
 
 
 def forward_step(data: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-    """What Megatron's schedules call for each micro-batch."""
+    """Runs one micro-batch; Megatron's schedules call it for each."""
     images, ids, labels, _ = next(data)
     losses = model(images, ids, labels)[:, -1]
     return losses, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})

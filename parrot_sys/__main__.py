@@ -89,7 +89,7 @@ _MODULES = {"data check": "parrot_sys.training.data_check"}
 
 
 def help_text() -> str:
-    """What `parrot --help` prints."""
+    """The text that `parrot --help` prints."""
     lines = [
         f"parrot {__version__}: trains, evaluates and talks to text-guided, expert-routed multimodal language models.",
         "",

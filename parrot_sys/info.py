@@ -103,7 +103,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _build_facts() -> dict[str, Any]:
-    """What setup.py wrote, and whether the binaries load."""
+    """Facts that setup.py wrote, and whether the binaries load."""
     facts: dict[str, Any] = {"extension": _extension.why_not() or "loaded"}
     facts["cuda kernels"] = _extension.why_not_cuda() or "built"
     # Written by setup.py only when it builds the extension.

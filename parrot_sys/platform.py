@@ -17,7 +17,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """What `torchrun` told this process; one process of one when it was started by hand."""
+    """Values that `torchrun` told this process; one process of one when it was started by hand."""
 
     rank: int = 0
     world_size: int = 1

@@ -33,7 +33,7 @@ class BenchmarkQuestion:
 
     @property
     def concept(self) -> Concept:
-        """What the picture shows."""
+        """The concept that the picture shows."""
         return self.options[self.answer]
 
 

@@ -283,7 +283,7 @@ def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _texts(records: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What the decoder will read, without the special tokens: the words of the template become tokens as well."""
+    """Texts that the decoder reads, without the special tokens: the words of the template become tokens as well."""
     for part in ("text", "align", "instruct"):
         for entry in records[part]:
             for segment in render_conversation(entry["conversations"]):

@@ -42,7 +42,7 @@ _USUAL_TOKENS = ("<s>", "</s>", "<unk>", "<|endofchunk|>", *_OF_TEMPLATES)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckSetup:
-    """What the files are checked for."""
+    """Settings that the files are checked against."""
 
     data: DataConfig
     processor: ParrotProcessor | None

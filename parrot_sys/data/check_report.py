@@ -1,4 +1,4 @@
-"""What `parrot data check` found: as plain values for JSON, and as text for people."""
+"""Findings of `parrot data check`: as plain values for JSON, and as text for people."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PictureReport:
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
     notes: dict[str, int] = field(default_factory=dict)
-    """What decoding changed -> pictures."""
+    """Pictures by the change that decoding made."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, facts: PictureFacts) -> None:

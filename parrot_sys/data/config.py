@@ -43,7 +43,7 @@ class DataConfig:
     """`apply` turns pictures as their EXIF orientation says, as every viewer does; `ignore` leaves them as they are
     stored (released code). Saved with the model, so that evaluation and chat do the same."""
     transparency: Transparency = "white"
-    """What transparent pixels show: `white` or `black` paper, or (`drop`, released code) the colour that the file has
+    """Colour of transparent pixels: `white` or `black` paper, or (`drop`, released code) the colour that the file has
     below them, mostly black. Saved with the model."""
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     """Largest pictures; one over a limit is a bad sample."""
@@ -71,7 +71,7 @@ class DataConfig:
     """Where the images of a turn stand: `in_place` leaves them between the words where the record has them, `front`
     moves them to the start of their turn, as the released code does, and says so once for each data set."""
     control_tokens: ControlTokens = "text"
-    """What the name of a control token in a record's text, such as <|im_end|> or </s>, is: `text` like any other, or
+    """Reading of a control token's name in a record's text, such as <|im_end|> or </s>: `text` like any other, or
     `parsed` to be the token, as in the released code; ordinary text has the same ids either way."""
     cache_dir: Annotated[str | None, OUTPUT_FOLDER] = None
     """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, image

@@ -1,4 +1,4 @@
-"""What one rank of a context-parallel group works on, of a micro-batch that all of them see."""
+"""The share of a micro-batch that one rank of a context-parallel group works on; all of them see the whole."""
 
 from __future__ import annotations
 

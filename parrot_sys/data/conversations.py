@@ -70,11 +70,11 @@ class Asker:
         return load_phrases()[self.language]
 
     def name(self, concept: Concept) -> Turn:
-        """What does the picture show? The name."""
+        """Asks what the picture shows; the answer is the name."""
         return self.generator.choice(self.phrases["name"]), concept.names[self.language]
 
     def description(self, concept: Concept) -> Turn:
-        """What does the picture show? Name, category and keywords: a long answer to the question of `name`."""
+        """Asks the question of `name`; the long answer has name, category and keywords."""
         question, name = self.name(concept)
         words = self.words(concept)
         parts = [name, self.phrases["categories"][concept.category], *([words] if words else [])]
@@ -119,7 +119,7 @@ class Asker:
         return self._choice_of_names(self.phrases["means"].format(name=concept.names[source]), concept)
 
     def riddle(self, concept: Concept) -> Turn:
-        """What do these keywords describe? The name, which CLDR often has among the keywords."""
+        """Asks what keywords describe; the answer is the name, which CLDR often has among the keywords."""
         words = self.words(concept)
         return (
             (self.phrases["riddle"].format(words=words), concept.names[self.language])

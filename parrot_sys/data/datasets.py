@@ -52,7 +52,7 @@ class RecordDataset:
         return [self.images.picture(name) for name in self.records[index].images]
 
     def describe(self, index: int) -> str:
-        """Where record `index` is, for messages."""
+        """The place of record `index`, for messages."""
         record = self.records[index]
         return describe_record(self.source.path, record.index, record.record_id)
 

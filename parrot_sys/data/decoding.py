@@ -124,7 +124,7 @@ class PictureNotes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureFacts:
-    """What the header of a picture says."""
+    """Facts in the header of a picture."""
 
     format: str
     mode: str
@@ -256,7 +256,7 @@ def _opened(source: ImageInput) -> Iterator[Image.Image]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow has."""
+    """The formats of FORMATS that this Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -270,7 +270,7 @@ def _has_more_frames(image: Image.Image) -> bool:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """How the file stores its pixels, which Pillow forgets when it has decoded them."""
+    """Layout of the pixels in the file, which Pillow forgets when it has decoded them."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments

@@ -35,7 +35,7 @@ class Dialogue:
 
     type: str
     kind: Kind
-    """What the last turn asks: a foreign word's name, the name that keywords describe, or what the picture shows."""
+    """Question of the last turn: a foreign word's name, the name that keywords describe, or what the picture shows."""
     options: tuple[Concept, ...]
     answer: int
     """Position of the right one."""
@@ -44,7 +44,7 @@ class Dialogue:
 
     @property
     def concept(self) -> Concept:
-        """What the last turn is about."""
+        """The concept that the last turn is about."""
         return self.options[self.answer]
 
 

@@ -69,12 +69,12 @@ class DataImportConfig:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What became of the rows of a file."""
+    """Counts of the rows of a file, by what became of them."""
 
     read: int
     written: int
     bad: tuple[str, ...]
-    """What is wrong with each row that was left out."""
+    """Faults of the rows that were left out."""
 
 
 def import_set(config: DataImportConfig) -> ImportReport:

@@ -159,7 +159,7 @@ def _part(part: Any, where: str) -> str | _Image:
 
 
 def _source(value: Any) -> Any:
-    """What names the file of an image: the value itself, or what one of its keys holds."""
+    """The name of an image's file: the value itself, or the value of one of its keys."""
     if not isinstance(value, Mapping):
         return value
     return next((_source(value[key]) for key in _SOURCES if value.get(key) is not None), None)

@@ -33,7 +33,7 @@ class LoaderStatistics:
     samples: int = 0
     """Samples of all ranks that were due."""
     truncated: int = 0
-    """Those of them that were longer than max_seq_len rows and were cut."""
+    """Samples that were longer than max_seq_len rows and were cut."""
     skipped: list[str] = field(default_factory=list)
     """This rank's samples that were left out since an image could not be read: where and why, once for each record."""
 
@@ -168,7 +168,7 @@ class ParrotDataLoader:
         self._skipped_file = file
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on behind the last step taken: plain values.
+        """State that `load_state_dict` needs to go on after the last step taken: plain values.
 
         Equal on all ranks but for the list of samples that a rank left out.
         """

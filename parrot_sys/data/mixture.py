@@ -55,7 +55,7 @@ def epoch_order(groups: Sequence[Group], seed: int, epoch: int, text_ratio: floa
 
 
 def _shuffled(groups: Sequence[Group], stream: np.random.PCG64) -> IntArray:
-    """What an epoch takes of the groups, in a random order."""
+    """Draws the samples that an epoch takes of the groups, in a random order."""
     parts = []
     for group in groups:
         order = group.samples[_permutation(stream, len(group.samples))]

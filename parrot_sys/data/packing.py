@@ -62,7 +62,7 @@ def expanded_lengths(input_ids: IntArray, num_visual_rows: int, max_seq_len: int
 
 
 def remaining_labels(input_ids: IntArray, labels: IntArray, num_visual_rows: int, max_seq_len: int) -> int:
-    """How many rows of a sample bear loss after expansion and truncation; unexpanded ids and labels [N]."""
+    """Number of rows of a sample that bear loss after expansion and truncation; unexpanded ids and labels [N]."""
     ids, labels = input_ids[:max_seq_len], labels[:max_seq_len]
     repeats = np.where(ids == IMAGE_TOKEN_ID, num_visual_rows, 1)
     rows = np.cumsum(repeats) - repeats

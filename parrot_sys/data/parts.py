@@ -34,7 +34,7 @@ def template(text: str) -> Part:
 
 
 def join(parts: Sequence[Part]) -> str:
-    """What the parts look like to a reader."""
+    """The parts as a reader sees them."""
     return "".join(part.text for part in parts)
 
 
@@ -55,7 +55,7 @@ def split_markers(text: str) -> Parts:
 
 
 def turn_parts(turn: Turn, position: ImagePosition) -> Parts:
-    """What a turn says, with its images where `position` wants them and its `input` on the next line."""
+    """Parts of a turn, with its images where `position` wants them and its `input` on the next line."""
     value = turn["value"]
     if not isinstance(value, str):
         parts: Parts = tuple(_entry(entry) for entry in value)
@@ -128,7 +128,7 @@ def _leading_images(parts: Sequence[Part]) -> int:
 
 
 def _after(parts: Sequence[Part], images: int) -> Sequence[Part]:
-    """What follows so many images."""
+    """The parts that follow so many images."""
     for index, part in enumerate(parts):
         if not images:
             return parts[index:]

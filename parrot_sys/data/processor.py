@@ -198,7 +198,7 @@ class ParrotProcessor:
 
 
 def _fields(file: Path) -> Fields:
-    """What a JSON file of a checkpoint says; nothing when it is missing."""
+    """Fields of a JSON file of a checkpoint; none when it is missing."""
     return Fields(read_json(file) if file.is_file() else None, file)
 
 

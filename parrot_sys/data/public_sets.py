@@ -118,9 +118,6 @@ def _kind(values: Any) -> str:
     return f"an object with {sorted(values)[:5]}" if isinstance(values, Mapping) else type(values).__name__
 
 
-# ------------------------------------------------------------------------------------------------- images and language
-
-
 def _human(text: str, *, image: bool = False, about: str = "") -> dict[str, str]:
     turn = {"from": "human", "value": f"{IMAGE_TOKEN}\n{text}" if image else text}
     return turn | ({"input": about} if about else {})
@@ -155,7 +152,7 @@ def _texts(row: Row, name: str) -> list[str]:
 
 
 def _coco_names(image_id: int) -> list[str]:
-    """Where COCO's image may lie: its 2017 and 2014 names, with and without the folder of the split."""
+    """Paths where COCO's image may be: its 2017 and 2014 names, with and without the folder of the split."""
     names = [f"{image_id:012d}.jpg", *(f"{split}2017/{image_id:012d}.jpg" for split in ("train", "val"))]
     for split in ("train", "val"):
         old = f"COCO_{split}2014_{image_id:012d}.jpg"

@@ -96,7 +96,7 @@ class _JsonText:
                 return ""
 
     def lines(self) -> list[str] | None:
-        """What was read so far, to the end of its last line, if the first line is a JSON value and not the only one."""
+        """The text read so far, to the end of its last line, if the first line is a JSON value and not the only one."""
         while "\n" not in self._text and self._more():
             pass
         line, _, rest = self._text.partition("\n")

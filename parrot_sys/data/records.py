@@ -32,7 +32,7 @@ class Record:
 
 
 def describe_record(path: Path, index: int, record_id: Any = None) -> str:
-    """Where a record is, for messages."""
+    """The place of a record, for messages."""
     return f"{printable(path)}: record {index}" + (f" (id {record_id!r})" if record_id is not None else "")
 
 

@@ -58,7 +58,7 @@ class Segment:
 
     @property
     def text(self) -> str:
-        """What a reader sees; texts of segments, joined, are the prompt."""
+        """The text that a reader sees; texts of segments, joined, are the prompt."""
         return join(self.parts)
 
 

@@ -82,7 +82,7 @@ _CLOCK_FACES = range(0x1F550, 0x1F568)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VendorConfig:
-    """Where the sources lie and where the assets go."""
+    """Folders of the sources and of the assets."""
 
     cldr: Annotated[Path, INPUT_FOLDER]
     """Unpacked npm package cldr-annotations-full (the folder that holds `annotations/`)."""

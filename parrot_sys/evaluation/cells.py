@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cells:
-    """What stands in a table."""
+    """Contents of a table."""
 
     columns: tuple[str, ...]
     """First row, as it is written."""

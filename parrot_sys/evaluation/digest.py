@@ -1,4 +1,4 @@
-"""What ties answers to the checkpoint that gave them."""
+"""Digests that tie answers to the checkpoint that gave them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Lettering:
 
     @property
     def legend(self) -> Mapping[str, str]:
-        """What is drawn -> the text that it stands for, of texts that no font of this machine can show."""
+        """Labels as drawn -> the texts they stand for, of texts that no font of this machine can show."""
         return {code: text for text, code in self._codes.items()}
 
     def draw(self, text: str) -> str:

@@ -82,7 +82,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def kit_column(cells: Sequence[str]) -> list[str | None]:
-    """What the public kit shows of each cell of a column, None where it sees nothing."""
+    """The value that the public kit shows for each cell of a column, None where it sees nothing."""
     if not cells:
         return []
     quoted = ['"' + cell.replace('"', '""') + '"' for cell in cells]

@@ -17,7 +17,7 @@ Scores = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """What answers are: the public kit scores generated ones to shown options, read by its rules, and no others."""
+    """The kind of answers: the public kit scores generated ones to shown options, read by its rules, and no others."""
 
     short: str
     """Beside a figure."""
@@ -43,7 +43,7 @@ _NOT_THE_KITS = (
 
 
 def measure_of(scores: Scores) -> Measure:
-    """What the answers of an evaluation are."""
+    """The kind of answers of an evaluation."""
     results = [r for routings in scores.values() for languages in routings.values() for r in languages.values()]
     settings = results[0]["settings"]
     mode, hidden = settings.get("mode", "generate"), settings.get("options") == "hidden"
@@ -92,7 +92,7 @@ def outcomes_of(
 
 
 def beside_scores(result: Mapping[str, Any], other: str | None) -> Mapping[str, Any]:
-    """What `outcomes.score_other` gave for `other`, or what `outcomes.measure` did where that is None; may be empty."""
+    """Result of `outcomes.score_other` for `other`, or of `outcomes.measure` where that is None; may be empty."""
     if other == "beside":
         return result["scores"].get("beside") or {}
     return result if other is None else result.get(other) or {}

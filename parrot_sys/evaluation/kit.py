@@ -1,4 +1,4 @@
-"""What the public kit (VLMEvalKit) makes of a table, and the prediction files that it scores.
+"""Reading of a table by the public kit (VLMEvalKit), and the prediction files that it scores.
 
 The kit reads tables and predictions with pandas' defaults (vlmeval/smp/file.py): a column of numbers becomes numbers,
 so that the options `1`, `2` and a gap are shown as `1.0` and `2.0`, and cells such as `None` or `NA` are empty.
@@ -46,7 +46,7 @@ _EXACT_IN_FLOAT = 2**53
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KitFiles:
-    """What was written for the public kit."""
+    """Files written for the public kit."""
 
     offered: Path | None
     """The spreadsheet that the kit scores, or that is handed in where the table has no answers; None: it refuses it."""

@@ -89,12 +89,12 @@ class EvalConfig:
     allow_non_finite: bool = False
     """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     compat: Compat | None = None
-    """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
+    """Rules that a model follows where the public code differs from its paper: Wings' released weights need
     `released`. As the checkpoint says when not given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the processes of torchrun, for models that need several."""
     on_bad_question: OnBadQuestion = "error"
-    """What follows from questions that cannot be asked (no or a broken picture, too long, ...): `error` names them all
+    """Handling of questions that cannot be asked (no or a broken picture, too long, ...): `error` names them all
     before the first answer and stops; `wrong` counts them as wrong and lists them in the report."""
     overwrite: bool = False
     """Answer anew what `output` holds of another checkpoint, name or other settings; it stays until that is done."""
@@ -294,7 +294,7 @@ def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> Non
 def _measure_routes(
     table: QuestionSet, translations: Mapping[str, QuestionSet], predictor: Predictor
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """How much other routes change the logits of each part; fails when the experts are bypassed.
+    """Measures how much other routes change the logits of each part; fails when the experts are bypassed.
 
     Returns:
         Part -> routing -> `change` and the number `n` of questions it was measured on, and notes for the report.

@@ -32,7 +32,7 @@ class Outcome:
 
     @property
     def shared(self) -> list[tuple[str, Any]]:
-        """What it may share with other answers, which then depend on it."""
+        """Keys that it may share with other answers, which then depend on it."""
         pictures = [] if self.picture is None else [("picture", self.picture)]
         return [("question", self.group), *pictures]
 
@@ -52,7 +52,7 @@ def picture_digests(images: Mapping[str, str]) -> dict[str, str]:
 def measure(
     questions: Sequence[Question], letters: Mapping[int, str | None], images: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What stands beside the scores of a part.
+    """Figures reported beside the scores of a part.
 
     Args:
         questions: rows of the part.

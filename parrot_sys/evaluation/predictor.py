@@ -242,12 +242,12 @@ class _Uncounted(PictureNotes):
 
 
 def _picture_key(item: Item, image_key: str) -> str:
-    """What pictures share that are the same, in whichever table they are."""
+    """A key that equal pictures share, in whichever table they are."""
     return hashlib.sha256(item.table.images[image_key].encode()).hexdigest()
 
 
 def _rule(parrot: ParrotConfig) -> dict[str, str]:
-    """What `compat` changes, see `ParrotConfig.following`."""
+    """The settings that `compat` changes, see `ParrotConfig.following`."""
     if parrot.wings is not None:
         return {"rule": parrot.wings.rule}
     return {} if parrot.flamingo is None else {"rule": parrot.flamingo.media_rule}

@@ -33,7 +33,7 @@ def question_prompt(question: Question, language: str, *, show_options: bool = T
 
 
 def clean_answer(response: str, prompt: str) -> str:
-    """What the wrapper hands to the kit: for English prompts a letter at either end stands for the whole answer.
+    """The answer as the wrapper hands it on: for English prompts a letter at either end stands for the whole answer.
 
     Only the English instruction triggers this in the wrapper, so other languages are scored on their full answers.
     """

@@ -44,7 +44,7 @@ _LENIENT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportInput:
-    """What goes into a report."""
+    """Input of a report."""
 
     evaluation: Path
     """Output folder of `parrot eval`."""
@@ -170,7 +170,7 @@ def _cell(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_rows(scores: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What `outcomes.score_other` gave, without its column."""
+    """The result of `outcomes.score_other` without its column."""
     return None if scores is None else {key: value for key, value in scores.items() if key != "right"}
 
 
@@ -222,7 +222,7 @@ def _paired(scores: Scores, metrics: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _notes(scores: Scores) -> list[str]:
-    """What the runs over the tables had to say, each sentence once."""
+    """Notes of the runs over the tables, each sentence once."""
     results = [r for routings in scores.values() for languages in routings.values() for r in languages.values()]
     lenient = [_LENIENT] if any(result["rules"] == "lenient" for result in results) else []
     return [*lenient, *dict.fromkeys(note for result in results for note in result.get("notes", ()))]

@@ -35,7 +35,7 @@ class ScoreFile:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all score files of one output must have in common: model name, rules, checkpoint, mode, ..."""
+        """Values that all score files of one output must have in common: model name, rules, checkpoint, mode, ..."""
         name = self.path.name.removesuffix(f"_{self.content['dataset']}{SCORES_SUFFIX}")
         return identity(name, self.content["rules"], self.content["settings"])
 
@@ -46,7 +46,7 @@ class ScoreFile:
 
 
 def identity(name: str, rules: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What all score files of one output must have in common."""
+    """Values that all score files of one output must have in common."""
     return {"name": name, "rules": rules, **{key: value for key, value in settings.items() if key not in _OWN}}
 
 

@@ -56,7 +56,7 @@ def load_tables(
 
 
 def select_tables(tables: Sequence[QuestionSet], languages: Sequence[str]) -> list[QuestionSet]:
-    """Those of the wanted languages, all when none is named; see `load_tables`."""
+    """Selects the tables of the wanted languages, all when none is named; see `load_tables`."""
     if missing := sorted(set(languages) - {table.language for table in tables}):
         held = ", ".join(sorted({table.language for table in tables}))
         raise DataError(f"no table for language {missing[0]!r}; the given data has {held}")

@@ -1,4 +1,4 @@
-"""What `parrot eval` says at its end: accuracies as a table for the terminal, and the files for the public kit."""
+"""Summary at the end of `parrot eval`: accuracies as a table for the terminal, and the files for the public kit."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class QuestionSet:
     name: str
     """Name of the data set as the public kit spells it (`MMMB_en`), else the file's stem."""
     suite: str
-    """What the languages of one benchmark have in common: the file's name without its language (`mmmb`)."""
+    """Name that the languages of one benchmark have in common: the file's name without its language (`mmmb`)."""
     language: str
     questions: tuple[Question, ...]
     images: Mapping[str, str] = field(repr=False)
@@ -97,7 +97,7 @@ class QuestionSet:
         return EncodedImage(data, f"of index {indices} of {self.path}")
 
     def place(self, question: Question) -> str:
-        """Where a question stands, for messages."""
+        """The place of a question, for messages."""
         return f"{self.path}, row {question.row}, index {question.index}"
 
     @property

@@ -64,7 +64,7 @@ class ChatConfig:
     allow_non_finite: bool = False
     """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     compat: Compat | None = None
-    """Whose rules a model follows where the public code does other than its paper: Wings' released weights need
+    """Rules that a model follows where the public code differs from its paper: Wings' released weights need
     `released`. As the checkpoint says when not given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the processes of torchrun, for models that need several."""

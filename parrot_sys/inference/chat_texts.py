@@ -1,4 +1,4 @@
-"""What `parrot chat` says itself, in the six languages of MMMB."""
+"""Texts of `parrot chat` itself, in the six languages of MMMB."""
 # ruff: noqa: RUF001 - letters of Turkish, Russian and Chinese look like others
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ the same tensors bit for bit.
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ConvertConfig:
-    """What to convert, and into what."""
+    """Settings of a conversion: its input and its output."""
 
     output: Annotated[Path, NEW_FOLDER, tyro.conf.arg(metavar="DIR")]
     """Directory to create; it appears only when everything is in it."""

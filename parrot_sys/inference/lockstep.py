@@ -37,7 +37,7 @@ class _Forward:
     cache: tuple[int, int, int] | None
     """Number of the KV cache, its requests when it was new, its capacity."""
     kept: tuple[Tensor, ...]
-    """What `KVCache.keep` was called with since the last call."""
+    """Arguments of `KVCache.keep` since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Lockstep:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
     def forward(

@@ -77,7 +77,7 @@ class ParrotForConditionalGeneration(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
     @property

@@ -14,7 +14,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class SamplingConfig:
-    """How the next token is chosen; greedy by default."""
+    """Choice of the next token; greedy by default."""
 
     do_sample: bool = False
     """Draw from the distribution instead of taking the most likely token."""

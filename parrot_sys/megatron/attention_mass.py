@@ -1,4 +1,4 @@
-"""How much of each layer's attention goes to the text before an image, to the image, and to the text behind it.
+"""Share of each layer's attention that goes to the text before an image, to the image, and to the text after it.
 
 The two sums of attention weights come out of `router_attention` as its two columns, so no matrix of weights is made.
 It works on every decoder, as it watches what goes into the core attention of its layers.

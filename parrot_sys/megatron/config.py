@@ -132,7 +132,7 @@ def to_transformer_config(
 
 
 def _stage_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each pipeline stage holds, in Megatron's words; None without a pipeline."""
+    """Layers of each pipeline stage, in Megatron's words; None without a pipeline."""
     stages = [["decoder"] * count for count in parallel.layers_of_stages(num_layers)]
     if len(stages) == 1:
         return None

@@ -181,7 +181,7 @@ class Decoder(GPTModel):
         return self.decoder.layers
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
-        """What the previous pipeline stage sent: hidden states and, behind them, the memory."""
+        """Takes what the previous pipeline stage sent: hidden states followed by the memory."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class Decoder(GPTModel):
         split: RowSplit | None,
         memory: MemoryPlan | None,
     ) -> AttentionContext:
-        """What all layers need to know about the padded pack; made once."""
+        """Facts about the padded pack that all layers need; made once."""
         shared = None
         if split is not None:
             shared = share_pack(split, self.pg_collection.cp, cu_seqlens)

@@ -33,7 +33,7 @@ from parrot_sys.modules.lora import LoRAConfig
 
 
 def media_plan(parrot: ParrotConfig, batch: PackedBatch, cache: KVCache | None = None) -> MemoryPlan | None:
-    """What the rows of a micro-batch read of its images; the same on every pipeline stage. None without `flamingo`.
+    """Plan of what rows of a micro-batch read of images; the same on every pipeline stage. None without `flamingo`.
 
     Behind the prefill nothing travels: the layers have keys and values of the images in the cache.
 

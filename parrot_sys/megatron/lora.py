@@ -45,7 +45,7 @@ def with_lora(
     *,
     row_parallel: bool = False,
 ) -> type[nn.Module] | ModuleSpec:
-    """What to put into a layer spec in place of `linear`: itself, or with LoRA where the configuration wants it.
+    """The entry of a layer spec in place of `linear`: itself, or with LoRA where the configuration wants it.
 
     Args:
         linear: column- or row-parallel linear layer (Megatron-Core's or Transformer Engine's).

@@ -51,7 +51,7 @@ from parrot_sys.parallel import all_gather_rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParrotOutput:
-    """What a forward pass gives; on the last pipeline stage one of `losses` and `logits`."""
+    """Output of a forward pass; on the last pipeline stage one of `losses` and `logits`."""
 
     losses: Tensor | None = None  # [L] float32, one per label row
     logits: Tensor | None = None  # [rows, vocabulary]
@@ -68,7 +68,7 @@ class MultimodalModel(MegatronModule):
     """
 
     merged_lora: LoRAConfig | None = None
-    """What `parrot.lora` was before `merge_lora`."""
+    """Value of `parrot.lora` before `merge_lora`."""
 
     def __init__(
         self,
@@ -142,8 +142,8 @@ class MultimodalModel(MegatronModule):
         return self.decoder.shared_embedding_or_output_weight()
 
     def share_of_rank(self, batch: PackedBatch) -> PackedBatch:
-        """What `forward` takes for a micro-batch on the CPU: under context parallelism the labels and images of this
-        rank, else the batch itself."""
+        """The share of a micro-batch that `forward` takes, made on the CPU: under context parallelism the labels and
+        images of this rank, else the batch itself."""
         size = self.pg_collection.cp.size()
         if size == 1:
             return batch
@@ -230,7 +230,7 @@ class MultimodalModel(MegatronModule):
     def memory_plan(
         self, batch: PackedBatch, kv_cache: KVCache | None = None, router_weights: dict[int, Tensor] | None = None
     ) -> MemoryPlan | None:
-        """What the layers read besides their rows, and who sees what of it; None where they read nothing else.
+        """Plan of what the layers read besides their rows, and who sees what of it; None where they read nothing else.
 
         Args:
             batch, kv_cache, router_weights: as for `forward`, before its call.

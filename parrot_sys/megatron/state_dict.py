@@ -69,7 +69,7 @@ def _cut_dim(whole: Sequence[int], part: Sequence[int]) -> int | None:
 
 
 def local_part(entry: TensorMap, whole: Tensor, shape: Sequence[int], *, rank: int, size: int) -> Tensor:
-    """What tensor-parallel rank `rank` of `size` holds, in this shape, of a whole tensor of the model."""
+    """The part of a whole tensor of the model that tensor-parallel rank `rank` of `size` holds, in this shape."""
     dim = _cut_dim(whole.shape, shape)
     if dim is None:
         return whole

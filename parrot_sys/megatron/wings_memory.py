@@ -1,4 +1,4 @@
-"""What the learners of Wings remember of a micro-batch: which rows make up the memory, and who sees which of them.
+"""Memory of the learners of Wings in a micro-batch: which rows make up the memory, and who sees which of them.
 
 T rows of a pack, S samples, R visual rows, N rows of the longest sample, V rows of an image, M rows of the memory:
 visual rows first, then text rows, sample by sample in each. Nothing is read from the device, but the longest run of
@@ -46,7 +46,7 @@ class WingsPlan(MemoryPlan):
     capacities: tuple[int | None, int | None] = (None, None)
     """With a cache: rows of a request's buffers of each kind."""
     scratch: dict[str, Any] = field(default_factory=dict)
-    """What layers work out once for all."""
+    """Results that layers compute once for all."""
     weights: dict[int, Tensor] | None = None
     """Number of each layer, from 1 -> float32 [T, 2], filled with the router's weights when it is a dictionary."""
 

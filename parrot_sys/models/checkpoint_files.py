@@ -22,7 +22,7 @@ PROCESSOR = "processor"
 CHECKPOINTS, EXPORT = "checkpoints", "hf"
 """Folders of a run with its checkpoints and with the exported model."""
 DAMAGED = "damaged-"
-"""What a start puts before the name of a checkpoint that it cannot use."""
+"""Prefix that a start gives to a checkpoint that it cannot use."""
 
 _STEP = re.compile(r"step-(\d+)")
 _MARKS = (INDEX, CHECKSUMS, MODEL_CONFIG, "*.distcp")

@@ -12,7 +12,7 @@ from parrot_sys.modules.perceiver import ResamplerConfig
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class FlamingoConfig:
-    """How text reads images without holding rows of them; the defaults are those of OpenFlamingo-9B."""
+    """Cross-attention of text to images that have no rows in the text; the defaults are those of OpenFlamingo-9B."""
 
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     """From the patches of an image to its latents."""

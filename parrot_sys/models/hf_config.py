@@ -43,7 +43,7 @@ _NEW_CHECKPOINT: dict[str, Any] = {
     "initializer_range": 0.02,
     "use_cache": True,
 }
-"""What the released code reads besides the settings of ParrotConfig."""
+"""Fields that the released code reads besides the settings of ParrotConfig."""
 _LOCAL_FIELDS = {"tokenizer_path", "path"}  # where files lie on this machine: not part of the model
 
 

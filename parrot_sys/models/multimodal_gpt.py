@@ -50,7 +50,7 @@ Read = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MultimodalGptFiles:
-    """Where the released parts lie."""
+    """Paths of the released parts."""
 
     llm: Path
     """LLaMA in Hugging Face layout."""
@@ -161,9 +161,6 @@ def _llm_config(hf: Fields) -> LLMConfig:
     return llm_config_from_hf(hf)
 
 
-# ------------------------------------------------------------------------------------------------- OpenFlamingo's part
-
-
 def _state_dict(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, without the prefix of a data-parallel wrapper."""
     for name in ("model_state_dict", "state_dict"):
@@ -188,7 +185,7 @@ def _flamingo_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor
 
 
 def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfig:
-    """What shapes and names tell.
+    """Reads the configuration from shapes and names.
 
     Raises:
         CheckpointError: tensors are missing, or the gated blocks stand at irregular distances.
@@ -226,9 +223,6 @@ def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfi
     )
 
 
-# ------------------------------------------------------------------------------------------------------ language model
-
-
 def _llm_sources(
     files: TensorFiles, flamingo: dict[str, Tensor], num_tokens: int | None, multiple: int
 ) -> tuple[dict[str, tuple[tuple[int, ...], Read]], int]:
@@ -262,9 +256,6 @@ def _with_mean_rows(read: Read, count: int) -> Tensor:
     rows = read()
     mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
     return torch.cat((rows, mean.expand(count, -1)))
-
-
-# --------------------------------------------------------------------------------------------------------------- LoRA
 
 
 def _read_lora(path: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from parrot_sys.paths import INPUT_FOLDER
 from parrot_sys.towers import VisionConfig
 
 Compat = Literal["released", "paper"]
-"""Whose rules a model follows where the public code does not do what the paper says."""
+"""Rules that a model follows where the public code differs from the paper."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

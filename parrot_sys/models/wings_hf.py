@@ -55,7 +55,7 @@ def tower_as_stored(vision: VisionConfig, names: Collection[str]) -> VisionConfi
 
 
 def wings_fields(wings: WingsConfig, llm: LLMConfig, num_visual_rows: int, max_seq_len: int) -> dict[str, Any]:
-    """What config.json of a Wings checkpoint says besides the fields of all."""
+    """Fields of a Wings checkpoint's config.json besides those that all systems have."""
     model_type = f"wings_{llm.family}"
     return {
         "architectures": [WINGS_TYPES[model_type]],

@@ -57,14 +57,14 @@ class GatedCrossAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaSpans:
-    """What each row of a pack reads of the latents of all its images."""
+    """Spans of the latents of a pack's images that each row reads."""
 
     start: Tensor  # int32 [T], first latent
     end: Tensor  # int32 [T], one past the last; equal to `start` where a row reads no image
     active: Tensor  # bool [T], whether the row's sample has an image at all
 
     def select(self, rows: Tensor) -> MediaSpans:
-        """Those of some rows: int64 [T']."""
+        """Selects the spans of some rows: int64 [T']."""
         return MediaSpans(**{name: getattr(self, name).index_select(0, rows) for name in ("start", "end", "active")})
 
     def reading_nothing(self) -> MediaSpans:

@@ -68,7 +68,7 @@ class TextGuidedMoEConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingOutput:
-    """What the router decided for n images and E experts."""
+    """Decisions of the router for n images and E experts."""
 
     logits: Tensor  # [n, E] float32
     probs: Tensor  # [n, E]; zeros for experts that were not chosen

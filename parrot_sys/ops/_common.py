@@ -17,5 +17,5 @@ def like_or_empty(tensor: Tensor, needed: bool) -> Tensor:
 
 
 def or_none(grad: Tensor, needed: bool) -> Tensor | None:
-    """What autograd wants: the gradient, or None when nobody needs it."""
+    """Result for autograd: the gradient, or None when nobody needs it."""
     return grad if needed else None

@@ -1,4 +1,4 @@
-"""What only one rank can know or do, told to all: a failure on one rank must not leave the others in a collective."""
+"""Results of one rank's work, told to all: a failure on one rank must not leave the others in a collective."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def split_counts(num_rows: int, parts: int) -> list[int]:
-    """How many rows each of `parts` ranks gets of `num_rows`: as equal as can be, the first ones more."""
+    """Number of rows that each of `parts` ranks gets of `num_rows`: as equal as can be, the first ones more."""
     return [num_rows // parts + (part < num_rows % parts) for part in range(parts)]
 
 

@@ -101,7 +101,7 @@ def check_experts(num_experts: int, ffn_hidden_size: int, ep_size: int, etp_size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dispatch(ABC):
-    """What the local experts work on; `combine` takes their partial sums home."""
+    """Images that the local experts work on; `combine` takes their partial sums home."""
 
     images: Tensor  # [R, V, H]
     probs: Tensor  # [R, local], weights of the local experts; columns cut over `etp` give partial gradients

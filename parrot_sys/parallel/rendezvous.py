@@ -1,4 +1,4 @@
-"""Where the processes of a launcher meet when they were started before."""
+"""Meeting point of a launcher's processes after they were started again."""
 
 from __future__ import annotations
 

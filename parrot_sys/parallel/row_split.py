@@ -78,7 +78,7 @@ class RowSplit:
         return torch.minimum(place, 2 * self.size - 1 - place)
 
     def local_index(self, rows: Tensor) -> Tensor:
-        """Where each row stands among the rows of its rank: integers of any shape."""
+        """Index of each row among the rows of its rank: integers of any shape."""
         chunk = rows // self.chunk
         turn, place = chunk // (2 * self.size), chunk % (2 * self.size)
         return (2 * turn + (place >= self.size)) * self.chunk + rows % self.chunk

@@ -1,4 +1,4 @@
-"""What a cluster can do: figures from data sheets, and the assumed shares of them that a step reaches."""
+"""Capabilities of a cluster: figures from data sheets, and the assumed shares of them that a step reaches."""
 
 from __future__ import annotations
 

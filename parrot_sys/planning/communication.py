@@ -202,7 +202,7 @@ def _expert_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Me
 
 
 def _travel(layout: Layout, way: Dispatch, size: float, *, there: bool, backward: bool = False) -> Iterator[Message]:
-    """What `size` bytes an image cost on the way to the experts, or their sums on the way back."""
+    """Cost of `size` bytes per image on the way to the experts, or of their sums on the way back."""
     operation: Operation = "all_gather" if there else "reduce_scatter"
     if way.way == "gathered":
         ranks = layout.expert * layout.expert_tensor

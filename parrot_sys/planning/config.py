@@ -35,7 +35,7 @@ class SampleConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class FixConfig:
-    """What is decided already; the rest is searched."""
+    """Choices that are already made; the rest is searched."""
 
     tensor: int | None = None
     """Tensor-parallel ranks."""
@@ -82,7 +82,7 @@ class ScalingConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class PlanConfig:
-    """What to plan."""
+    """Settings of a plan."""
 
     model: ParrotConfig = field(default_factory=ParrotConfig)
     """Sizes and options of the model."""

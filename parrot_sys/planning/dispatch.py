@@ -1,4 +1,4 @@
-"""Where images meet experts: the sizes behind `parrot_sys.parallel.dispatch_images`.
+"""Sizes of the messages of `parrot_sys.parallel.dispatch_images`, which takes images to experts.
 
 E experts, e ranks that share them (EP), m ranks that share each (ETP), t tensor-parallel ranks, K chosen experts.
 """

@@ -29,7 +29,7 @@ _DIMENSIONS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What a layout is predicted to need; of the GPU with the most memory and the stage that takes longest."""
+    """Predicted needs of a layout; of the GPU with the most memory and the stage that takes longest."""
 
     layout: Layout
     memory: Memory

@@ -1,4 +1,4 @@
-"""What the formulas are about: a model with its frozen parts and precision, and one micro-batch."""
+"""Subject of the formulas: a model with its frozen parts and precision, and one micro-batch."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Layout:
 
     @property
     def dimensions(self) -> int:
-        """How many kinds of model parallelism it uses."""
+        """Number of kinds of model parallelism that it uses."""
         sizes = (self.tensor, self.pipeline, self.virtual, self.context, self.expert)
         return sum(size > 1 for size in sizes)
 

@@ -95,7 +95,7 @@ def padded_elements(weights: list[Weight], copies: int) -> int:
 
 
 def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, num_micro_batches: int = 1) -> float:
-    """What a stage keeps between forward and backward passes, largest at any time.
+    """Bytes that a stage keeps between forward and backward passes, largest at any time.
 
     Full recomputation keeps the input of each layer, and once all of a layer that is being computed again.
     """
@@ -133,7 +133,7 @@ def layer_input_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
 
 
 def layer_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
-    """What a decoder layer keeps.
+    """Bytes that a decoder layer keeps.
 
     Per row: two norms; inputs of the four matrices that learn (b H twice, b F / t; that of the output projection is
     the attention's output); queries, keys, values, output and log-sum-exp of flash attention; SwiGLU b 4 F / t: gate
@@ -239,7 +239,7 @@ def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
 
 
 def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: MicroBatch, activations: float) -> float:
-    """What exists for a moment only, at its largest.
+    """Bytes that exist only for a moment, at their largest.
 
     In the backward pass: the gradient of the largest matrix before it is added to the buffer, gradients of the widest
     rows (or of the experts and of the images that are with them), and what sequence and context parallelism gather. In

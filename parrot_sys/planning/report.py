@@ -1,4 +1,4 @@
-"""What `parrot plan` says: a table of layouts, the best one in words, JSON."""
+"""Output of `parrot plan`: a table of layouts, the best one in words, JSON."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _largest(parts: dict[str, float], unit: float, name: str) -> str:
 
 
 def _alternatives(config: PlanConfig, best: Estimate) -> list[str]:
-    """What the layout would need with one of its measures left out or added."""
+    """Needs of the layout with one of its measures left out or added."""
     layout, job, lines = best.layout, Job.of(config), []
     for text, other in _variations(layout):
         try:

@@ -128,6 +128,6 @@ def buffer_elements(vision: VisionConfig) -> int:
 
 
 def trainable_weights(job: Job, weights: list[Weight]) -> list[Weight]:
-    """Those with gradients and optimizer state."""
+    """The weights with gradients and optimizer state."""
     learns = job.trainable.as_dict()
     return [weight for weight in weights if learns[weight.component]]

@@ -119,7 +119,7 @@ def _run_rank(
 
 
 def _collect(readers: list[Connection], deadline: float) -> list[_Success | str | None]:
-    """What each rank reported; None for one that died or was late. A failure shortens the wait for the others."""
+    """Reports of all ranks; None for one that died or was late. A failure shortens the wait for the others."""
     reports: list[_Success | str | None] = [None] * len(readers)
     waiting = {reader: rank for rank, reader in enumerate(readers)}
     while waiting and (left := deadline - time.monotonic()) > 0:

@@ -86,7 +86,7 @@ class VisionConfig:
         return self.num_layers_run * block + 2 * rows * 3 * self.patch_size**2 * size
 
     def tensor_sizes(self) -> dict[str, int]:
-        """What tensor-parallel ranks share: name -> heads or columns; nothing of a tower that is no transformer."""
+        """Sizes that tensor-parallel ranks cut: name -> heads or columns; nothing of a tower that is no transformer."""
         if self.tower.transformer is None:
             return {}
         return {name: getattr(self, name) for name in ("num_attention_heads", "ffn_hidden_size")}

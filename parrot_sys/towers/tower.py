@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pixels:
-    """How an image becomes the numbers that a tower was trained with: (value * rescale_factor - mean) / std."""
+    """Conversion of an image to the numbers that a tower was trained with: (value * rescale_factor - mean) / std."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -188,7 +188,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class FaultConfig:
-    """What happens when a step or a process goes wrong (docs/fault_tolerance.md)."""
+    """Reactions to a step or a process that goes wrong (docs/fault_tolerance.md)."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When the loss or the gradient of a step is no number: end the run, or go on without the step's update."""
@@ -230,7 +230,7 @@ class FaultConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LoggingConfig:
-    """What a run writes down: OUTPUT/metrics.jsonl always, and TensorBoard events unless they are switched off."""
+    """Records of a run: OUTPUT/metrics.jsonl always, and TensorBoard events unless they are switched off."""
 
     interval: int = 10
     """Steps between records; the loss of a record is the mean over all labels of its steps."""

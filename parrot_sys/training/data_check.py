@@ -104,7 +104,7 @@ def check(config: DataCheckConfig) -> CheckReport:
 
 
 def _setup(config: DataCheckConfig, data: DataConfig) -> tuple[CheckSetup, list[str]]:
-    """What to check for, and what is wrong with the model's side already."""
+    """Settings to check against, and faults already found on the model's side."""
     model, start = config.model, config.checkpoint.load_from
     processor, problems = None, []
     try:

@@ -77,7 +77,7 @@ class StepGuard:
         self._skipped = state["skipped"]
 
     def judge(self, step: int, loss: float, grad_norm: float, device: torch.device) -> BadStep | None:
-        """What is wrong with a step whose loss is a number; every rank calls it.
+        """Judges what is wrong with a step whose loss is a number; every rank calls it.
 
         Args:
             step: its number, from 1.

@@ -1,4 +1,4 @@
-"""What a run reads: the processor of its model, and the loaders of its training and validation records."""
+"""Inputs of a run: the processor of its model, and the loaders of its training and validation records."""
 
 from __future__ import annotations
 

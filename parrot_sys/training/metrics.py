@@ -1,4 +1,4 @@
-"""What a step reports: sums that every rank adds up and one reduction turns into means; and the work a step takes."""
+"""Metrics of a step: sums that every rank adds up and one reduction turns into means; and the work a step takes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from parrot_sys.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLength:
-    """How far a run has come and where it ends, by the samples that it has consumed.
+    """Progress and end of a run, by the samples that it has consumed.
 
     Positions are in steps of the batch size that the run began with, so that another batch size later on moves neither
     the end of the run nor its learning rates. With the same batch size positions are the numbers of the steps.
@@ -36,7 +36,7 @@ class RunLength:
         return cls(samples_per_epoch=samples_per_epoch, batch_size=batch_size, total_steps=steps)
 
     def changes(self, total_steps: int, batch_size: int) -> list[str]:
-        """What a resumed run has to be told.
+        """Changes that a resumed run has to be told.
 
         Args:
             total_steps: length of the run when the checkpoint was saved.

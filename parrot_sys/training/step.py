@@ -29,7 +29,7 @@ from parrot_sys.training.metrics import FlopCounter, StepMetrics
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave."""
+    """Results of a step."""
 
     metrics: StepMetrics  # summed over all ranks
     grad_norm: float

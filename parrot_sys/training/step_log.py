@@ -1,4 +1,4 @@
-"""What a run reports of its steps, record by record; the part since the last record goes on after a restart."""
+"""Reports of a run on its steps, record by record; the part since the last record goes on after a restart."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """What asked this process to stop."""
+        """The signal that asked this process to stop."""
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in _ASKING}

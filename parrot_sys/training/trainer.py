@@ -75,8 +75,6 @@ class Trainer:
                 self._unlock_output()
                 raise
 
-    # ------------------------------------------------------------------------------------------------------- set-up
-
     def _meet(self) -> None:
         """The other processes."""
         config = self.config
@@ -223,8 +221,6 @@ class Trainer:
             _warn("%s; %d steps are left", change, self._steps_left())
         return common["guard"]
 
-    # ----------------------------------------------------------------------------------------------------- training
-
     def run(self) -> dict[str, Any]:
         """Trains to the last step, validates and saves on the way, exports at the end.
 
@@ -329,7 +325,7 @@ class Trainer:
             yield from self.loader
 
     def _learning_rates(self, position: float) -> dict[str, float]:
-        """What the optimizer applied in the last step; of groups that only other ranks have, what theirs applied."""
+        """Learning rates applied in the last step; for groups that only other ranks have, the rates applied there."""
         settings = self.config.optimizer
         peaks = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
         rates = {name: megatron_optimizer.applied_lr(self.optimizer, peak) for name, peak in peaks.items()}

@@ -40,7 +40,7 @@ _generation = 0
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """What a process is in the middle of."""
+    """The work that a process is in the middle of."""
 
     setting: str
     """Field of FaultConfig that says how long it may be silent."""
@@ -163,7 +163,7 @@ def _rank() -> int:
 
 
 class _Peers:
-    """What the ranks know of each other through the store that they met at; it works without any collective."""
+    """Knowledge of the ranks about each other through the store that they met at; it works without any collective."""
 
     def __init__(self, prefix: str) -> None:
         # A connection of its own: the main thread may hang in a call of the other one and hold its lock.

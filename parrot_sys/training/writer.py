@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the progress bar; only rank 0 has one that does anything."""
+"""Outputs of a run: metrics.jsonl, TensorBoard and the progress bar; only rank 0 has one that does anything."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class MetricsWriter:
 
 
 def shown(record: dict[str, Any], loss: float | None) -> dict[str, str]:
-    """What stands after the progress bar: the mean loss of a step's labels, and the rates of the last record."""
+    """Text after the progress bar: the mean loss of a step's labels, and the rates of the last record."""
     texts = {"loss/label (this step)": "no labels" if loss is None else f"{loss:.4f}"}
     if "lr" in record:
         texts |= {"lr": f"{record['lr']:.1e}", "tok/s": f"{record['tokens_per_second']:,.0f}"}

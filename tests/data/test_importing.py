@@ -283,9 +283,6 @@ def test_every_set_has_a_test_here() -> None:
     assert all(f'run("{source}"' in text for source in SOURCES)
 
 
-# ----------------------------------------------------------------------------------------------------- rows and files
-
-
 BAD: list[Any] = [
     {**ALPACA[0], "output": " "},
     {"instruction": "x", "input": ""},

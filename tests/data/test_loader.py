@@ -79,9 +79,6 @@ def same_batch(a, b):
     assert a.pixel_values is None or torch.equal(a.pixel_values, b.pixel_values)
 
 
-# ------------------------------------------------------------------------------------------------------------ content
-
-
 def test_an_epoch_has_every_record_once_with_its_own_content(write_records, records, make_loader, processor, tmp_path):
     loader = make_loader(DataConfig(paths=(write_records(records),)))
     assert (loader.steps_per_epoch, loader.samples_per_epoch) == (4, 20)
@@ -152,9 +149,6 @@ def test_features_come_from_the_store(write_records, records, make_loader, tmp_p
             wanted += [image] if isinstance(image, str) else image or []
         got = [] if batch.image_features is None else batch.image_features[:, 0, 0].int().tolist()
         assert got == [names[str(tmp_path / name)] for name in wanted]
-
-
-# -------------------------------------------------------------------------------------------------- order and ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
@@ -267,9 +261,6 @@ def test_leaving_an_epoch_early_stops_the_threads(write_records, records, make_l
     assert len(list(loader)) == 19
 
 
-# ---------------------------------------------------------------------------------------------------------------- mix
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0, 2.25, 3.0])
 def test_weights_say_how_often_a_sample_is_seen(weight):
     group = Group(np.arange(100, 140), weight)
@@ -301,9 +292,6 @@ def test_mix_of_sets_and_languages(write_records, make_loader, turns):
         counts.update((i.split(":")[0], lang) for i, lang in zip(batch.record_ids, batch.languages, strict=True))
     assert counts == {("one", "en"): 20, ("two", "en"): 20, ("two", "tr"): 60}
     assert loader.samples_per_epoch == 100
-
-
-# ---------------------------------------------------------------------------------------------------- bad samples
 
 
 def test_wrong_records_and_missing_images_stop_the_start(write_records, records, make_loader, tmp_path, images):
@@ -369,9 +357,6 @@ def test_nothing_usable_is_an_error_even_when_skipping(write_records, make_loade
         make_loader(DataConfig(paths=(path,), on_bad_sample="skip"))
 
 
-# ---------------------------------------------------------------------------------------------------- long samples
-
-
 @pytest.fixture
 def long_records(turns, images):
     long = "word " * 100
@@ -419,9 +404,6 @@ def test_long_samples_can_be_errors_or_left_out(write_records, long_records, mak
     assert ids_of(next(iter(loader))) == ["set:short"]
 
 
-# ----------------------------------------------------------------------------------------------------- configuration
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -451,9 +433,6 @@ def test_settings_that_contradict_the_data(write_records, records, make_loader):
         make_loader(DataConfig())
     with pytest.raises(ConfigError, match=r"got 6 and rank 2 of 2"):
         make_loader(DataConfig(paths=(path,)), rank=2, ranks=2)
-
-
-# ---------------------------------------------------------------------------------------------------------- lengths
 
 
 def test_lengths_are_cached_by_content(write_records, records, make_loader, tmp_path, monkeypatch, processor):

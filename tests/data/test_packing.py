@@ -18,8 +18,6 @@ from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample, expanded_lengths, pack_samples, plan_micro_batches
 from parrot_sys.errors import DataError
 
-# ------------------------------------------------------------------------------------------------- plain reference
-
 
 def plain_rows(sample, num_visual_rows, max_seq_len):
     """One row after the other: (id, label, None or (image, row of the image))."""
@@ -231,9 +229,6 @@ def test_to_moves_every_tensor():
 def test_wrong_samples_are_errors(samples, message):
     with pytest.raises(DataError, match=message):
         pack_samples(samples, num_visual_rows=2)
-
-
-# ------------------------------------------------------------------------------------------------------- planning
 
 
 def plain_first_fit_decreasing(lengths, capacity):

@@ -136,9 +136,6 @@ def test_a_turn_of_another_form_is_an_error(turn):
         render_conversation([{"from": "human", "value": "a"}, turn])
 
 
-# ------------------------------------------------------------------------------------------- MultiModal-GPT's format
-
-
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 

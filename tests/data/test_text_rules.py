@@ -37,9 +37,6 @@ def only_batch(loader):
     return batch
 
 
-# ---------------------------------------------------------------------------------------------------- without a label
-
-
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), visual=st.sampled_from([1, 3, 17]), limit=st.integers(1, 60))
 def test_labels_are_counted_as_packing_leaves_them(data, visual, limit):
@@ -101,9 +98,6 @@ def test_counts_of_labels_are_cached(load, turns, tmp_path, monkeypatch):
             load(records, **settings, **change)
 
 
-# ---------------------------------------------------------------------------------------------- images between words
-
-
 @pytest.fixture
 def between(parrot_tiny, turns, tmp_path):
     path = shutil.copy(parrot_tiny / "image_0.png", tmp_path)
@@ -140,9 +134,6 @@ def test_the_position_is_kept_with_the_processor(processor, tmp_path):
         processor.with_text_rules(position, "text").save_pretrained(tmp_path / position)
         assert ParrotProcessor.from_pretrained(tmp_path / position).image_position == position
     assert processor.image_position == "front"  # released checkpoints say nothing
-
-
-# ------------------------------------------------------------------------------------------------------ control tokens
 
 
 def test_control_tokens_in_records_are_text_unless_they_are_to_be_parsed(load, turns, processor):

@@ -24,7 +24,7 @@ from studies.recipes import System
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluations:
-    """What the report of a demo is made of."""
+    """Evaluations that the report of a demo is made of."""
 
     benchmark: Step
     before: Step

@@ -82,7 +82,7 @@ def counted_words(evaluation: Path) -> Answers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What every variant is trained with."""
+    """Settings that every variant is trained with."""
 
     pipeline: Pipeline
     data: Step
@@ -123,15 +123,15 @@ class Experiment:
     file: str
     """Name of the kept result."""
     unit: str = "accuracy in percent by the likelihood of the options' texts"
-    """What is compared."""
+    """Name of the figure that is compared."""
     chance: float | None = 25.0
-    """What guessing gives."""
+    """Value that guessing gives."""
     measure: Callable[[Path], tuple[Accuracy, dict[str, dict[str, int]]]] = accuracies
     """Values and rows per part and language of an evaluation."""
     answers: Callable[[Path], Answers] = right_answers
-    """What `measure` gives the means of."""
+    """The answers whose means `measure` gives."""
     scale: float = 100.0
-    """What the mean of `answers` is multiplied by to give the values of `measure`."""
+    """Factor by which the mean of `answers` is multiplied to give the values of `measure`."""
 
 
 def experiment_content(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Step:
 
     name: str
     folder: Path
-    """What it wrote."""
+    """Folder of its results."""
     key: str
     seconds: float
     """Work on it, over all starts."""

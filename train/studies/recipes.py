@@ -50,7 +50,7 @@ class System:
     stages: tuple[Stage, ...]
     """The first one reads text alone."""
     routings: tuple[str, ...] = ("model",)
-    """What the demo evaluates, see `parrot eval --routing`."""
+    """Routings that the demo evaluates, see `parrot eval --routing`."""
 
 
 PRETRAIN = Stage(name="pretrain", title="0 text", preset="tiny_pretrain", records=("text.json",))
@@ -266,7 +266,7 @@ def released(step: Step) -> Path:
 
 
 def released_folder(run: Path) -> Path:
-    """Where a training run writes its model in the released layout."""
+    """Folder where a training run writes its model in the released layout."""
     return run / "hf"
 
 

@@ -1,4 +1,4 @@
-"""What the attention layers of a micro-batch share: bounds of its samples, rotations, caches, memories."""
+"""State that the attention layers of a micro-batch share: bounds of its samples, rotations, caches, memories."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CachedRows:
 
 @dataclass(kw_only=True)
 class AttentionContext(PackedSeqParams):
-    """What every attention layer needs to know about a packed micro-batch; handed down as `packed_seq_params`.
+    """Facts about a packed micro-batch that every attention layer needs; handed down as `packed_seq_params`.
 
     `qkv_format` stays unset: Megatron then keeps the pack as [T, 1, n, d] and leaves the rotation to us.
     """

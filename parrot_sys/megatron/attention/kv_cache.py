@@ -29,7 +29,7 @@ class KVCache:
         self.lengths = torch.zeros(num_samples, dtype=torch.int64, device=device)
         """int64 [S], rows held for each request."""
         self.facts: dict[str, Tensor] = {}
-        """What else is known of each request since the prefill, [S, ...] each."""
+        """Other facts about each request since the prefill, [S, ...] each."""
         self.visual_capacity = 1
         """Most visual rows of a request, for buffers that hold nothing else."""
         self.media: dict[int, tuple[Tensor, Tensor]] = {}
@@ -114,6 +114,6 @@ class KVCache:
         }
 
     def take_kept(self) -> list[Tensor]:
-        """What `keep` was called with since the last time, for caches on other ranks that must follow this one."""
+        """Arguments of `keep` since the last time, for caches on other ranks that must follow this one."""
         kept, self._kept = self._kept, []
         return kept

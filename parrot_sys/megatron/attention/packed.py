@@ -31,7 +31,7 @@ class SegmentGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentPlan:
-    """Where each row of a pack goes in the padded groups and back; made once for all layers of a micro-batch."""
+    """Positions of each row of a pack in the padded groups, and back; made once for all layers of a micro-batch."""
 
     groups: tuple[SegmentGroup, ...]
     rows: Tensor | None  # [padded rows] int64, row of the pack (padding: row 0); None when the order stays as it is

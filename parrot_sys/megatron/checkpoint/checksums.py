@@ -118,7 +118,7 @@ def _is_read(name: str) -> bool:
 
 
 def _damage(folder: Path, name: str, wanted: Digest, bar: tqdm) -> str | None:
-    """What is wrong with a file, or None."""
+    """Describes what is wrong with a file; None when nothing is."""
     path = folder / name
     try:
         if not stat.S_ISREG((status := path.stat()).st_mode):

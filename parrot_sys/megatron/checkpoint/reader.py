@@ -57,7 +57,7 @@ def load_sharded(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
 
 
 def load_common(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors and objects of single ranks.
+    """Contents of a checkpoint besides tensors and objects of single ranks.
 
     Raises:
         CheckpointError: as `load_sharded`.
@@ -166,7 +166,7 @@ def _read_common(folder: str | Path) -> dict[str, Any]:
 
 
 def _load(source: Path | IO[bytes], name: str) -> Any:
-    """What a file of `torch.save` holds, when that is tensors and plain values."""
+    """Contents of a file of `torch.save`, when these are tensors and plain values."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:

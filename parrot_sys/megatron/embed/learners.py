@@ -1,4 +1,4 @@
-"""What layers with the learners of Wings need in other people's Megatron models: memory, plan and attention context."""
+"""Inputs of layers with the learners of Wings in other people's Megatron models: memory, plan and attention context."""
 
 from __future__ import annotations
 

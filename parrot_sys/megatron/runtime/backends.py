@@ -1,4 +1,4 @@
-"""Whose norms, linear layers and Adam models are built of: Transformer Engine's, apex's, or those that need neither.
+"""Choice of the norms, linear layers and Adam of models: Transformer Engine's, apex's, or those that need neither.
 
 Both accelerators are optional and serve CUDA only. All choices have the same parameters under the same names, so that a
 checkpoint does not tell which one wrote it (`without_extra_state`). Transformer Engine's norms and linear layers are
@@ -89,7 +89,7 @@ def without_accelerators() -> Iterator[None]:
 
 
 def norm_backend(normalization: str) -> Backend:
-    """Whose norm is built, for "RMSNorm" or "LayerNorm"."""
+    """Back end of the norm, for "RMSNorm" or "LayerNorm"."""
     if not _on_cuda():
         return "none"
     if transformer_engine() is None:
@@ -99,12 +99,12 @@ def norm_backend(normalization: str) -> Backend:
 
 
 def linear_backend() -> Backend:
-    """Whose tensor-parallel linear layers are built."""
+    """Back end of the tensor-parallel linear layers."""
     return "transformer_engine" if _on_cuda() and transformer_engine() is None else "none"
 
 
 def adam_backend() -> Backend:
-    """Whose Adam Megatron-Core's optimizers take; it looks at what is installed, in this order."""
+    """Back end of the Adam in Megatron-Core's optimizers, which looks at what is installed, in this order."""
     if not platform.cuda_available():
         return "none"
     if transformer_engine() is None:
@@ -143,7 +143,7 @@ def parallel_linear_layers() -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def in_use() -> dict[str, str]:
-    """What models of this process are built of, for `parrot info`."""
+    """Back ends that models of this process are built of, for `parrot info`."""
     names = {"transformer_engine": "Transformer Engine", "apex": "apex"}
     return {
         "RMSNorm": names.get(norm_backend("RMSNorm"), "torch"),

@@ -62,7 +62,7 @@ _CPU_ADAPTERS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def adapt_for_cpu(module: ModuleType) -> None:
-    """What single modules need beyond redirected CUDA calls; `cpu_layer` calls this after the import of each."""
+    """Adapts modules that need more than redirected CUDA calls; `cpu_layer` calls this after the import of each."""
     if adapter := _CPU_ADAPTERS.get(module.__name__):
         adapter(module)
 

@@ -19,7 +19,7 @@ from parrot_sys.parallel.rendezvous import fresh_store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is cut over the ranks; the ranks that remain hold copies of it (data parallel)."""
+    """Division of the model over the ranks; the ranks that remain hold copies of it (data parallel)."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each matrix."""

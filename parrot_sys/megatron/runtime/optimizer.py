@@ -157,7 +157,7 @@ def data_parallel_rank() -> int:
 
 
 def data_parallel_world_size() -> int:
-    """How many they are."""
+    """Number of these ranks."""
     return parallel_state.get_data_parallel_world_size()
 
 

@@ -87,7 +87,7 @@ class LLMConfig:
         return (self.num_layers - routed) * dense + routed * self.hidden_size * chosen
 
     def tensor_sizes(self) -> dict[str, int]:
-        """What tensor-parallel ranks share: name -> heads, columns or rows."""
+        """Sizes that tensor-parallel ranks cut: name -> heads, columns or rows."""
         names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
         return {name: getattr(self, name) for name in names}
 
