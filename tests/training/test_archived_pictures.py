@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parrot_sys.data.image_sources.archive import Member
 from parrot_sys.data.image_sources.root import ImageRoot
+from parrot_sys.data.image_sources.tar import TarArchive
 from parrot_sys.training.config import TrainConfig
 from tests.data.picture_archives import write_files, write_parquet, write_tar
 from tests.training.tiny import FIXTURE, losses, run, tiny_config
@@ -53,7 +58,29 @@ def test_forked_processes_share_no_position(tmp_path: Path, kind: str) -> None:
         assert worker.exitcode == 0
 
 
-def _read_all(root: ImageRoot, pictures: dict[str, bytes], start: int) -> None:
+def test_one_of_several_processes_builds_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, built = write_tar(tmp_path / "a.tar", {"0": b"x"}), tmp_path / "built"
+    members = TarArchive.members
+
+    def slow(archive: TarArchive, advance: Any) -> Iterator[Member]:
+        with built.open("a") as file:
+            file.write("once ")
+        time.sleep(0.5)
+        yield from members(archive, advance)
+
+    monkeypatch.setattr(TarArchive, "members", slow)
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_read_all, args=(path, {"0": b"x"}, 0)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert built.read_text() == "once "
+
+
+def _read_all(root: ImageRoot | Path, pictures: dict[str, bytes], start: int) -> None:
+    root = ImageRoot(root) if isinstance(root, Path) else root
     for turn in range(60):
         name = str((start + turn * 7) % len(pictures))
         with root.picture(name).open() as file:

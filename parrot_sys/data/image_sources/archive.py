@@ -315,7 +315,11 @@ def _one_process_at_a_time(archive: Archive) -> Iterator[None]:
     descriptor = archive.descriptor()
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for the process that builds the index of %s", archive.path)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
