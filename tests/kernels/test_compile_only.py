@@ -55,6 +55,7 @@ def test_every_triton_op_has_cases_and_figures(op: str) -> None:
         ({**ROW, "shared": 232449}, "232449 bytes of shared memory, sm_90 has 232448"),
         ({"registers": 64, "shared": 1024}, "has no HGMMA"),
         ({**ROW, "registers": 65}, "is recorded as"),
+        ({**ROW, "narrow_strides": 1}, "multiplies the stride of a TMA descriptor in 32 bits"),
     ],
 )
 def test_what_is_wrong_is_found(row: compile_only.Figures, message: str) -> None:
@@ -62,6 +63,19 @@ def test_what_is_wrong_is_found(row: compile_only.Figures, message: str) -> None
     name = "_kernel[warps=4, stages=3]"
     assert compile_only.problems_of(case, {name: ROW}, {name: ROW}, 90) == []
     assert any(message in problem for problem in compile_only.problems_of(case, {name: row}, {name: ROW}, 90))
+
+
+@pytest.mark.parametrize(("buffers", "right"), [(2, False), (3, True)])
+def test_stages_that_wait_for_an_address_are_found(buffers: int, right: bool) -> None:
+    """A copy by TMA whose place is loaded in the same step keeps fewer copies of a tile than it has stages."""
+    name, row = "_kernel[BLOCK_T=64, warps=4, stages=3]", {**ROW, "UTMALDG": 1, "buffers": buffers}
+    case = Case(name="case", run=lambda: None, instructions={"_kernel BLOCK_T=64": ("UTMALDG",)})
+    problems = compile_only.problems_of(case, {name: row}, {name: row}, 90)
+    assert problems == ([] if right else [f"{name} keeps 2 copies of a tile, not one for each stage"])
+    other = Case(name="case", run=lambda: None, instructions={"_kernel BLOCK_T=16": ("UTMALDG",)})
+    assert compile_only.problems_of(other, {name: row}, {name: row}, 90) == [
+        "claims _kernel BLOCK_T=16, which it does not compile"
+    ]
 
 
 def test_case_without_kernels_is_found() -> None:

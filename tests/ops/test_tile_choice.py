@@ -25,7 +25,10 @@ WIDE, NARROW = product_tile(128, 256, 64, warps=8, stages=3), product_tile(128, 
 
 
 def test_numbers_of_images_neither_time_nor_compile_anything_new() -> None:
-    """One image, numbers that 16 divides and others, few and many; the launchers run as on a GPU, on meta tensors."""
+    """One image, numbers that 16 divides and others, few and many (tensors of more than 2**31 elements).
+
+    The launchers run as on a GPU, on meta tensors.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(PROGRAM), "2", "1", "3", "16", "577", "5000"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
