@@ -3,7 +3,7 @@
     python -m benchmarks.bench_grouped_gemm [--device cuda] [--only qwen3] [--json FILE]
     pytest benchmarks/bench_grouped_gemm.py --benchmark-json=b.json
 
-Rows stand in the order of the groups, as every peer needs them. (Reading them through a plan is measured in
+Rows are in the order of the groups, as every peer needs them. (Reading them through a plan is measured in
 `bench_expert_mlp`.)
 """
 

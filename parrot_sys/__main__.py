@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
     Returns:
-        The exit code: 0, or 2 for a wrong command line or an error that the user can mend.
+        The exit code: 0, or 2 for a wrong command line or an error that the user can fix.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = bool(arguments) and arguments[0] in COMMANDS

@@ -119,10 +119,10 @@ def exit_with(error: ParrotError, prog: str | None = None) -> NoReturn:
 
 
 def run_main(main: Callable[[Sequence[str]], int | None], argv: Sequence[str], *, prog: str | None = None) -> int:
-    """Calls `main(argv)` as a program: errors that a user can mend are one block of text and exit code 2.
+    """Calls `main(argv)` as a program: errors that a user can fix are one block of text and exit code 2.
 
     `--traceback` anywhere in `argv`, or PARROT_TRACEBACK=1, lets them through with their traceback. When nobody reads
-    the output any more, as behind `| head`, the program ends in silence with 141; Ctrl-C ends it with 130. A worker of
+    the output any more, as with `| head`, the program ends in silence with 141; Ctrl-C ends it with 130. A worker of
     torchrun ends with its launcher (SIGTERM), however that ends.
     """
     rest = [argument for argument in argv if argument != "--traceback"]

@@ -17,7 +17,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
     Args:
         header: names of the columns.
         rows: cells as text; a line break becomes a space, and a bar stays a bar of the text.
-        numbers: columns behind the first are to the right.
+        numbers: columns after the first are aligned to the right.
     """
     marks = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     lines = [[_cell(cell) for cell in row] for row in (header, *rows)]

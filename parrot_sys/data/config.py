@@ -68,7 +68,7 @@ class DataConfig:
     on_long_sample: Literal["truncate", "error", "skip"] = "truncate"
     """A sample longer than the model's max_seq_len rows: cut it as the released code does, stop, or leave it out."""
     image_position: ImagePosition = "in_place"
-    """Where the images of a turn stand: `in_place` leaves them between the words where the record has them, `front`
+    """Position of the images of a turn: `in_place` leaves them between the words where the record has them, `front`
     moves them to the start of their turn, as the released code does, and says so once for each data set."""
     control_tokens: ControlTokens = "text"
     """Reading of a control token's name in a record's text, such as <|im_end|> or </s>: `text` like any other, or

@@ -191,7 +191,7 @@ TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
 
 
 def picture_turns(asker: Asker, concept: Concept, *, count: int) -> list[Turn]:
-    """`count` turns of different kinds about one picture: an answer that stands there already teaches only to copy."""
+    """`count` turns of different kinds about one picture: an answer that is there already teaches only to copy."""
     left = {make: weight for weight, make in PICTURE_TURNS.values()}
     if not concept.keywords[asker.language]:
         del left[Asker.keywords]
@@ -211,7 +211,7 @@ def text_turns(asker: Asker, concepts: Sequence[Concept]) -> list[Turn]:
 
 
 def record(identifier: str, language: str, turns: Sequence[Turn], image: str | None = None) -> dict[str, Any]:
-    """A LLaVA/Parrot record; the image marker stands before the first question."""
+    """A LLaVA/Parrot record; the image marker is before the first question."""
     messages: list[dict[str, str]] = []
     for index, (question, answer) in enumerate(turns):
         marker = f"{IMAGE_TOKEN}\n" if image is not None and index == 0 else ""

@@ -86,7 +86,7 @@ def _text_kind(generator: random.Random) -> Kind:
 def _earlier(
     concept: Concept, options: Sequence[Concept], known: Sequence[Concept], count: int, generator: random.Random
 ) -> tuple[tuple[Kind, Concept], ...]:
-    """Similar things come first; none is an option of the last turn, whose answer would stand there already."""
+    """Similar things come first; none is an option of the last turn, whose answer would be there already."""
     others = [other for other in known if other not in options]
     generator.shuffle(others)
     others.sort(key=lambda other: other.category != concept.category)
@@ -122,7 +122,7 @@ def write_dialogues(
             history = [_open_turn(asker, kind, concept) for kind, concept in dialogue.earlier]
             kind, question = _last_question(asker, dialogue)
             image: str | int = ""
-            if kind == "name":  # a picture stands once in the table; other rows name that row
+            if kind == "name":  # a picture is stored once in the table; other rows name that row
                 emoji = dialogue.concept.emoji
                 image = held.get(emoji, pictures[emoji])
                 held.setdefault(emoji, index)

@@ -1,7 +1,7 @@
 """Records as other people write them -> turns and images as this project has them.
 
-Turns stand in `conversations`, `messages` or `texts`; a turn is `from`/`value`, `role`/`content`, or a pair
-`user`/`assistant`. Images stand in `image` or `images`, or in the list that the content of a turn is. A field that is
+Turns are in `conversations`, `messages` or `texts`; a turn is `from`/`value`, `role`/`content`, or a pair
+`user`/`assistant`. Images are in `image` or `images`, or in the list that the content of a turn is. A field that is
 null is absent.
 """
 
@@ -137,7 +137,7 @@ def _parse_turn(entry: Any, where: str) -> _Turn:
     parts = [value] if isinstance(value, str) else value
     content = [_part(part, where) for part in parts]
     if ROLES[role] != "human" and any(isinstance(part, _Image) for part in content):
-        raise DataError(f"{where}: an image must stand in a human turn, got one in a {role} turn")
+        raise DataError(f"{where}: an image must be in a human turn, got one in a {role} turn")
     extra = entry.get("input")
     if extra is not None and (ROLES[role] != "human" or not isinstance(extra, str)):
         raise DataError(f"{where}: `input` must be a string in a human turn, got {short(entry)}")

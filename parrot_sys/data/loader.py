@@ -55,7 +55,7 @@ class ParrotDataLoader:
     The list is equally long on every rank; micro-batches may be empty. An epoch takes each record as often as the
     weight of its data set times the weight of its language says, in an order that depends on seed, epoch and mix only;
     its last step may have fewer samples. The samples of a step do not depend on the number of ranks. Iterating again
-    goes on behind the last step taken, so the next epoch follows by itself.
+    goes on after the last step taken, so the next epoch follows by itself.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ParrotDataLoader:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Whole epochs, and samples of the next one, that are behind the last step taken."""
+        """Whole epochs, and samples of the next one, that were consumed up to the last step taken."""
         return self._epoch, self._samples
 
     def pictures(self) -> dict[str, ImageFile]:
@@ -222,7 +222,7 @@ class ParrotDataLoader:
                 background.shutdown(cancel_futures=True)
 
     def _count(self, step: _Step) -> None:
-        """Moves the state behind a step, before the caller sees it: a checkpoint made after training on it is right."""
+        """Moves the state past a step, before the caller sees it: a checkpoint made after training on it is right."""
         self._samples += step.size
         if self._samples == self._epoch_length:
             self._epoch, self._samples = self._epoch + 1, 0

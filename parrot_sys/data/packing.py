@@ -76,7 +76,7 @@ def pack_samples(
     guidance: Guidance = "prompt",
     max_seq_len: int | None = None,
 ) -> PackedBatch:
-    """Packs samples one behind the other.
+    """Packs samples one after the other.
 
     Args:
         samples: at least one id each; all with pixel values or all with image features, as far as they have images.
@@ -228,6 +228,6 @@ def _guidance_rows(rows: _Rows, guidance: Guidance) -> IntArray:
 
 
 def _join(tensors: Sequence[Tensor | None], counts: IntArray) -> Tensor | None:
-    """The first `counts[i]` images of each sample one behind the other; None when there are none."""
+    """The first `counts[i]` images of each sample one after the other; None when there are none."""
     kept = [t[:count] for t, count in zip(tensors, counts.tolist(), strict=True) if t is not None and count]
     return torch.cat(kept) if kept else None

@@ -1,4 +1,4 @@
-"""Parts of a message: text, text of the template, and images; where the images of a turn stand."""
+"""Parts of a message: text, text of the template, and images; where the images of a turn are."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def turn_parts(turn: Turn, position: ImagePosition) -> Parts:
 def place_images(parts: Sequence[Part], position: ImagePosition) -> Parts:
     """The parts of one turn with its images at their places; a turn without images stays as it is.
 
-    `front` is the released rule: all images stand at the start, each followed by a newline, and the text is stripped.
+    `front` is the released rule: all images are at the start, each followed by a newline, and the text is stripped.
     (The released code keeps one of several; here each image keeps its own.) `in_place` does so with the images that no
     word stands before, and leaves the others where they are.
     """

@@ -50,7 +50,7 @@ class ParrotProcessor:
             tokenizer: from `load_tokenizer`.
             image_processor: of the vision tower.
             template: format of conversations.
-            image_position: where the images of a turn stand, see `place_images`.
+            image_position: where the images of a turn are put, see `place_images`.
             control_tokens: what the name of a control token in a text is, see `TextEncoder`.
         """
         self.tokenizer = tokenizer

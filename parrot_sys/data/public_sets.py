@@ -268,7 +268,7 @@ _BAIZE_SPEAKERS = re.compile(r"\[\|(Human|AI)\|\]")
 
 
 def _baize(row: Row, _: random.Random) -> Example:
-    rest = _BAIZE_SPEAKERS.split(row["input"])[1:]  # in front of the first speaker stands what all rows begin with
+    rest = _BAIZE_SPEAKERS.split(row["input"])[1:]  # before the first speaker is the text that all rows begin with
     said = [(speaker, text.strip()) for speaker, text in zip(rest[::2], rest[1::2], strict=True)]
     if said and said[-1][0] == "Human":  # every row ends with a question that nobody answers, mostly an empty one
         said.pop()

@@ -121,7 +121,7 @@ class _JsonText:
                     break
                 self._at += 1
             if found != "]":
-                raise ValueError(f"wanted , or ] behind record {number}, got {found or 'the end of the file'}")
+                raise ValueError(f"wanted , or ] after record {number}, got {found or 'the end of the file'}")
         self._at += 1
         if self.peek():
             raise ValueError("something follows the end of the list")

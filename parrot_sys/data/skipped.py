@@ -13,7 +13,7 @@ SKIPPED_FILE = "skipped_records.jsonl"
 
 
 class SkippedRecords:
-    """One JSON object a line, `{"data_set", "reason"}`; each record stands there once, also after the run went on.
+    """One JSON object a line, `{"data_set", "reason"}`; each record is listed once, also after a restart.
 
     Every rank finds other records while it trains and writes a file of its own; the first one's also has all that were
     found before the first step.

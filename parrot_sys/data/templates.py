@@ -4,7 +4,7 @@
   parrot/train/data.py (place of the marker).
 * `llama3`: Llama 3 Instruct's own format, with the same place of the marker (Wings on Llama-3.1).
 * `instruction`: MultiModal-GPT. Source: open-mmlab/Multimodal-GPT, mmgpt/datasets (arXiv 2305.04790, section 3.1).
-  Every question stands with its own answer; in the public code's dialogues it does not (turn i goes with turn i + 1).
+  Every question is with its own answer; in the public code's dialogues it does not (turn i goes with turn i + 1).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Segment:
 
     parts: Parts
     bears_loss: bool
-    """True where an answer stands in it."""
+    """True where it contains an answer."""
     prefix: Parts = ()
     """First parts of a segment that bears loss: as many ids as they have on their own bear none."""
     begins: bool = False
-    """The tokenizer's begin-of-sequence token, if it has one, stands before the text."""
+    """The tokenizer's begin-of-sequence token, if it has one, comes before the text."""
     ends: bool = False
-    """The tokenizer's end-of-sequence token stands behind the text and bears its loss."""
+    """The tokenizer's end-of-sequence token comes after the text and bears its loss."""
 
     @property
     def text(self) -> str:
@@ -89,7 +89,7 @@ def render_conversation(
     Args:
         turns: a system turn is put first when there is none.
         add_generation_prompt: open an answer at the end and leave it open.
-        image_position: where the images of a turn stand, see `place_images`.
+        image_position: where the images of a turn are put, see `place_images`.
 
     Raises:
         DataError: no turns, or an unknown `from`.
@@ -135,7 +135,7 @@ def render_instruction(
 ) -> list[Segment]:
     """The segments of a conversation in the instruction format of MultiModal-GPT, a question with its answer each.
 
-    The header stands once; an image stands before the question it comes with. Loss is on answers and their ends.
+    The header comes once; an image comes before the question it comes with. Loss is on answers and their ends.
 
     Args:
         turns: after at most one system turn (it replaces the header), human and gpt turns alternate.

@@ -24,7 +24,7 @@ def encode_conversations(
     """(input_ids, labels) of each conversation, int64 [n] both and not shifted.
 
     Each segment is tokenised on its own, and each stretch between images on its own. An image is IMAGE_TOKEN_ID.
-    The label of a row is its id in an answer, behind as many ids as the segment's prefix has, and IGNORE_ID elsewhere.
+    The label of a row is its id in an answer, after as many ids as the segment's prefix has, and IGNORE_ID elsewhere.
     """
     segments = [segment for conversation in conversations for segment in conversation]
     runs = [run for s in segments for parts in (s.parts, s.prefix) for run in _between_images(parts)]
@@ -49,7 +49,7 @@ def encode_conversations(
 
 
 def _between_images(parts: Parts) -> list[list[Part]]:
-    """The stretches before, between and behind images; one more than there are images."""
+    """The stretches before, between and after images; one more than there are images."""
     runs: list[list[Part]] = [[]]
     for part in parts:
         if part.kind == "image":

@@ -80,7 +80,7 @@ class MissingTokenizer:
 
 
 def with_flamingo_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase | None:
-    """LLaMA's tokenizer with OpenFlamingo's tokens (and `<PAD>`, if it has no padding) behind its own.
+    """LLaMA's tokenizer with OpenFlamingo's tokens (and `<PAD>`, if it has no padding) after its own.
 
     Args:
         path: directory; the result is None when it holds no tokenizer.

@@ -1,7 +1,7 @@
-"""`parrot attention`: how much of each layer's attention goes to the text before an image and to that behind it.
+"""`parrot attention`: how much of each layer's attention goes to the text before an image and to that after it.
 
 Wings (arXiv 2406.03496) sees text-only forgetting in it: visual tuning moves attention from the text before the image
-to that behind it, and in models that forgot more, the two curves over layers go less together (Pearson correlation).
+to that after it, and in models that forgot more, the two curves over layers go less together (Pearson correlation).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from parrot_sys.platform import DtypeName
 
 WHERE = ("before", "image", "after")
 DEFINITION = (
-    "share of attention that the text rows behind the image give to the text before it (system prompt and earlier "
-    "turns), to the image, and to the text behind it (their own row included); mean over heads, rows and dialogues"
+    "share of attention that the text rows after the image give to the text before it (system prompt and earlier "
+    "turns), to the image, and to the text after it (their own row included); mean over heads, rows and dialogues"
 )
 
 
@@ -54,7 +54,7 @@ class AttentionConfig:
     languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
     """Only tables of these languages; all when not given."""
     options: Options = "shown"
-    """Whether the options of a question stand in its prompt."""
+    """Whether a question's prompt contains its options."""
     limit: int | None = 20
     """Questions per split of a table, spread evenly over it."""
     batch_size: int = 16

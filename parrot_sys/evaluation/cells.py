@@ -115,7 +115,7 @@ class _RowTest:
         return self.whole(cells) or (self.numbered(cells) and len(cells) > 1 and cells[-1].startswith('"'))
 
     def numbered(self, cells: Sequence[str]) -> bool:
-        """Whether a number stands where rows have theirs."""
+        """Whether a number is in the place where rows have theirs."""
         return (
             self._number is not None
             and self._number < len(cells)

@@ -4,7 +4,7 @@ VLMEvalKit, vlmeval/utils/matching_util.py, has had three versions of these rule
 same predictions:
 
 * `2024`: until 4 August 2025; also those of the copy of the kit in Parrot's repository.
-* `2025`: from then to 17 June 2026. A letter must stand near the end of the answer, and the texts of the options are
+* `2025`: from then to 17 June 2026. A letter must be near the end of the answer, and the texts of the options are
   not looked for in long answers.
 * `current`: since then. It also reads "the answer is X".
 

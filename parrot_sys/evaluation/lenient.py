@@ -5,11 +5,11 @@ The kit splits an answer at white space and a few ASCII marks, so that the lette
 of its words. The rules here are tried where the kit's find nothing, each on the text in Unicode's compatibility
 form (full-width letters and marks become plain ones):
 
-1. What stands after "the answer is" in one of MMMB's languages.
+1. The text after "the answer is" in one of MMMB's languages.
 2. The one option letter that has no other Latin letter or digit beside it. A vowel before a word in small letters is a
    word of its own ("A cat", "O gato"), not an option.
 3. The one Arabic letter that stands alone, in the order of Arabic exams (alif, ba, jim, dal, ha, waw: A to F).
-4. The one option whose text stands in the answer, unless the answer is more than twice as long as all options.
+4. The one option whose text is in the answer, unless the answer is more than twice as long as all options.
 
 A rule that finds two different options finds none.
 """

@@ -67,7 +67,7 @@ class EvalConfig:
     """`hidden`: the prompt is the question alone, and its options only what answers are compared with."""
     rules: Rules = "current"
     """Version of the public kit's extraction rules, or `lenient`: Chinese and Arabic punctuation and letters as well,
-    which no kit reads. Accuracies by lenient rules always stand next to those by the kit's."""
+    which no kit reads. Accuracies by lenient rules are always shown next to those by the kit's."""
     routing: tuple[Routing, ...] = ("model",)
     """Routes to evaluate: the model's own, experts `off`, or guided by the question in another language."""
     limit: int | None = None

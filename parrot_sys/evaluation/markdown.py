@@ -75,7 +75,7 @@ def render(
 
 
 def is_rotated(cells: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a question of a part stands in several rows, with its options rotated. `cells`: language -> scores."""
+    """Whether a question of a part has several rows, with its options rotated. `cells`: language -> scores."""
     return any(cell["n_questions"] < cell["n"] for cell in cells.values())
 
 

@@ -97,7 +97,7 @@ def measure(
 def score_other(
     questions: Sequence[Question], letters: Mapping[int, str | None], images: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Accuracies of other letters than those of `measure`, to stand beside these.
+    """Accuracies of other letters than those of `measure`, to be shown beside these.
 
     Returns:
         `plain`, `circular`, their `intervals`, and the column `right` beside the columns of `rows`.

@@ -53,7 +53,7 @@ def accuracy_by_language(
         accuracy: suite -> routing -> language -> percent.
         intervals: the same with the ends of each accuracy's interval.
         random: suite -> mean accuracy of guessing, drawn as a line.
-        title: suite -> what stands behind its name above its panel.
+        title: suite -> text after its name above its panel.
         path: PNG file.
     """
     columns = min(len(accuracy), _PANELS_IN_A_ROW)
@@ -183,7 +183,7 @@ def heat_map(
     Args:
         values: row -> column -> value; a missing column is an empty cell.
         name: of the part, above the plot.
-        title: what stands behind it.
+        title: text after it.
         x_label: what the columns are.
         color_label: what the values are.
         limits: values of the first and last colour.

@@ -17,7 +17,7 @@ def question_prompt(question: Question, language: str, *, show_options: bool = T
     """User turn of one question: image marker, newline, then hint, question, options and the instruction in `language`.
     The marker and its newline are left out where the question has no picture.
 
-    With `show_options` False neither options nor instruction stand there, as sets such as HellaSwag are asked, where
+    With `show_options` False the prompt has neither options nor instruction, as sets such as HellaSwag are asked, where
     the likeliest option counts.
 
     A Chinese character anywhere makes the instruction Chinese whatever the language, as in the wrapper.

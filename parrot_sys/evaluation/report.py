@@ -37,8 +37,8 @@ from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.training.writer import read_metrics
 
 _LENIENT = (
-    "Options are extracted by lenient rules, which no public kit uses; accuracies by the kit's `current` rules stand "
-    "next to those by the lenient ones."
+    "Options are extracted by lenient rules, which no public kit uses; accuracies by the kit's `current` rules are "
+    "shown next to those by the lenient ones."
 )
 
 

@@ -28,7 +28,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreFile:
-    """One score file and what stands in it."""
+    """One score file and its contents."""
 
     path: Path
     content: Mapping[str, Any]
@@ -72,7 +72,7 @@ def read_score_files(folder: Path) -> list[ScoreFile]:
 
 
 def check_alike(files: Sequence[ScoreFile]) -> None:
-    """Makes sure that files may stand in one report.
+    """Makes sure that files may be in one report.
 
     Raises:
         ConfigError: two are of different models or settings, or report the same part, language and routing.
@@ -124,7 +124,7 @@ def find_stale(output: Path, plans: Sequence[Plan], wanted: Mapping[str, Any], *
         changed = _differences({**held, "table": table}, {**new, "table": other})
         if changed and not overwrite:
             raise ConfigError(
-                f"{file.path} was made under other settings ({changed}) and would stand in the same report; "
+                f"{file.path} was made under other settings ({changed}) and would be in the same report; "
                 "choose another --output, or pass --overwrite to delete it and answer everything anew"
             )
         if changed and file.path not in again:

@@ -1,6 +1,6 @@
 """Runs a model over tables: batches, resuming, option extraction, scores and files.
 
-Everything about the model stands behind `Predictor`, so that this module needs neither torch nor Megatron.
+Everything about the model is hidden by `Predictor`, so that this module needs neither torch nor Megatron.
 Files below the output folder: SUITE/ROUTING/MODEL_DATASET with the endings .jsonl, .xlsx, .tsv and .scores.json.
 
 A score file holds `suite`, `language`, `dataset`, `routing`, `rules`, `settings`; `parts`: name -> `scores`; `experts`,
@@ -82,7 +82,7 @@ def make_items(
         table: the questions.
         routing: only `other-language` needs more than the table itself.
         translations: language -> the same benchmark in that language.
-        show_options: whether the options stand in the prompts.
+        show_options: whether the prompts contain the options.
 
     Raises:
         DataError: the other language's table or one of its rows is missing.
@@ -178,7 +178,7 @@ def evaluate_table(
         extra: further entries of the result.
 
     Returns:
-        What stands in the `.scores.json` file, see this module; no such file without answers to score.
+        Contents of the `.scores.json` file, see this module; no such file without answers to score.
     """
     problems = dict(problems or {})
     begin = time.perf_counter()

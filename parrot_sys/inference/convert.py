@@ -57,7 +57,7 @@ class ConvertConfig:
     vision: Annotated[Path | None, INPUT_FOLDER, tyro.conf.arg(metavar="DIR")] = None
     """multimodal_gpt: CLIP ViT-L/14 in Hugging Face layout."""
     image_token_id: int | None = None
-    """multimodal_gpt: id of <image>, when --llm holds no tokenizer (else the second one behind LLaMA's own)."""
+    """multimodal_gpt: id of <image>, when --llm holds no tokenizer (else the second one after LLaMA's own)."""
     vocab_multiple: int = 1
     """multimodal_gpt: fill the embedding up to a multiple of this; its 32003 tokens cannot be cut over ranks."""
     format: Literal["hf", "megatron"] = "hf"

@@ -95,7 +95,7 @@ def prefill(
         use_cache: False runs the whole requests at every step, as models must that let a row read later ones.
 
     Returns:
-        Logits of the rows after each prompt, float32 [S, vocabulary]; the filled cache, or what stands in for it; the
+        Logits of the rows after each prompt, float32 [S, vocabulary]; the filled cache, or its replacement; the
         routes of the images.
 
     Raises:

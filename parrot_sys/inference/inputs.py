@@ -66,7 +66,7 @@ def padding_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_ids: Col
     Args:
         input_ids: int64 [B, N].
         pad_token_id: id of the padding; None: nothing is padding.
-        eos_token_ids: ids that end turns. If the padding id is among them, it may stand there as text.
+        eos_token_ids: ids that end turns. If the padding id is among them, it may occur as text.
 
     Returns:
         bool [B, N], or None where nothing is padding.
@@ -94,7 +94,7 @@ def padding_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_ids: Col
 
 
 def _behind_first(ids: list[int], header: list[int]) -> int | None:
-    """Index behind the first occurrence of `header`; None when it does not occur or is empty."""
+    """Index after the first occurrence of `header`; None when it does not occur or is empty."""
     if not header:
         return None
     starts = range(len(ids) - len(header) + 1)

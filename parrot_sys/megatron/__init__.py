@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", categ
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning, module="megatron")
 if not platform.cuda_available():
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning, module="megatron")
-# The decoder stands on GPTModel by choice: Megatron-Core 0.16 has no other.
+# The decoder is built on GPTModel: Megatron-Core 0.16 has no other.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()
 if cpu_layer.is_installed():

@@ -224,7 +224,7 @@ class Decoder(GPTModel):
 
         Returns:
             float32 [L], or logits [rows, vocabulary], or what the next pipeline stage receives: hidden states
-            [T, 1, H] and, behind them, the memory.
+            [T, 1, H] followed by the memory.
 
         Raises:
             ConfigError: logits or a cache are asked for under context parallelism.

@@ -1,4 +1,4 @@
-"""Gated cross-attention in front of decoder layers, by ModuleSpec (MultiModal-GPT, arXiv 2305.04790).
+"""Gated cross-attention before decoder layers, by ModuleSpec (MultiModal-GPT, arXiv 2305.04790).
 
 The layers get the latents of a micro-batch's images as `context` and what each row reads of them as the `MemoryPlan` in
 their `AttentionContext`; how both come through the pipeline is in `memory.py`.
@@ -35,12 +35,12 @@ from parrot_sys.modules.lora import LoRAConfig
 def media_plan(parrot: ParrotConfig, batch: PackedBatch, cache: KVCache | None = None) -> MemoryPlan | None:
     """Plan of what rows of a micro-batch read of images; the same on every pipeline stage. None without `flamingo`.
 
-    Behind the prefill nothing travels: the layers have keys and values of the images in the cache.
+    After the prefill nothing is sent: the layers have keys and values of the images in the cache.
 
     Args:
         parrot: model.
         batch: whole micro-batch, or one rank's share under context parallelism.
-        cache: is told what the rows behind the prefill read.
+        cache: is told what the rows after the prefill read.
     """
     flamingo = parrot.flamingo
     if flamingo is None:
@@ -52,7 +52,7 @@ def media_plan(parrot: ParrotConfig, batch: PackedBatch, cache: KVCache | None =
     spans = media_spans(batch.visual_rows, batch.cu_seqlens, batch.num_rows, latents, flamingo.media_rule)
     if cache is not None:
         last = spans.select(batch.cu_seqlens[1:].long() - 1)
-        # The next rows are text: no image lies behind them.
+        # The next rows are text: no image comes after them.
         cache.media_spans = last if flamingo.media_rule == "previous" else last.reading_nothing()
     return _plan(spans, batch.visual_rows.numel() * latents, parrot.vision.hidden_size)
 
@@ -73,7 +73,7 @@ def flamingo_layer_spec(
 
     Args:
         spec: of the layer without a block.
-        flamingo: where blocks stand and how large they are.
+        flamingo: positions and sizes of the blocks.
         media_size: width of the latents.
         layer_number: of the layer in the whole model, from 1.
         lora: low-rank updates of the block.
@@ -85,7 +85,7 @@ def flamingo_layer_spec(
 
 
 class FlamingoLayer(TransformerLayer):
-    """A decoder layer behind a gated cross-attention block."""
+    """A decoder layer after a gated cross-attention block."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class FlamingoLayer(TransformerLayer):
         return super().forward(hidden_states, *args, context=context, packed_seq_params=packed_seq_params, **kwargs)
 
     def _read_media(self, hidden: Tensor, latents: Tensor | None, context: AttentionContext) -> Tensor:
-        """Rows [T, 1, H] (under sequence parallelism this rank's part of them) behind the block."""
+        """Rows [T, 1, H] (under sequence parallelism this rank's part of them) after the block."""
         block, plan = self.gated_cross_attention, context.memory
         assert plan is not None, "the decoder gets a plan for every micro-batch"
         cache = None if context.cached is None else context.cached.cache

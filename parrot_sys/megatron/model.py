@@ -56,7 +56,7 @@ class ParrotOutput:
     losses: Tensor | None = None  # [L] float32, one per label row
     logits: Tensor | None = None  # [rows, vocabulary]
     hidden: Tensor | None = None  # [T, 1, H], for the next pipeline stage
-    routing: RoutingOutput | None = None  # None without images in inference, without MoE, and behind the first stage
+    routing: RoutingOutput | None = None  # None without images in inference, without MoE, and after the first stage
 
 
 class MultimodalModel(MegatronModule):
@@ -194,7 +194,7 @@ class MultimodalModel(MegatronModule):
         if self.pre_process and self.resampler is not None and plan is not None:
             embeddings, memory = self._embed_media(batch, plan)
         elif self.pre_process:
-            # (Rows behind the prefill are text, on every rank.)
+            # (Rows after the prefill are text, on every rank.)
             decoding = kv_cache is not None and kv_cache.max_length > 0
             embeddings, routing = self._embed(batch, routing_override, decoding=decoding)
         if embeddings is not None and routing is not None and mode == "loss":

@@ -39,7 +39,7 @@ class Norm:
 
 
 def with_norms(layer_spec: ModuleSpec | TransformerBlockSubmodules, num_layers: int) -> TransformerBlockSubmodules:
-    """A copy of a model's layer spec with `Norm` before attention and MLP and behind the last layer.
+    """A copy of a model's layer spec with `Norm` before attention and MLP and after the last layer.
 
     Megatron's own norms refuse sequence parallelism where neither Transformer Engine nor apex is installed.
 

@@ -276,7 +276,7 @@ def load_tower(
         tower.load_state_dict(EfficientNetLite0.from_package().state_dict())
         return
     with TensorFiles(source) as files:
-        # The vision half of a whole CLIP has the same names behind the same prefix; newer files have none.
+        # The vision half of a whole CLIP has the same names after the same prefix; newer files have none.
         prefix = VISION_MODEL if any(key.startswith(VISION_MODEL) for key in files.names()) else ""
         maps = tower_maps(config, key_prefix=prefix)
         held = {

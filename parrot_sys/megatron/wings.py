@@ -57,7 +57,7 @@ def with_learners(spec: Spec, wings: WingsConfig, *, rope_base: float) -> Spec:
         return dataclasses.replace(spec, layer_specs=specs)
     plain = spec.submodules
     if spec.module is not TransformerLayer or not isinstance(plain, TransformerLayerSubmodules):
-        raise ConfigError(f"learners stand beside a TransformerLayer's attention, got the spec of {spec.module}")
+        raise ConfigError(f"learners go beside a TransformerLayer's attention, got the spec of {spec.module}")
     submodules = WingsLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     submodules.self_attention = _with_core_attention(plain.self_attention)
     submodules.wings = wings
@@ -140,7 +140,7 @@ class WingsLayer(TransformerLayer):
 
 
 class WingsLearners(MegatronModule):
-    """Visual and textual learner and their router: what is added to the rows behind a layer's attention."""
+    """Visual and textual learner and their router: what is added to the rows after a layer's attention."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class WingsLearners(MegatronModule):
     def forward(self, hidden: Tensor, memory: Tensor | None, context: AttentionContext) -> Tensor:
         """
         Args:
-            hidden: [s, b, H] behind the layer's attention; under sequence parallelism this rank's part of s.
+            hidden: [s, b, H] after the layer's attention; under sequence parallelism this rank's part of s.
             memory: [M, H].
             context: of the micro-batch, with the answer of the layer's attention.
 

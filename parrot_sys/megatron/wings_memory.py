@@ -29,7 +29,7 @@ class WingsPlan(MemoryPlan):
     kinds: tuple[int, int]
     """Visual and text rows of the memory; `segments` count from the first of each kind."""
     source: Tensor
-    """int64 [M]: row of the pack's embeddings behind which T stands for a row of zeros and T + 1 + i for row i of an
+    """int64 [M]: row of the pack's embeddings, where T means a row of zeros and T + 1 + i for row i of an
     all-zero image (both only under the released rule)."""
     factors: Tensor
     """float32 [T, 2]: how often the blend of each learner is added."""
@@ -40,7 +40,7 @@ class WingsPlan(MemoryPlan):
     routed: bool = True
     """False: visual learners alone, added as they are (first stage)."""
     decoding: bool = False
-    """Keys come from the cache: segments count in its buffers, one behind the other."""
+    """Keys come from the cache: segments count in its buffers, one after the other."""
     places: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """With a cache: request and place of the memory rows of each kind."""
     capacities: tuple[int | None, int | None] = (None, None)
@@ -255,7 +255,7 @@ def _released(batch: PackedBatch, wings: WingsConfig, rows_per_image: int, commo
 
 @dataclass(frozen=True, slots=True)
 class _TextLists:
-    """The text of every padded sample, one list behind the other (released rule)."""
+    """The text of every padded sample, one list after the other (released rule)."""
 
     source: Tensor  # row of the pack, T where it is padding
     positions: Tensor  # place in the sample

@@ -79,7 +79,7 @@ class _Block(nn.Module):
 class EfficientNetLite0(nn.Module):
     """pixel_values [n, 3, h, w] -> features [n, 1 + P, 1280], P = ceil(h/32) * ceil(w/32); row 0 is the patches' mean.
 
-    The network has no CLS token; the mean row stands where routing looks for one. All parameters are frozen.
+    The network has no CLS token; the mean row is where routing looks for one. All parameters are frozen.
     """
 
     def __init__(self, *, with_mean: bool = True) -> None:
@@ -171,7 +171,7 @@ def _released_names(tower: EfficientNetLite0) -> dict[str, tuple[str, str]]:
 
 
 def _fold_batch_norm(state: Mapping[str, Tensor], conv: str, norm: str, ours: str) -> dict[str, Tensor]:
-    """Weight and bias of one convolution with the batch norm behind it multiplied in."""
+    """Weight and bias of one convolution with the following batch norm multiplied in."""
     keys = [f"{conv}.weight", *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var"))]
     missing = [key for key in keys if key not in state]
     if missing:

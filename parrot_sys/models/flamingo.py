@@ -19,10 +19,10 @@ class FlamingoConfig:
     cross_attention: GatedCrossAttentionConfig = field(default_factory=GatedCrossAttentionConfig)
     """Blocks through which text reads the latents."""
     every_n_layers: int = 4
-    """A block stands in front of every n-th decoder layer: layers n, 2 n, ... counted from 1."""
+    """A block is before every n-th decoder layer: layers n, 2 n, ... counted from 1."""
     media_rule: MediaRule = "previous"
-    """Which image a row reads: `previous` the last one at or before it; `next` the first one at or behind it, so that
-    rows behind the last image read none (the released MultiModal-GPT, in training as in use)."""
+    """Which image a row reads: `previous` the last one at or before it; `next` the first one at or after it, so that
+    rows after the last image read none (the released MultiModal-GPT, in training as in use)."""
     image_token_id: int = 32001
     """Token that stands for an image in the text and has an embedding of its own."""
 
@@ -37,5 +37,5 @@ class FlamingoConfig:
             raise ConfigError(f"flamingo.image_token_id must be >= 0, got {self.image_token_id}")
 
     def has_block(self, layer_number: int) -> bool:
-        """Whether a block stands in front of this decoder layer, counted from 1."""
+        """Whether a block is before this decoder layer, counted from 1."""
         return layer_number % self.every_n_layers == 0

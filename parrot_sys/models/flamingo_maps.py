@@ -19,7 +19,7 @@ from parrot_sys.modules.lora import LoRAConfig
 RESAMPLER_KEY = "perceiver."
 BLOCKS_KEY = "lang_encoder.gated_cross_attn_layers."
 LORA_KEY = "lang_encoder.base_model.model.model.layers."
-"""Updates are named after the layers inside peft's wrapper, with `decoder_layer` or `gated_cross_attn_layer` behind."""
+"""Updates are named after layers inside peft's wrapper, with `decoder_layer` or `gated_cross_attn_layer` added."""
 
 
 def resampler_maps(config: FlamingoConfig, width: int, prefix: str = "resampler.") -> list[TensorMap]:

@@ -77,7 +77,7 @@ def parrot_maps(config: ParrotConfig, *, with_vision_tower: bool = True) -> list
 
 
 def is_carried(key: str, config: ParrotConfig) -> bool:
-    """Whether a released tensor that the model does not use may stand in a checkpoint; export writes it back.
+    """Whether a released tensor that the model does not use may be in a checkpoint; export writes it back.
 
     Buffers that older transformers versions saved, SigLIP's pooling head, the head copy of tied embeddings, and the MoE
     of a checkpoint that bypasses it (`use_moe: false`).

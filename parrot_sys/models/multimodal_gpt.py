@@ -40,7 +40,7 @@ from parrot_sys.towers import vision_config_from_hf
 logger = logging.getLogger(__name__)
 
 ADDED_TOKENS = ("<|endofchunk|>", "<image>")
-"""Tokens that OpenFlamingo puts behind LLaMA's, in this order."""
+"""Tokens that OpenFlamingo puts after LLaMA's, in this order."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HEAD_DIM = 64  # fixed in the released code, and not to be told from the weights
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -79,7 +79,7 @@ def assemble(
         files: the parts.
         output: to be created.
         num_tokens: tokens of the tokenizer with the added ones; None: as many as the embedding has rows.
-        image_token_id: id of `<image>`; None: the second of the tokens behind LLaMA's own, as OpenFlamingo adds them
+        image_token_id: id of `<image>`; None: the second of the tokens after LLaMA's own, as OpenFlamingo adds them
             (`<|endofchunk|>`, `<image>`, `<PAD>`), or the last one of an embedding that holds them already.
         vocab_multiple: the embedding gets rows up to a multiple of this number, so that it can be cut over ranks.
         save_tokenizer: writes the tokenizer with the added tokens into a directory.
@@ -188,7 +188,7 @@ def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfi
     """Reads the configuration from shapes and names.
 
     Raises:
-        CheckpointError: tensors are missing, or the gated blocks stand at irregular distances.
+        CheckpointError: tensors are missing, or the gated blocks are at irregular distances.
     """
 
     def shape(key: str) -> tuple[int, ...]:
@@ -199,7 +199,7 @@ def _flamingo_config(tensors: Mapping[str, Tensor], path: Path) -> FlamingoConfi
     numbers = sorted({int(key.removeprefix(BLOCKS_KEY).split(".")[0]) for key in tensors if key.startswith(BLOCKS_KEY)})
     every = numbers[0] + 1 if numbers else 0
     if not numbers or numbers != [every * (i + 1) - 1 for i in range(len(numbers))]:
-        raise CheckpointError(f"{path}: gated blocks must stand in front of every n-th layer, got those of {numbers}")
+        raise CheckpointError(f"{path}: gated blocks must be before every n-th layer, got those of {numbers}")
     depth = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith(f"{RESAMPLER_KEY}layers."))
     latents, width = shape(f"{RESAMPLER_KEY}latents")
     block = f"{BLOCKS_KEY}{numbers[0]}"

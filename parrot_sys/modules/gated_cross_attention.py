@@ -5,7 +5,7 @@ src/helpers.py, MaskedCrossAttention) knows two rules, both for the one image ne
 
 * `previous` (its `attend_previous=True`): the last image at or before the row. What Flamingo describes.
 * `next` (its `attend_previous=False`, what MultiModal-GPT was trained and is run with): an image token reads its own
-  image, any other row the first image behind it. Rows behind the last image read nothing, so that question and answer
+  image, any other row the first image after it. Rows after the last image read nothing, so that question and answer
   know the image by self-attention only.
 
 A row that reads no image gets zeros from the attention; its MLP runs all the same. Samples without any image pass the
@@ -45,7 +45,7 @@ class GatedCrossAttentionConfig:
     """Inner width of the block's MLP in widths of the decoder."""
     initial_gate: float = 0.0
     """Attention's gate, before tanh, in a new block. Flamingo's is closed (0), so that it disturbs nothing at first;
-    but what lies behind a closed gate learns only once the gate has moved, and runs of minutes have no time for it."""
+    but parameters after a closed gate learn only once the gate has moved, and runs of minutes have no time for it."""
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "head_dim", "ffn_multiplier"):
@@ -83,7 +83,7 @@ def media_spans(media_rows: Tensor, cu_seqlens: Tensor, num_rows: int, num_laten
         rule: see the head of this file.
     """
     is_media = torch.zeros(num_rows, dtype=torch.int64, device=cu_seqlens.device).index_fill_(0, media_rows, 1)
-    before = F.pad(is_media.cumsum(0), (1, 0))  # [T + 1], images in front of each row
+    before = F.pad(is_media.cumsum(0), (1, 0))  # [T + 1], images before each row
     samples = cu_seqlens.diff().long()
     first, last = (
         before[bounds.long()].repeat_interleave(samples, output_size=num_rows)

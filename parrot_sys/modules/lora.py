@@ -126,7 +126,7 @@ def interleave(parts: list[Tensor], groups: int, dim: int) -> Tensor:
 
     Args:
         parts: equal but for their size along `dim`, which `groups` divides.
-        groups: 1 puts one part behind the other; for a fused query-key-value layer the number of query groups.
+        groups: 1 puts one part after the other; for a fused query-key-value layer the number of query groups.
         dim: not negative.
     """
     if len(parts) == 1:

@@ -22,7 +22,7 @@ class ResamplerConfig:
     """Shape of the resampler; the defaults are those of OpenFlamingo-9B."""
 
     num_latents: int = 64
-    """L, rows that stand for one image."""
+    """L, number of rows that represent one image."""
     num_layers: int = 6
     """Blocks of attention and MLP."""
     num_attention_heads: int = 8

@@ -165,7 +165,7 @@ def router_attention(
     """Causal attention over packed samples, and its weights, summed over heads, times two columns.
 
     `extra[i] = sum over heads h and keys j of weights[h, i, j] * columns[position of j in its sample]` is what the
-    router of Wings (arXiv 2406.03496) puts its bias and SiLU behind, without the matrix of weights. With heads split
+    router of Wings (arXiv 2406.03496) adds bias and SiLU after it, without the matrix of weights. With heads split
     over tensor-parallel ranks, `extra` must be summed over them.
 
     Args:

@@ -112,7 +112,7 @@ def topk_routing(
 ) -> TopKRouting:
     """Route each row to its `topk` best experts.
 
-    The exact rules (ties, groups, statistics) stand in `parrot_kernels.topk_routing`. DeepSeek-V3's router is
+    The exact rules (ties, groups, statistics) are in `parrot_kernels.topk_routing`. DeepSeek-V3's router is
     `score_function="sigmoid", num_groups=8, topk_groups=4, renormalize=True, scaling_factor=2.5` with an `expert_bias`.
 
     Args:

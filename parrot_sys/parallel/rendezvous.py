@@ -18,7 +18,7 @@ def fresh_store(store: Store, rank: int, world_size: int, timeout: timedelta) ->
     torchrun (2.13) keeps one store through all restarts of its workers. Whoever starts first could read there where a
     process that is gone once listened, and would fail to connect. The number of restarts does not tell the starts
     apart: an agent that comes anew to a run counts from 0. So rank 0 gives each start a name, which counts for the
-    ranks whose own marks stand beside it.
+    ranks whose own marks are beside it.
 
     Args:
         store: seen by all ranks.
@@ -53,7 +53,7 @@ def _name_start(store: Store, name: str, world_size: int, end: float) -> str:
 
 
 def _find_start(store: Store, own: str, rank: int, end: float) -> str:
-    """The name beside which the mark of this rank stands."""
+    """The name beside which the mark of this rank is put."""
     while time.monotonic() < end:
         if store.check(["named"]):
             name, marks = json.loads(store.get("named"))

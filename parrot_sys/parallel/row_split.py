@@ -49,11 +49,11 @@ class RowSplit:
 
     @property
     def padding(self) -> int:
-        """Rows added behind the last."""
+        """Rows added after the last."""
         return self.size * self.local_rows - self.num_rows
 
     def pad(self, rows: Tensor) -> Tensor:
-        """[T, ...] -> [size * local_rows, ...], zeros behind the last row."""
+        """[T, ...] -> [size * local_rows, ...], zeros after the last row."""
         return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, self.padding)) if self.padding else rows
 
     def take(self, rows: Tensor, rank: int) -> Tensor:

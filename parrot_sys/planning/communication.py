@@ -76,7 +76,7 @@ def micro_batch_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch
 
 
 def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
-    """Two sums over the ranks in each direction of a layer; halves of them before and behind the matrices under SP.
+    """Two sums over the ranks in each direction of a layer; halves of them before and after the matrices under SP.
 
     Under sequence parallelism a matrix keeps its own rows only, so that the gradients of the two column-parallel ones
     need their input gathered once more; recomputation repeats the forward pass.
@@ -182,7 +182,7 @@ def _expert_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Me
             if learns:
                 yield _message("experts", "all_reduce", size * way.images, 1, ranks, backward=True)
         return
-    if layout.tensor > 1:  # the ranks split the images before, and gather the results behind
+    if layout.tensor > 1:  # the ranks split the images before, and gather the results after
         whole = way.own * layout.tensor
         yield _message("tensor", "all_gather", image * whole, 1, layout.tensor)
         for size, learns in there:

@@ -184,7 +184,7 @@ def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     if learns.projector:
         total += b * visual * model.vision.hidden_size
     if job.gradient_reaches("projector"):
-        # Behind each layer but the last: what the activation takes, and what it gives to a layer that learns.
+        # After each layer but the last: what the activation takes, and what it gives to a layer that learns.
         cut = cut_projector_layers(model) // 2
         widths = size * (cut / layout.tensor + model.projector.depth - 1 - cut)
         total += b * visual * widths * (2 if learns.projector else 1)
@@ -220,7 +220,7 @@ def _tower_bytes(job: Job, layout: Layout, images: float) -> float:
     rows = images * vision.num_tower_rows
     size, ffn = vision.hidden_size, vision.ffn_hidden_size / tensor
     norm = b * size + 8
-    # Joint projection, output, and the output again: transposed for the matrix behind it.
+    # Joint projection, output, and the output again: transposed for the matrix after it.
     attention = (b * (3 * size + 2 * size) + 4 * vision.num_attention_heads) / tensor
     activation = ffn * b * ((2 if vision.activation == "quick_gelu" else 1) + 1)
     block = 2 * (norm + b * size) + attention + activation + 2 * b * size * vision.tower.has_layer_scale

@@ -136,7 +136,7 @@ def _collect(readers: list[Connection], deadline: float) -> list[_Success | str 
 
 
 def _stop(processes: list[BaseProcess], folder: Path) -> dict[int, str]:
-    """Ends every process; returns where those that still ran were standing, or how those that died ended."""
+    """Ends every process; returns where those that still ran were, or how those that died ended."""
     notes = {}
     for rank, process in enumerate(processes):
         process.join(timeout=0.5)

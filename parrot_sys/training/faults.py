@@ -58,7 +58,7 @@ class StepGuard:
         Args:
             config: what counts as wrong and what to do then.
             output: directory of `bad_steps.jsonl`; none is written without it.
-            start_step: steps done before; what an interrupted run wrote behind it is taken back.
+            start_step: steps done before; what an interrupted run wrote after it is taken back.
         """
         self.config = config or FaultConfig()
         self._losses: deque[float] = deque(maxlen=self.config.spike_window)

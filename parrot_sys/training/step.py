@@ -105,7 +105,7 @@ class StepRunner:
 
         def loss_function(batch: PackedBatch, losses: Tensor) -> tuple[Tensor, None]:
             metrics.add_losses(batch, losses)
-            return losses.sum() * next(weights, 0.0), None  # behind the last there are only empty ones
+            return losses.sum() * next(weights, 0.0), None  # after the last there are only empty ones
 
         def on_routing(batch: PackedBatch, routing: RoutingOutput) -> None:
             metrics.add_routes(batch, routing, self.num_visual_rows)

@@ -79,7 +79,7 @@ class Trainer:
         """The other processes."""
         config = self.config
         platform.set_cpu_threads()
-        # Later than the watchdog: a collective that gives up ends its rank before that has logged where it stands.
+        # Later than the watchdog: a collective that gives up ends its rank before that rank has logged where it is.
         patience = 2 * max(seconds or 0.0 for seconds in config.faults.timeouts().values())
         initialize(config.parallel, seed=config.seed, timeout=max(600.0, patience))
         self.watchdog.meet()
@@ -262,7 +262,7 @@ class Trainer:
         settings = self.config.logging
         total = self.step + self._steps_left()
         writer = MetricsWriter(self.output, settings, total_steps=total, start_step=self.step)
-        with writer, self.stop, self.watchdog.section("steps", f"training behind step {self.step}"):
+        with writer, self.stop, self.watchdog.section("steps", f"training after step {self.step}"):
             try:
                 summary = self._train(writer, total)
             except TrainingError:  # raised on every rank: the checkpoint that is being written can be completed
@@ -282,7 +282,7 @@ class Trainer:
             self.schedule.apply(position, self.optimizer.param_groups)
             result = self.runner.train(next(batches), self.step + 1, stop=self.stop.received is not None)
             self.step += 1
-            self.watchdog.beat(f"training behind step {self.step}")
+            self.watchdog.beat(f"training after step {self.step}")
             self.log.add(result)
             stopping = result.metrics.scalar("stop") > 0
             done = self.step == total

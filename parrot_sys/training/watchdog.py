@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, after it has logged where its threads stand, so that torchrun can restart."""
+"""Ends a process that makes no progress, after it has logged where its threads are, so that torchrun can restart."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def section(self, name: SectionName, doing: str) -> Iterator[None]:
-        """Watches the block, with the time of this section; one that stands inside another has its own time.
+        """Watches the block, with the time of this section; one inside another has its own time.
 
         Args:
             name: of the section.
@@ -201,7 +201,7 @@ class _Peers:
 def _foreign_stack(pid: str) -> str:
     """The Python stack of another process if py-spy is installed."""
     if (py_spy := shutil.which("py-spy")) is None:
-        return " (with py-spy installed its stack would stand here)"
+        return " (with py-spy installed its stack would be here)"
     command = [py_spy, "dump", "--nonblocking", "--pid", pid]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS, check=False)

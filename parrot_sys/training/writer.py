@@ -98,7 +98,7 @@ class MetricsWriter:
                 logger.error("%s cannot be written (%s); records are kept in memory until it can", self._path, error)
 
     def advance(self, **shown: str) -> None:
-        """Moves the bar by a step; `shown` stands behind it."""
+        """Moves the bar by a step; `shown` is the text after it."""
         if self._active:
             if shown:
                 self._bar.set_postfix(shown, refresh=False)
@@ -160,7 +160,7 @@ def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def cut_records(path: Path, last_step: int, *, without: str | None = None) -> None:
-    """Drops records behind `last_step`, and a line that a killed process left half-written.
+    """Drops records after `last_step`, and a line that a killed process left half-written.
 
     Args:
         path: file with one JSON object a line, each with a `step`; nothing happens when there is none.

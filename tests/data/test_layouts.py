@@ -137,7 +137,7 @@ def chat(*contents, **more):
     ("raw", "reason"),
     [
         (chat("Hi", None), r"turn 1 must have strings in `role` and `content`, got"),
-        (chat("Hi", [{"type": "image", "image": "a.png"}]), "turn 1: an image must stand in a human turn"),
+        (chat("Hi", [{"type": "image", "image": "a.png"}]), "turn 1: an image must be in a human turn"),
         (chat([{"type": "video", "video": "a"}], "x"), "turn 0: a part of the content must be a text or an image, got"),
         (chat([{"type": "text", "text": None}], "x"), "turn 0: a part of the content must be a text or an image, got"),
         (chat([{"type": "image"}], "x"), "must have one <image> marker for each image, got 1 markers and 0 images"),

@@ -86,7 +86,7 @@ def test_bytes_that_are_no_utf8_cost_one_record(name, tmp_path):
         (b"[" + b"9" * 5000 + b"]", "limit"),
         (b"[{}, {]", "in record 1"),
         (b"[{}] []", "something follows"),
-        (b"[{} {}]", "behind record 0, got {"),
+        (b"[{} {}]", "after record 0, got {"),
         (b"\xff\xfe[\x00\x00", "truncated data"),
     ],
 )

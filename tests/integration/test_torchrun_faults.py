@@ -71,7 +71,7 @@ def test_killed_and_hanging_workers_are_restarted_and_the_curve_is_the_same(tmp_
     assert [step for step, *_ in found] == list(range(1, 21)), "each step stands there once"
     assert found == wanted, f"killed at step {at}"
     assert "in _hang" in log
-    assert re.search(r"\[rank 0\] no progress for \d+ s while training behind step 16", log)
+    assert re.search(r"\[rank 0\] no progress for \d+ s while training after step 16", log)
     assert f"exit code {HUNG}" in log
     starts = [int(step) for step in re.findall(r"going on after step (\d+)", log)]
     assert len(starts) in (2, 3), "the first kill may come before any checkpoint is complete"

@@ -52,7 +52,7 @@ def test_killed_run_goes_on_bit_equal(ranks: int, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="ranks failed"):
             run(killed, ranks, hook)
     (summary, *_) = run(killed, ranks)
-    assert summary["steps"] == 2, "the last start goes on behind step 6"
+    assert summary["steps"] == 2, "the last start goes on after step 6"
     assert losses(killed) == losses(whole)
     assert [step for step, *_ in losses(whole)] == list(range(1, 9))
     names = sorted(path.name for path in (Path(killed.output) / "checkpoints").iterdir())

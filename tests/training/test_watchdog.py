@@ -35,7 +35,7 @@ def _hang(how: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> tuple[s
     def work(rank: int, size: int) -> None:
         watchdog = Watchdog(FaultConfig(hang_timeout=1.0))
         watchdog.meet()
-        with watchdog.section("steps", "training behind step 7"):
+        with watchdog.section("steps", "training after step 7"):
             if rank == 1:
                 how()
             dist.barrier()
@@ -51,7 +51,7 @@ def test_every_rank_logs_its_stack(capfd: pytest.CaptureFixture[str]) -> None:
     for rank, place in ((0, "in barrier"), (1, "in _spin_for_ever")):
         _, _, text = log.partition(f"[rank {rank}] no progress for ")
         stack, _, _ = text.partition("[rank ")
-        assert "while training behind step 7" in stack
+        assert "while training after step 7" in stack
         assert place in stack
     assert "does not answer" not in log
 

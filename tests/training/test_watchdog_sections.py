@@ -73,7 +73,7 @@ def _in_export() -> None:
         pytest.param(
             _in_features, "features_timeout", "computing image features", {"cache_image_features": True}, id="features"
         ),
-        pytest.param(_in_steps, "hang_timeout", "training behind step 0", {}, id="steps"),
+        pytest.param(_in_steps, "hang_timeout", "training after step 0", {}, id="steps"),
         pytest.param(_in_the_writer, "checkpoint_timeout", "saving a checkpoint", {}, id="checkpoint"),
         pytest.param(
             _at_the_end_of_a_checkpoint,

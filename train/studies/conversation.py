@@ -15,7 +15,7 @@ from parrot_sys.inference.pretrained import load_pretrained
 def sample_conversations(checkpoint: Path, benchmark: Path, output: Path, *, speaker: str) -> Path:
     """Asks in each language about a picture of its own, in two turns.
 
-    The pictures stand evenly spread in the first split, so that nobody chose them by hand.
+    The pictures are evenly spread over the first split, so that nobody chose them by hand.
 
     Args:
         checkpoint: the model.

@@ -65,7 +65,7 @@ def report_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], eval
         folder.mkdir(parents=True, exist_ok=True)
         notes = [
             f"The demo's small model ({system.model}) on its default data. The benchmark asks every held-out question; "
-            "of the dialogues a part is asked, also for the attention: n stands beside each table."
+            "of the dialogues a part is asked, also for the attention: n is shown beside each table."
         ]
         inputs = ReportInput(
             evaluation=evaluations.benchmark.folder,

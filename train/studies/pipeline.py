@@ -1,7 +1,7 @@
 """Resumable steps: each runs a command once for its settings and leaves a stamp; the next start skips what is done.
 
 A step's key is the hash of its settings and of the keys of the steps it builds on, so that a changed setting runs it
-and everything behind it again. A step that was interrupted keeps its folder and goes on there, as training and
+and everything after it again. A step that was interrupted keeps its folder and goes on there, as training and
 evaluation do by themselves.
 """
 
@@ -87,7 +87,7 @@ class Pipeline:
         path = self.root / "stamps" / f"{name.replace('/', '.')}.json"
         stamp = read_json(path, PipelineError) if path.is_file() else {}
         if stamp.get("key") != key:
-            # What stands there belongs to other settings.
+            # Its contents belong to other settings.
             shutil.rmtree(folder, ignore_errors=True)
             stamp = {"key": key, "done": False, "seconds": 0.0}
         if stamp["done"] and folder.exists():

@@ -38,7 +38,7 @@ def with_columns(
         cache = context.cached.cache
         longest = cache.max_length + 1
         ends = torch.arange(0, (len(query) + 1) * longest, longest, dtype=torch.int32, device=query.device)
-        # (Keys behind a request's last row are masked by their positions.)
+        # (Keys after a request's last row are masked by their positions.)
         places = torch.stack((cache.lengths, torch.zeros_like(cache.lengths)), dim=1).to(torch.int32)
         output, sums, _ = router_attention_parts(
             query,

@@ -27,7 +27,7 @@ class ColumnSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedRows:
-    """A KV cache and where the T rows of this micro-batch stand in it."""
+    """A KV cache and the places of this micro-batch's T rows in it."""
 
     cache: KVCache
     samples: Tensor  # [T] int64, request of each row

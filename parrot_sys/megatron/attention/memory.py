@@ -6,7 +6,7 @@ hidden size of the decoder.
 
 Layers get the memory as Megatron's `context` argument, and a `MemoryPlan` (which row sees what) in their
 `AttentionContext`. That it is an argument, not a part of the `AttentionContext`, lets recomputation send its gradient
-back. Between pipeline stages the memory travels behind the hidden states, in rows of their width, in the same message;
+back. Between pipeline stages the memory is sent after the hidden states, in rows of their width, in the same message;
 so its gradient comes back through all stages to whatever made it on the first.
 
 Under tensor parallelism the layers of each rank use a part of the memory's columns, so their gradients are partial
