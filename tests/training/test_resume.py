@@ -90,7 +90,13 @@ def test_records_do_not_depend_on_interruptions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "distributed"), [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True)]
+    ("precision", "distributed"),
+    [
+        ("fp32", False),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        pytest.param("bf16", False, marks=pytest.mark.slow),
+        ("bf16", True),
+    ],
 )
 def test_changed_optimizer_settings_take_effect(precision: str, distributed: bool, tmp_path: Path) -> None:
     first = OptimizerConfig(lr=1e-3, projector_lr=2e-3, weight_decay=0.1, distributed=distributed)
@@ -149,7 +155,7 @@ def test_length_follows_samples(samples: int, begun: int, later: int, epochs: fl
     assert end <= consumed < end + size, "the end is where it was, to within a step"
 
 
-@pytest.mark.parametrize(("size", "steps"), [(4, 8), (16, 2)])
+@pytest.mark.parametrize(("size", "steps"), [(4, 8), pytest.param(16, 2, marks=pytest.mark.slow)])
 def test_another_batch_size_takes_the_same_samples(
     size: int, steps: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,7 +191,14 @@ def test_another_text_precision_or_split_of_fp32_is_refused(tmp_path: Path) -> N
     assert "without optimizer.distributed" in message
 
 
-@pytest.mark.parametrize(("precision", "before"), [("fp32", True), ("bf16", True), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("precision", "before"),
+    [
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        ("bf16", True),
+        pytest.param("bf16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_optimizers_state_may_be_split_later_on(precision: str, before: bool, tmp_path: Path) -> None:
     """ZeRO on or off makes no difference to what is trained."""
     one, other = (OptimizerConfig(lr=1e-3, distributed=distributed) for distributed in (before, not before))

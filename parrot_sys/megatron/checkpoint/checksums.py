@@ -20,7 +20,7 @@ Digest = tuple[int, str]
 
 _ALWAYS = (INDEX, FORMAT)
 _READ = (*_ALWAYS, COMMON, MODEL_CONFIG)
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # bytes; larger ones would stay with the allocator beside the weights
 _SHOW_FROM = 1 << 30  # bytes; less than this is hashed in a second
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,9 +22,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from parrot_sys.errors import CheckpointError
+from parrot_sys.megatron.checkpoint.pieces import PIECE_BYTES, find_tensor
 from parrot_sys.megatron.runtime.compat import replaced_readers
 from parrot_sys.models.checkpoint_files import COMMON, INDEX, check_whole
 
@@ -112,8 +114,24 @@ class DataReader(FileSystemReader):
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        """What the plan asks for, given to the planner."""
-        return super().read_data(plan, _PlainObjects(planner, Path(self.path)))  # type: ignore[arg-type]  # answers alike
+        """What the plan asks for, given to the planner; of large tensors, little is in memory beside their target."""
+        rest = [item for item in plan.items if not self._read_in_pieces(item, planner)]
+        plain = _PlainObjects(planner, Path(self.path))
+        return super().read_data(replace(plan, items=rest), plain)  # type: ignore[arg-type]  # answers alike
+
+    def _read_in_pieces(self, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Whether this was a large tensor that could be read so."""
+        place = self.storage_data[item.storage_index]
+        if item.type is not LoadItemType.TENSOR or place.length <= PIECE_BYTES or place.transform_descriptors:
+            return False
+        with (Path(self.path) / place.relative_path).open("rb") as file:
+            stored = find_tensor(file, place.offset, place.length)
+            if stored is None:
+                return False
+            target = planner.resolve_tensor(item).detach()
+            stored.copy_into(target, file, list(item.storage_offsets), list(item.lengths))
+        planner.commit_tensor(item, target)
+        return True
 
 
 class _PlainObjects:

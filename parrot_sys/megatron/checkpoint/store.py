@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron.checkpoint.checksums import verify_checksums
@@ -92,9 +95,24 @@ def load_model_weights(folder: str | Path, chunks: Sequence[MultimodalModel], *,
         for name, tensors in state[_MODEL].items():
             state[_MODEL][name] = {key: tensor for key, tensor in tensors.items() if not _has_lora((key,))}
     _check_tensors(folder, state[_MODEL])
+    dict_list_map_inplace(lambda part: _in_place(part) if isinstance(part, ShardedTensorFactory) else part, state)
     loaded = load_sharded(state, folder)
     _load_chunks(chunks, loaded)
     return loaded[_COMMON]
+
+
+def _in_place(factory: ShardedTensorFactory) -> ShardedTensorFactory:
+    """Parts that were read into the tensor of which they are views are not joined in a copy."""
+    whole = factory.data
+
+    def merge(parts: Any) -> Any:
+        tensors = parts.values() if isinstance(parts, dict) else parts
+        storage = whole.untyped_storage().data_ptr()
+        if all(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == storage for part in tensors):
+            return whole.detach()
+        return factory.merge_fn(parts)
+
+    return replace(factory, merge_fn=merge)
 
 
 def load_training_state(
