@@ -69,6 +69,7 @@ class ParrotForConditionalGeneration(nn.Module):
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.source = source
+        self.eval()  # nothing drops out, as after `from_pretrained` of transformers
 
     @property
     def config(self) -> ParrotConfig:

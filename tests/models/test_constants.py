@@ -18,7 +18,8 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.files import read_json
 from parrot_sys.models.constants import Difference, check_constants, comparable, find_differences
 from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.hf_config import config_from_hf
+from parrot_sys.models.hf_config import config_from_hf, config_to_hf
+from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import RopeScaling
@@ -49,11 +50,26 @@ def _topk(folder: Path) -> tuple[Path, ParrotConfig]:
     return _training_checkpoint(folder, moe=TextGuidedMoEConfig(routing="topk", topk=2), llm=llm)
 
 
+ROUTED = replace(ParrotConfig().llm, family="qwen3_moe", qkv_bias=False, experts=TokenExpertsConfig(dense_layers=(2,)))
+
+
+def _routed(folder: Path) -> tuple[Path, ParrotConfig]:
+    return _training_checkpoint(folder, llm=ROUTED)
+
+
+def _released_routed(folder: Path) -> tuple[Path, ParrotConfig]:
+    model = ParrotConfig(llm=ROUTED)
+    (folder / "config.json").write_text(json.dumps(config_to_hf(model, None, folder)), encoding="utf-8")
+    return folder, model
+
+
 STARTS: dict[str, Callable[[Path], tuple[Path, ParrotConfig]]] = {
     "released Parrot": lambda _: (PARROT, _model(PARROT)),
     "released Wings": lambda _: (WINGS, _model(WINGS)),
     "training checkpoint, MultiModal-GPT": _flamingo,
     "training checkpoint, top-k": _topk,
+    "training checkpoint, token-routed": _routed,
+    "released Parrot, token-routed": _released_routed,
 }
 
 

@@ -22,7 +22,6 @@ from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.megatron.state_dict import load_released, released_tensors
 from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
@@ -43,18 +42,6 @@ MODEL = replace(
 """Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
 TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
 QWEN3 = replace(TOPK, llm=replace(MODEL.llm, family="qwen3", qkv_bias=False, head_dim=10))
-QWEN3_MOE = replace(
-    TOPK,
-    llm=replace(QWEN3.llm, family="qwen3_moe", experts=TokenExpertsConfig(num_experts=8, topk=3, ffn_hidden_size=20)),
-)
-QWEN3_MOE_MIXED = replace(
-    MODEL,
-    llm=replace(
-        QWEN3_MOE.llm,
-        experts=TokenExpertsConfig(num_experts=4, topk=2, ffn_hidden_size=20, renormalize=False, sparse_step=2),
-    ),
-)
-"""Experts in every second layer."""
 LLAMA = replace(
     MODEL,
     llm=replace(

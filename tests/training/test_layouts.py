@@ -10,22 +10,7 @@ import pytest
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.parrot import ParrotConfig
-from tests.training.layouts import (
-    ALL,
-    DINOV2,
-    LLAMA,
-    LORA,
-    MODEL,
-    QWEN3,
-    QWEN3_MOE,
-    QWEN3_MOE_MIXED,
-    TIED,
-    TOPK,
-    Run,
-    assert_same,
-    layout,
-    train,
-)
+from tests.training.layouts import ALL, DINOV2, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}
 
@@ -45,28 +30,6 @@ def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = 
         pytest.param(QWEN3, layout(pipeline=2, experts=2), {"data_parallel": 2}, id="pp2-ep2-qwen3"),
         pytest.param(LLAMA, layout(tensor=2, pipeline=2), {}, id="tp2-pp2-llama"),
         pytest.param(LLAMA, layout(experts=2), {"data_parallel": 2}, id="ep2-llama"),
-        pytest.param(
-            QWEN3_MOE,
-            layout(tensor=2, sequence=True, experts=2, expert_tensor=1),
-            {"data_parallel": 2},
-            id="tp2-sp-ep2-etp1-dp2-qwen3_moe",
-        ),
-        pytest.param(
-            QWEN3_MOE, layout(tensor=2, sequence=True, experts=2), {"data_parallel": 2}, id="tp2-sp-ep2-etp2-qwen3_moe"
-        ),
-        pytest.param(QWEN3_MOE, layout(pipeline=2), {"recompute": "full"}, id="pp2-recompute-qwen3_moe"),
-        pytest.param(QWEN3_MOE, layout(experts=2), {"data_parallel": 2, "overlap": True}, id="ep2-overlap-qwen3_moe"),
-        pytest.param(QWEN3_MOE, layout(context=2), {}, id="cp2-qwen3_moe"),
-        pytest.param(QWEN3_MOE, layout(context=2, experts=2), {}, id="cp2-ep2-qwen3_moe"),
-        pytest.param(
-            QWEN3_MOE_MIXED, layout(tensor=2, sequence=True, expert_tensor=1), {}, id="tp2-sp-etp1-qwen3_moe-mixed"
-        ),
-        pytest.param(
-            QWEN3_MOE_MIXED,
-            layout(pipeline=2, experts=2),
-            {"data_parallel": 2, "distributed": True},
-            id="pp2-ep2-zero1-qwen3_moe-mixed",
-        ),
         pytest.param(TIED, layout(pipeline=2), {}, id="pp2-tied"),
         pytest.param(TOPK, layout(pipeline=2), {"data_parallel": 2, "distributed": True}, id="pp2-dp2-topk-zero1"),
         pytest.param(MODEL, layout(pipeline=4), {"recompute": "full"}, id="pp4-recompute"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.flamingo import FlamingoConfig
+from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
@@ -32,6 +33,13 @@ PP2 = ParallelConfig(pipeline_model_parallel_size=2)
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)
 EP2 = ParallelConfig(expert_model_parallel_size=2)
 TP2_EP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2)
+TP2_EP2_PP2 = ParallelConfig(
+    tensor_model_parallel_size=2,
+    sequence_parallel=True,
+    pipeline_model_parallel_size=2,
+    expert_model_parallel_size=2,
+    expert_tensor_parallel_size=1,
+)
 VPP = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 
 
@@ -105,6 +113,15 @@ def test_gated_blocks_go_on_under_another_layout(tmp_path: Path) -> None:
     changes = {"flamingo": flamingo, "moe": TextGuidedMoEConfig(num_experts=0), "lora": LoRAConfig(rank=4)}
     names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, everything=changes)
     assert any(".gated_cross_attn_layer.attn.to_kv.lora_B" in name for name in names)
+
+
+def test_token_experts_go_on_under_another_layout(tmp_path: Path) -> None:
+    """Layers with experts and without, beside Parrot's own."""
+    llm = _config(tmp_path, "any").model.llm
+    experts = TokenExpertsConfig(num_experts=4, topk=2, ffn_hidden_size=24, sparse_step=2)
+    routed = dataclasses.replace(llm, family="qwen3_moe", qkv_bias=False, experts=experts)
+    names = _goes_on(tmp_path, (EP2, 2), (TP2_EP2_PP2, 4), distributed=True, everything={"llm": routed})
+    assert any(name.endswith("layers.3.mlp.experts.3.down_proj.weight") for name in names)
 
 
 def _goes_on(
