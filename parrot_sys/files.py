@@ -163,7 +163,7 @@ class Fields:
         """The object at a key; an empty one when it is absent."""
         return Fields(self.get(key, dict), self.file, f"{self.prefix}{key}.")
 
-    def only(self, key: str, wanted: Any, why: str) -> None:
+    def require_value(self, key: str, wanted: Any, why: str) -> None:
         """Refuses every value of a key but `wanted`, which is what an absent one means.
 
         Raises:

@@ -32,7 +32,7 @@ def write_array(path: Path, values: npt.NDArray[Any]) -> None:
 
 
 def read_array(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any] | None:
-    """What `write_array` wrote; None without a file, and (with a warning) for a damaged or another one."""
+    """The array that `write_array` wrote; None without a file, and (with a warning) for a damaged or another one."""
     try:
         with path.open("rb") as file:
             values, checksum = np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)

@@ -34,7 +34,7 @@ class DataConfig:
     """Data sets: a JSON list (.json) or one record a line (.jsonl), in LLaVA/Parrot format or another one of
     docs/data.md."""
     image_roots: Annotated[tuple[str, ...], INPUT] = ()
-    """What the records' image names are relative to (default: the directory of each file): a directory, a tar or
+    """Base of the records' image names (default: the directory of each file): a directory, a tar or
     Parquet file, a directory of those, or a pattern such as 'shards/*.tar'."""
     allow_outside_root: bool = False
     """Also read images whose names lead out of the image root: absolute names, `..`, symbolic links. Only for records

@@ -99,7 +99,7 @@ class ParrotDataLoader:
         self.config = config
         self.statistics = LoaderStatistics()
         # Threads of the loader tokenise while the caller may use the same tokenizer, which is not safe to share.
-        self._processor = processor.following(config)
+        self._processor = processor.with_data_config(config)
         self._processor.tokenizer = copy.deepcopy(processor.tokenizer)
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size

@@ -104,7 +104,7 @@ class ParrotProcessor:
         other.image_processor = replace(self.image_processor, limits=limits)
         return other
 
-    def following(self, data: DataConfig) -> ParrotProcessor:
+    def with_data_config(self, data: DataConfig) -> ParrotProcessor:
         """This processor with the rules for texts and pictures that training data are read by."""
         other = self.with_text_rules(data.image_position, data.control_tokens)
         other.image_processor = replace(

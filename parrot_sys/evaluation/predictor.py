@@ -247,7 +247,7 @@ def _picture_key(item: Item, image_key: str) -> str:
 
 
 def _rule(parrot: ParrotConfig) -> dict[str, str]:
-    """The settings that `compat` changes, see `ParrotConfig.following`."""
+    """The settings that `compat` changes, see `ParrotConfig.with_compat`."""
     if parrot.wings is not None:
         return {"rule": parrot.wings.rule}
     return {} if parrot.flamingo is None else {"rule": parrot.flamingo.media_rule}

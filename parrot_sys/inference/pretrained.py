@@ -47,7 +47,7 @@ def load_pretrained(
         dtype: of the parameters (`"bfloat16"` or torch.bfloat16); None keeps that of the checkpoint.
         parallel: layout, when several processes load one model together.
         compat: whose rules the model follows where the public code does not do what the paper says; None: as the
-            checkpoint says. See `ParrotConfig.following`.
+            checkpoint says. See `ParrotConfig.with_compat`.
         allow_non_finite: load NaN and infinite weights with a warning, for those who look for their cause.
 
     Raises:
@@ -125,7 +125,7 @@ def _load_released(
     allow_non_finite: bool,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config, stored = released_config(directory)
-    config = config.following(compat)
+    config = config.with_compat(compat)
     processor = ParrotProcessor.from_pretrained(directory)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory)
     from parrot_sys.megatron.export import ReleasedSource
@@ -147,7 +147,7 @@ def _load_training(
     compat: Compat | None,
     allow_non_finite: bool,
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
-    config = load_config(ParrotConfig, directory / MODEL_CONFIG).following(compat)
+    config = load_config(ParrotConfig, directory / MODEL_CONFIG).with_compat(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR)
     from parrot_sys.megatron.checkpoint.store import load_model_weights

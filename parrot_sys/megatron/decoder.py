@@ -327,7 +327,7 @@ class Decoder(GPTModel):
         if split is not None:
             shared = share_pack(split, self.pg_collection.cp, cu_seqlens)
             position_ids = split.take(position_ids, self.pg_collection.cp.rank())
-            memory = None if memory is None else memory.taken(split, self.pg_collection.cp.rank())
+            memory = None if memory is None else memory.for_rank(split, self.pg_collection.cp.rank())
         dtype = self.config.params_dtype
         rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.llm.rope_base, dtype, self.llm.rope_scaling)
         return make_context(

@@ -19,7 +19,7 @@ _EXPERT_COLUMNS = {"w_gate_up": 2, "w_down": 1}
 """Parameters that hold experts -> the dimension of their inner columns; dimension 0 counts the experts."""
 
 
-def several(group: ProcessGroup) -> ProcessGroup | None:
+def multi_rank_group(group: ProcessGroup) -> ProcessGroup | None:
     """The group, or None where it has one rank."""
     return group if group.size() > 1 else None
 
@@ -27,7 +27,10 @@ def several(group: ProcessGroup) -> ProcessGroup | None:
 def expert_groups(groups: ProcessGroupCollection) -> ExpertGroups:
     """Megatron's groups as the modules take them."""
     return ExpertGroups(
-        tp=several(groups.tp), ep=several(groups.ep), etp=several(groups.expt_tp), joint=several(groups.tp_ep)
+        tp=multi_rank_group(groups.tp),
+        ep=multi_rank_group(groups.ep),
+        etp=multi_rank_group(groups.expt_tp),
+        joint=multi_rank_group(groups.tp_ep),
     )
 
 

@@ -31,7 +31,7 @@ from parrot_sys.megatron.experts import (
     mark_experts,
     mark_projector,
     mark_token_experts,
-    several,
+    multi_rank_group,
     sharded_experts,
     sharded_projector,
 )
@@ -39,7 +39,7 @@ from parrot_sys.megatron.flamingo import flamingo_layer_spec, media_plan
 from parrot_sys.megatron.runtime import backends
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.megatron.wings import with_learners
-from parrot_sys.megatron.wings_memory import WingsPlan, plan_memory, remembered
+from parrot_sys.megatron.wings_memory import WingsPlan, gather_memory, plan_memory
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.losses import attach_loss
@@ -99,7 +99,11 @@ class MultimodalModel(MegatronModule):
             self.resampler = PerceiverResampler(parrot.flamingo.resampler, parrot.vision.hidden_size, dtype=dtype)
         elif self.pre_process:
             self.projector = Projector(
-                parrot.projector, parrot.vision.hidden_size, hidden_size, dtype=dtype, group=several(self.tp_group)
+                parrot.projector,
+                parrot.vision.hidden_size,
+                hidden_size,
+                dtype=dtype,
+                group=multi_rank_group(self.tp_group),
             )
             mark_projector(self.projector)
             if parrot.moe.num_experts:
@@ -202,7 +206,7 @@ class MultimodalModel(MegatronModule):
                 if loss is not None:
                     embeddings = attach_loss(embeddings, loss)
         if embeddings is not None and isinstance(plan, WingsPlan):
-            memory = remembered(embeddings, plan, self._blank_rows() if plan.needs_blank else None)
+            memory = gather_memory(embeddings, plan, self._blank_rows() if plan.needs_blank else None)
         output = self.decoder(
             embeddings,
             batch.position_ids,

@@ -33,7 +33,7 @@ from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
 from parrot_sys.models.llm import llm_maps
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
-from parrot_sys.models.tensor_map import TensorMap, only
+from parrot_sys.models.tensor_map import TensorMap, single
 from parrot_sys.models.tower_maps import VISION_MODEL, is_passed_over, tower_maps
 from parrot_sys.models.wings_hf import ROUTER, WINGS_TYPES
 from parrot_sys.parallel import ExpertGroups
@@ -125,7 +125,7 @@ def fill(
         for entry in sorted(maps, key=_num_values, reverse=True):
             if (target := targets.get(entry.name)) is None:
                 continue
-            if entry.pack is only and tuple(target.shape) == tuple(entry.shapes[0]):
+            if entry.pack is single and tuple(target.shape) == tuple(entry.shapes[0]):
                 _copy(target, entry.keys[0], read, found)
                 continue
             parts = []

@@ -308,7 +308,7 @@ def _owners(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens, rows, right=True) - 1
 
 
-def remembered(embeddings: Tensor, plan: WingsPlan, blank: Tensor | None) -> Tensor:
+def gather_memory(embeddings: Tensor, plan: WingsPlan, blank: Tensor | None) -> Tensor:
     """The memory [M, H] from the embeddings [T, H] with images in place, and the rows [V, H] of an all-zero image."""
     nothing = embeddings.new_zeros(1, embeddings.shape[1])
     everything = [embeddings, nothing] if blank is None else [embeddings, nothing, blank]

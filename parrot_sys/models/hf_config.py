@@ -69,8 +69,8 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
     model_type = fields.get("model_type", str, "parrot_qwen2")
     if model_type not in RELEASED_TYPES:
         raise fields.wrong("model_type", f"one of {', '.join(RELEASED_TYPES)}")
-    fields.only("mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
-    fields.only("tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
+    fields.require_value("mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
+    fields.require_value("tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
     own = fields.below(OWN_KEY)
     flamingo = model_type == MULTIMODAL_GPT
     llm = llm_config_from_hf(fields, family=_family(fields, own))

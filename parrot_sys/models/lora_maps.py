@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.tensor_map import Pack, Shape, TensorMap, Unpack, alone, copied, only
+from parrot_sys.models.tensor_map import Pack, Shape, TensorMap, Unpack, alone, copied, single
 from parrot_sys.modules.lora import LoRAConfig
 
 LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight")
@@ -17,7 +17,7 @@ def lora_maps(
     name: str,
     keys: Mapping[str, Shape],
     *,
-    pack: Pack = only,
+    pack: Pack = single,
     unpack: Unpack = alone,
 ) -> list[TensorMap]:
     """Updates beside one linear layer of the model <-> peft's names beside the released layers.

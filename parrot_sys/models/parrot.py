@@ -77,7 +77,7 @@ class ParrotConfig:
         """Longest request in rows, with its images and its answer: `max_seq_len`, or the model's positions if fewer."""
         return min(self.max_seq_len, self.max_positions)
 
-    def following(self, compat: Compat | None) -> ParrotConfig:
+    def with_compat(self, compat: Compat | None) -> ParrotConfig:
         """The same model with the rules of the public code (`released`) or of the paper; as it is for None.
 
         Changes what both do differently with the same weights: which image a row reads (MultiModal-GPT), what the

@@ -16,13 +16,13 @@ Unpack = Callable[[Tensor], Sequence[Tensor]]
 """The reverse."""
 
 
-def only(tensors: Sequence[Tensor]) -> Tensor:
+def single(tensors: Sequence[Tensor]) -> Tensor:
     """The one tensor, as it is."""
     return tensors[0]
 
 
 def alone(tensor: Tensor) -> list[Tensor]:
-    """The reverse of `only`."""
+    """The reverse of `single`."""
     return [tensor]
 
 
@@ -35,7 +35,7 @@ class TensorMap:
     keys: tuple[str, ...]
     shapes: tuple[Shape, ...]
     """Shape of each released tensor."""
-    pack: Pack = only
+    pack: Pack = single
     """Released tensors, in the order of `keys`, to the model's."""
     unpack: Unpack = alone
     """The reverse."""

@@ -37,7 +37,7 @@ def vision_config_from_hf(
     assert tower.transformer is not None
     usual = tower.transformer
     for name in usual.refused:
-        fields.only(name, False, "the tower here does nothing else")
+        fields.require_value(name, False, "the tower here does nothing else")
     hidden_size = fields.get("hidden_size", int, 768)
     inner = int(hidden_size * fields.get("mlp_ratio", float, 4.0))
     with naming_file(file):

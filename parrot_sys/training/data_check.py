@@ -121,7 +121,7 @@ def _setup(config: DataCheckConfig, data: DataConfig) -> tuple[CheckSetup, list[
         elif start is not None:
             processor = ParrotProcessor.from_pretrained(folder, model.template)
         if processor is not None:
-            processor = processor.following(data)
+            processor = processor.with_data_config(data)
             processor.encode_text("")  # a checkpoint may hold no tokenizer
             processor.check_fits(model.llm.vocab_size, model.vision.image_size, model.tokenizer_path or start)
     except ParrotError as error:

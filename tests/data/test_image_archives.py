@@ -52,9 +52,6 @@ def built(monkeypatch):
     return paths
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
 def test_only_headers_and_the_needed_members_are_read(tmp_path):
     big = {f"{i}.png": bytes([i]) * 300_000 for i in range(40)}
     path = write_tar(tmp_path / "a.tar", big)
@@ -123,9 +120,6 @@ def test_threads_share_no_position(tmp_path, kind):
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(read, range(4)))
-
-
-# -------------------------------------------------------------------------------------------------------------- index
 
 
 def test_the_index_is_built_once_and_again_after_a_change(tmp_path, built):
@@ -206,9 +200,6 @@ def test_the_index_takes_little_memory(tmp_path):
     assert root.problem("some/folder/with/a/name/000000007.png") is None
     assert held < 70 * count
     assert peak < 400 * count + 1_000_000  # (tarfile alone would keep 1.5 kB a member)
-
-
-# ------------------------------------------------------------------------------------------------- refused and damaged
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):

@@ -249,9 +249,6 @@ def test_a_changed_archive_stops_the_run_even_when_bad_samples_are_skipped(proce
     assert list(loader)
 
 
-# --------------------------------------------------------------------------------------------------------- data URLs
-
-
 def test_pictures_in_records_take_no_memory(processor, tmp_path):
     big = encoded(Image.fromarray(noise(300, 300)), "BMP")
     other = encoded(Image.fromarray(noise(300, 300, 9)), "BMP")

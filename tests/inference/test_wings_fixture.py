@@ -113,7 +113,7 @@ def test_export_is_bit_equal(tmp_path: Path) -> None:
     configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", FIXTURE / "model")]
     assert configs[0] == configs[1] | {"mm_vision_tower": configs[0]["mm_vision_tower"]}
     again = parrot_sys.load_pretrained(tmp_path / "out", compat="released")[0]
-    assert again.config.wings == model.config.following("released").wings
+    assert again.config.wings == model.config.with_compat("released").wings
 
 
 def test_unknown_compat() -> None:

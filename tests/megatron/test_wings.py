@@ -145,7 +145,7 @@ def test_papers_rule(config: ParrotConfig, shapes: tuple[tuple[int, tuple[int, .
     ids=["one-image", "images", "text", "mixed", "mixed-more", "short-texts"],
 )
 def test_released_rule(config: ParrotConfig, shapes: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
-    model, samples = build(config.following("released")), make(shapes)
+    model, samples = build(config.with_compat("released")), make(shapes)
     assert_close(run(model, samples), reference(model, samples))
 
 
@@ -208,7 +208,7 @@ def test_refusals() -> None:
     with pytest.raises(DataError, match="at most 48 rows"):
         run(model, make(((49, ()),)))
     batch = pack_samples(make((ONE,)), num_visual_rows=V)
-    released = build(QWEN.following("released"))
+    released = build(QWEN.with_compat("released"))
     with pytest.raises(ConfigError, match="use_cache=False"):
         released(batch, mode="logits", kv_cache=KVCache(1, 40))
     with pytest.raises(ConfigError, match=r"model.wings.layers must be in 0 .. 2"):

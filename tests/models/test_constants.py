@@ -152,7 +152,9 @@ def test_what_a_run_chooses_may_differ() -> None:
     assert find_differences(chosen, PARROT) == []
     wings = _model(WINGS)
     assert (
-        find_differences(wings.following("paper"), WINGS) == find_differences(wings.following("released"), WINGS) == []
+        find_differences(wings.with_compat("paper"), WINGS)
+        == find_differences(wings.with_compat("released"), WINGS)
+        == []
     )
 
 

@@ -90,7 +90,7 @@ def starts(data, processor):
 def report_on(data, processor, **settings):
     setup = CheckSetup(
         data=data,
-        processor=processor.following(data),
+        processor=processor.with_data_config(data),
         num_visual_rows=ROWS,
         max_seq_len=LIMIT,
         vocab_size=1000,

@@ -203,7 +203,7 @@ class ArchiveSet:
 
     @cached_property
     def _labels(self) -> dict[str, list[int]]:
-        """What may stand before a member's name -> numbers of the archives that it may mean."""
+        """Prefixes that a member's name may have -> numbers of the archives that it may mean."""
         common = os.path.commonpath([archive.path.absolute().parent for archive in self._archives])
         labels: dict[str, list[int]] = {}
         for number, archive in enumerate(self._archives):

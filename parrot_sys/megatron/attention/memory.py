@@ -53,7 +53,7 @@ class MemoryPlan:
         """The plan with `padding` rows more in the pack, which see nothing."""
         return self._changed(lambda rows: F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, padding))) if padding else self
 
-    def taken(self, split: RowSplit, rank: int) -> MemoryPlan:
+    def for_rank(self, split: RowSplit, rank: int) -> MemoryPlan:
         """The plan for a context-parallel rank's rows of the padded pack."""
         return self._changed(lambda rows: split.take(rows, rank))
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.attention.context import make_context
 from parrot_sys.megatron.wings import whole_rows
-from parrot_sys.megatron.wings_memory import check_length, papers_plan, remembered
+from parrot_sys.megatron.wings_memory import check_length, gather_memory, papers_plan
 from parrot_sys.modules.wings import WingsConfig
 
 
@@ -76,7 +76,7 @@ def learner_inputs(
     plan = papers_plan(bounds, visual_rows, positions, wings, width=rows.shape[1], routed=routed, weights=weights)
     context = make_context(bounds, longest, dtype=config.params_dtype, memory=plan, positions=positions)
     context.max_seqlen_q = context.max_seqlen_kv = length  # for Megatron's rotary embedding
-    memory = remembered(rows, plan, None)
+    memory = gather_memory(rows, plan, None)
     return {
         "decoder_input": decoder_input,
         "packed_seq_params": context,

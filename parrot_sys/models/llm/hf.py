@@ -44,9 +44,9 @@ def llm_config_from_hf(
     """
     fields = hf if isinstance(hf, Fields) else Fields(hf, file)
     family = family or family_of(fields)
-    fields.only("hidden_act", "silu", "the decoder here does nothing else")
+    fields.require_value("hidden_act", "silu", "the decoder here does nothing else")
     for name in family.refused:
-        fields.only(name, False, "the decoder here does nothing else")
+        fields.require_value(name, False, "the decoder here does nothing else")
     rope, scaling = fields.below("rope_parameters"), fields.below("rope_scaling")
     heads = fields.require("num_attention_heads", int)
     hidden_size = fields.require("hidden_size", int)
