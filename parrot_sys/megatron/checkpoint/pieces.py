@@ -105,7 +105,7 @@ def find_tensor(file: IO[bytes], start: int, length: int) -> StoredTensor | None
 
 @dataclass(frozen=True, slots=True)
 class _Described:
-    """What a pickled tensor says of itself."""
+    """Description that a pickled tensor gives of itself."""
 
     dtype: torch.dtype
     offset: int

@@ -114,7 +114,7 @@ class DataReader(FileSystemReader):
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
-        """What the plan asks for, given to the planner; of large tensors, little is in memory beside their target."""
+        """Gives the planner what the plan asks for; of large tensors, little is in memory beside their target."""
         rest = [item for item in plan.items if not self._read_in_pieces(item, planner)]
         plain = _PlainObjects(planner, Path(self.path))
         return super().read_data(replace(plan, items=rest), plain)  # type: ignore[arg-type]  # answers alike
