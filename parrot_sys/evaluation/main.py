@@ -31,6 +31,7 @@ from parrot_sys.evaluation.runner import (
 )
 from parrot_sys.evaluation.summary import offers, summary
 from parrot_sys.evaluation.tsv import QuestionSet, refuse
+from parrot_sys.locks import OutputLock
 from parrot_sys.logging import setup_logging
 from parrot_sys.markdown_tables import fixed
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
@@ -129,6 +130,8 @@ def main(argv: Sequence[str]) -> int:
     config = parse_config(EvalConfig, argv, prog="parrot eval")
     setup_logging()
     tables = _load(config)  # what is wrong with the tables shows before the model is loaded
+    # Other ranks write nothing.
+    lock = OutputLock(config.output) if platform.launch().rank == 0 else None
     predictor = load_predictor(config)
 
     def program() -> int:
@@ -140,7 +143,11 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(offers(results, config.output)))
         return 0
 
-    return predictor.run(program)
+    try:
+        return predictor.run(program)
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def load_predictor(config: EvalConfig) -> ModelPredictor:

@@ -17,8 +17,10 @@ import pytest
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import save_tensors
 from parrot_sys.locks import OutputLock
+from tests.evaluation.tables import write_table
 
 ROOT = Path(__file__).parents[2]
+FIXTURE = ROOT / "tests" / "fixtures" / "parrot_tiny" / "model"
 SECONDS = 60.0
 ENVIRONMENT = {
     **os.environ,
@@ -28,6 +30,7 @@ ENVIRONMENT = {
 HOLD = """
 import sys, time
 from parrot_sys.locks import OutputLock
+from tests.evaluation.tables import write_table
 lock = OutputLock(sys.argv[1])
 print(flush=True)
 time.sleep(60)
@@ -152,3 +155,15 @@ def test_weights_have_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_evaluation_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    write_table(tmp_path / "t_en.tsv", [{"index": 1, "question": "q?", "A": "a", "B": "b", "answer": "A"}])
+    lock = OutputLock(tmp_path / "eval")
+    arguments = ["--checkpoint", str(FIXTURE), "--data", str(tmp_path / "t_en.tsv"), "--output", str(tmp_path / "eval")]
+    command = [sys.executable, "-m", "parrot_sys", "eval", *arguments]
+    refused = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    message = " ".join(refused.stderr.split())
+    assert f"is in use by process {os.getpid()} on host {socket.gethostname()}" in message
+    lock.release()
