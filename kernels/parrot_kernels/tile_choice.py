@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parrot_kernels import triton_support
+from parrot_kernels import env
+
+_INTERPRETING = env.triton_interpret()
 
 # What one multiprocessor does in a clock, as the model takes it; the products are those of Hopper's data sheet, the
 # rest is assumed and not measured. Only ratios matter.
@@ -49,7 +51,7 @@ def product_tile(rows: int, columns: int, depth: int, *, warps: int, stages: int
 
 def tables(choices: Mapping[str, Sequence[Tile]], interpreted: Tile) -> dict[str, Tiles]:
     """The tiles of each kind; in the interpreter a small one, so that tests meet edges."""
-    return {kind: (interpreted,) if triton_support.INTERPRETING else tuple(own) for kind, own in choices.items()}
+    return {kind: (interpreted,) if _INTERPRETING else tuple(own) for kind, own in choices.items()}
 
 
 def cheapest(tiles: Tiles, cost: Callable[[Tile], float]) -> Tile:
@@ -110,7 +112,7 @@ def launch(kernel: Any, tile: Tile, tiles: Tiles, grid: tuple[int, ...]) -> Call
 
     def call(*args: Any, **constants: Any) -> None:
         compiled = kernel[grid](*args, **constants, **tile.options)
-        if len(tiles) == 1 or triton_support.INTERPRETING or compiled in _compiled:
+        if len(tiles) == 1 or _INTERPRETING or compiled in _compiled:
             return
         for other in tiles:
             own = compiled if other is tile else kernel.warmup(*args, **constants, **other.options, grid=grid)

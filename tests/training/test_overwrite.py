@@ -87,7 +87,7 @@ def _after_first(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_temporary(path: Path) -> bool:
-    return path.suffix == ".tmp" or (path.name.startswith(".") and path.name != ".metadata")
+    return path.suffix == ".tmp" or (path.name.startswith(".") and path.name not in (".metadata", ".lock"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,11 @@ def test_a_kill_leaves_what_was_there(step: Step, owner: Any, name: str, late: b
 
     def held() -> dict[str, bytes]:
         out = tmp_path / "out"
-        files = (path for path in sorted(out.rglob("*")) if path.is_file() and not _is_temporary(path))
+        files = (
+            path
+            for path in sorted(out.rglob("*"))
+            if path.is_file() and not _is_temporary(path) and path.name != ".lock"
+        )
         return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
     run_distributed(once, 1, False, False)

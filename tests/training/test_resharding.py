@@ -115,6 +115,7 @@ def test_gated_blocks_go_on_under_another_layout(tmp_path: Path) -> None:
     assert any(".gated_cross_attn_layer.attn.to_kv.lora_B" in name for name in names)
 
 
+@pytest.mark.slow
 def test_token_experts_go_on_under_another_layout(tmp_path: Path) -> None:
     """Layers with experts and without, beside Parrot's own."""
     llm = _config(tmp_path, "any").model.llm
