@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +11,10 @@ from safetensors.torch import load_file
 import parrot_sys
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
-from tests.inference.test_wings_fixture import FIXTURE, PAD
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "wings_tiny"
+PAD = 630
+"""The fixture's padding id."""
 
 
 def _generate(parallel: ParallelConfig, compat: str | None) -> list[list[int]]:

@@ -48,6 +48,35 @@ LLAMA_STYLE: dict[str, Any] = {
 }
 
 
+LAYOUTS = {
+    "ep2": (2, ParallelConfig(expert_model_parallel_size=2)),
+    "tp2-etp2": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "tp2-ep2": (
+        2,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+    ),
+    "ep4": (4, ParallelConfig(expert_model_parallel_size=4)),
+    "ep2-dp2": (4, ParallelConfig(expert_model_parallel_size=2)),
+    "tp2-ep2-etp2": (
+        4,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=2,
+        ),
+    ),
+    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "pp2-ep2": (4, ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
+}
+"""Name -> processes and layout."""
+
+
 def make_config(parallel: ParallelConfig, **moe: Any) -> TransformerConfig:
     """Sizes of the model, and the settings of its MoE layers."""
     return TransformerConfig(

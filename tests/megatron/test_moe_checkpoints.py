@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron import gpt_training as gpt
-from tests.megatron.test_moe_layer import LAYOUTS
+from tests.megatron.gpt_training import LAYOUTS
 
 
 @pytest.fixture

@@ -43,32 +43,6 @@ PRE_SOFTMAX = {
     "moe_router_dtype": "fp64",
 }
 SETTINGS = {"aux": AUX, "deepseek": DEEPSEEK, "pre-softmax": PRE_SOFTMAX}
-LAYOUTS = {
-    "ep2": (2, ParallelConfig(expert_model_parallel_size=2)),
-    "tp2-etp2": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "tp2-ep2": (
-        2,
-        ParallelConfig(
-            tensor_model_parallel_size=2,
-            sequence_parallel=True,
-            expert_model_parallel_size=2,
-            expert_tensor_parallel_size=1,
-        ),
-    ),
-    "ep4": (4, ParallelConfig(expert_model_parallel_size=4)),
-    "ep2-dp2": (4, ParallelConfig(expert_model_parallel_size=2)),
-    "tp2-ep2-etp2": (
-        4,
-        ParallelConfig(
-            tensor_model_parallel_size=2,
-            sequence_parallel=True,
-            expert_model_parallel_size=2,
-            expert_tensor_parallel_size=2,
-        ),
-    ),
-    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "pp2-ep2": (4, ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +110,7 @@ def _assert_same(reference: gpt.Run, wanted: list[gpt.Run], got: list[gpt.Run], 
 def test_layouts_equal_megatrons_experts_and_one_process(
     layout: str, setting: str, dispatcher: str, start: dict[str, Path], one_process: dict[str, gpt.Run]
 ) -> None:
-    world_size, parallel = LAYOUTS[layout]
+    world_size, parallel = gpt.LAYOUTS[layout]
     moe = _with_dispatcher(SETTINGS[setting], dispatcher)
     pairs = run_distributed(gpt.on_ranks, world_size, parallel, start[setting], moe, timeout=120)
     peers, ours = [peer for peer, _ in pairs], [own for _, own in pairs]
@@ -265,7 +239,7 @@ def test_initial_weights_do_not_depend_on_the_layout() -> None:
     for part in run_distributed(_initial, 2, ParallelConfig(expert_model_parallel_size=2)):
         for expert, weight in part:
             assert np.array_equal(weight, wanted[expert][1])
-    cut = run_distributed(_initial, 2, LAYOUTS["tp2-etp2"][1])
+    cut = run_distributed(_initial, 2, gpt.LAYOUTS["tp2-etp2"][1])
     for expert, weight in wanted:
         assert np.array_equal(np.concatenate([part[expert][1] for part in cut], axis=1), weight)
     assert not np.array_equal(wanted[0][1], wanted[1][1])
@@ -282,7 +256,7 @@ def _overlapped(rank: int, size: int, parallel: ParallelConfig, folder: Path, ov
 def test_distributed_optimizer_with_overlapped_reduction(
     start: dict[str, Path], one_process: dict[str, gpt.Run]
 ) -> None:
-    size, parallel = LAYOUTS["ep2-dp2"]
+    size, parallel = gpt.LAYOUTS["ep2-dp2"]
     for losses in run_distributed(_overlapped, size, parallel, start["aux"], True, timeout=120):
         np.testing.assert_allclose(losses, one_process["aux"].losses, rtol=1e-5, equal_nan=False)
 

@@ -16,39 +16,12 @@ from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.model import MultimodalModel, build_model
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.megatron.state_dict import released_tensors
-from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.rotary import RopeScaling
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
-from parrot_sys.towers import VisionConfig
 from tests.comparisons import differ
+from tests.megatron.wings_models import QWEN, assert_close, build
 from tests.megatron.wings_reference import Sequence, WingsReference
 
-QWEN = ParrotConfig(
-    vision=VisionConfig(
-        image_size=28,
-        patch_size=14,
-        hidden_size=12,
-        num_layers=2,
-        num_attention_heads=2,
-        ffn_hidden_size=20,
-        select_feature="patch",
-    ),
-    moe=TextGuidedMoEConfig(num_experts=0),
-    wings=WingsConfig(rank=5, system_prompt_length=3, router_positions=48),
-    llm=LLMConfig(
-        hidden_size=24,
-        num_layers=3,
-        num_attention_heads=6,
-        num_query_groups=2,
-        ffn_hidden_size=28,
-        vocab_size=53,
-        rope_base=10_000.0,
-        max_position_embeddings=64,
-    ),
-    max_seq_len=48,
-)
 LLAMA = replace(
     QWEN,
     wings=replace(QWEN.wings, layers=(0, 2)),
@@ -70,19 +43,6 @@ def _groups() -> Iterator[None]:
     initialize()
     yield
     shutdown()
-
-
-def build(config: ParrotConfig) -> MultimodalModel:
-    torch.manual_seed(3)
-    model = build_model(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("_up"):
-            torch.nn.init.normal_(parameter, std=0.3)
-        if "_down" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-        if "router" in name:
-            torch.nn.init.normal_(parameter)
-    return model.eval()
 
 
 def make(shapes: tuple[tuple[int, tuple[int, ...]], ...], seed: int = 5) -> list[Sample]:
@@ -118,13 +78,6 @@ def reference(model: MultimodalModel, samples: list[Sample]) -> list[Tensor]:
         ]
         plain = WingsReference(dict(released_tensors(model)), model.parrot, rows(torch.zeros(1, 3, 28, 28)))
         return plain.logits(sequences)
-
-
-def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    scale = max(float(each.abs().max()) for each in theirs)
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.shape == their.shape
-        assert float((our - their).abs().max()) < 2e-5 * scale
 
 
 @pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["qwen", "llama"])

@@ -29,7 +29,7 @@ from parrot_sys.testing.distributed import run_distributed
 from tests.megatron import gpt_training as gpt
 from tests.megatron.llava import make_batch as llava_batch
 from tests.megatron.llava import make_llava
-from tests.megatron.test_wings import QWEN, assert_close, build
+from tests.megatron.wings_models import QWEN, assert_close, build
 from tests.megatron.wings_reference import Sequence, WingsReference
 
 LLM = replace(QWEN.llm, vocab_size=54)

@@ -56,3 +56,10 @@ def test_docstrings_open_with_a_noun_or_a_verb() -> None:
 def test_no_comment_is_a_banner() -> None:
     found = places(banners, ("parrot_sys", "kernels", "train", "examples", "benchmarks", "tests"))
     assert not found, "split the file, or let names say what belongs together"
+
+
+def test_helpers_of_tests_are_in_modules_of_their_own() -> None:
+    pattern = re.compile(r"^\s*from tests(\.\w+)*\.test_\w+ import", re.MULTILINE)
+    assert pattern.search("from tests.megatron.test_wings import build\n")
+    found = [str(path) for path in (ROOT / "tests").rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == []
