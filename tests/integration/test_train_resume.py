@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def test_killed_torchrun_goes_on_bit_equal(tmp_path: Path) -> None:
     assert second.wait(SECONDS) == 0, (tmp_path / "log.txt").read_text()
     (summary,) = read_metrics(killed.output, "summary")
     assert summary["finished"]
-    assert summary["steps"] < 32, "the second start went on from a checkpoint"
+    assert re.search(r"going on after step [1-9]\d* from", (tmp_path / "log.txt").read_text())
     results = [
         [(record["step"], record["loss"], record["grad_norm"]) for record in read_metrics(config.output, "train")]
         for config in (whole, killed)
