@@ -78,6 +78,7 @@ def test_a_cable_that_is_pulled(nodes: tuple[Node, Node], tmp_path: Path) -> Non
         pytest.skip("network namespaces are not permitted here, and loopback addresses have no cable")
     whole, cut = _configs(tmp_path)
     arguments = ("train", "--config", str(tmp_path / "settings.yaml"), "--faults.hang-timeout", "8")
+    arguments += ("--faults.checkpoint-timeout", "8")  # where it is left alone is a matter of chance
     with agents(nodes, tmp_path) as start:
         hosts, lost = start(0, *arguments), start(1, *arguments, STORE_TIMEOUT=20)
         wait_until(lambda: reached(cut, 5), "step 5", hosts, lost)
