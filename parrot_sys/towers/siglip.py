@@ -1,8 +1,10 @@
 """SigLIP (arXiv 2303.15343) and the fixed-resolution models of SigLIP 2 (arXiv 2502.14786), which are built alike."""
 
+from dataclasses import replace
 from typing import Any
 
-from parrot_sys.towers.tower import Pixels, TensorNames, Tower, Transformer
+from parrot_sys.towers.clip import ENCODER_NAMES
+from parrot_sys.towers.tower import Pixels, Tower, Transformer
 
 _HALF = (0.5, 0.5, 0.5)
 _SHARED: dict[str, Any] = {"activation": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
@@ -15,21 +17,7 @@ TOWER = Tower(
     pixels=Pixels(mean=_HALF, std=_HALF),
     transformer=Transformer(
         model_type="siglip_vision_model",
-        names=TensorNames(
-            patch="embeddings.patch_embedding",
-            position="embeddings.position_embedding.weight",
-            final_norm="post_layernorm",
-            layer="encoder.layers.{}",
-            norm1="layer_norm1",
-            norm2="layer_norm2",
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            value="self_attn.v_proj",
-            out="self_attn.out_proj",
-            fc1="mlp.fc1",
-            fc2="mlp.fc2",
-            passed_over=("embeddings.position_ids", "head."),
-        ),
+        names=replace(ENCODER_NAMES, cls=None, pre_norm=None, passed_over=("embeddings.position_ids", "head.")),
         patch_bias=True,
         patch_size=16,
         activation="gelu_pytorch_tanh",

@@ -222,7 +222,7 @@ def test_paths_that_cannot_be_used(
     calls = _calls(world, tmp_path)
     assert (program, "") in calls, f"add a call of {' '.join(program)} that works to _calls"
     if (program, option) in UNUSED:
-        pytest.skip("not read")
+        pytest.skip("the command takes this option from settings that it shares and does not read it: see UNUSED")
     command = [*program, *calls.get((program, option), calls[program, ""])]
     if place.writes:  # what cannot be written is found before the work begins
         module = importlib.import_module(COMMANDS[program[0]].module)
