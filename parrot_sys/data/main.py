@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from parrot_sys.cli import parse_config
-from parrot_sys.data.build import MANIFEST, DataBuildConfig, build
-from parrot_sys.data.importing import DataImportConfig, import_set
-from parrot_sys.data.vendor import VendorConfig, vendor
+from parrot_sys.data.corpora.default.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.corpora.default.vendor import VendorConfig, vendor
+from parrot_sys.data.corpora.public.importing import DataImportConfig, import_set
 
 _HELP = """usage: parrot data COMMAND [options]
 

@@ -16,12 +16,12 @@ import pytest
 import transformers
 from PIL import Image
 
-from parrot_sys.data import build as build_module
-from parrot_sys.data import pictures
-from parrot_sys.data.build import MANIFEST, DataBuildConfig, build
-from parrot_sys.data.concepts import Concept, choose_concepts, load_concepts
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import load_phrases
+from parrot_sys.data.corpora.default import build as build_module
+from parrot_sys.data.corpora.default import pictures
+from parrot_sys.data.corpora.default.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.corpora.default.concepts import Concept, choose_concepts, load_concepts
+from parrot_sys.data.corpora.default.conversations import load_phrases
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER
 from parrot_sys.data.record_files import read_raw_records
 from parrot_sys.data.records import parse_record

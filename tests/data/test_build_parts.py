@@ -16,10 +16,16 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from parrot_sys.data import pictures
-from parrot_sys.data.concepts import ATLAS_FILE, CONCEPTS_FILE, L2_CATEGORY, choose_concepts, load_concepts
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import (
+from parrot_sys.data.corpora.default import pictures
+from parrot_sys.data.corpora.default.concepts import (
+    ATLAS_FILE,
+    CONCEPTS_FILE,
+    L2_CATEGORY,
+    choose_concepts,
+    load_concepts,
+)
+from parrot_sys.data.corpora.default.conversations import (
     PICTURE_TURNS,
     TEXT_TURNS,
     Asker,
@@ -27,11 +33,11 @@ from parrot_sys.data.conversations import (
     load_phrases,
     picture_turns,
 )
+from parrot_sys.data.corpora.default.pictures import openmoji_picture, training_picture
+from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
+from parrot_sys.data.corpora.default.vendor import VendorConfig, vendor
 from parrot_sys.data.main import main
 from parrot_sys.data.mcq_prompt import build_mcq_prompt
-from parrot_sys.data.pictures import openmoji_picture, training_picture
-from parrot_sys.data.tokenizer import train_tokenizer
-from parrot_sys.data.vendor import VendorConfig, vendor
 from parrot_sys.errors import ConfigError, DataError
 
 

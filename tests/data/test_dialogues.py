@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from parrot_sys.data.benchmark_tsv import draw_questions, write_benchmark
-from parrot_sys.data.concepts import choose_concepts
-from parrot_sys.data.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
+from parrot_sys.data.corpora.default.concepts import choose_concepts
+from parrot_sys.data.corpora.default.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
+from parrot_sys.data.corpora.default.questions import draw_questions, write_benchmark
 from parrot_sys.evaluation.tsv import QuestionSet, read_table
 
 LANGUAGES = ("en", "ar", "zh")

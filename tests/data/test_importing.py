@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from parrot_sys.data.importing import DataImportConfig, ImportReport, import_set
+from parrot_sys.data.corpora.public.importing import DataImportConfig, ImportReport, import_set
+from parrot_sys.data.corpora.public.sets import CAPTION_PROMPTS, DETAIL_PROMPTS, SOURCES, WHY
 from parrot_sys.data.main import main
-from parrot_sys.data.public_sets import CAPTION_PROMPTS, DETAIL_PROMPTS, SOURCES, WHY
 from parrot_sys.data.records import parse_record
 from parrot_sys.data.templates import render_instruction
 from parrot_sys.errors import ConfigError, DataError

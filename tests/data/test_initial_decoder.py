@@ -10,11 +10,15 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from parrot_sys.data.concepts import choose_concepts
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import wordings
-from parrot_sys.data.initial_decoder import InitialDecoderConfig, lexical_embeddings, write_initial_decoder
-from parrot_sys.data.tokenizer import train_tokenizer
+from parrot_sys.data.corpora.default.concepts import choose_concepts
+from parrot_sys.data.corpora.default.conversations import wordings
+from parrot_sys.data.corpora.default.initial_decoder import (
+    InitialDecoderConfig,
+    lexical_embeddings,
+    write_initial_decoder,
+)
+from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError
 from tests.comparisons import differ
 

@@ -95,7 +95,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(project: Path, tmp_path:
     assert "parrot_kernels/_build_info.py" in names
     assert any(name.startswith("parrot_kernels/_host.") for name in names)
     package = project / "parrot_sys"
-    data = [*(package / "presets").rglob("*.yaml"), *(package / "data" / "assets").rglob("*")]
+    data = [*(package / "presets").rglob("*.yaml"), *(package / "data" / "corpora" / "default" / "assets").rglob("*")]
     files = [path.relative_to(project) for path in [*package.rglob("*.py"), *data] if path.is_file()]
     assert not [str(path) for path in files if str(path) not in names]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from parrot_sys.data import build as building
-from parrot_sys.data import importing
+from parrot_sys.data.corpora.default import build as building
+from parrot_sys.data.corpora.public import importing
 from parrot_sys.evaluation import main as evaluation
 from parrot_sys.evaluation import runner
 from parrot_sys.inference import convert as converting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.conversations import load_phrases
+from parrot_sys.data.corpora.default.conversations import load_phrases
 from parrot_sys.data.decoding import load_image
 from parrot_sys.evaluation.runner import load_tables
 from parrot_sys.inference.chat import ChatSession, routing_table

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from parrot_sys import platform
 from parrot_sys.cli import list_presets, parse_config
-from parrot_sys.data.build import DataBuildConfig
+from parrot_sys.data.corpora.default.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import save_tensors
 from studies.pipeline import Pipeline, Step

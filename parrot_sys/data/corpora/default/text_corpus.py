@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from parrot_sys.data.concepts import Concept
-from parrot_sys.data.conversations import Asker, record, text_turns
+from parrot_sys.data.corpora.default.concepts import Concept
+from parrot_sys.data.corpora.default.conversations import Asker, record, text_turns
 
 
 def text_conversations(

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from PIL import Image, ImageFont
 
-from parrot_sys.data.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONCEPTS_FILE
 from parrot_sys.data.constants import LANGUAGES
-from parrot_sys.data.pictures import draw_glyph, square
+from parrot_sys.data.corpora.default.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONCEPTS_FILE
+from parrot_sys.data.corpora.default.pictures import draw_glyph, square
 from parrot_sys.errors import DataError
 from parrot_sys.files import errors_named
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
@@ -103,7 +103,8 @@ def vendor(config: VendorConfig) -> int:
     for path in (config.cldr / "annotations", config.emoji_test, config.noto_font):
         if not path.exists():
             raise DataError(
-                f"source {path} does not exist; parrot_sys/data/assets/README.md says where each source comes from"
+                f"source {path} does not exist; parrot_sys/data/corpora/default/assets/README.md says where each "
+                "source comes from"
             )
     for file in (config.emoji_test, config.noto_font):
         with errors_named(file, DataError):

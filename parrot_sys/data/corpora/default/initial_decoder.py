@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from parrot_sys.data.concepts import Concept
+from parrot_sys.data.corpora.default.concepts import Concept
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import save_tensors
 

@@ -8,7 +8,7 @@ DIR/instruct.json           stage 2: several kinds of questions, some with sever
 DIR/validation.json         multiple-choice questions about pictures of training concepts that no training set holds
 DIR/images/                 pictures in the training style and their variants
 DIR/benchmark/mmmb_*.tsv    held-out questions: split `style` (known concept, new drawing style), `concept` (unknown)
-DIR/iit/iit_*.tsv           dialogues that end in a question with or without a picture (data/dialogues.py)
+DIR/iit/iit_*.tsv           dialogues that end in a question with or without a picture (dialogues.py)
 DIR/tokenizer/              a small Qwen2 tokenizer
 DIR/decoder/                the small decoder that stage 0 starts from: a Qwen2 checkpoint with that tokenizer
 """
@@ -28,16 +28,16 @@ from typing import Annotated, Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from parrot_sys.data.benchmark_tsv import draw_questions, encode_pictures, write_benchmark
-from parrot_sys.data.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN, LANGUAGES
-from parrot_sys.data.conversations import Asker, picture_turns, record, wordings
-from parrot_sys.data.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
-from parrot_sys.data.initial_decoder import InitialDecoderConfig, write_initial_decoder
-from parrot_sys.data.pictures import training_picture
+from parrot_sys.data.corpora.default.concepts import ASSETS, Concept, choose_concepts
+from parrot_sys.data.corpora.default.conversations import Asker, picture_turns, record, wordings
+from parrot_sys.data.corpora.default.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
+from parrot_sys.data.corpora.default.initial_decoder import InitialDecoderConfig, write_initial_decoder
+from parrot_sys.data.corpora.default.pictures import training_picture
+from parrot_sys.data.corpora.default.questions import draw_questions, encode_pictures, write_benchmark
+from parrot_sys.data.corpora.default.text_corpus import text_conversations
+from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
 from parrot_sys.data.templates import render_conversation
-from parrot_sys.data.text_corpus import text_conversations
-from parrot_sys.data.tokenizer import train_tokenizer
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.paths import NEW_FOLDER
 from parrot_sys.staging import remove_leftovers, staged_directory

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
+from parrot_sys.data.corpora.public.sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.image_sources.root import ImageRoot
-from parrot_sys.data.public_sets import SOURCES, Example, SourceName, examples
 from parrot_sys.data.records import describe_record, parse_record
 from parrot_sys.errors import ConfigError, DataError, printable
 from parrot_sys.files import replace_text

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from parrot_sys.data.concepts import ASSETS, Concept
 from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.corpora.default.concepts import ASSETS, Concept
 from parrot_sys.data.mcq_prompt import build_mcq_prompt
 
 LETTERS = "ABCD"

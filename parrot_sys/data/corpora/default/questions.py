@@ -13,9 +13,9 @@ from typing import Literal
 
 from PIL import Image
 
-from parrot_sys.data.concepts import Concept
-from parrot_sys.data.conversations import LETTERS, draw_distractors, load_phrases
-from parrot_sys.data.pictures import openmoji_picture
+from parrot_sys.data.corpora.default.concepts import Concept
+from parrot_sys.data.corpora.default.conversations import LETTERS, draw_distractors, load_phrases
+from parrot_sys.data.corpora.default.pictures import openmoji_picture
 
 COLUMNS = ("index", "question", *LETTERS, "answer", "category", "l2-category", "split", "image")
 FILE_SUFFIX = {"zh": "cn"}

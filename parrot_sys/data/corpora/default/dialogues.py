@@ -4,7 +4,7 @@ Wings (arXiv 2406.03496) scores the last turn of dialogues of six types, T, TT, 
 T about words alone, V about a picture. Its own questions were not published; these are made of the same concepts as the
 rest of the data set, and their earlier turns ask about things of the same category, with the right answers given.
 
-Columns are those of the other tables (`benchmark_tsv.py`) and `history`: a JSON list of the earlier turns, each a list
+Columns are those of the other tables (`questions.py`) and `history`: a JSON list of the earlier turns, each a list
 of question and answer. `split` is the type, `category` the kind of the last question; `image` is empty where the last
 turn has no picture.
 """
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from parrot_sys.data.benchmark_tsv import FILE_SUFFIX, BenchmarkQuestion
-from parrot_sys.data.concepts import Concept
-from parrot_sys.data.conversations import LETTERS, Asker, Turn, draw_distractors
+from parrot_sys.data.corpora.default.concepts import Concept
+from parrot_sys.data.corpora.default.conversations import LETTERS, Asker, Turn, draw_distractors
+from parrot_sys.data.corpora.default.questions import FILE_SUFFIX, BenchmarkQuestion
 
 DIALOGUE_TYPES = ("T", "TT", "TTT", "TTV", "TV", "V")
 DIALOGUE_COLUMNS = ("index", "history", "question", *LETTERS, "answer", "category", "split", "image")

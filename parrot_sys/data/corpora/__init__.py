@@ -1,0 +1,1 @@
+"""Data sets: the default one, made from vendored material, and public ones."""

@@ -1,0 +1,1 @@
+"""The default data set: pictures of concepts, conversations and benchmark tables about them."""

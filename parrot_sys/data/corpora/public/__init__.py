@@ -1,0 +1,1 @@
+"""Public data sets in the files they were published as."""
