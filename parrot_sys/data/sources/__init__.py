@@ -1,0 +1,1 @@
+"""Kinds of data sets: a file each, and a line in `registry.py`."""
