@@ -61,6 +61,26 @@ PARROT_MMA(mma_bfloat16, "bf16")
 PARROT_MMA(mma_float16, "f16")
 #undef PARROT_MMA
 
+// The number of this block in its cluster.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// All threads of all blocks of the cluster; what they wrote before is visible to all of them afterwards.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same object in the shared memory of another block of the cluster, which must not have ended.
+template <typename T>
+__device__ __forceinline__ T* in_block(T* shared, int rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+
 constexpr size_t kSharedBytesOfEveryKernel = 48 * 1024;
 
 struct Launch {
@@ -68,6 +88,7 @@ struct Launch {
   int threads;
   size_t shared_bytes;
   void* stream;
+  int cluster = 1;  // blocks that run together and reach each other's shared memory
 };
 
 // Returns a cudaError_t.
@@ -83,6 +104,12 @@ int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = static_cast<cudaStream_t>(shape.stream);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

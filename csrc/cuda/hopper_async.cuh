@@ -28,6 +28,16 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives at the same barrier of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_in_block(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // Arrives, and makes the phase wait for `bytes` more from the copy engine.
 __device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -46,8 +56,19 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) 
       : "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before later reads by wgmma. Each writer calls it, then a
-// barrier.
+// The same where threads of other blocks arrive.
+__device__ __forceinline__ void barrier_wait_of_cluster(Barrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "retry_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry_%=;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Orders this thread's ordinary writes to shared memory before later reads by wgmma and by stores of boxes. Each
+// writer calls it, then a barrier.
 __device__ __forceinline__ void fence_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -75,6 +96,35 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, Bar
           "r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
+}
+
+// The same box to the same place in each block of the cluster whose bit is set in `blocks`; its bytes count on the
+// barrier of each block.
+__device__ __forceinline__ void copy_box_to_blocks(void* shared, const TensorMap& map, Barrier* barrier, int x, int y,
+                                                   int z, uint32_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+// Starts the copy of one box from shared memory to element (x, y, z); nothing is written outside of the tensor.
+__device__ __forceinline__ void store_box(const TensorMap& map, const void* shared, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(shared_address(shared)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+__device__ __forceinline__ void stores_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending groups of stores that this thread committed have not read shared memory yet. A thread
+// must not end before that.
+template <int kPending>
+__device__ __forceinline__ void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // Before the first product that uses registers or shared memory written by ordinary instructions.

@@ -36,12 +36,21 @@ inline void barrier_arrive(Barrier* barrier) {
   block().transactions.at(barrier).change(1, 0);
 }
 
+inline void barrier_arrive_in_block(Barrier* barrier, int rank) {
+  emulator::Block& other = *emulator::grid->blocks.at(rank);
+  other.transactions.at(in_block(barrier, rank)).change(1, 0);
+}
+
 inline void barrier_arrive_expecting(Barrier* barrier, uint32_t bytes) {
   block().transactions.at(barrier).change(1, static_cast<int64_t>(bytes));
 }
 
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   emulator::wait_until([&state = block().transactions.at(barrier), parity] { return (state.phase & 1) != parity; });
+}
+
+inline void barrier_wait_of_cluster(Barrier* barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
 }
 
 inline void named_barrier(int name, int threads) {
@@ -60,22 +69,74 @@ inline uint32_t swizzled(uint32_t address) {
   return address ^ ((address >> 7 & 7) << 4);
 }
 
-inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z) {
-  emulator::Block& own = block();
+// What the copy engine reads or writes outside of the tensor: zeros, and nothing.
+inline uint16_t* element(const TensorMap& map, int64_t x, int64_t y, int64_t z) {
+  const bool inside = x >= 0 && x < map.width && y >= 0 && y < map.rows && z >= 0 && z < map.depth;
+  return inside ? const_cast<uint16_t*>(map.base) + (z * map.rows + y) * map.width + x : nullptr;
+}
+
+// Shared address of a box, which must lie within the shared memory of a block.
+inline uint32_t checked_box(const void* shared, const TensorMap& map) {
   const uint32_t start = shared_address(shared);
   emulator::check(start % 1024 == 0, "a box must start at a multiple of 1024 bytes");
-  emulator::check(start + map.box_rows * 128 <= own.shared_bytes, "a box must end within shared memory");
-  emulator::grid->copies.push_back([=, &own] {
+  emulator::check(start + map.box_rows * 128 <= block().shared_bytes, "a box must end within shared memory");
+  return start;
+}
+
+// To the same place in each block of the cluster whose bit is set in `blocks`, counted on its own barrier.
+inline void copy_box_to_blocks(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z,
+                               uint32_t blocks) {
+  const uint32_t start = checked_box(shared, map), counter = shared_address(barrier);
+  for (unsigned rank = 0; rank < emulator::grid->blocks.size(); ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    emulator::Block& to = *emulator::grid->blocks[rank];
+    emulator::grid->copies.push_back([=, &to] {
+      emulator::check(to.running > 0, "a copy into a block that has ended");
+      for (int row = 0; row < map.box_rows; ++row) {
+        for (int column = 0; column < 64; ++column) {
+          const uint16_t* from = element(map, x + column, y + row, z);
+          const uint16_t value = from ? *from : 0;
+          memcpy(to.shared + swizzled(start + row * 128 + column * 2), &value, 2);
+        }
+      }
+      to.transactions.at(to.shared + counter).change(0, -static_cast<int64_t>(map.box_rows) * 128);
+    });
+  }
+}
+
+inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x, int y, int z) {
+  copy_box_to_blocks(shared, map, barrier, x, y, z, 1u << cluster_rank());
+}
+
+inline void store_box(const TensorMap& map, const void* shared, int x, int y, int z) {
+  const uint32_t start = checked_box(shared, map);
+  const unsigned char* from = block().shared + start;
+  std::vector<unsigned char> before(from, from + map.box_rows * 128);
+  auto write = [=, memory = block().shared] {
     for (int row = 0; row < map.box_rows; ++row) {
       for (int column = 0; column < 64; ++column) {
-        const int64_t at = x + column, line = y + row;
-        const bool inside = at >= 0 && at < map.width && line >= 0 && line < map.rows && z >= 0 && z < map.depth;
-        const uint16_t value = inside ? map.base[(z * map.rows + line) * map.width + at] : 0;
-        memcpy(own.shared + swizzled(start + row * 128 + column * 2), &value, 2);
+        uint16_t* to = element(map, x + column, y + row, z);
+        if (to) memcpy(to, memory + swizzled(start + row * 128 + column * 2), 2);
       }
     }
-    own.transactions.at(barrier).change(0, -static_cast<int64_t>(map.box_rows) * 128);
-  });
+  };
+  emulator::grid->running->stores.push_back({std::move(before), from, write});
+}
+
+inline void stores_commit() {
+  emulator::Fiber& fiber = *emulator::grid->running;
+  fiber.committed_stores.push_back(std::move(fiber.stores));
+  fiber.stores.clear();
+}
+
+// Until at most kPending committed groups of stores have not read shared memory; then their writes, too, are done.
+template <int kPending>
+void stores_wait_read() {
+  auto& committed = emulator::grid->running->committed_stores;
+  while (committed.size() > kPending) {
+    for (const emulator::Store& store : committed.front()) store.finish();
+    committed.erase(committed.begin());
+  }
 }
 
 inline void products_begin() {}

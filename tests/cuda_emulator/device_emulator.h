@@ -125,7 +125,7 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 
 namespace parrot::cuda::device {
 
-constexpr int kDeadlock = 702;
+constexpr int kDeadlock = 702, kInvalidConfiguration = 9;
 
 template <typename Storage>
 Storage& shared_storage() {
@@ -204,15 +204,35 @@ inline void mma_float16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
   mma_any(c, a0, a1, a2, a3, b0, b1, half_to_float);
 }
 
+// The number of this block in its cluster.
+inline int cluster_rank() {
+  return static_cast<int>(emulator::grid->running->block->index.x % emulator::grid->blocks.size());
+}
+
+// All threads of all blocks of the cluster.
+inline void cluster_sync() {
+  emulator::wait(emulator::grid->cluster_barrier);
+}
+
+// The same object in the shared memory of another block of the cluster, which must not have ended.
+template <typename T>
+T* in_block(T* shared, int rank) {
+  emulator::Block& other = *emulator::grid->blocks.at(rank);
+  emulator::check(other.running > 0, "an access to the shared memory of a block that has ended");
+  const auto* start = reinterpret_cast<const unsigned char*>(shared);
+  return reinterpret_cast<T*>(other.shared + (start - emulator::grid->running->block->shared));
+}
+
 struct Launch {
   dim3 grid;
   int threads;
   size_t shared_bytes;
   void* stream;
+  int cluster = 1;  // blocks that run together
 };
 
-// One block after the other, each to its end, in an order that the seed shuffles: a block that waits for one that has
-// not begun never ends, as on a device whose other multiprocessors are busy.
+// One cluster after the other, each to its end, in an order that the seed shuffles: a block that waits for one of a
+// cluster that has not begun never ends, as on a device whose other multiprocessors are busy.
 template <typename... Parameters>
 int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&... arguments) {
   emulator::Grid grid;
@@ -220,11 +240,14 @@ int launch(const Launch& shape, void (*kernel)(Parameters...), const Parameters&
   grid.size = shape.grid;
   grid.body = [&] { kernel(arguments...); };
   std::mt19937 random(emulator_seed);
-  std::vector<unsigned> blocks(shape.grid.x);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  if (emulator_seed) std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const unsigned block : blocks) {
-    emulator::start_block(dim3(block), shape.threads, shape.shared_bytes);
+  if (shape.grid.x % shape.cluster) return kInvalidConfiguration;
+  std::vector<unsigned> clusters(shape.grid.x / shape.cluster);
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  if (emulator_seed) std::shuffle(clusters.begin(), clusters.end(), random);
+  for (const unsigned cluster : clusters) {
+    for (int rank = 0; rank < shape.cluster; ++rank) {
+      emulator::start_block(dim3(cluster * shape.cluster + rank), shape.threads, shape.shared_bytes);
+    }
     if (!emulator::run_blocks(random)) return kDeadlock;
   }
   return 0;

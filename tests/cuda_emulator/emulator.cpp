@@ -2,7 +2,9 @@
 #include "device_emulator.h"
 
 extern "C" const char* parrot_cuda_error_string(int error) {
-  return error == parrot::cuda::device::kDeadlock ? "deadlock: every thread waits" : "unknown error";
+  using namespace parrot::cuda::device;
+  if (error == kInvalidConfiguration) return "the grid is no whole number of clusters";
+  return error == kDeadlock ? "deadlock: every thread waits" : "unknown error";
 }
 
 extern "C" void parrot_emulator_set(unsigned seed, int multiprocessors) {

@@ -1,6 +1,6 @@
-// Threads of a block as fibers: barriers, a scheduler that shuffles, copies that finish when they like. The order in
-// which fibers run between barriers is shuffled by `emulator_seed`: a missing barrier changes results from seed to
-// seed. Shared memory starts full of NaN. When no fiber can go on, the run ends with an error (a deadlock).
+// Threads of a cluster of blocks as fibers: barriers, a scheduler that shuffles, copies that finish when they like. The
+// order in which fibers run between barriers is shuffled by `emulator_seed`: a missing barrier changes results from seed
+// to seed. Shared memory starts full of NaN. When no fiber can go on, the run ends with an error (a deadlock).
 #pragma once
 
 #include <math.h>
@@ -68,6 +68,7 @@ struct Warp {
 
 struct Block {
   dim3 index;
+  int running;  // threads that have not ended
   Barrier barrier;
   std::vector<Warp> warps;
   std::map<int, Barrier> named;
@@ -75,6 +76,18 @@ struct Block {
   std::vector<unsigned char> bytes;
   unsigned char* shared;
   size_t shared_bytes;
+};
+
+// A copy from shared to global memory. The device may read at any time until it is waited for.
+struct Store {
+  std::vector<unsigned char> before;  // shared memory when the copy was started
+  const unsigned char* from;
+  std::function<void()> write;
+
+  void finish() const {
+    check(!memcmp(before.data(), from, before.size()), "shared memory changed before a store from it was waited for");
+    write();
+  }
 };
 
 struct Fiber {
@@ -87,11 +100,14 @@ struct Fiber {
   std::function<bool()> ready;                  // empty: can run
   std::vector<std::function<void()>> products;  // of this thread's warp group, not committed
   std::vector<std::vector<std::function<void()>>> committed;
+  std::vector<Store> stores;
+  std::vector<std::vector<Store>> committed_stores;
 };
 
 struct Grid {
   dim3 size;
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the cluster that runs
+  Barrier cluster_barrier;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;  // reused from block to block
   jmp_buf scheduler;
@@ -128,7 +144,10 @@ inline unsigned lane() {
 
 inline void fiber_main() {
   grid->body();
-  grid->running->done = true;
+  Fiber& own = *grid->running;
+  check(own.stores.empty() && own.committed_stores.empty(), "a thread ended before its stores had read shared memory");
+  --own.block->running;
+  own.done = true;
   _longjmp(grid->scheduler, 1);
 }
 
@@ -144,7 +163,9 @@ inline void resume(Fiber* fiber) {
 inline void start_block(dim3 index, int threads, size_t shared_bytes) {
   auto block = std::make_unique<Block>();
   block->index = index;
+  block->running = threads;
   block->barrier.wanted = threads;
+  grid->cluster_barrier.wanted += threads;
   block->warps.resize(threads / 32);
   for (Warp& each : block->warps) each.barrier.wanted = 32;
   block->shared_bytes = shared_bytes;
@@ -180,7 +201,7 @@ inline bool run_copies(std::mt19937& random) {
   return !copies.empty();
 }
 
-// Runs the started block to its end; false when its threads wait forever.
+// Runs the started blocks to their end; false when their threads wait forever.
 inline bool run_blocks(std::mt19937& random) {
   std::vector<Fiber*> alive;
   for (auto& fiber : grid->fibers) alive.push_back(fiber.get());
@@ -195,8 +216,10 @@ inline bool run_blocks(std::mt19937& random) {
     if (!progress) return false;
     alive.erase(std::remove_if(alive.begin(), alive.end(), [](Fiber* f) { return f->done; }), alive.end());
   }
+  check(grid->copies.empty(), "copies into shared memory were under way when the last thread ended");
   grid->fibers.clear();
   grid->blocks.clear();
+  grid->cluster_barrier = {};
   return true;
 }
 
