@@ -51,3 +51,7 @@ class CheckpointError(ParrotError, ValueError):
 
 class CheckpointWriteError(CheckpointError):
     """A checkpoint could not be written, for example onto a full disk; those before it are as they were."""
+
+
+class BusyError(ParrotError):
+    """More requests wait for an answer than may; the same request may be taken later."""
