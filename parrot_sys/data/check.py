@@ -90,7 +90,7 @@ class _FileCheck:
     def __init__(self, setup: CheckSetup, source: DataSource, threads: ThreadPoolExecutor) -> None:
         self.setup, self.source, self.threads = setup, source, threads
         self.report = FileReport(path=source.path)
-        self.pictures: dict[bytes, str | None] = {}  # hash of a name -> what is wrong with the file
+        self.pictures: dict[bytes, str | int] = {}  # hash of a name -> what is wrong with the file, or its rows
         tokenizer = setup.processor.tokenizer if setup.processor is not None else None
         control = sorted(_USUAL_TOKENS if tokenizer is None else control_tokens(tokenizer), key=len, reverse=True)
         self.control_pattern = re.compile("|".join(map(re.escape, control)) or "(?!)")
@@ -130,9 +130,10 @@ class _FileCheck:
                 report.bad.add("wrong record", str(error))
 
     def _check_block(self, records: Sequence[Record]) -> None:
-        wrong = self._check_pictures(records)
-        lengths = self._check_lengths(records)
-        for record, problem, length in zip(records, wrong, lengths, strict=True):
+        pictures = self._check_pictures(records)
+        lengths = self._check_lengths(records, pictures)
+        for record, found, length in zip(records, pictures, lengths, strict=True):
+            problem = next((each for each in found if isinstance(each, str)), None)
             place = describe_record(self.source.path, record.index, record.record_id)
             self._check_texts(record, place)
             for kind, reason in (("picture", problem), ("no label", length.problem)):
@@ -160,16 +161,17 @@ class _FileCheck:
         for name in {found for text in texts for found in self.control_pattern.findall(text)}:
             report.control_tokens.add(name, place)
 
-    def _check_lengths(self, records: Sequence[Record]) -> list[_Length]:
+    def _check_lengths(self, records: Sequence[Record], pictures: Sequence[Sequence[str | int]]) -> list[_Length]:
         setup, report = self.setup, self.report
         if setup.processor is None:
             return [_Length(0, None, False)] * len(records)
         result = []
         encoded = setup.processor.encode([setup.processor.render(record.turns) for record in records])
-        for record, (ids, labels) in zip(records, encoded, strict=True):
+        for record, found, (ids, labels) in zip(records, pictures, encoded, strict=True):
             place = describe_record(self.source.path, record.index, record.record_id)
-            rows, full = expanded_lengths(ids, setup.num_visual_rows, setup.max_seq_len)
-            kept = remaining_labels(ids, labels, setup.num_visual_rows, setup.max_seq_len)
+            own = np.array([each if isinstance(each, int) else setup.num_visual_rows for each in found], np.int64)
+            rows, full = expanded_lengths(ids, own, setup.max_seq_len)
+            kept = remaining_labels(ids, labels, own, setup.max_seq_len)
             report.rows[full] += 1
             too_long = full > setup.max_seq_len
             if too_long:
@@ -185,42 +187,44 @@ class _FileCheck:
             result.append(_Length(rows, problem, too_long))
         return result
 
-    def _check_pictures(self, records: Sequence[Record]) -> list[str | None]:
-        """For each record what is wrong with its pictures."""
+    def _check_pictures(self, records: Sequence[Record]) -> list[list[str | int]]:
+        """For each picture of each record what is wrong with it, or its rows."""
         hashed = {name: hashlib.blake2b(name.encode(), digest_size=8).digest() for r in records for name in r.images}
         new = [name for name, key in hashed.items() if key not in self.pictures]
         found = dict(zip(new, self.threads.map(self._check_picture, new), strict=True))
-        for name, problem in found.items():
-            if problem is not None or len(self.pictures) < _KNOWN_PICTURES:
-                self.pictures[hashed[name]] = problem
-        problems = {name: found[name] if name in found else self.pictures[key] for name, key in hashed.items()}
-        return [next((problems[name] for name in r.images if problems[name] is not None), None) for r in records]
+        for name, result in found.items():
+            if isinstance(result, str) or len(self.pictures) < _KNOWN_PICTURES:
+                self.pictures[hashed[name]] = result
+        results = {name: found[name] if name in found else self.pictures[key] for name, key in hashed.items()}
+        return [[results[name] for name in record.images] for record in records]
 
-    def _check_picture(self, name: str) -> str | None:
-        pictures, data = self.report.pictures, self.setup.data
+    def _check_picture(self, name: str) -> str | int:
+        setup, pictures = self.setup, self.report.pictures
         if (problem := self.images.problem(name)) is not None:
             pictures.count_bad()
             return problem
-        if self.setup.pictures == "skip":
-            return None
         try:
-            picture = self.images.picture(name)
-            facts = inspect_image(picture, data.image_limits)
-            if self.setup.pictures == "decode":
+            picture, facts = self.images.picture(name), None
+            if setup.pictures != "skip":
+                facts = inspect_image(picture, setup.data.image_limits)
+            if setup.pictures == "decode":
                 load_image(
                     picture,
-                    exif=data.exif,
-                    transparency=data.transparency,
-                    limits=data.image_limits,
+                    exif=setup.data.exif,
+                    transparency=setup.data.transparency,
+                    limits=setup.data.image_limits,
                     notes=self.notes,
                 )
+            processor, rows = setup.processor, setup.num_visual_rows
+            rows = rows if processor is None else len(processor.rows_of(picture, rows).source)
         except StorageError:
             raise
         except DataError as error:
             pictures.count_bad()
             return str(error)
-        pictures.count(facts)
-        return None
+        if facts is not None:
+            pictures.count(facts)
+        return rows
 
 
 def _blocks(records: Iterator[Record], size: int) -> Iterator[list[Record]]:

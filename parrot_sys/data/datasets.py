@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def load_dataset(
     records, problems = _parse_records(source, images)
     digest = _file_digest(source.path)
     _report_markers(source, records, config)
-    rows, full_rows, labels = _measure(records, processor, num_visual_rows, max_seq_len, digest, config.cache_dir)
+    picture_rows, unreadable = _count_rows(records, images, processor, num_visual_rows, config.num_workers)
+    rows, full_rows, labels = _measure(records, processor, picture_rows, max_seq_len, digest, config.cache_dir)
     is_long = full_rows > max_seq_len
     judged = ~is_long if config.on_long_sample != "truncate" else np.ones(len(records), dtype=bool)
     bad = {int(i): without_label(int(full_rows[i]), max_seq_len) for i in np.flatnonzero((labels == 0) & judged)}
@@ -89,7 +91,7 @@ def load_dataset(
             source, [_describe(source, records[i], reason) for i, reason in bad.items()], len(records), "bad", "keep"
         )
         bad = {}
-    bad |= _unusable_images(records, images)
+    bad |= unreadable | _unusable_images(records, images)
     problems += [_describe(source, records[i], reason) for i, reason in sorted(bad.items())]
     _report(source, problems, len(records) + len(problems) - len(bad), "bad", config.on_bad_sample)
     usable = np.array([i not in bad for i in range(len(records))], dtype=bool)
@@ -196,10 +198,46 @@ def _unusable_images(records: Sequence[Record], images: ImageRoot) -> dict[int, 
     return unusable
 
 
+PictureCounts = int | list[npt.NDArray[np.int64]]
+"""Rows of every picture, or of each picture of each record."""
+
+
+def _count_rows(
+    records: Sequence[Record], images: ImageRoot, processor: ParrotProcessor, num_visual_rows: int, num_workers: int
+) -> tuple[PictureCounts, dict[int, str]]:
+    """Rows of the pictures, and place in `records` -> reason where they cannot be told.
+
+    Pictures that are cut into tiles are looked at every time, since their sizes decide.
+    """
+    if processor.tiling is None:
+        return num_visual_rows, {}
+
+    def look(name: str) -> int | str:
+        if (problem := images.problem(name)) is not None:
+            return problem
+        try:
+            return len(processor.rows_of(images.picture(name), num_visual_rows).source)
+        except StorageError:
+            raise
+        except DataError as error:
+            return str(error)
+
+    names = sorted({name for record in records for name in record.images})
+    with ThreadPoolExecutor(num_workers, "parrot-sizes") as threads:
+        found = dict(zip(names, threads.map(look, names), strict=True))
+    counts, unreadable = [], {}
+    for i, record in enumerate(records):
+        looked = [found[name] for name in record.images]
+        if (problem := next((each for each in looked if isinstance(each, str)), None)) is not None:
+            unreadable[i] = problem
+        counts.append(np.array([each if isinstance(each, int) else num_visual_rows for each in looked], np.int64))
+    return counts, unreadable
+
+
 def _measure(
     records: Sequence[Record],
     processor: ParrotProcessor,
-    num_visual_rows: int,
+    picture_rows: PictureCounts,
     max_seq_len: int,
     digest: str,
     cache_dir: str | None,
@@ -215,7 +253,7 @@ def _measure(
                 processor.control_tokens,
                 digest,
                 tokenizer_fingerprint(processor.tokenizer),
-                num_visual_rows,
+                picture_rows if isinstance(picture_rows, int) else _digest_counts(picture_rows),
                 max_seq_len,
             ]
         )
@@ -226,11 +264,16 @@ def _measure(
     for start in range(0, len(records), _BLOCK):
         block = [processor.render(record.turns) for record in records[start : start + _BLOCK]]
         for i, (input_ids, labels) in enumerate(processor.encode(block), start):
-            lengths[:2, i] = expanded_lengths(input_ids, num_visual_rows, max_seq_len)
-            lengths[2, i] = remaining_labels(input_ids, labels, num_visual_rows, max_seq_len)
+            own = picture_rows if isinstance(picture_rows, int) else picture_rows[i]
+            lengths[:2, i] = expanded_lengths(input_ids, own, max_seq_len)
+            lengths[2, i] = remaining_labels(input_ids, labels, own, max_seq_len)
     if cached is not None:
         write_array(cached, lengths)
     return lengths
+
+
+def _digest_counts(counts: Sequence[npt.NDArray[np.int64]]) -> str:
+    return hashlib.sha256(np.concatenate(counts).data if counts else b"").hexdigest()
 
 
 def _cached_lengths(path: Path, count: int) -> npt.NDArray[np.int32] | None:

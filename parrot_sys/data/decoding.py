@@ -43,6 +43,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_THE_SIDE = (5, 6, 7, 8)
+"""Orientations that turn a picture by a quarter."""
 _WITH_ALPHA = {"LA": "RGBA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA", "RGBa": "RGBA"}
 """Mode with an alpha channel -> the next mode on the way to RGBA (premultiplied grey has no direct one)."""
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -157,6 +159,17 @@ def inspect_image(source: ImageInput, limits: ImageLimits | None = None) -> Pict
             transparent=image.has_transparency_data,
             has_more_frames=_has_more_frames(image),
         )
+
+
+def image_size(source: ImageInput, *, exif: Exif = "apply", limits: ImageLimits | None = None) -> tuple[int, int]:
+    """(height, width) of what `load_image` gives, without decoding it.
+
+    Raises:
+        DataError: as `inspect_image`.
+    """
+    facts = inspect_image(source, limits)
+    lies = exif == "apply" and facts.orientation in _ON_THE_SIDE
+    return (facts.width, facts.height) if lies else (facts.height, facts.width)
 
 
 def load_image(

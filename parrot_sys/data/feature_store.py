@@ -48,6 +48,15 @@ def tower_fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
     return digest.hexdigest()
 
 
+def tile_keys(keys: Iterable[str], tiles: Iterable[int]) -> list[str]:
+    """Keys of the tiles of pictures with these keys; the first tile has the picture's own."""
+    return [
+        hashlib.sha256(f"{key} {tile}".encode()).hexdigest() if tile else key
+        for key, count in zip(keys, tiles, strict=True)
+        for tile in range(count)
+    ]
+
+
 class FeatureStore:
     """Memory-mapped features of one tower, shared by processes. V visual rows, C features."""
 
@@ -153,8 +162,12 @@ class FeatureStore:
             )
         return torch.from_numpy(np.stack([self._read(key) for key in keys]))
 
-    def features_of(self, images: Sequence[ImageFile]) -> Tensor:
-        """Features of n image files, float32 [n, V, C]; n >= 1.
+    def features_of(self, images: Sequence[ImageFile], tiles: Sequence[int] | None = None) -> Tensor:
+        """Features of image files, float32 [n, V, C]; n >= 1.
+
+        Args:
+            images: image files.
+            tiles: how many tiles each was cut into, n together; None: each is whole.
 
         Raises:
             DataError: an image has none, since it cannot be read: says why.
@@ -167,7 +180,7 @@ class FeatureStore:
         for key in keys:
             if (reason := self.failures.get(key)) is not None:
                 raise DataError(reason)
-        return self.get(keys)
+        return self.get(keys if tiles is None else tile_keys(keys, tiles))
 
     def refresh(self) -> None:
         """Takes in what other processes have written; a damaged file is set aside."""

@@ -18,7 +18,7 @@ from PIL import Image
 from parrot_sys.data.decoding import Exif, ImageInput, ImageLimits, PictureNotes, Transparency, load_image
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
-from parrot_sys.towers import TOWERS
+from parrot_sys.towers import TOWERS, Tiling
 
 _LONGEST_SIDE = 2**15
 _STRIP_PIXELS = 2**22
@@ -155,7 +155,7 @@ class ImageProcessor:
         Raises:
             DataError: the image cannot be read.
         """
-        image = load_image(source, exif=self.exif, transparency=self.transparency, limits=self.limits, notes=self.notes)
+        image = self._load(source)
         resample = Image.Resampling(self.resample)
         if self.pad_to_square and image.width != image.height:
             size = (self.width, self.height) if self.shortest_edge is None else (self.shortest_edge,) * 2
@@ -163,7 +163,35 @@ class ImageProcessor:
         else:
             image = image.resize(self._resized(image), resample=resample)
         left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
-        image = image.crop((left, top, left + self.width, top + self.height))
+        return self._normalized(image.crop((left, top, left + self.width, top + self.height)))
+
+    def tiles(self, source: ImageInput, tiling: Tiling) -> tuple[npt.NDArray[np.float32], tuple[int, int]]:
+        """Float32 [tiles, 3, height, width] of a picture that is cut into tiles, and its own (height, width).
+
+        The first is the whole picture; the others are its tiles line by line, on black.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        image = self._load(source)
+        resample, side = Image.Resampling(self.resample), tiling.tile
+        high, wide = tiling.resolution(image.height, image.width)
+        height, width = tiling.resized(image.height, image.width)
+        paper = Image.new("RGB", (wide, high))
+        paper.paste(image.resize((width, height), resample=resample), ((wide - width) // 2, (high - height) // 2))
+        pieces = [image.resize((side, side), resample=resample)]
+        pieces += [
+            paper.crop((left, top, left + side, top + side))
+            for top in range(0, high, side)
+            for left in range(0, wide, side)
+        ]
+        return np.stack([self._normalized(piece) for piece in pieces]), (image.height, image.width)
+
+    def _load(self, source: ImageInput) -> Image.Image:
+        return load_image(source, exif=self.exif, transparency=self.transparency, limits=self.limits, notes=self.notes)
+
+    def _normalized(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """Float32 [3, h, w] of the pixels."""
         # float64 for the rescaling, float32 after it: as CLIPImageProcessor, so that results agree bit by bit.
         pixels = (np.asarray(image).astype(np.float64) * self.rescale_factor).astype(np.float32)
         normalized = (pixels - np.array(self.mean, dtype=np.float32)) / np.array(self.std, dtype=np.float32)

@@ -19,6 +19,7 @@ from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
 from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
+from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError, DataError, StorageError
@@ -76,7 +77,7 @@ class ParrotDataLoader:
         Args:
             config: data sets, mix and policies.
             processor: of the model to be trained.
-            num_visual_rows: V of the vision tower.
+            num_visual_rows: V of the vision tower, rows of an image (or of a tile).
             max_seq_len: most rows of a sample.
             guidance: `moe.guidance` of the model.
             needs_labels: whether a sample without a label is a bad one; False names it in the log and keeps it.
@@ -292,9 +293,14 @@ class ParrotDataLoader:
         if not (pictures := dataset.pictures(index)):
             return sample
         try:
-            if self._feature_store is not None:
+            if self._feature_store is None:
+                pixels, rows = join_pictures(self._processor.pictures(pictures))
+                return replace(sample, pixel_values=pixels, pictures=rows)
+            if self._processor.tiling is None:
                 return replace(sample, image_features=self._feature_store.features_of(pictures))
-            return replace(sample, pixel_values=self._processor.images(pictures))
+            rows = tuple(self._processor.rows_of(picture, self._num_visual_rows) for picture in pictures)
+            features = self._feature_store.features_of(pictures, [picture.tiles for picture in rows])
+            return replace(sample, image_features=features, pictures=rows)
         except StorageError:
             raise
         except DataError as error:

@@ -19,6 +19,7 @@ from parrot_kernels._host import first_fit_decreasing
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.errors import DataError
+from parrot_sys.towers import NEWLINE, PictureRows
 
 IntArray = npt.NDArray[np.int64]
 Guidance = Literal["prompt", "first_turn"]
@@ -29,42 +30,60 @@ class Sample:
     """One tokenised conversation with its images."""
 
     input_ids: Any
-    """int64 [N] (list, array or tensor); IMAGE_TOKEN_ID once for each image."""
+    """int64 [N] (list, array or tensor); IMAGE_TOKEN_ID once for each picture."""
     labels: Any = None
     """int64 [N], not shifted; None: no row bears loss, as at inference."""
     first_answer: int | None = None
     """Without labels: index in `input_ids` where the first answer begins; None: none has begun."""
     pixel_values: Tensor | None = None
-    """float32 [k, 3, h, w] of its k images, or ..."""
+    """float32 [k, 3, h, w] of its k images (pictures, or tiles of pictures one picture after the other), or ..."""
     image_features: Tensor | None = None
     """... float32 [k, V, C], outputs of the frozen tower."""
+    pictures: tuple[PictureRows, ...] | None = None
+    """Rows of each picture that is cut into tiles; None: each picture is one image, and all of its rows are read."""
     language: str = ""
     record_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A sample after its image markers became V rows each and it was cut: N rows, k images that still have a row."""
+    """A sample after its image markers became rows and it was cut: N rows, k images of pictures that still have one."""
 
     input_ids: IntArray  # [N]
     labels: IntArray  # [N], not shifted
-    image_source: IntArray  # [R] of each image row: image of the sample * V + row of the image
+    image_source: IntArray  # [R] of each image row: image of the sample * V + row of the image, or NEWLINE
     num_images: int
     first_answer: int  # row where the first answer begins, N or more when there is none
 
 
-def expanded_lengths(input_ids: IntArray, num_visual_rows: int, max_seq_len: int) -> tuple[int, int]:
-    """(rows after expansion and truncation, rows without truncation) of unexpanded ids [N]."""
-    full = len(input_ids) + (num_visual_rows - 1) * int(np.count_nonzero(input_ids == IMAGE_TOKEN_ID))
-    cut = input_ids[:max_seq_len]
-    rows = len(cut) + (num_visual_rows - 1) * int(np.count_nonzero(cut == IMAGE_TOKEN_ID))
-    return min(rows, max_seq_len), full
+def rows_of_pictures(sample: Sample, num_visual_rows: int) -> int | IntArray:
+    """Rows of every picture of a sample, or of each in turn, for the functions below."""
+    if sample.pictures is None:
+        return num_visual_rows
+    return np.array([len(picture.source) for picture in sample.pictures], dtype=np.int64)
 
 
-def remaining_labels(input_ids: IntArray, labels: IntArray, num_visual_rows: int, max_seq_len: int) -> int:
+def _rows_of_ids(input_ids: IntArray, picture_rows: int | IntArray) -> IntArray:
+    """Rows that each of the ids [N] becomes; the first N when `picture_rows` names more pictures."""
+    is_image = input_ids == IMAGE_TOKEN_ID
+    repeats = np.ones(len(input_ids), dtype=np.int64)
+    repeats[is_image] = picture_rows if isinstance(picture_rows, int) else picture_rows[: np.count_nonzero(is_image)]
+    return repeats
+
+
+def expanded_lengths(input_ids: IntArray, picture_rows: int | IntArray, max_seq_len: int) -> tuple[int, int]:
+    """(rows after expansion and truncation, rows without truncation) of unexpanded ids [N].
+
+    `picture_rows` are the rows of every picture, or of each in turn.
+    """
+    repeats = _rows_of_ids(input_ids, picture_rows)
+    return min(int(repeats[:max_seq_len].sum()), max_seq_len), int(repeats.sum())
+
+
+def remaining_labels(input_ids: IntArray, labels: IntArray, picture_rows: int | IntArray, max_seq_len: int) -> int:
     """Number of rows of a sample that bear loss after expansion and truncation; unexpanded ids and labels [N]."""
     ids, labels = input_ids[:max_seq_len], labels[:max_seq_len]
-    repeats = np.where(ids == IMAGE_TOKEN_ID, num_visual_rows, 1)
+    repeats = _rows_of_ids(ids, picture_rows)
     rows = np.cumsum(repeats) - repeats
     return int(np.count_nonzero((labels != IGNORE_ID) & (rows < max_seq_len) & (rows > 0)))
 
@@ -80,12 +99,13 @@ def pack_samples(
 
     Args:
         samples: at least one id each; all with pixel values or all with image features, as far as they have images.
-        num_visual_rows: V, rows of an image among those of the text; 1 where text reads its features from elsewhere.
+        num_visual_rows: V, rows of an image (of a tile, where pictures are cut into some) among those of the text; 1
+            where text reads its features from elsewhere.
         guidance: which text rows guide the routing of a sample's images: `prompt` takes every row without a label,
             `first_turn` only those before the first answer (its first label, or `first_answer` without labels). Rows
             that truncation removed guide nothing.
         max_seq_len: cut each sample to so many ids before expansion and to so many rows after it, as the released code
-            does; images that lose all their rows are left out. None cuts nothing.
+            does; pictures that lose all their rows are left out. None cuts nothing.
 
     Raises:
         DataError: a sample without ids, or whose images do not match its markers.
@@ -106,7 +126,11 @@ def pack_samples(
     image_features = _join([sample.image_features for sample in samples], images)
     if pixel_values is not None and image_features is not None:
         raise DataError("all samples of a micro-batch must have pixel_values or all image_features, got both kinds")
-    sources = [row.image_source + num_visual_rows * first for row, first in zip(rows, first_image, strict=True)]
+    newline = num_visual_rows * int(images.sum())  # (after all features)
+    sources = [
+        np.where(row.image_source == NEWLINE, newline, row.image_source + num_visual_rows * first)
+        for row, first in zip(rows, first_image, strict=True)
+    ]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -178,31 +202,50 @@ def _expand(sample: Sample, num_visual_rows: int, max_seq_len: int | None) -> _R
             f"sample {sample.record_id!r} must have ids and as many labels, "
             f"got {list(ids.shape)} ids and {list(labels.shape)} labels"
         )
-    _check_images(sample, int(np.count_nonzero(ids == IMAGE_TOKEN_ID)), num_visual_rows)
+    pictures = _check_images(sample, int(np.count_nonzero(ids == IMAGE_TOKEN_ID)), num_visual_rows)
     ids, labels = ids[:max_seq_len], labels[:max_seq_len]
-    is_image = ids == IMAGE_TOKEN_ID
-    repeats = np.where(is_image, num_visual_rows, 1)
+    repeats = _rows_of_ids(ids, rows_of_pictures(sample, num_visual_rows))
     ids, labels = (
         np.repeat(ids, repeats)[:max_seq_len],
-        np.repeat(np.where(is_image, IGNORE_ID, labels), repeats)[:max_seq_len],
+        np.repeat(np.where(ids == IMAGE_TOKEN_ID, IGNORE_ID, labels), repeats)[:max_seq_len],
     )
     if sample.labels is not None:
         first_answer = int((labels != IGNORE_ID).argmax()) if (labels != IGNORE_ID).any() else len(ids)
     else:
         first_answer = int(repeats[: sample.first_answer].sum())
-    visual = int(np.count_nonzero(ids == IMAGE_TOKEN_ID))
-    return _Rows(ids, labels, np.arange(visual), -(-visual // num_visual_rows), first_answer)
+    source, num_images = _sources(pictures, int(np.count_nonzero(ids == IMAGE_TOKEN_ID)), num_visual_rows)
+    return _Rows(ids, labels, source, num_images, first_answer)
 
 
-def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> None:
+def _sources(pictures: Sequence[PictureRows], rows: int, num_visual_rows: int) -> tuple[IntArray, int]:
+    """Sources of the first `rows` rows of a sample's pictures, and the images of the pictures that they come from."""
+    sources, images, left = [np.empty(0, dtype=np.int64)], 0, rows
+    for picture in pictures:
+        if left <= 0:
+            break
+        own = picture.source[:left]
+        sources.append(np.where(own == NEWLINE, NEWLINE, own + num_visual_rows * images))
+        images += picture.tiles
+        left -= len(own)
+    return np.concatenate(sources), images
+
+
+def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> Sequence[PictureRows]:
+    """Rows of each picture of a sample with so many markers."""
     given = [t for t in (sample.pixel_values, sample.image_features) if t is not None]
     if len(given) > 1:
         raise DataError(f"sample {sample.record_id!r} must have pixel_values or image_features, got both")
     count = given[0].shape[0] if given else 0
-    if count != markers:
+    pictures = sample.pictures
+    if pictures is None:
+        pictures = (PictureRows.whole(num_visual_rows),) * markers
+    elif len(pictures) != markers:
         raise DataError(
-            f"sample {sample.record_id!r} must have one image for each of its {markers} markers, got {count}"
+            f"sample {sample.record_id!r} must have one picture for each of its {markers} markers, got {len(pictures)}"
         )
+    if count != (images := sum(picture.tiles for picture in pictures)):
+        wanted = "one image for each" if sample.pictures is None else f"{images} tiles for the pictures"
+        raise DataError(f"sample {sample.record_id!r} must have {wanted} of its {markers} markers, got {count}")
     # (A row that only marks an image says nothing about the rows of its features.)
     features = sample.image_features if count and num_visual_rows > 1 else None
     if features is not None and features.shape[1] != num_visual_rows:
@@ -210,6 +253,7 @@ def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> None:
             f"sample {sample.record_id!r}: image_features must be [{count}, {num_visual_rows}, C], "
             f"got {list(features.shape)}"
         )
+    return pictures
 
 
 def _shift(labels: IntArray) -> IntArray:

@@ -17,19 +17,21 @@ from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.control_tokens import TextEncoder
-from parrot_sys.data.decoding import ImageInput, ImageLimits
+from parrot_sys.data.decoding import ImageInput, ImageLimits, image_size
 from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
+from parrot_sys.data.picture import Picture
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import encode_conversations
 from parrot_sys.data.tokenizer_files import MissingTokenizer, check_vocabulary, has_tokenizer, load_tokenizer
-from parrot_sys.errors import CheckpointError
-from parrot_sys.files import Fields, read_json
-from parrot_sys.towers import KNOWN_TOWERS
+from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.files import Fields, naming_file, read_json
+from parrot_sys.towers import KNOWN_TOWERS, PictureRows, Tiling, vision_config_from_hf
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TEMPLATE_KEY = "conversation_template"
 _POSITION_KEY = "image_position"
+_RESOLUTIONS_KEY, _SIDE_KEY = "image_grid_pinpoints", "tile_side"
 _TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
 
 
@@ -44,6 +46,7 @@ class ParrotProcessor:
         *,
         image_position: ImagePosition = "front",
         control_tokens: ControlTokens = "text",
+        tiling: Tiling | None = None,
     ) -> None:
         """
         Args:
@@ -52,12 +55,14 @@ class ParrotProcessor:
             template: format of conversations.
             image_position: where the images of a turn are put, see `place_images`.
             control_tokens: what the name of a control token in a text is, see `TextEncoder`.
+            tiling: how pictures are cut into tiles; None leaves them whole.
         """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.template = template
         self.image_position: ImagePosition = image_position
         self.control_tokens: ControlTokens = control_tokens
+        self.tiling = tiling
         self._encoder: TextEncoder | None = None
         self._encoder_size = 0
 
@@ -82,7 +87,13 @@ class ParrotProcessor:
             load_tokenizer(directory, chosen) if _needs_tokenizer(directory) else MissingTokenizer(directory)
         )
         images = _load_image_processor(directory)
-        return cls(tokenizer, images, chosen, image_position=_load_image_position(directory))
+        return cls(
+            tokenizer,
+            images,
+            chosen,
+            image_position=_load_image_position(directory),
+            tiling=_load_tiling(directory, images.height),
+        )
 
     @classmethod
     def for_tower(
@@ -96,6 +107,12 @@ class ParrotProcessor:
         """This processor with other rules for texts, see the constructor."""
         other = copy.copy(self)
         other.image_position, other.control_tokens, other._encoder = image_position, control_tokens, None
+        return other
+
+    def with_tiling(self, tiling: Tiling | None) -> ParrotProcessor:
+        """This processor with pictures cut into tiles as `tiling` says, or left whole."""
+        other = copy.copy(self)
+        other.tiling = tiling
         return other
 
     def with_image_limits(self, limits: ImageLimits) -> ParrotProcessor:
@@ -112,11 +129,11 @@ class ParrotProcessor:
         )
         return other
 
-    def check_fits(self, vocab_size: int, image_size: int, where: object) -> None:
+    def check_fits(self, vocab_size: int, image_size: int, where: object, *, tiling: Tiling | None = None) -> None:
         """Whether a model with these sizes can take what this processor, read from `where`, makes.
 
         Raises:
-            CheckpointError: the tokenizer has ids beyond the vocabulary, or pictures have another size.
+            CheckpointError: the tokenizer has ids beyond the vocabulary, or pictures have another size or other tiles.
         """
         check_vocabulary(self.tokenizer, vocab_size, where)
         size = (self.image_processor.height, self.image_processor.width)
@@ -125,6 +142,11 @@ class ParrotProcessor:
                 f"{where}: {PREPROCESSOR_FILE} makes pictures of {size[0]} x {size[1]} pixels, but the vision tower "
                 f"takes {image_size} x {image_size}: use the file of this tower"
             )
+        if self.tiling != tiling:
+            raise CheckpointError(
+                f"{where}: {PREPROCESSOR_FILE} cuts pictures into tiles by {self.tiling}, but the model takes "
+                f"{tiling}: use the file of this model"
+            )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
@@ -132,7 +154,7 @@ class ParrotProcessor:
         self.tokenizer.save_pretrained(path)
         own: dict[str, str] = {} if self.template is CHATML else {_TEMPLATE_KEY: self.template.name}
         own |= {} if self.image_position == "front" else {_POSITION_KEY: self.image_position}
-        text = json.dumps(self.image_processor.to_dict() | own, indent=2) + "\n"
+        text = json.dumps(self.image_settings() | own, indent=2) + "\n"
         (Path(path) / PREPROCESSOR_FILE).write_text(text, encoding="utf-8")
 
     def format_conversation(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> dict[str, Any]:
@@ -183,8 +205,19 @@ class ParrotProcessor:
             self._encoder_size = len(self.tokenizer)
         return self._encoder
 
-    def images(self, images: Iterable[ImageInput]) -> Tensor:
-        """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
+    def image_settings(self) -> dict[str, Any]:
+        """Everything that decides the pixels of a picture, as preprocessor_config.json has it."""
+        settings = self.image_processor.to_dict()
+        if self.tiling is None:
+            return settings
+        return settings | {
+            "image_processor_type": "LlavaNextImageProcessor",
+            _RESOLUTIONS_KEY: [list(resolution) for resolution in self.tiling.resolutions],
+            _SIDE_KEY: self.tiling.side,
+        }
+
+    def pictures(self, images: Iterable[ImageInput]) -> list[Picture]:
+        """Preprocessed pictures, for `Sample` and the model; cut into tiles where the model wants them so.
 
         Args:
             images: Pillow images, file names, or bytes of image files.
@@ -192,9 +225,39 @@ class ParrotProcessor:
         Raises:
             DataError: an image is missing or cannot be read.
         """
-        arrays = [self.image_processor(image) for image in images]
-        shape = (len(arrays), 3, self.image_processor.height, self.image_processor.width)
-        return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(shape)
+        if self.tiling is None:
+            return [Picture(torch.from_numpy(self.image_processor(image)).unsqueeze(0)) for image in images]
+        pictures = []
+        for image in images:
+            pixels, size = self.image_processor.tiles(image, self.tiling)
+            pictures.append(Picture(torch.from_numpy(pixels), self.tiling.rows(*size)))
+        return pictures
+
+    def rows_of(self, image: ImageInput, num_visual_rows: int) -> PictureRows:
+        """Rows of a picture that `pictures` would give, from its size alone; a whole one has `num_visual_rows`.
+
+        Raises:
+            DataError: the picture is to be cut into tiles, and is missing or is none.
+        """
+        if self.tiling is None:
+            return PictureRows.whole(num_visual_rows)
+        processor = self.image_processor
+        return self.tiling.rows(*image_size(image, exif=processor.exif, limits=processor.limits))
+
+    def images(self, images: Iterable[ImageInput]) -> Tensor:
+        """Preprocessed images, float32 [n, 3, h, w]; n may be 0.
+
+        Args:
+            images: as for `pictures`.
+
+        Raises:
+            ConfigError: pictures are cut into tiles, of which there are several for each.
+            DataError: an image is missing or cannot be read.
+        """
+        if self.tiling is not None:
+            raise ConfigError("this model cuts pictures into tiles: use processor.pictures, not processor.images")
+        shape = (0, 3, self.image_processor.height, self.image_processor.width)
+        return torch.cat([torch.empty(shape), *(picture.pixel_values for picture in self.pictures(images))])
 
 
 def _fields(file: Path) -> Fields:
@@ -228,6 +291,23 @@ def _needs_tokenizer(directory: Path) -> bool:
     """A MultiModal-GPT may have been put together without one; for other models that is an error."""
     config = _fields(directory / "config.json")
     return has_tokenizer(directory) or config.get("model_type", str) != "multimodal_gpt"
+
+
+def _load_tiling(directory: Path, tile: int) -> Tiling | None:
+    """As preprocessor_config.json says that `save_pretrained` wrote, or config.json of a released checkpoint."""
+    own, config = _fields(directory / PREPROCESSOR_FILE), _fields(directory / "config.json")
+    if _SIDE_KEY in own:
+        fields, side = own, own.require(_SIDE_KEY, int)
+    elif _RESOLUTIONS_KEY in config and "vision_config" in config:
+        vision = vision_config_from_hf(config.values, file=config.file)
+        fields, side = config, vision.image_size // vision.patch_size
+    else:
+        return None
+    pairs = fields.items(_RESOLUTIONS_KEY, list)
+    if not all(len(pair) == 2 and all(isinstance(value, int) for value in pair) for pair in pairs):
+        raise fields.wrong(_RESOLUTIONS_KEY, "pairs of a height and a width")
+    with naming_file(fields.file):
+        return Tiling(resolutions=tuple((pair[0], pair[1]) for pair in pairs), tile=tile, side=side)
 
 
 def _load_image_processor(directory: Path) -> ImageProcessor:

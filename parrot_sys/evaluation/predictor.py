@@ -25,6 +25,7 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.requests import Request, check_rows, free_rows
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+from parrot_sys.towers import PictureRows
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class ModelPredictor:
             **({"max_new_tokens": max_new_tokens} if mode == "generate" else {}),
             **_rule(self.model.parrot),
         }
-        self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [1, V, C]
+        self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [tiles, V, C]
+        self._rows: dict[str, PictureRows] = {}  # the same key -> rows of a picture that is cut into tiles
         self._picture_problems: dict[str, str] = {}  # the same key -> why it cannot be read, empty where it can
 
     def run(self, program: Callable[[], int]) -> int:
@@ -203,12 +205,13 @@ class ModelPredictor:
         return Sample(
             input_ids=torch.tensor(ids),
             image_features=feature,
+            pictures=self._picture_rows(item),
             language=item.table.language,
             record_id=f"{item.table.path.name}, index {item.question.index}",
         )
 
     def _image_features(self, items: Sequence[Item]) -> list[Tensor | None]:
-        """[1, V, C] of each item's picture; the key is its content, as the languages of a benchmark share pictures."""
+        """[tiles, V, C] of each item's picture; its key is its content, as a benchmark's languages share pictures."""
         cells = [(item, item.question.image_key) for item in items]
         keys = [None if cell is None else _picture_key(item, cell) for item, cell in cells]
         new = {
@@ -217,14 +220,25 @@ class ModelPredictor:
             if key is not None and cell is not None and key not in self._features
         }
         if new:
-            pixels = self.processor.images(new.values())
-            features = self.lockstep.encode(pixels)
+            pictures = self.processor.pictures(new.values())
+            features = self.lockstep.encode(torch.cat([picture.pixel_values for picture in pictures]))
             if features is None:
                 raise CheckpointError(
                     "the checkpoint was loaded without its vision tower, so it cannot see the questions' images"
                 )
-            self._features.update(zip(new, features.cpu().split(1), strict=True))
+            tiles = [len(picture.pixel_values) for picture in pictures]
+            self._features.update(zip(new, features.cpu().split(tiles), strict=True))
         return [None if key is None else self._features[key] for key in keys]
+
+    def _picture_rows(self, item: Item) -> tuple[PictureRows, ...] | None:
+        """Rows of an item's picture, where pictures are cut into tiles."""
+        cell = item.question.image_key
+        if cell is None or self.processor.tiling is None:
+            return None
+        key = _picture_key(item, cell)
+        if key not in self._rows:
+            self._rows[key] = self.processor.rows_of(item.table.image(cell), self.model.parrot.rows_per_image)
+        return (self._rows[key],)
 
     def _experts(self, routes: RoutingOutput | None, items: Sequence[Item]) -> list[list[float]]:
         """Weights of each item's picture; none for items without one."""

@@ -19,6 +19,7 @@ from parrot_sys.cli import parse_config, run_main
 from parrot_sys.data.decoding import ImageLimits, load_image
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
+from parrot_sys.data.picture import Picture, join_pictures
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import TEXTS
@@ -95,9 +96,9 @@ class ChatSession:
     temperature: float = 0.0
     seed: int | None = None
     turns: list[dict[str, Any]] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)
-    """[3, h, w] each, in the order of their markers."""
-    waiting: list[Tensor] = field(default_factory=list)
+    images: list[Picture] = field(default_factory=list)
+    """In the order of their markers."""
+    waiting: list[Picture] = field(default_factory=list)
     """Pictures that go with the next message."""
 
     def add_image(self, path: str | Path) -> None:
@@ -106,7 +107,7 @@ class ChatSession:
         Raises:
             DataError: the file is missing or is no picture.
         """
-        self.waiting.append(self.processor.images([Path(path)])[0])
+        self.waiting += self.processor.pictures([Path(path)])
 
     def reset(self) -> None:
         """Forgets turns and pictures."""
@@ -126,11 +127,11 @@ class ChatSession:
         images = [*self.images, *self.waiting]
         prompt = self.processor.format_conversation([*self.turns, user], add_generation_prompt=True)
         input_ids = torch.tensor([prompt["input_ids"]])
-        sample = Sample(input_ids=prompt["input_ids"])
+        sample = Sample(input_ids=prompt["input_ids"], pictures=join_pictures(images)[1])
         sampling = {"do_sample": True, "temperature": self.temperature, "seed": self.seed} if self.temperature else {}
         output, routing = self.model.generate(
             input_ids,
-            images=torch.stack(images) if images else None,
+            images=images,
             max_new_tokens=min(self.max_new_tokens, max(1, free_rows(self.model.config, sample))),
             streamer=_Streamer(self.processor, on_text),
             return_routing=True,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
+from parrot_sys.data.picture import Picture, join_pictures
 from parrot_sys.errors import DataError
+from parrot_sys.towers import PictureRows
 
-Images = Tensor | Sequence[Tensor] | None
+Images = Tensor | Sequence[Tensor] | Sequence[Picture] | None
 
 
 def split_batch(
@@ -28,7 +31,8 @@ def split_batch(
         attention_mask: [B, N], 0 where a row is padding (left or right); None: nothing is padding.
         images: float [n, 3, h, w], or a list of [3, h, w] and [k, 3, h, w]. As many as there are markers: taken in
             their order. Else one for each sample, of which those of samples without a marker are left out (the released
-            code gives a text-only sample a dummy image). MultiModal-GPT's [B, k, 1, 3, h, w] has k images for each
+            code gives a text-only sample a dummy image). `processor.pictures(...)` where pictures are cut into tiles.
+            MultiModal-GPT's [B, k, 1, 3, h, w] has k images for each
             sample, of which the first are taken, as many as the sample has markers.
         labels: int64 [B, N], -100 where a row bears no loss.
         answer_header: ids that open an answer; without labels they tell where the first one begins.
@@ -48,13 +52,14 @@ def split_batch(
     if empty := [index for index, sample in enumerate(samples) if not sample.numel()]:
         raise DataError(f"attention_mask must leave at least one row in each sample, got none in samples {empty}")
     markers = [int((sample == IMAGE_TOKEN_ID).sum()) for sample in samples]
-    pixels = _assign_images(markers, images)
+    assigned = _assign_pictures(markers, images)
     return [
         Sample(
             input_ids=sample,
             labels=None if targets is None else targets[index][kept[index]],
             first_answer=_behind_first(sample.tolist(), list(answer_header)),
-            pixel_values=pixels[index],
+            pixel_values=assigned[index][0],
+            pictures=assigned[index][1],
         )
         for index, sample in enumerate(samples)
     ]
@@ -101,7 +106,21 @@ def _behind_first(ids: list[int], header: list[int]) -> int | None:
     return next((start + len(header) for start in starts if ids[start : start + len(header)] == header), None)
 
 
-def _assign_images(markers: list[int], images: Images) -> list[Tensor | None]:
+def _assign_pictures(markers: list[int], images: Images) -> list[tuple[Tensor | None, tuple[PictureRows, ...] | None]]:
+    """The images of each sample, [k, 3, h, w] or None, and the rows of its pictures if they are cut into tiles."""
+    pictures = [] if images is None or isinstance(images, Tensor) else [p for p in images if isinstance(p, Picture)]
+    if not pictures:
+        return [(pixels, None) for pixels in _assign_images(markers, cast("Tensor | Sequence[Tensor] | None", images))]
+    if len(pictures) != sum(markers):
+        raise DataError(
+            f"images must be as many pictures as the {sum(markers)} image markers (-200) in input_ids, "
+            f"got {len(pictures)}"
+        )
+    ends = [sum(markers[: index + 1]) for index in range(len(markers))]
+    return [join_pictures(pictures[end - count : end]) for end, count in zip(ends, markers, strict=True)]
+
+
+def _assign_images(markers: list[int], images: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
     """The images of each sample, [k, 3, h, w] or None."""
     if isinstance(images, Tensor) and images.dim() == 6:
         return _assign_rows_of_images(markers, images)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parrot_sys.data.packing import Sample, expanded_lengths
+from parrot_sys.data.packing import Sample, expanded_lengths, rows_of_pictures
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.sampling import SamplingConfig
 from parrot_sys.models.parrot import ParrotConfig
@@ -39,7 +39,8 @@ def request_name(index: int, sample: Sample) -> str:
 
 def num_rows(config: ParrotConfig, sample: Sample) -> int:
     """Rows of a sample with its images."""
-    return expanded_lengths(np.asarray(sample.input_ids), config.rows_per_image, config.max_rows)[1]
+    rows = rows_of_pictures(sample, config.rows_per_image)
+    return expanded_lengths(np.asarray(sample.input_ids), rows, config.max_rows)[1]
 
 
 def free_rows(config: ParrotConfig, sample: Sample) -> int:

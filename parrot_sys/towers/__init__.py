@@ -3,15 +3,19 @@
 from parrot_sys.towers.config import Feature, VisionConfig
 from parrot_sys.towers.hf import KNOWN_TOWERS, vision_config_from_hf
 from parrot_sys.towers.registry import TOWERS
+from parrot_sys.towers.tiles import NEWLINE, PictureRows, Tiling
 from parrot_sys.towers.tower import Network, Pixels, TensorNames, Tower, Transformer
 
 __all__ = [
     "KNOWN_TOWERS",
+    "NEWLINE",
     "TOWERS",
     "Feature",
     "Network",
+    "PictureRows",
     "Pixels",
     "TensorNames",
+    "Tiling",
     "Tower",
     "Transformer",
     "VisionConfig",

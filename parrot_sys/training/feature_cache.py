@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from parrot_sys.data.feature_store import FeatureStore, tower_fingerprint
+from parrot_sys.data.feature_store import FeatureStore, tile_keys, tower_fingerprint
 from parrot_sys.data.image_files import ImageFile
 from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.picture import Picture
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import DataError, StorageError
 from parrot_sys.megatron.model import MultimodalModel
@@ -81,7 +82,7 @@ def open_store(
 
     Those of rank 0 count: later pipeline stages hold no tower.
     """
-    settings = {**asdict(replace(vision, path=None)), **processor.image_processor.to_dict()}
+    settings = {**asdict(replace(vision, path=None)), **processor.image_settings()}
     fingerprint = [tower_fingerprint(dict(weights), sorted(settings.items())) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(fingerprint, src=0)
     return FeatureStore(directory, fingerprint[0])
@@ -142,7 +143,7 @@ def fill_store(
             names = mine[start : start + _IMAGES_PER_WRITE]
             files = [pictures[name] for name in names]
             loaded = dict(zip(names, threads.map(partial(_read, processor=processor), files), strict=True))
-            images = {name: image for name, image in loaded.items() if isinstance(image, Tensor)}
+            images = {name: image for name, image in loaded.items() if isinstance(image, Picture)}
             bad = {name: str(error) for name, error in loaded.items() if isinstance(error, DataError)}
             everyone = gather_everywhere(next(iter(bad.values()), None))
             if not skip and (message := next(filter(None, everyone), None)) is not None:
@@ -151,9 +152,11 @@ def fill_store(
             failures |= dict(zip(store.keys(map(pictures.__getitem__, bad)), bad.values(), strict=True))
             if images and tower is not None:
                 with torch.no_grad():
-                    features = tower(torch.cat(list(images.values())).to(device, next(tower.parameters()).dtype))
+                    pixels = torch.cat([image.pixel_values for image in images.values()])
+                    features = tower(pixels.to(device, next(tower.parameters()).dtype))
                 if write:
-                    store.write(store.keys(map(pictures.__getitem__, images)), features)
+                    tiles = [len(image.pixel_values) for image in images.values()]
+                    store.write(tile_keys(store.keys(map(pictures.__getitem__, images)), tiles), features)
             bar.update(len(names))
     _share_failures(store, seen[0][1] | failures)
     if mine:
@@ -186,10 +189,10 @@ def _missing(
     return store.missing(files, skip_unreadable=skip)
 
 
-def _read(picture: ImageFile, *, processor: ParrotProcessor) -> Tensor | DataError:
-    """[1, 3, h, w], or the reason why there is none."""
+def _read(picture: ImageFile, *, processor: ParrotProcessor) -> Picture | DataError:
+    """The picture, or the reason why there is none."""
     try:
-        return processor.images([picture])
+        return processor.pictures([picture])[0]
     except StorageError:
         raise
     except DataError as error:

@@ -121,8 +121,8 @@ def test_pictures_are_encoded_once(loaded: tuple, data: Path, monkeypatch: pytes
     model, processor = loaded
     predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT, mode="likelihood")
     encoded: list[int] = []
-    real = processor.images
-    monkeypatch.setattr(processor, "images", lambda images: (lambda t: (encoded.append(len(t)), t)[1])(real(images)))
+    real = processor.pictures
+    monkeypatch.setattr(processor, "pictures", lambda images: (lambda t: (encoded.append(len(t)), t)[1])(real(images)))
     items = _items(data)
     predictor.predict(items, "model")
     predictor.predict(items, "off")
