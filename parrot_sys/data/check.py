@@ -101,7 +101,10 @@ class _FileCheck:
         data = self.setup.data
         try:
             self.images = ImageRoot(
-                self.source.image_root, allow_outside=data.allow_outside_root, cache_dir=data.cache_dir
+                self.source.image_root,
+                allow_outside=data.allow_outside_root,
+                cache_dir=data.cache_dir,
+                remote=data.remote,
             )
             for block in _blocks(self._records(on_progress), _BLOCK):
                 self._check_block(block)

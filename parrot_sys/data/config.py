@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeVar
 
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
 from parrot_sys.data.parts import ControlTokens, ImagePosition
+from parrot_sys.data.remote.config import RemoteConfig
+from parrot_sys.data.remote.storage import is_remote
 from parrot_sys.errors import ConfigError
 from parrot_sys.paths import INPUT, INPUT_FILE, OUTPUT_FOLDER
 
@@ -20,7 +22,7 @@ class DataSource:
     """One data set of the mix, with every default filled in."""
 
     path: Path
-    image_root: Path
+    image_root: str | Path
     name: str
     language: str
     weight: float
@@ -35,7 +37,8 @@ class DataConfig:
     docs/data.md."""
     image_roots: Annotated[tuple[str, ...], INPUT] = ()
     """Base of the records' image names (default: the directory of each file): a directory, a tar or
-    Parquet file, a directory of those, or a pattern such as 'shards/*.tar'."""
+    Parquet file, a directory of those, a pattern such as 'shards/*.tar', or an address of one of these that fsspec
+    opens (s3://, gs://, https://)."""
     allow_outside_root: bool = False
     """Also read images whose names lead out of the image root: absolute names, `..`, symbolic links. Only for records
     that you trust: without it such a record is a bad one."""
@@ -77,6 +80,8 @@ class DataConfig:
     """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, image
     features (`cache_image_features`; default: OUTPUT/features), and indexes of image archives whose own directory
     cannot be written."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """How files behind an address (`s3://bucket/...`) are read."""
     num_workers: int = 2
     """Threads that decode images."""
     prefetch_steps: int = 2
@@ -114,7 +119,9 @@ class DataConfig:
     def sources(self) -> tuple[DataSource, ...]:
         """The data sets with their settings."""
         paths = [Path(path) for path in self.paths]
-        roots = _spread(tuple(Path(root) for root in self.image_roots), [path.parent for path in paths])
+        given: tuple[str | Path, ...] = tuple(root if is_remote(root) else Path(root) for root in self.image_roots)
+        beside: list[str | Path] = [path.parent for path in paths]
+        roots = _spread(given, beside)
         names = self.names or tuple(path.stem for path in paths)
         languages = _spread(self.languages, [""] * len(paths))
         weights = _spread(self.weights, [1.0] * len(paths))

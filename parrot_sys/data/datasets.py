@@ -77,7 +77,12 @@ def load_dataset(
         DataError: the file is unreadable or nothing in it is usable; under `on_bad_sample=error` a record is wrong or
             an image missing; under `on_long_sample=error` a sample is too long. Names file, record and reason.
     """
-    images = ImageRoot(source.image_root, allow_outside=config.allow_outside_root, cache_dir=config.cache_dir)
+    images = ImageRoot(
+        source.image_root,
+        allow_outside=config.allow_outside_root,
+        cache_dir=config.cache_dir,
+        remote=config.remote,
+    )
     records, problems = _parse_records(source, images)
     digest = _file_digest(source.path)
     _report_markers(source, records, config)

@@ -45,7 +45,7 @@ def built(monkeypatch):
     members = TarArchive.members
 
     def noted(self, advance):
-        paths.append(self.path)
+        paths.append(self.file.place)
         return members(self, advance)
 
     monkeypatch.setattr(TarArchive, "members", noted)

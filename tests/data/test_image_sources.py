@@ -20,6 +20,7 @@ from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.errors import DataError, StorageError
+from tests.data.comparing import PICTURES, ROWS, assert_same, record
 from tests.data.picture_archives import (
     as_data_urls,
     data_url,
@@ -30,29 +31,11 @@ from tests.data.picture_archives import (
 )
 from tests.data.picture_files import encoded, noise
 
-ROWS = 17  # visual rows of the tiny tower
-_EXIF = Image.Exif()
-_EXIF[0x112] = 6
-PICTURES = [
-    encoded(Image.fromarray(noise(9, 7, 1)), "PNG"),
-    encoded(Image.fromarray(noise(8, 40, 2)), "JPEG", exif=_EXIF),
-    encoded(Image.fromarray(noise(12, 5, 3, 4)), "PNG"),
-    encoded(Image.fromarray(noise(30, 30, 4)), "WEBP"),
-    encoded(Image.fromarray(noise(20, 3, 5)), "BMP"),
-    encoded(Image.fromarray(noise(6, 6, 6)), "PNG")[:-30],  # cut off
-    encoded(Image.new("RGB", (1, 999)), "PNG"),  # over the limit of aspect ratios
-]
 LETTERS = st.text(st.sampled_from("abz09_-. äß猫🐱\u0301'\"%\\"), min_size=1, max_size=12)
 PART = st.one_of(LETTERS, st.integers(90, 220).map("n".__mul__)).filter(
     lambda part: part.strip(".") and len(part.encode()) < 250
 )
 NAME = st.lists(PART, min_size=1, max_size=3).map("/".join)
-
-
-def record(number, names):
-    question = "<image>\n" * len(names) + "What is it? " * (1 + number % 3)
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {number}."}]
-    return {"id": f"r{number}", "image": names, "conversations": turns}
 
 
 @st.composite
@@ -72,16 +55,6 @@ def make_loader(processor, folder, records, root, **settings):
     path.write_text(json.dumps(records), encoding="utf-8")
     config = DataConfig(paths=(str(path),), image_roots=(str(root),), on_bad_sample="skip", num_workers=3, **settings)
     return ParrotDataLoader(config, processor, num_visual_rows=ROWS, max_seq_len=512, global_batch_size=2)
-
-
-def assert_same(steps, wanted):
-    assert len(steps) == len(wanted)
-    for a, b in zip([b for step in steps for b in step], [b for step in wanted for b in step], strict=True):
-        assert a.record_ids == b.record_ids
-        for name in ("input_ids", "labels", "label_rows", "position_ids", "cu_seqlens", "visual_rows", "pixel_values"):
-            one, other = getattr(a, name), getattr(b, name)
-            assert (one is None) == (other is None)
-            assert one is None or torch.equal(one, other), name
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

@@ -22,9 +22,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from parrot_sys.data.cached_arrays import read_array, write_array
-from parrot_sys.data.image_files import OpenFile, check_regular
+from parrot_sys.data.image_files import OpenFile
 from parrot_sys.data.image_sources.base import inner_name, shown
-from parrot_sys.errors import DataError, StorageError, printable
+from parrot_sys.data.remote.file import LocalFile, StoredFile
+from parrot_sys.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
 INDEX_ENDING = ".parrot-index"
@@ -53,15 +54,10 @@ class Archive(ABC):
     REFUSED: ClassVar[tuple[str, ...]] = ("",)
     """Reasons why a member is not read, from place 1."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.state = _state(os.stat(path))
-            check_regular(path)
-        except OSError as error:
-            raise DataError(f"image archive {printable(path)} cannot be read: {error.strerror}") from error
-        except DataError as error:
-            raise DataError(f"image archive {printable(path)} {error}") from None
+    def __init__(self, file: StoredFile) -> None:
+        self.file, self.state = file, file.state
+        self.name = printable(file.name)
+        """For messages."""
 
     @abstractmethod
     def members(self, advance: _Advance) -> Iterator[Member]:
@@ -82,24 +78,6 @@ class Archive(ABC):
             StorageError: the archive is no longer what it was when it was opened first.
         """
 
-    def descriptor(self) -> int:
-        """The open file, which the caller closes.
-
-        Raises:
-            StorageError: it is no longer what it was when it was opened first.
-        """
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError(f"image archive {printable(self.path)} cannot be opened: {error.strerror}") from error
-        if _state(os.fstat(descriptor)) != self.state:
-            os.close(descriptor)
-            raise StorageError(
-                f"image archive {printable(self.path)} has changed since its index was read: start again, and the "
-                "index is built anew"
-            )
-        return descriptor
-
 
 @dataclass(frozen=True, slots=True)
 class ArchivedImage:
@@ -115,7 +93,7 @@ class ArchivedImage:
         return self.archive.open(self.first, self.second)
 
     def __str__(self) -> str:
-        return f"{self.archive.path}/{self.name}"
+        return f"{self.archive.file.name}/{self.name}"
 
 
 class ArchiveSet:
@@ -132,7 +110,7 @@ class ArchiveSet:
             index_dir: where indexes are kept when they cannot be written beside the archives; None keeps none then.
         """
         self._root = root
-        self._archives = sorted(archives, key=lambda archive: archive.path)
+        self._archives = sorted(archives, key=lambda archive: archive.file.place)
         self._index_dir = index_dir
         self._lock = threading.Lock()
 
@@ -177,14 +155,14 @@ class ArchiveSet:
         if not matches:
             return None
         if len(matches) > 1:
-            places = [str(self._archives[archive].path) for archive, _ in matches]
+            places = [self._archives[archive].file.name for archive, _ in matches]
             return (
                 f"image {shown(name)} is in {len(places)} archives, {shown(places[0])} and {shown(places[1])} among "
                 "them: put the name of the archive and a / before it"
             )
         archive, entry = self._archives[matches[0][0]], matches[0][1]
         if refused := int(entry["refused"]):
-            return f"image {shown(name)} in {shown(archive.path)} {archive.REFUSED[refused]}"
+            return f"image {shown(name)} in {shown(archive.file.name)} {archive.REFUSED[refused]}"
         return ArchivedImage(archive, plain, int(entry["first"]), int(entry["second"]))
 
     def _matches(self, plain: str) -> list[tuple[int, Any]]:
@@ -204,11 +182,11 @@ class ArchiveSet:
     @cached_property
     def _labels(self) -> dict[str, list[int]]:
         """Prefixes that a member's name may have -> numbers of the archives that it may mean."""
-        common = os.path.commonpath([archive.path.absolute().parent for archive in self._archives])
+        paths = [os.path.abspath(archive.file.place) for archive in self._archives]
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])
         labels: dict[str, list[int]] = {}
         for number, archive in enumerate(self._archives):
-            relative = os.path.relpath(archive.path.absolute(), common)
-            for whole in {relative, archive.path.name}:
+            for whole in {os.path.relpath(paths[number], common), archive.file.place.name}:
                 for label in {whole, os.path.splitext(whole)[0]}:
                     labels.setdefault(label, []).append(number)
         return labels
@@ -234,7 +212,7 @@ class ArchiveSet:
 
 def _index(archive: Archive, index_dir: str | Path | None, advance: _Advance) -> _Entries:
     """The members of an archive, from its index if there is one of the file as it is now."""
-    places = _places(archive.path, index_dir)
+    places = _places(archive.file, index_dir)
     if (found := _read_index(places, archive)) is None:
         with _one_process_at_a_time(archive):
             if (found := _read_index(places, archive)) is None:  # (another process may have built it meanwhile)
@@ -245,12 +223,15 @@ def _index(archive: Archive, index_dir: str | Path | None, advance: _Advance) ->
     return found
 
 
-def _places(path: Path, index_dir: str | Path | None) -> list[Path]:
+def _places(file: StoredFile, index_dir: str | Path | None) -> list[Path]:
     """Where the index of an archive may be kept, best first."""
-    places = [path.with_name(path.name + INDEX_ENDING)]
+    places: list[Path] = []
+    real = file.name
+    if isinstance(file, LocalFile):
+        places.append(file.place.with_name(file.place.name + INDEX_ENDING))
+        real = os.path.realpath(file.place)
     if index_dir is not None:
-        key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-        places.append(Path(index_dir) / f"archive-{key}{INDEX_ENDING}")
+        places.append(Path(index_dir) / f"archive-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}{INDEX_ENDING}")
     return places
 
 
@@ -270,12 +251,12 @@ def _keep_index(places: Sequence[Path], archive: Archive, entries: _Entries) -> 
             return
     logger.warning(
         "the index of %s can be kept in none of %s, and is built at every start; name a folder in data.cache_dir",
-        *(archive.path, ", ".join(map(str, places))),
+        *(archive.name, ", ".join(map(str, places)) or "any folder"),
     )
 
 
 def _build_index(archive: Archive, advance: _Advance) -> _Entries:
-    logger.info("building the index of %s (%.1f MB)", archive.path, archive.state[0] / 1e6)
+    logger.info("building the index of %s (%.1f MB)", archive.name, archive.state[0] / 1e6)
     rows, outside = array("Q"), 0
     for member in archive.members(advance):
         plain = inner_name(member.name)
@@ -283,7 +264,7 @@ def _build_index(archive: Archive, advance: _Advance) -> _Entries:
             outside += 1
             continue
         rows.extend((*_key(plain), member.first, member.second, member.refused))
-    os.close(archive.descriptor())  # (raises if the file has changed meanwhile)
+    archive.file.check()
     entries = np.frombuffer(rows, np.uint64).view(_ENTRY) if rows else np.empty(0, _ENTRY)
     order = np.lexsort((entries["low"], entries["high"]))  # (stable: the later of two is the last)
     keys = np.stack([entries["high"][order], entries["low"][order]])
@@ -291,10 +272,10 @@ def _build_index(archive: Archive, advance: _Advance) -> _Entries:
     is_last[:-1] = (keys[:, 1:] != keys[:, :-1]).any(0)
     kept = order[is_last]
     if outside:
-        logger.warning("%d members of %s have names that lead out of it: they are refused", outside, archive.path)
+        logger.warning("%d members of %s have names that lead out of it: they are refused", outside, archive.name)
     if len(kept) < len(entries):
         logger.warning(
-            "%d members of %s have the name of a later one, which counts", len(entries) - len(kept), archive.path
+            "%d members of %s have the name of a later one, which counts", len(entries) - len(kept), archive.name
         )
     return entries[kept]
 
@@ -304,21 +285,16 @@ def _key(name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-def _state(status: os.stat_result) -> tuple[int, int]:
-    """Size and time of the last change: other ones mean another content."""
-    return status.st_size, status.st_mtime_ns
-
-
 @contextlib.contextmanager
 def _one_process_at_a_time(archive: Archive) -> Iterator[None]:
     """Waits for other processes of this machine that build the index; where files cannot be locked, each builds it."""
-    descriptor = archive.descriptor()
+    descriptor = archive.file.lockable()
     try:
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.info("waiting for the process that builds the index of %s", archive.path)
+                logger.info("waiting for the process that builds the index of %s", archive.name)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from parrot_sys.data.image_files import EncodedImage, ImageFile, OpenFile
-from parrot_sys.data.image_sources.base import open_section
+from parrot_sys.data.remote.file import open_section
 from parrot_sys.errors import DataError, StorageError, printable
 
 PREFIX = "data:"

@@ -8,12 +8,11 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from parrot_sys.data.image_files import OpenFile
 from parrot_sys.data.image_sources.archive import Archive, Member
-from parrot_sys.errors import ConfigError, DataError, printable
+from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.files import errors_named
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class ParquetArchive(Archive):
 
     def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
         """All rows with a name; only the column of names is read."""
-        with errors_named(f"image archive {printable(self.path)}", DataError), self._file() as file:
+        with errors_named(f"image archive {self.name}", DataError), self._file() as file:
             names, _ = self._columns(file.schema_arrow)
             groups = file.num_row_groups
             for group in range(groups):
@@ -41,19 +40,19 @@ class ParquetArchive(Archive):
 
     def open(self, first: int, second: int) -> OpenFile:
         """The bytes of a row, as a file."""
-        os.close(self.descriptor())  # (raises if the file has changed)
+        self.file.check()
         data = _CACHE.column(self, first)[second].as_py()
         if data is None:
             raise DataError("has no bytes: its cell is null")
         return io.BytesIO(data)
 
-    def decode(self, group: int, make_room: Callable[[int, Path], None]) -> Any:
+    def decode(self, group: int, make_room: Callable[[int, str], None]) -> Any:
         """The pictures of a row group, as an Arrow column; `make_room` is told its size before it is decoded."""
         with self._file() as file:
             _, data = self._columns(file.schema_arrow)
             metadata = file.metadata.row_group(group)
             columns = [metadata.column(i) for i in range(metadata.num_columns)]
-            make_room(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == data), self.path)
+            make_room(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == data), self.name)
             return _read(file, group, data)
 
     def _file(self) -> Any:
@@ -61,9 +60,9 @@ class ParquetArchive(Archive):
             from pyarrow import parquet
         except ImportError:
             raise ConfigError(
-                f"image archive {printable(self.path)} needs pyarrow; fix: pip install 'parrot_sys[parquet]'"
+                f"image archive {self.name} needs pyarrow; fix: pip install 'parrot_sys[parquet]'"
             ) from None
-        return parquet.ParquetFile(self.path)
+        return parquet.ParquetFile(self.file.for_arrow())
 
     def _columns(self, schema: Any) -> tuple[str, str]:
         """Paths of the column of names and of the one of bytes."""
@@ -83,7 +82,7 @@ class ParquetArchive(Archive):
         names = texts if len(texts) == 1 else [name for name in _NAMES if name in texts]
         if structs or len(data) != 1 or not names:
             raise DataError(
-                f"image archive {printable(self.path)} must have one column of bytes and one of names ({_NAMES[0]}, "
+                f"image archive {self.name} must have one column of bytes and one of names ({_NAMES[0]}, "
                 f"{_NAMES[1]}, ...), or one struct of `bytes` and `path`; got "
                 + ", ".join(f"{field.name}: {field.type}" for field in schema)
             )
@@ -102,12 +101,12 @@ class _RowGroups:
 
     def reset(self) -> None:
         """Forgets all. A forked process starts anew: another thread may have held the locks."""
-        self._groups: OrderedDict[tuple[Path, tuple[int, int], int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, tuple[int, int], int], Any] = OrderedDict()
         self._access, self._decoding = threading.Lock(), threading.Lock()
 
     def column(self, archive: ParquetArchive, group: int) -> Any:
         """The pictures of a row group."""
-        key = (archive.path, archive.state, group)
+        key = (archive.file.name, archive.state, group)
         if (found := self._known(key)) is not None:
             return found
         with self._decoding:
@@ -117,13 +116,13 @@ class _RowGroups:
                     self._groups[key] = found
             return found
 
-    def _known(self, key: tuple[Path, tuple[int, int], int]) -> Any:
+    def _known(self, key: tuple[str, tuple[int, int], int]) -> Any:
         with self._access:
             if key in self._groups:
                 self._groups.move_to_end(key)
             return self._groups.get(key)
 
-    def _make_room(self, size: int, path: Path) -> None:
+    def _make_room(self, size: int, path: str) -> None:
         if size > self._limit and not self._warned:
             self._warned = True
             logger.warning(

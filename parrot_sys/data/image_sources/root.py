@@ -17,8 +17,12 @@ from parrot_sys.data.image_sources.base import ImageSource, inner_name
 from parrot_sys.data.image_sources.data_urls import PREFIX, DataUrls
 from parrot_sys.data.image_sources.folder import REMEDY, ImageFolder
 from parrot_sys.data.image_sources.parquet import ParquetArchive
+from parrot_sys.data.image_sources.remote_folder import RemoteFolder
 from parrot_sys.data.image_sources.tar import TarArchive
-from parrot_sys.errors import DataError, ParrotError, printable
+from parrot_sys.data.remote.config import RemoteConfig
+from parrot_sys.data.remote.file import LocalFile, RemoteFile
+from parrot_sys.data.remote.storage import RemoteStorage, is_remote
+from parrot_sys.errors import DataError, ParrotError, StorageError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +33,8 @@ ARCHIVES: tuple[type[Archive], ...] = (TarArchive, ParquetArchive)
 class ImageRoot:
     """Pictures by the names that records give them.
 
-    The root is a folder, an archive, or a pattern of archives (`shards/*.tar`). A name that is no file of a folder is
-    looked for in the archives that lie in it. Data URLs need no root.
+    The root is a folder, an archive, or a pattern of archives (`shards/*.tar`), here or remote (`s3://...`). A name
+    that is no file of a folder is looked for in the archives that lie in it. Data URLs need no root.
     """
 
     def __init__(
@@ -40,20 +44,23 @@ class ImageRoot:
         allow_outside: bool = False,
         remedy: str = REMEDY,
         cache_dir: str | Path | None = None,
+        remote: RemoteConfig | None = None,
     ) -> None:
         """
         Args:
             root: see above.
             allow_outside: also take files whose names lead out of a folder.
             remedy: what to do about a name that leads out of it, for messages.
-            cache_dir: where indexes of archives go that cannot be kept beside them, and pictures of data URLs.
+            cache_dir: where indexes of archives go that cannot be kept beside them, pictures of data URLs, and copies
+                of what was read of remote files.
+            remote: how remote files are read.
 
         Raises:
             DataError: an archive is missing, damaged or of a kind that is not read; names it.
             ConfigError: a package that is needed to read it is not installed.
         """
         self._urls = DataUrls(cache_dir)
-        self._source = _open(str(root), allow_outside, remedy, cache_dir)
+        self._source = _open(str(root), allow_outside, remedy, cache_dir, remote)
 
     def keep(self, name: str) -> str:
         """A name that takes little memory: a picture that the name itself holds goes to a file on disk.
@@ -79,16 +86,34 @@ class ImageRoot:
         return self._urls if name.startswith(PREFIX) else self._source
 
 
-def _open(root: str, allow_outside: bool, remedy: str, cache_dir: str | Path | None) -> ImageSource:
+def _open(
+    root: str, allow_outside: bool, remedy: str, cache_dir: str | Path | None, remote: RemoteConfig | None
+) -> ImageSource:
+    if is_remote(root):
+        return _open_remote(root, RemoteStorage(remote, cache_dir), cache_dir)
     is_pattern = glob.has_magic(root) and not os.path.exists(root)
     if os.path.isdir(root) or not (is_pattern or os.path.exists(root) or _kind(root)):
         folder = ImageFolder(root, allow_outside=allow_outside, remedy=remedy)
         paths = [path for path in _archives_in(root) if allow_outside or folder.is_inside(os.path.realpath(path))]
         return FolderWithArchives(folder, root, paths, cache_dir) if paths else folder
     paths = sorted(path for path in glob.glob(root, recursive=True) if _kind(path)) if is_pattern else [root]
-    if not paths:
-        raise DataError(f"image root {printable(root)} matches no archive; wanted files that end in {_endings()}")
     archives = _archive_set(root, paths, cache_dir)
+    archives.load()
+    return archives
+
+
+def _open_remote(root: str, storage: RemoteStorage, cache_dir: str | Path | None) -> ImageSource:
+    """Archives by address, by pattern or in a folder; a folder without any holds pictures."""
+    if glob.has_magic(root):
+        urls = [url for url in storage.find(root) if _kind(url)]
+    elif _kind(root):
+        urls = [root]
+    else:
+        folder = RemoteFolder(root, storage)
+        urls = [f"{folder.root}{name}" for name, is_file in sorted(folder.names().items()) if is_file and _kind(name)]
+        if not urls:
+            return folder
+    archives = _archive_set(root, urls, cache_dir or storage.cache.folder, storage)
     archives.load()
     return archives
 
@@ -138,14 +163,23 @@ class FolderWithArchives:
         return archives
 
 
-def _archive_set(root: str, paths: Sequence[str], cache_dir: str | Path | None) -> ArchiveSet:
+def _archive_set(
+    root: str, paths: Sequence[str], cache_dir: str | Path | None, storage: RemoteStorage | None = None
+) -> ArchiveSet:
+    if not paths:
+        raise DataError(f"image root {printable(root)} matches no archive; wanted files that end in {_endings()}")
     archives = []
     for path in paths:
         if (kind := _kind(path)) is None:
             raise DataError(
                 f"image root {printable(path)} must be a folder, or a file that ends in {_endings()}; got another file"
             )
-        archives.append(kind(Path(path)))
+        try:
+            archives.append(kind(LocalFile(Path(path)) if storage is None else RemoteFile(path, storage)))
+        except StorageError:
+            raise
+        except DataError as error:
+            raise DataError(f"image archive {printable(path)} {error}") from error.__cause__
     return ArchiveSet(root, archives, cache_dir)
 
 

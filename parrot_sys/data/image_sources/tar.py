@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 
 from parrot_sys.data.image_files import OpenFile
 from parrot_sys.data.image_sources.archive import Archive, Member
-from parrot_sys.data.image_sources.base import open_section
-from parrot_sys.errors import DataError, printable
+from parrot_sys.errors import DataError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _STEP = 1 << 22  # bytes between two reports of progress
@@ -29,8 +27,8 @@ class TarArchive(Archive):
 
     def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
         """All members; only the headers are read."""
-        descriptor, reported = self.descriptor(), 0
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
+        reported = 0
+        with self.file.open() as file:
             self._refuse_compressed(file.read(8))
             file.seek(0)
             try:
@@ -57,18 +55,18 @@ class TarArchive(Archive):
 
     def open(self, first: int, second: int) -> OpenFile:
         """A member, as a file."""
-        return open_section(self.descriptor(), first, second)
+        return self.file.section(first, second)
 
     def _refuse_compressed(self, start: bytes) -> None:
         for magic, name in _COMPRESSED.items():
             if start.startswith(magic):
                 raise DataError(
-                    f"image archive {printable(self.path)} is compressed ({name}), which allows no random access: "
+                    f"image archive {self.name} is compressed ({name}), which allows no random access: "
                     "unpack it to a plain .tar; pictures are compressed already"
                 )
 
     def _damaged(self, reason: str) -> DataError:
-        return DataError(f"image archive {printable(self.path)} is damaged: {reason}; pack or copy it again")
+        return DataError(f"image archive {self.name} is damaged: {reason}; pack or copy it again")
 
 
 def _refused(info: tarfile.TarInfo) -> int:
