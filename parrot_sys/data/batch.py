@@ -47,6 +47,7 @@ class PackedBatch:
     pixel_values: Tensor | None = None  # [n, 3, h, w]
     image_features: Tensor | None = None  # [n, V, C]
     languages: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
     context: ContextShare | None = None
 

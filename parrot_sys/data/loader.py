@@ -276,6 +276,7 @@ class ParrotDataLoader:
                     input_ids=input_ids,
                     labels=labels,
                     language=record.language,
+                    category=record.category,
                     record_id=f"{dataset.source.name}:{record.record_id}",
                 ),
             )

@@ -42,6 +42,8 @@ class Sample:
     pictures: tuple[PictureRows, ...] | None = None
     """Rows of each picture that is cut into tiles; None: each picture is one image, and all of its rows are read."""
     language: str = ""
+    category: str = ""
+    """Of what its images show, as far as a record states it."""
     record_id: str = ""
 
 
@@ -147,6 +149,7 @@ def pack_samples(
         pixel_values=pixel_values,
         image_features=image_features,
         languages=tuple(sample.language for sample in samples),
+        categories=tuple(sample.category for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
     )
 

@@ -1,8 +1,8 @@
 """Records, checked one by one: what is wrong is named with file, record and reason.
 
-A record is `{"id"?, "image"?: name or list of names, "lang"?, "conversations": [{"from", "value", "input"?}, ...]}`,
-as LLaVA and Parrot have it, or in another layout (`layouts.py`); `input` is a text that the instruction of a human turn
-is about.
+A record is `{"id"?, "image"?: name or list of names, "lang"?, "category"?, "conversations": [{"from", "value",
+"input"?}, ...]}`, as LLaVA and Parrot have it, or in another layout (`layouts.py`); `input` is a text that the
+instruction of a human turn is about, `category` that of what the images show.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Record:
     turns: tuple[dict[str, Any], ...]
     text_markers: int = 0
     """How many `<image>` in its texts are just text."""
+    category: str = ""
+    """Of what its images show; reports on routes group by it."""
 
 
 def describe_record(path: Path, index: int, record_id: Any = None) -> str:
@@ -63,4 +65,7 @@ def parse_record(raw: Any, index: int, path: Path, *, language: str = "") -> Rec
     except DataError as error:
         raise DataError(f"{describe_record(path, index, record_id)}: {error}") from None
     name = str(index if record_id is None else record_id)
-    return Record(index, name, stated, images, tuple(turns), text_markers)
+    category = raw.get("category")  # other people's files may mean anything else by this name
+    return Record(
+        index, name, stated, images, tuple(turns), text_markers, category if isinstance(category, str) else ""
+    )

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from parrot_sys.evaluation.outcomes import METRICS
+from parrot_sys.evaluation.routes import routes_section
 from parrot_sys.markdown_tables import fixed, interval_text, p_value, percent, table
 
 _PLAIN = "*Plain* accuracy counts rows."
@@ -66,6 +67,7 @@ def render(
     for suite, cells in details["cells"].items():
         if cells:
             lines += _suite(suite, cells, details)
+    lines += routes_section(details["routes"])
     if details["training"]:
         lines += ["## Training", "", _LOSSES, "", *_training(details["training"]), ""]
     lines += [*appendix, "## Plots", ""]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -177,6 +178,7 @@ def heat_map(
     digits: int,
     path: Path,
     counts: Mapping[str, Mapping[str, int]] | None = None,
+    around_mark: bool = False,
 ) -> Mapping[str, str]:
     """Table of coloured cells with their numbers, and the scale of the colours.
 
@@ -191,6 +193,7 @@ def heat_map(
         digits: of the number in a cell.
         path: PNG file.
         counts: row -> column -> n, written below the value.
+        around_mark: white is the value of `mark`, and colours differ below and above it, each to its end of `limits`.
     """
     rows = list(values)
     columns = list(dict.fromkeys(column for row in values.values() for column in row))
@@ -199,14 +202,15 @@ def heat_map(
     height = 0.42 if counts else 0.34
     figure = Figure(figsize=(3.4 + 0.75 * len(columns), 1.5 + height * max(len(rows), 4)), layout="constrained")
     ax = figure.subplots()
-    image = ax.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
-    bright = limits[0] + 0.6 * (limits[1] - limits[0])
+    norm = TwoSlopeNorm(mark[1], *limits) if around_mark else Normalize(*limits)
+    image = ax.imshow(matrix, cmap="RdBu_r" if around_mark else "viridis", norm=norm, aspect="auto")
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if not np.isnan(matrix[y, x]):
                 text = fixed(matrix[y, x], digits)
                 text += f"\nn={counts[row][column]}" if counts else ""
-                color = "white" if matrix[y, x] < bright else "black"
+                red, green, blue, _ = image.cmap(norm(matrix[y, x]))
+                color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
                 ax.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(len(columns)), [letters.draw(column) for column in columns])
     ax.set_yticks(range(len(rows)), [letters.draw(row) for row in rows])

@@ -33,6 +33,7 @@ from parrot_sys.evaluation.markdown import render
 from parrot_sys.evaluation.outcomes import METRICS, compare_languages
 from parrot_sys.evaluation.report_plots import draw
 from parrot_sys.evaluation.results import check_alike, read_score_files
+from parrot_sys.evaluation.routes import measure_routes
 from parrot_sys.evaluation.runner import SCORES_SUFFIX
 from parrot_sys.training.writer import read_metrics
 
@@ -76,9 +77,13 @@ def build_report(report: ReportInput) -> dict[str, Any]:
         )
     curves = {stage: load_curves(run) for stage, run in report.runs.items()}
     report.output.mkdir(parents=True, exist_ok=True)
-    images = draw(scores, curves, report.output)
+    routes = {suite: measure_routes(routings.get("model", {})) for suite, routings in scores.items()}
+    images = draw(scores, curves, routes, report.output)
     content: dict[str, Any] = {suite: headlines(routings.get("model", {})) for suite, routings in scores.items()}
-    content["details"] = _details(scores, report)
+    content["details"] = {
+        **_details(scores, report),
+        "routes": {suite: found for suite, found in routes.items() if found},
+    }
     plain = _finite(content)
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     (report.output / "report.json").write_text(text, encoding="utf-8")

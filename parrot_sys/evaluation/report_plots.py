@@ -21,17 +21,22 @@ from parrot_sys.evaluation.headlines import (
     metric_of,
 )
 from parrot_sys.evaluation.outcomes import Interval
+from parrot_sys.evaluation.routes import usage_text
 from parrot_sys.markdown_tables import fixed
 
 
 def draw(
-    scores: Scores, curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], output: Path
+    scores: Scores,
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    routes: Mapping[str, Mapping[str, Any]],
+    output: Path,
 ) -> list[tuple[str, str]]:
     """Makes the plots of a report; (caption, file name) of each.
 
     Args:
         scores: of the evaluation.
         curves: stage -> line -> (step, loss) points.
+        routes: part -> what `measure_routes` found.
         output: folder.
     """
     images: list[tuple[str, str]] = []
@@ -72,12 +77,12 @@ def draw(
         for caption, name, legend in _draw_categories(suite, languages, metrics[suite], guessing[suite], output, file):
             add(caption, name, legend)
         if held(languages, "experts"):
-            add(*_draw_experts(suite, languages, output, f"experts_{file}.png"))
+            add(*_draw_experts(suite, languages, routes[suite], output, f"experts_{file}.png"))
     return images
 
 
 def _draw_experts(
-    suite: str, languages: Mapping[str, Mapping[str, Any]], output: Path, file: str
+    suite: str, languages: Mapping[str, Mapping[str, Any]], routes: Mapping[str, Any], output: Path, file: str
 ) -> tuple[str, str, Mapping[str, str]]:
     weights = held(languages, "experts")
     uniform = 1 / max(map(len, weights.values()))
@@ -85,11 +90,12 @@ def _draw_experts(
     legend = plots.heat_map(
         {language: {f"{e + 1}": weight for e, weight in enumerate(row)} for language, row in weights.items()},
         name=suite,
-        title="mean routing weight",
+        title="mean routing weight" + (f"\n{usage_text(routes)}" if routes else ""),
         x_label="expert",
         color_label="weight",
         limits=(0.0, top),
         mark=("uniform", uniform),
+        around_mark=True,
         digits=2,
         path=output / file,
     )
@@ -98,9 +104,10 @@ def _draw_experts(
     ]
     n = "" if not all(shown) else f"; n = {_range(shown)} answers about pictures in a language"
     caption = (
-        f"Mean routing weight of each expert per language ({suite}); colours from 0 to {fixed(top, 2)}, equal weights "
+        f"Mean routing weight of each expert per language ({suite}); white is an equal share ({fixed(uniform, 3)}), "
+        f"red more, blue less"
     )
-    return f"{caption}would be {fixed(uniform, 3)}{n}", file, legend
+    return f"{caption}{f'; {usage_text(routes)}' if routes else ''}{n}", file, legend
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -4,9 +4,9 @@ Everything about the model is hidden by `Predictor`, so that this module needs n
 Files below the output folder: SUITE/ROUTING/MODEL_DATASET with the endings .jsonl, .xlsx, .tsv and .scores.json.
 
 A score file holds `suite`, `language`, `dataset`, `routing`, `rules`, `settings`; `parts`: name -> `scores`; `experts`,
-the mean routing weight of each expert; `normalised`, the accuracies by the likelihood per token; `rows` and
-`intervals`, see `outcomes.measure`; `kit_file`, `kit_refusals` and `kit_namesake`, see `kit.KitFiles`; `bad_questions`:
-`row`, `index` and `reason` of each; `notes` for the report; `seconds` of the last call.
+the mean routing weight of each expert, and `routes`, see `routes.route_rows`; `normalised`, the accuracies by the
+likelihood per token; `rows` and `intervals`, see `outcomes.measure`; `kit_file`, `kit_refusals` and `kit_namesake`, see
+`kit.KitFiles`; `bad_questions`: `row`, `index`, `reason` of each; `notes` for the report; `seconds` of the last call.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from parrot_sys.evaluation.items import Item, Mode, Options, Predictor, Routing
 from parrot_sys.evaluation.kit import write_kit_files
 from parrot_sys.evaluation.outcomes import measure, normalised, score_other
 from parrot_sys.evaluation.prompts import other_language, question_prompt
+from parrot_sys.evaluation.routes import route_rows
 from parrot_sys.evaluation.scoring import score_beside, score_table
 from parrot_sys.evaluation.store import PredictionStore
 from parrot_sys.evaluation.tsv import Question, QuestionSet, find_tables, read_table
@@ -221,6 +222,7 @@ def _parts(
     bad = [index for index, record in records.items() if "problem" in record]
     # likelihoods give a letter itself, which all rules read alike
     others = _letters(table, records, beside(rules)) if mode == "generate" else None
+    measured = {name: measure(questions, letters, table.images) for name, questions in table.parts().items()}
     return {
         name: {
             "scores": {
@@ -228,8 +230,9 @@ def _parts(
                 **({} if others is None else {"beside": _beside(table, questions, others, beside(rules), bad)}),
             },
             "experts": mean_experts([records[question.index] for question in questions]),
+            "routes": route_rows(questions, records, measured[name]["rows"]["picture"]),
             "normalised": normalised(questions, records, table.images),
-            **measure(questions, letters, table.images),
+            **measured[name],
         }
         for name, questions in table.parts().items()
     }

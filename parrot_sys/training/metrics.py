@@ -16,6 +16,8 @@ from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import RoutingOutput
+from parrot_sys.routes import RouteSums
+from parrot_sys.training.routes import DESCRIPTIONS, gather_routes, route_record
 
 # A languages (with "other"), E experts
 
@@ -31,7 +33,8 @@ class StepMetrics:
     """Sums over micro-batches; `reduce` adds those of the other ranks. One vector, so one message a step.
 
     All sums live in one float64 vector: scalars, then per language loss, labels and images, then per language and
-    expert probabilities and rows. Numbers that the host knows wait there until `reduce`: one copy to a GPU.
+    expert probabilities and rows. Numbers that the host knows wait there until `reduce`: one copy to a GPU. The labels
+    of `routes` are any texts, so that each rank keeps its own until a record is due.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
@@ -45,6 +48,9 @@ class StepMetrics:
         self._languages = parts[1].view(languages, 3)  # loss, labels, images
         self._probabilities = parts[2].view(languages, num_experts)  # sum over images
         self._rows = parts[3].view(languages, num_experts)  # visual rows that each expert worked on
+        self.routes = RouteSums()
+        """Routes of the images of this rank."""
+        self._weights: list[tuple[Tensor, dict[str, list[str]]]] = []
 
     def count(self, **values: float) -> None:
         """Adds numbers to scalars: labels, rows, samples, images, flops, stop."""
@@ -81,6 +87,8 @@ class StepMetrics:
     @torch.no_grad()
     def add_routes(self, batch: PackedBatch, routing: RoutingOutput, num_visual_rows: int) -> None:
         """Adds the routes of a micro-batch's images; where the MoE is, on first stages."""
+        if batch.num_images:
+            self._weights.append((routing.probs.detach(), _image_labels(batch)))
         images = _sample_languages(batch, routing.probs.device)[batch.image_sample]
         probs = routing.probs.detach().double()
         self._probabilities.index_add_(0, images, probs)
@@ -98,14 +106,19 @@ class StepMetrics:
         if not contribute:
             self.sums.zero_()
             self._host = dict.fromkeys(_SCALARS, 0.0) | {"stop": self._host["stop"]}
+            self._weights = []
         self._scalars += torch.tensor(list(self._host.values()), dtype=torch.float64).to(self.sums.device)
         self._host = dict.fromkeys(_SCALARS, 0.0)
         dist.all_reduce(self.sums)
+        for weights, labels in self._weights:
+            self.routes.add(weights.cpu().numpy(), labels)
+        self._weights = []
         self.steps = 1
 
     def merge(self, other: StepMetrics) -> None:
         """Adds the sums of other steps."""
         self.sums += other.sums
+        self.routes.merge(other.routes)
         self.steps += other.steps
 
     @property
@@ -115,7 +128,7 @@ class StepMetrics:
         return self.scalar("loss") / labels if labels else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums with their names, as plain values for `load_state_dict`; equal on all ranks after `reduce`."""
+        """The sums with their names, as plain values for `load_state_dict`; equal on all ranks, which all call this."""
         parts = (self._languages.tolist(), self._probabilities.tolist(), self._rows.tolist())
         languages = {
             name: list(sums) for name, *sums in zip(LANGUAGE_NAMES, *parts, strict=True) if any(map(any, sums))
@@ -124,6 +137,7 @@ class StepMetrics:
             "steps": self.steps,
             "scalars": dict(zip(_SCALARS, self._scalars.tolist(), strict=True)),
             "languages": languages,
+            "routes": gather_routes(self.routes).state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,9 +147,12 @@ class StepMetrics:
         for name, sums in state["languages"].items():
             for part, values in zip((self._languages, self._probabilities, self._rows), sums, strict=True):
                 part[_LANGUAGE_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
+        # Those of all ranks: one goes on with them. (Earlier versions saved none.)
+        if dist.get_rank() == 0 and "routes" in state:
+            self.routes.load_state_dict(state["routes"])
 
     def record(self) -> dict[str, Any]:
-        """Means and counts with plain names, for JSON.
+        """Means and counts with plain names, for JSON; all ranks call this together.
 
         `loss` (None without a label), `loss/zh`, `experts/zh/probability` (mean over images, one number an expert),
         `experts/zh/rows`, counts, and `batches`, the global batches that all of these are over. `describe` has a
@@ -154,7 +171,7 @@ class StepMetrics:
             if images and any(rows[index]):
                 result[f"experts/{name}/probability"] = [p / images for p in probabilities[index]]
                 result[f"experts/{name}/rows"] = [int(r) for r in rows[index]]
-        return result
+        return result | route_record(gather_routes(self.routes))
 
     def is_finite(self) -> bool:
         """Whether every sum is a number: one NaN loss anywhere makes a sum NaN."""
@@ -174,6 +191,7 @@ _DESCRIPTIONS = {
     "aux_loss": "Auxiliary losses of the router, mean over {over}",
     "experts/*/probability": "Mean probability of this expert over the images of samples in this language, over {over}",
     "experts/*/rows": "Visual rows of samples in this language that this expert worked on, sum over {over}",
+    **DESCRIPTIONS,
     "labels": "Labels, sum over {over}",
     "rows": "Rows of text and images, sum over {over}",
     "samples": "Samples, sum over {over}",
@@ -203,8 +221,16 @@ def describe(kind: str, name: str) -> str:
     """
     first, *middle = name.split("/")
     general = "/".join([first, *(["*"] if middle else []), *middle[1:]])
-    text = _DESCRIPTIONS.get(f"{kind}/{general}") or _DESCRIPTIONS.get(general, "")
+    names = (f"{kind}/{general}", general, name)
+    text = next((_DESCRIPTIONS[each] for each in names if each in _DESCRIPTIONS), "")
     return text.format(over=_OVER.get(kind, "the run"))
+
+
+def _image_labels(batch: PackedBatch) -> dict[str, list[str]]:
+    """Kind of label -> that of each image, empty where it is not known."""
+    owners = batch.image_sample.tolist()
+    kinds = {"language": batch.languages, "category": batch.categories}
+    return {kind: [values[owner] for owner in owners] for kind, values in kinds.items() if values}
 
 
 def _sample_languages(batch: PackedBatch, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 import torch.distributed as dist
 
 from parrot_sys.training.metrics import StepMetrics, peak_flops
+from parrot_sys.training.routes import RouteWatch
 from parrot_sys.training.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class StepLog:
@@ -26,6 +30,7 @@ class StepLog:
         """The last record with a step that was not left out; of one before a restart its loss and labels."""
         self.rows = 0.0
         """Rows of all steps of this process."""
+        self._watch = RouteWatch()
         self._begin()
 
     def _begin(self) -> None:
@@ -56,6 +61,8 @@ class StepLog:
             record["mfu"] = window.scalar("flops") / (seconds * peak * dist.get_world_size())
         if window.steps:
             self.last = record
+            if warning := self._watch.judge(record):
+                logger.warning(warning)
         self._begin()
         return record
 
@@ -71,6 +78,7 @@ class StepLog:
             "window": self._window.state_dict(),
             "skipped": self._skipped,
             "seconds": elapsed,
+            "watch": self._watch.state_dict(),
             "last": {name: self.last[name] for name in ("loss", "labels") if name in self.last},
         }
 
@@ -79,3 +87,5 @@ class StepLog:
         self._window.load_state_dict(state["window"])
         self._skipped, self._before = state["skipped"], state["seconds"]
         self.last = dict(state["last"])
+        if "watch" in state:  # earlier versions saved none
+            self._watch.load_state_dict(state["watch"])
