@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
+from parrot_sys.data.mix_config import Mix, MixStage, check_curriculum, check_mix
 from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.data.remote.config import RemoteConfig
 from parrot_sys.data.remote.storage import is_remote
@@ -57,7 +58,17 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """How often an epoch takes each record of a data set; 0.25 takes another random quarter each epoch (default: 1)."""
     language_weights: dict[str, float] = field(default_factory=dict)
-    """The same for the records of a language, multiplied with `weights` (default of a language: 1)."""
+    """The same for the records of a language, or of a language in one data set (SET/LANGUAGE), multiplied with
+    `weights` (default of a language: 1)."""
+    language_alpha: float | None = None
+    """Temperature sampling: an epoch has each language in proportion to its size (with weights) to this power, at the
+    same length; 0 gives all languages the same share (default: 1, as the weights say)."""
+    caps: dict[str, int] = field(default_factory=dict)
+    """Data set -> most samples that an epoch takes of it."""
+    language_caps: dict[str, int] = field(default_factory=dict)
+    """Language -> most samples that an epoch takes of it."""
+    curriculum: tuple[MixStage, ...] = ()
+    """Other mixes from given steps on (in a YAML file)."""
     text_ratio: float | None = None
     """Samples without an image for each one with an image, in every step; an epoch then is one of the samples with
     images, and those without are repeated or drawn as it takes (default: an epoch of all; as the records come)."""
@@ -95,16 +106,15 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{name} must hold one value for each of the {len(self.paths)} data.paths, got {count}"
                 )
-        weights = [*((f"data.weights[{i}]", w) for i, w in enumerate(self.weights))]
-        weights += [(f"data.language_weights.{language}", w) for language, w in self.language_weights.items()]
-        for name, weight in weights:
-            if not (weight >= 0 and math.isfinite(weight)):
-                raise ConfigError(f"{name} must be a finite number >= 0, got {weight}")
+        check_mix(self, "data.", len(self.paths))
+        check_curriculum(self.curriculum, len(self.paths))
         if self.text_ratio is not None and not (self.text_ratio > 0 and math.isfinite(self.text_ratio)):
             raise ConfigError(
                 f"data.text_ratio must be a finite number > 0 or unset, got {self.text_ratio}; to leave a set out, "
                 "give it a weight of 0"
             )
+        if self.text_ratio is not None and any(mix.caps or mix.language_caps for _, mix in self.mixes()):
+            raise ConfigError("data.caps and data.language_caps limit no set that data.text_ratio repeats: unset one")
         for name, least in (("num_workers", 1), ("prefetch_steps", 1), ("seed", 0)):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"data.{name} must be >= {least}, got {value}")
@@ -129,6 +139,26 @@ class DataConfig:
             DataSource(path=path, image_root=root, name=name, language=language, weight=weight)
             for path, root, name, language, weight in zip(paths, roots, names, languages, weights, strict=True)
         )
+
+    def mixes(self) -> tuple[tuple[int, Mix], ...]:
+        """The first step and the mix of each stage, the first of which begins at 0."""
+        names = [source.name for source in self.sources()]
+        stages = []
+        for stage in (MixStage(from_step=0), *self.curriculum):
+
+            def setting(name: str, stage: MixStage = stage) -> Any:
+                return getattr(self if getattr(stage, name) is None else stage, name)
+
+            alpha = setting("language_alpha")
+            mix = Mix(
+                weights=dict(zip(names, _spread(setting("weights"), [1.0] * len(names)), strict=True)),
+                language_weights=setting("language_weights"),
+                alpha=1.0 if alpha is None else alpha,
+                caps=setting("caps"),
+                language_caps=setting("language_caps"),
+            )
+            stages.append((stage.from_step, mix))
+        return tuple(stages)
 
 
 def _spread(values: tuple[T, ...], default: list[T]) -> list[T]:

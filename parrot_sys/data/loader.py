@@ -17,10 +17,11 @@ from parrot_sys.data.config import DataConfig
 from parrot_sys.data.datasets import RecordDataset, load_dataset
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
-from parrot_sys.data.mixture import Group, IntArray, epoch_length, epoch_order
+from parrot_sys.data.mixture import IntArray
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.sample_order import mix_identity, sample_order
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError, DataError, StorageError
 
@@ -121,12 +122,9 @@ class ParrotDataLoader:
         self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
         self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
         self._capacity = _check_capacity(capacity, int(self._rows.max()))
-        self._groups = _groups(self.datasets, config.language_weights, by_images=config.text_ratio is not None)
-        if config.text_ratio is not None:
-            _check_kinds(self._groups, config.text_ratio)
-        self._epoch_length = epoch_length(self._groups, config.text_ratio)
-        if not self._epoch_length:
-            raise ConfigError("data.weights and data.language_weights leave no sample in an epoch")
+        self._curriculum_batch = global_batch_size
+        self._order = sample_order(config, self.datasets, global_batch_size)
+        self._epoch_length = len(self._order)
         self._epoch, self._samples = 0, 0
 
     @property
@@ -178,6 +176,7 @@ class ParrotDataLoader:
             "samples": self._samples,
             "identity": self._identity(),
             "statistics": asdict(self.statistics),
+            "curriculum_batch": self._curriculum_batch,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,11 +197,15 @@ class ParrotDataLoader:
                 + "; ".join(differences)
                 + "; use the same data and settings, or start without the loader's state"
             )
+        if (batch := state.get("curriculum_batch", self._curriculum_batch)) != self._curriculum_batch:
+            # Steps of the curriculum are those of the batch size that the run began with.
+            self._curriculum_batch = batch
+            self._order = sample_order(self.config, self.datasets, batch)
         self._epoch, self._samples = state["epoch"], state["samples"]
         self.statistics = LoaderStatistics(**copy.deepcopy(state["statistics"]))
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        order = epoch_order(self._groups, self.config.seed, self._epoch, self.config.text_ratio)[self._samples :]
+        order = self._order.epoch(self._epoch)[self._samples :]
         size = self._global_batch_size
         waiting = iter([order[i : i + size] for i in range(0, len(order), size)])
         pending: deque[Future[_Step]] = deque()
@@ -319,9 +322,7 @@ class ParrotDataLoader:
             identity[f"{name}.records"] = f"{len(dataset.records)} ({dataset.usable_digest()[:16]})"
             identity[f"{name}.weight"] = dataset.source.weight
             identity[f"{name}.language"] = dataset.source.language
-        identity["data.language_weights"] = dict(sorted(self.config.language_weights.items()))
-        if self.config.text_ratio is not None:
-            identity["data.text_ratio"] = self.config.text_ratio
+        identity |= mix_identity(self.config)
         identity["data.names"] = [dataset.source.name for dataset in self.datasets]
         return identity
 
@@ -333,35 +334,3 @@ def _check_capacity(capacity: int, longest: int) -> int:
             "raise it, or lower max_seq_len"
         )
     return capacity
-
-
-def _check_kinds(groups: Sequence[Group], text_ratio: float) -> None:
-    """Whether there are samples of both kinds that a ratio can hold between."""
-    for text_only, kind in ((False, "with"), (True, "without")):
-        if not sum(group.count for group in groups if group.text_only == text_only):
-            raise ConfigError(
-                f"data.text_ratio={text_ratio} needs samples with and without images, got none {kind} an image: add a "
-                "data set, or unset it"
-            )
-
-
-def _groups(
-    datasets: Sequence[RecordDataset], language_weights: dict[str, float], *, by_images: bool = False
-) -> list[Group]:
-    """Samples by data set and language (and, `by_images`, whether they have any), numbered through all data sets."""
-    groups = []
-    known: set[str] = set()
-    start = 0
-    for dataset in datasets:
-        languages = np.array([record.language for record in dataset.records])
-        text_only = np.array([by_images and not record.images for record in dataset.records])
-        for language in sorted(set(languages.tolist())):
-            weight = dataset.source.weight * language_weights.get(language, 1.0)
-            for kind in (False, True) if by_images else (False,):
-                members = np.flatnonzero((languages == language) & (text_only == kind))
-                groups.append(Group(start + members, weight, kind))
-            known.add(language)
-        start += len(languages)
-    if unknown := sorted(set(language_weights) - known):
-        raise ConfigError(f"data.language_weights names {unknown[0]!r}; the data have the languages {sorted(known)}")
-    return groups

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from parrot_sys.config_values import load_config
 from parrot_sys.data.check import CheckSetup, Pictures, check_files
 from parrot_sys.data.check_report import CheckReport, FileReport, render
 from parrot_sys.data.config import DataConfig
+from parrot_sys.data.mixture import Group, mixed
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import ConfigError, ParrotError
@@ -153,15 +155,27 @@ def _reasons(report: CheckReport, setup: CheckSetup) -> Iterator[str]:
     capacity = setup.max_seq_len if data.max_tokens_per_micro_batch is None else data.max_tokens_per_micro_batch
     if (longest := max((file.longest for file in report.files), default=0)) > capacity:
         yield f"data.max_tokens_per_micro_batch={capacity} does not hold the longest sample of {longest} rows"
-    known = {language for file in report.files for language in file.languages.counts}
-    if unknown := sorted(set(data.language_weights) - known):
-        yield f"data.language_weights names {unknown[0]!r}, which no record has"
     kinds: Any = sum((file.kinds.counts for file in report.files), start=type(report.duplicates.counts)())
     for kind in ("text only", "with images"):
         if data.text_ratio is not None and not kinds[kind]:
             yield f"data.text_ratio={data.text_ratio} needs samples with and without images, got none of {kind}"
-    if not any(source.weight for source in data.sources()):
-        yield "data.weights leave no sample in an epoch"
+    yield from _reasons_of_mix(report, data)
+
+
+def _reasons_of_mix(report: CheckReport, data: DataConfig) -> Iterator[str]:
+    names = [source.name for source in data.sources()]
+    groups = [
+        Group(np.arange(count), 1.0, data_set=name, language=language)
+        for name, file in zip(names, report.files, strict=True)
+        for language, count in file.languages.counts.items()
+    ]
+    for step, mix in data.mixes() if groups else ():
+        try:
+            mix.check(names, [(group.data_set, group.language) for group in groups])
+        except ConfigError as error:
+            yield str(error)
+        if not sum(group.count for group in mixed(groups, mix)):
+            yield f"data.weights, data.language_weights and caps leave no sample in an epoch from step {step} on"
 
 
 def _reasons_of_file(file: FileReport, data: DataConfig) -> Iterator[str]:

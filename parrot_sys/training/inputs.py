@@ -46,6 +46,10 @@ def validation_loader(config: TrainConfig, processor: ParrotProcessor) -> Parrot
         languages=(),
         weights=(),
         language_weights={},
+        language_alpha=None,
+        caps={},
+        language_caps={},
+        curriculum=(),
         text_ratio=None,
     )
     return _loader(config, data, processor, learns=False)
