@@ -8,6 +8,8 @@ from decimal import ROUND_HALF_UP, Context, Decimal
 
 _DIGITS = 12
 """Significant digits that count: the 58.349999999999994 that a mean of floats gives for 58.35 is a half."""
+_WIDEST = 16
+"""Columns of a table that a page holds."""
 _ANY = Context(prec=400)
 
 
@@ -22,6 +24,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
     marks = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     lines = [[_cell(cell) for cell in row] for row in (header, *rows)]
     return [f"| {' | '.join(row)} |" for row in (lines[0], marks, *lines[1:])]
+
+
+def language_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """`table` with a column a language, or, where there are more columns than a page holds, a row a language."""
+    if len(header) <= _WIDEST:
+        return table(header, rows)
+    first, *others = zip(header, *rows, strict=True)
+    return table(first, others)
 
 
 def fixed(value: float | None, digits: int, *, sign: bool = False) -> str:

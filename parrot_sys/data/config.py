@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
+from parrot_sys.data.languages import canonical_keys
 from parrot_sys.data.mix_config import Mix, MixStage, check_curriculum, check_mix
 from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.data.remote.config import RemoteConfig
@@ -152,10 +153,10 @@ class DataConfig:
             alpha = setting("language_alpha")
             mix = Mix(
                 weights=dict(zip(names, _spread(setting("weights"), [1.0] * len(names)), strict=True)),
-                language_weights=setting("language_weights"),
+                language_weights=canonical_keys(setting("language_weights")),
                 alpha=1.0 if alpha is None else alpha,
                 caps=setting("caps"),
-                language_caps=setting("language_caps"),
+                language_caps=canonical_keys(setting("language_caps")),
             )
             stages.append((stage.from_step, mix))
         return tuple(stages)

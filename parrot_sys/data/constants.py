@@ -12,5 +12,3 @@ IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 """Ends a turn (ChatML); the end-of-sequence token of generation."""
 PAD_TOKEN = "<|endoftext|>"
-LANGUAGES = ("en", "zh", "pt", "ar", "tr", "ru")
-"""The six languages of MMMB. Files of the benchmark call Chinese `cn`."""

@@ -128,6 +128,11 @@ class ParrotDataLoader:
         self._epoch, self._samples = 0, 0
 
     @property
+    def languages(self) -> set[str]:
+        """Languages that the records state."""
+        return {record.language for dataset in self.datasets for record in dataset.records}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps of a whole epoch, the last of which may be smaller."""
         return -(-self._epoch_length // self._global_batch_size)

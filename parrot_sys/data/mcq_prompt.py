@@ -1,14 +1,16 @@
 """The multiple-choice prompt that training conversations and the benchmark share.
 
 Wording and order follow the Parrot wrapper of the public evaluation kit (VLMEvalKit, vlmeval/vlm/parrot.py): hint,
-question, one line per option, then an instruction in the data set's language.
+question, one line per option, then an instruction in the data set's language. The wrapper has a wording for the
+languages of MMMB only. In others the last line is a question that CLDR's pattern for "or" makes, such as
+`A, B, C oder D?`, and where CLDR has none the English instruction, as in the wrapper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from parrot_sys.errors import ConfigError
+from parrot_sys.data.languages import lookup, or_question
 
 ANSWER_WITH_LETTER: Mapping[str, str] = {
     "en": "Answer with the option's letter from the given choices directly.",
@@ -18,7 +20,7 @@ ANSWER_WITH_LETTER: Mapping[str, str] = {
     "tr": "Verilen seçeneklerden doğrudan seçeneğin harfi ile cevap verin.",
     "ru": "Ответьте буквой варианта из предложенных вариантов напрямую.",
 }
-"""Last line of a question with options, per language."""
+"""Last line of a question with options, per language that the wrapper has a wording for."""
 _ANSWER_SHORTLY_ZH = "请用单个词或短语回答问题。"
 _ANSWER_SHORTLY = "Answer the question using a single word or phrase."
 
@@ -29,18 +31,15 @@ def build_mcq_prompt(question: str, options: Mapping[str, str], language: str, h
     Args:
         question: the question as the table gives it.
         options: letter -> text, in the order in which they are to be shown; empty for an open question.
-        language: one of the six codes of MMMB; decides the last line.
+        language: BCP 47 code; decides the last line.
         hint: text put on a line before the question.
-
-    Raises:
-        ConfigError: for a language without an instruction.
     """
-    if language not in ANSWER_WITH_LETTER:
-        raise ConfigError(f"language must be one of {', '.join(ANSWER_WITH_LETTER)}, got {language!r}")
     lines = [question] if hint is None else [hint, question]
     if options:
         lines += [f"{letter}. {text}" for letter, text in options.items()]
-        lines.append(ANSWER_WITH_LETTER[language])
+        lines.append(
+            lookup(language, ANSWER_WITH_LETTER) or or_question(list(options), language) or ANSWER_WITH_LETTER["en"]
+        )
     else:  # the kit translates this instruction into Chinese only
-        lines.append(_ANSWER_SHORTLY_ZH if language == "zh" else _ANSWER_SHORTLY)
+        lines.append(_ANSWER_SHORTLY_ZH if lookup(language, {"zh": True}) else _ANSWER_SHORTLY)
     return "\n".join(lines)

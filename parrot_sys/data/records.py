@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parrot_sys.data.languages import canonical
 from parrot_sys.data.layouts import parse_layout, valid_text
 from parrot_sys.errors import DataError, printable
 
@@ -24,6 +25,7 @@ class Record:
     """Place in the file, from 0."""
     record_id: str
     language: str
+    """BCP 47 code in its usual form; as the record states it where that is no code; empty where none is stated."""
     images: tuple[str, ...]
     """File names as the record gives them, one for each image marker, in order."""
     turns: tuple[dict[str, Any], ...]
@@ -67,5 +69,11 @@ def parse_record(raw: Any, index: int, path: Path, *, language: str = "") -> Rec
     name = str(index if record_id is None else record_id)
     category = raw.get("category")  # other people's files may mean anything else by this name
     return Record(
-        index, name, stated, images, tuple(turns), text_markers, category if isinstance(category, str) else ""
+        index,
+        name,
+        canonical(stated) or stated,
+        images,
+        tuple(turns),
+        text_markers,
+        category if isinstance(category, str) else "",
     )

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import StatisticsError, correlation, fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from parrot_sys.cli import parse_config
+from parrot_sys.data.languages import language_codes
 from parrot_sys.data.packing import pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation import plots
@@ -51,8 +52,8 @@ class AttentionConfig:
     """Tables, such as the DIR/iit of `parrot data build --output DIR`; questions without a picture are left out."""
     output: Annotated[Path, OUTPUT_FOLDER]
     """Folder for attention.json, attention.md and attention.png."""
-    languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
-    """Only tables of these languages; all when not given."""
+    languages: tuple[str, ...] = ()
+    """Only tables of these languages (BCP 47 codes such as en, pt-BR); all when not given."""
     options: Options = "shown"
     """Whether a question's prompt contains its options."""
     limit: int | None = 20
@@ -70,6 +71,7 @@ class AttentionConfig:
         for name in ("limit", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
+        language_codes(self.languages)
         if not self.data:
             raise ConfigError("data must name at least one TSV file or folder, got nothing")
 

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from parrot_sys import platform
 from parrot_sys.cli import parse_config
 from parrot_sys.data.decoding import ImageLimits
+from parrot_sys.data.languages import language_codes
 from parrot_sys.errors import ConfigError
 from parrot_sys.evaluation.answering import ADVICE, OnBadQuestion, Problems, find_problems, located, problem
 from parrot_sys.evaluation.extraction import Rules
@@ -59,8 +60,8 @@ class EvalConfig:
     """TSV files, or folders that hold some, such as the DIR/benchmark of `parrot data build --output DIR`."""
     output: Annotated[Path, OUTPUT_FOLDER]
     """Folder for predictions, scores and the report. A run that was stopped goes on where it was."""
-    languages: tuple[Literal["en", "zh", "pt", "ar", "tr", "ru"], ...] = ()
-    """Only tables of these languages; all when not given."""
+    languages: tuple[str, ...] = ()
+    """Only tables of these languages (BCP 47 codes such as en, pt-BR); all when not given."""
     mode: Mode = "generate"
     """`generate`: greedy answer, option extracted by rules; `likelihood`: the most likely option letter;
     `text-likelihood`: the option whose text is the most likely answer."""
@@ -106,6 +107,7 @@ class EvalConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not self.data:
             raise ConfigError("data must name at least one TSV file or folder, got nothing")
+        language_codes(self.languages)
         if self.options == "hidden" and self.mode == "likelihood":
             raise ConfigError(
                 "mode likelihood takes an option's letter, which options hidden does not show; use text-likelihood"

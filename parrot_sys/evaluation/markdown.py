@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from parrot_sys.evaluation.language_groups import group_table
 from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.routes import routes_section
-from parrot_sys.markdown_tables import fixed, interval_text, p_value, percent, table
+from parrot_sys.markdown_tables import fixed, interval_text, language_table, p_value, percent, table
 
 _PLAIN = "*Plain* accuracy counts rows."
 _CIRCULAR = (
@@ -28,6 +29,10 @@ _INTERVALS = (
     "An accuracy has its 95% interval below it or in brackets: Wilson's, with Student's t. Answers that share a "
     "picture (in several languages, rotations or questions) or a question depend on each other and count as one "
     "cluster. The intervals say what other pictures might give, not what another training run might."
+)
+_TOGETHER = (
+    "Languages together: the mean over languages (each counts alike), the language that fares worst, and the means "
+    "over the languages of a script."
 )
 PAIRED = (
     "first minus second in points, over the same rows; in brackets the discordant answers (right only in the first : "
@@ -64,6 +69,8 @@ def render(
     lines += [" ".join([*explained, _BASELINES]), "", _INTERVALS, ""]
     if len(details["average"]) > 1:
         lines += ["## All parts", "", *_overview(content), ""]
+    if details["languages"]:
+        lines += [_TOGETHER, "", *group_table(details["languages"], details["measure"]["short"]), ""]
     for suite, cells in details["cells"].items():
         if cells:
             lines += _suite(suite, cells, details)
@@ -95,7 +102,7 @@ def paired_table(what: str, comparisons: Mapping[str, Mapping[str, Mapping[str, 
         sizes = [str(test["n"]) for test in tests.values()]
         cells = [_paired(tests[column], scale) if column in tests else "-" for column in columns]
         rows.append([name, " / ".join(dict.fromkeys(sizes)), *cells])
-    return table([what, "n pairs (a language / all)", *columns], rows)
+    return language_table([what, "n pairs (a language / all)", *columns], rows)
 
 
 def _paired(test: Mapping[str, Any], scale: float) -> str:
@@ -121,7 +128,7 @@ def _overview(content: Mapping[str, Any]) -> list[str]:
         n = str(sum(cell["n_questions" if metric == "circular" else "n"] for cell in cells.values()))
         rows.append([part, metric, n, *accuracies, f"**{mean}**", percent(guessing)])
     header = [f"accuracy (%), {details['measure']['short']}", "counted", "n, all languages"]
-    return table([*header, *languages, "mean", "guessing"], rows)
+    return language_table([*header, *languages, "mean", "guessing"], rows)
 
 
 def _suite(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:
@@ -157,7 +164,7 @@ def _logit_changes(changes: Mapping[str, Mapping[str, float]], probes: Mapping[s
             for language in changes
         ]
         rows.append([routing, *cells])
-    return table(["routing (n questions)", *changes], rows)
+    return language_table(["routing (n questions)", *changes], rows)
 
 
 def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Mapping[str, Any]) -> list[str]:
@@ -192,7 +199,7 @@ def _accuracies(suite: str, cells: Mapping[str, Mapping[str, Any]], details: Map
     for name, label in (("random", "guessing"), ("majority", "majority")):
         for metric in metrics:
             add(f"{label}, {metric}", {language: cell["baselines"][name] for language, cell in cells.items()}, metric)
-    return table([f"accuracy (%), {details['measure']['short']}", *languages, "mean"], rows)
+    return language_table([f"accuracy (%), {details['measure']['short']}", *languages, "mean"], rows)
 
 
 def _counts(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -207,7 +214,7 @@ def _counts(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         counts = [cell["beside"]["unmatched"] for cell in cells.values()]
         rules = next(iter(cells.values()))["beside"]["rules"]
         rows.append([f"unmatched answers, {rules} rules", *map(str, counts), str(sum(counts))])
-    return table(["count", *cells, "sum"], rows)
+    return language_table(["count", *cells, "sum"], rows)
 
 
 def _by(key: str, what: str, cells: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
@@ -222,7 +229,7 @@ def _by(key: str, what: str, cells: Mapping[str, Mapping[str, Any]], metric: str
             held, ends = cell[key].get(name), cell["intervals"].get(key, {}).get(name, {}).get(metric)
             row.append(f"{percent(held[metric], ends)} (n = {held[counted]})" if held else "-")
         rows.append([name, *row])
-    return [*table([f"{what}: {metric} accuracy (%)", *cells], rows), ""]
+    return [*language_table([f"{what}: {metric} accuracy (%)", *cells], rows), ""]
 
 
 _LOSSES = (

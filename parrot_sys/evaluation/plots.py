@@ -20,6 +20,8 @@ from parrot_sys.markdown_tables import fixed
 
 Intervals = Mapping[str, tuple[float, float] | None]
 _PANELS_IN_A_ROW = 3
+_LANGUAGES_IN_A_PANEL = 8
+_LEGEND_ROWS = 18
 _ROUTING_COLORS = {"model": "#2b6cb0", "off": "#a0aec0", "other-language": "#dd6b20"}
 
 
@@ -57,9 +59,11 @@ def accuracy_by_language(
         title: suite -> text after its name above its panel.
         path: PNG file.
     """
-    columns = min(len(accuracy), _PANELS_IN_A_ROW)
+    most = max(len(next(iter(routings.values()))) for routings in accuracy.values())
+    wide = max(1.0, most / _LANGUAGES_IN_A_PANEL)  # times the width of a panel
+    columns = min(len(accuracy), max(1, int(_PANELS_IN_A_ROW / wide)))
     rows = math.ceil(len(accuracy) / columns)
-    figure = Figure(figsize=(1.2 + 4.6 * columns, 0.4 + 3.0 * rows), layout="constrained")
+    figure = Figure(figsize=(1.2 + 4.6 * wide * columns, 0.4 + 3.0 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     letters = Lettering(accuracy)
     for ax in axes[len(accuracy) :]:
@@ -142,7 +146,8 @@ def accuracy_by_part(
     ax.set_ylim(0, 110)
     ax.set_ylabel("accuracy (%); dashed: guessing")
     ax.set_title(title, fontsize=10)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, ncols=math.ceil(len(labels) / _LEGEND_ROWS))
     return _save(figure, path, letters)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Iterable
 
-from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN
+from parrot_sys.data.languages import MMMB_LANGUAGES, in_order
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER, build_mcq_prompt
 from parrot_sys.evaluation.tsv import Question
 
@@ -20,10 +22,11 @@ def question_prompt(question: Question, language: str, *, show_options: bool = T
     With `show_options` False the prompt has neither options nor instruction, as sets such as HellaSwag are asked, where
     the likeliest option counts.
 
-    A Chinese character anywhere makes the instruction Chinese whatever the language, as in the wrapper.
+    In the languages that the wrapper knows, a Chinese character anywhere makes the instruction Chinese, as there; a
+    table in Japanese keeps its own.
     """
     shown = [question.hint or "", question.question, *question.options.values()]
-    if _CJK.search("".join(shown)):
+    if language in MMMB_LANGUAGES and _CJK.search("".join(shown)):
         language = "zh"
     if show_options:
         text = build_mcq_prompt(question.question, question.options, language, question.hint)
@@ -62,6 +65,12 @@ def _after_first(answer: str, prefixes: tuple[str, ...]) -> str:
     return answer
 
 
-def other_language(language: str) -> str:
-    """The language whose prompt guides the routing in the `other-language` run: the next of the six."""
-    return LANGUAGES[(LANGUAGES.index(language) + 1) % len(LANGUAGES)]
+def other_language(language: str, held: Iterable[str]) -> str | None:
+    """The language whose prompt guides the routing in the `other-language` run: the next in the order of reports.
+
+    Args:
+        language: of the question.
+        held: languages that the question is there in; None where there is no other one.
+    """
+    order = in_order([language, *held])
+    return None if len(order) == 1 else order[(order.index(language) + 1) % len(order)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.languages import in_order
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation.headlines import (
     ROUTINGS,
@@ -29,6 +29,7 @@ from parrot_sys.evaluation.headlines import (
     metric_of,
     outcomes_of,
 )
+from parrot_sys.evaluation.language_groups import group_languages
 from parrot_sys.evaluation.markdown import render
 from parrot_sys.evaluation.outcomes import METRICS, compare_languages
 from parrot_sys.evaluation.report_plots import draw
@@ -92,7 +93,7 @@ def build_report(report: ReportInput) -> dict[str, Any]:
 
 
 def load_scores(folder: Path) -> Scores:
-    """Score files below `folder`, part by part (see `QuestionSet.parts`), languages in the order of MMMB.
+    """Score files below `folder`, part by part (see `QuestionSet.parts`), languages in the order of reports.
 
     Raises:
         ConfigError: they are of different models or settings.
@@ -110,7 +111,7 @@ def load_scores(folder: Path) -> Scores:
             languages[result["language"]] = {**result, **scores, **changes}
     return {
         suite: {
-            routing: {language: routings[routing][language] for language in LANGUAGES if language in routings[routing]}
+            routing: {language: routings[routing][language] for language in in_order(routings[routing])}
             for routing in ROUTINGS
             if routing in routings
         }
@@ -150,6 +151,7 @@ def _details(scores: Scores, report: ReportInput) -> dict[str, Any]:
         "settings": {k: v for k, v in any_result["settings"].items() if k not in ("routing", "table")},
         "notes": [*report.notes, *_notes(scores)],
         "average": {suite: fmean(headlines(languages).values()) for suite, languages in own.items() if languages},
+        "languages": group_languages(scores),
         "intervals": {suite: _intervals(routings) for suite, routings in scores.items()},
         "cells": {suite: {language: _cell(r) for language, r in languages.items()} for suite, languages in own.items()},
         "routing": _ablations(scores),

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from parrot_sys.data.languages import in_order, language_codes
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.answering import OnBadQuestion, Problems, answer, bad_questions, problem_notes
 from parrot_sys.evaluation.extraction import Rules, beside, extract_option
@@ -58,8 +59,9 @@ def load_tables(
 
 def select_tables(tables: Sequence[QuestionSet], languages: Sequence[str]) -> list[QuestionSet]:
     """Selects the tables of the wanted languages, all when none is named; see `load_tables`."""
+    languages = language_codes(languages)
     if missing := sorted(set(languages) - {table.language for table in tables}):
-        held = ", ".join(sorted({table.language for table in tables}))
+        held = ", ".join(in_order(table.language for table in tables))
         raise DataError(f"no table for language {missing[0]!r}; the given data has {held}")
     tables = [table for table in tables if not languages or table.language in languages]
     seen: dict[tuple[str, str], Path] = {}
@@ -125,12 +127,10 @@ def guided_questions(table: QuestionSet, translations: Mapping[str, QuestionSet]
 
 def _translation(table: QuestionSet, translations: Mapping[str, QuestionSet]) -> tuple[str, QuestionSet]:
     """The first language after the table's own that has a table."""
-    language = other_language(table.language)
-    while language != table.language:
-        if language in translations:
-            return language, translations[language]
-        language = other_language(language)
-    raise DataError(f"--routing other-language needs {table.suite} in a second language beside {table.path}")
+    language = other_language(table.language, translations)
+    if language is None:
+        raise DataError(f"--routing other-language needs {table.suite} in a second language beside {table.path}")
+    return language, translations[language]
 
 
 def settings_of(predictor: Predictor, options: Options) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from parrot_sys.evaluation.headlines import measure_of, metric_of
 from parrot_sys.evaluation.markdown import INTERVAL, is_rotated
 from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.report import load_scores
-from parrot_sys.markdown_tables import interval_text, percent, table
+from parrot_sys.markdown_tables import interval_text, language_table, percent
 
 
 def offers(results: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
@@ -57,7 +57,7 @@ def summary(output: Path) -> str:
             rows += _summary_rows(f"{key}, {next(iter(beside.values()))['rules']} rules", beside, key, languages)
         counts = _scores(next(iter(routings.values())))
         rows.append(["n rows", *(str(counts[language]["n"]) for language in languages)])
-        lines += ["", *table([f"{suite}: accuracy in %", *languages], rows)]
+        lines += ["", *language_table([f"{suite}: accuracy in %", *languages], rows)]
     kit = "the accuracy that the public kit reports for this set" if measure.public_kit else measure.answers
     return "\n".join([*lines, "", f"Intervals are clustered by picture. * {kit}"])
 

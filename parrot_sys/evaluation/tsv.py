@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from parrot_sys.data.constants import IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.image_files import EncodedImage
 from parrot_sys.data.image_sources.data_urls import decode_base64
+from parrot_sys.data.languages import file_suffix, split_suffix
 from parrot_sys.errors import DataError
 from parrot_sys.evaluation.grid import Grid, present, read_grid, whole_number
 
@@ -27,8 +28,6 @@ _REFERENCE_LENGTH = 64
 """An image cell of at most this many characters is the index of another row (VLMEvalKit's rule)."""
 _ROTATION = 1_000_000
 """Rows whose index agrees modulo this are one question with its options rotated (MMBench's circular evaluation)."""
-_LANGUAGE_OF_SUFFIX = {"cn": "zh", **{language: language for language in LANGUAGES}}
-_SUFFIX_OF_LANGUAGE = {"zh": "cn"}
 _KIT_NAMES = {"mmmb": "MMMB", "mmbench_dev": "MMBench_dev", "mmbench": "MMBench_dev"}
 _GENERIC_SPLITS = {"", "dev", "val", "test", "train"}
 _NAMED = 20
@@ -144,11 +143,6 @@ def find_tables(paths: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def language_of(name: str) -> str:
-    """Language that a data set's name ends in (`mmmb_cn` -> `zh`); English where it names none, as in the wrapper."""
-    return _LANGUAGE_OF_SUFFIX.get(name.lower().rsplit("_", 1)[-1], "en")
-
-
 def picture_bytes(cell: str) -> bytes:
     """Content of a picture's cell: base64, also over several lines or as a data URL.
 
@@ -187,12 +181,11 @@ def read_table(path: str | Path, *, keep_bad: bool = False) -> QuestionSet:
         if number in grid.damaged:
             question = replace(question, problem=_joined("the row holds bytes that are no UTF-8", question.problem))
         questions.append(_with_picture(question, cells, optional="history" in grid.columns))
-    stem = path.stem.lower()
-    language = language_of(stem)
-    base = stem.rsplit("_", 1)[0] if stem.rsplit("_", 1)[-1] in _LANGUAGE_OF_SUFFIX else stem
+    base, stated = split_suffix(path.stem.lower())
+    language = stated or "en"  # as in the wrapper
     table = QuestionSet(
         path=path,
-        name=f"{_KIT_NAMES[base]}_{_SUFFIX_OF_LANGUAGE.get(language, language)}" if base in _KIT_NAMES else path.stem,
+        name=f"{_KIT_NAMES[base]}_{file_suffix(language)}" if base in _KIT_NAMES else path.stem,
         suite=base,
         language=language,
         questions=tuple(questions),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from parrot_sys.data.parts import human_turn
 from parrot_sys.data.picture import Picture, join_pictures
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import ConfigError, DataError, ParrotError
-from parrot_sys.inference.chat_texts import TEXTS
+from parrot_sys.inference.chat_texts import texts_in
 from parrot_sys.inference.requests import free_rows
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.parrot import Compat
@@ -38,7 +38,7 @@ _BAR_WIDTH = 30
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ChatConfig:
-    """Talks to a checkpoint about pictures, in English, Chinese, Portuguese, Arabic, Turkish or Russian."""
+    """Talks to a checkpoint about pictures, in any language that it knows."""
 
     checkpoint: Annotated[Path, INPUT_FOLDER]
     """Folder of the model: released layout, training checkpoint, or training run (its newest checkpoint)."""
@@ -48,8 +48,9 @@ class ChatConfig:
     """Messages to send one after the other instead of reading them from the terminal."""
     show_routing: bool = False
     """Show the weight of each expert below each answer."""
-    language: Literal["en", "zh", "pt", "ar", "tr", "ru"] = "en"
-    """Language of the help and of the example questions; the model answers in the language it is asked in."""
+    language: str = "en"
+    """Language of the help and of the example questions (en, zh, pt, ar, tr or ru); the model answers in the language
+    it is asked in."""
     max_new_tokens: int = 512
     """Longest answer in tokens."""
     temperature: float = 0.0
@@ -71,6 +72,7 @@ class ChatConfig:
     """Layout over the processes of torchrun, for models that need several."""
 
     def __post_init__(self) -> None:
+        texts_in(self.language)
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
@@ -218,7 +220,7 @@ def _loop(session: ChatSession, config: ChatConfig) -> int:
     """Reads lines until the end of input or /quit."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
-    texts = TEXTS[config.language]
+    texts = texts_in(config.language)
     print(texts.welcome)
     while True:
         try:
@@ -240,7 +242,7 @@ def _loop(session: ChatSession, config: ChatConfig) -> int:
 
 
 def _handle(session: ChatSession, line: str, config: ChatConfig) -> None:
-    texts = TEXTS[config.language]
+    texts = texts_in(config.language)
     command, _, argument = line.partition(" ")
     if not line:
         return
@@ -261,7 +263,7 @@ def _answer(session: ChatSession, message: str, config: ChatConfig) -> None:
     print()
     if not config.show_routing:
         return
-    print(routing_table(answer.experts) if answer.experts is not None else f"  {TEXTS[config.language].no_experts}")
+    print(routing_table(answer.experts) if answer.experts is not None else f"  {texts_in(config.language).no_experts}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Texts of `parrot chat` itself, in the six languages of MMMB."""
+"""Texts of `parrot chat` itself, in the languages that somebody wrote them in."""
 # ruff: noqa: RUF001 - letters of Turkish, Russian and Chinese look like others
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from parrot_sys.data.languages import language_code, lookup
+from parrot_sys.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,3 +118,18 @@ TEXTS: Mapping[str, ChatTexts] = {
         error="ошибка",
     ),
 }
+
+
+def texts_in(language: str) -> ChatTexts:
+    """Texts in a language, or in that of a code with fewer subtags (`pt` for `pt-BR`).
+
+    Raises:
+        ConfigError: there are none, or it is no code.
+    """
+    texts = lookup(language_code(language), TEXTS)
+    if texts is None:
+        raise ConfigError(
+            f"language must be one that the help is written in ({', '.join(TEXTS)}), got {language!r}; the model "
+            "itself answers in the language it is asked in"
+        )
+    return texts

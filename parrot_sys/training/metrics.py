@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.languages import MMMB_LANGUAGES, OTHER, canonical, in_order
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.wings_hf import wings_maps
@@ -21,8 +21,6 @@ from parrot_sys.training.routes import DESCRIPTIONS, gather_routes, route_record
 
 # A languages (with "other"), E experts
 
-LANGUAGE_NAMES = (*LANGUAGES, "other")
-_LANGUAGE_INDEX = {name: index for index, name in enumerate(LANGUAGE_NAMES)}
 _SCALARS = ("loss", "aux_loss", "labels", "rows", "samples", "images", "flops", "stop")
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
@@ -37,17 +35,27 @@ class StepMetrics:
     of `routes` are any texts, so that each rank keeps its own until a record is due.
     """
 
-    def __init__(self, num_experts: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_experts: int, device: torch.device | str = "cpu", *, languages: Sequence[str] = MMMB_LANGUAGES
+    ) -> None:
+        """
+        Args:
+            num_experts: E.
+            device: of the sums.
+            languages: codes that are counted apart, the same on all ranks; samples in others are `other`.
+        """
         self.num_experts = num_experts
         self.steps = 0
-        languages = len(LANGUAGE_NAMES)
-        self.sums = torch.zeros(len(_SCALARS) + languages * (3 + 2 * num_experts), dtype=torch.float64, device=device)
-        parts = self.sums.split([len(_SCALARS), languages * 3, languages * num_experts, languages * num_experts])
+        self.languages = (*languages, OTHER)
+        self._index = {name: index for index, name in enumerate(self.languages)}
+        count = len(self.languages)
+        self.sums = torch.zeros(len(_SCALARS) + count * (3 + 2 * num_experts), dtype=torch.float64, device=device)
+        parts = self.sums.split([len(_SCALARS), count * 3, count * num_experts, count * num_experts])
         self._host = dict.fromkeys(_SCALARS, 0.0)
         self._scalars = parts[0]
-        self._languages = parts[1].view(languages, 3)  # loss, labels, images
-        self._probabilities = parts[2].view(languages, num_experts)  # sum over images
-        self._rows = parts[3].view(languages, num_experts)  # visual rows that each expert worked on
+        self._languages = parts[1].view(count, 3)  # loss, labels, images
+        self._probabilities = parts[2].view(count, num_experts)  # sum over images
+        self._rows = parts[3].view(count, num_experts)  # visual rows that each expert worked on
         self.routes = RouteSums()
         """Routes of the images of this rank."""
         self._weights: list[tuple[Tensor, dict[str, list[str]]]] = []
@@ -64,7 +72,7 @@ class StepMetrics:
     @torch.no_grad()
     def add_losses(self, batch: PackedBatch, losses: Tensor) -> None:
         """Adds one micro-batch and the float32 [L] losses of its label rows; where the losses are, last stages."""
-        samples = _sample_languages(batch, losses.device)
+        samples = self._sample_languages(batch, losses.device)
         losses = losses.detach().double()
         self._scalars[0] += losses.sum()
         self.count(labels=batch.label_rows.numel(), images=batch.num_images)
@@ -89,7 +97,7 @@ class StepMetrics:
         """Adds the routes of a micro-batch's images; where the MoE is, on first stages."""
         if batch.num_images:
             self._weights.append((routing.probs.detach(), _image_labels(batch)))
-        images = _sample_languages(batch, routing.probs.device)[batch.image_sample]
+        images = self._sample_languages(batch, routing.probs.device)[batch.image_sample]
         probs = routing.probs.detach().double()
         self._probabilities.index_add_(0, images, probs)
         chosen = torch.ones_like(probs)
@@ -131,7 +139,7 @@ class StepMetrics:
         """The sums with their names, as plain values for `load_state_dict`; equal on all ranks, which all call this."""
         parts = (self._languages.tolist(), self._probabilities.tolist(), self._rows.tolist())
         languages = {
-            name: list(sums) for name, *sums in zip(LANGUAGE_NAMES, *parts, strict=True) if any(map(any, sums))
+            name: list(sums) for name, *sums in zip(self.languages, *parts, strict=True) if any(map(any, sums))
         }
         return {
             "steps": self.steps,
@@ -143,10 +151,12 @@ class StepMetrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on adding to the sums of `state`."""
         self.steps = state["steps"]
+        self.sums.zero_()
         self._scalars.copy_(torch.tensor([state["scalars"].get(name, 0.0) for name in _SCALARS], dtype=torch.float64))
         for name, sums in state["languages"].items():
             for part, values in zip((self._languages, self._probabilities, self._rows), sums, strict=True):
-                part[_LANGUAGE_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
+                # (A language that the data had before a restart, and have no more, is one of the others.)
+                part[self._index.get(name, -1)] += torch.tensor(values, dtype=torch.float64)
         # Those of all ranks: one goes on with them. (Earlier versions saved none.)
         if dist.get_rank() == 0 and "routes" in state:
             self.routes.load_state_dict(state["routes"])
@@ -164,7 +174,7 @@ class StepMetrics:
         result |= {name: int(self.scalar(name)) for name in ("labels", "rows", "samples", "images")}
         result["batches"] = self.steps
         sums, probabilities, rows = (part.tolist() for part in (self._languages, self._probabilities, self._rows))
-        for index, name in enumerate(LANGUAGE_NAMES):
+        for index, name in enumerate(self.languages):
             loss, labels, images = sums[index]
             if labels:
                 result[f"loss/{name}"] = loss / labels
@@ -172,6 +182,12 @@ class StepMetrics:
                 result[f"experts/{name}/probability"] = [p / images for p in probabilities[index]]
                 result[f"experts/{name}/rows"] = [int(r) for r in rows[index]]
         return result | route_record(gather_routes(self.routes))
+
+    def _sample_languages(self, batch: PackedBatch, device: torch.device) -> Tensor:
+        """int64 [S], index of each sample's language."""
+        other = self._index[OTHER]
+        names: Sequence[str] = batch.languages or [OTHER] * batch.num_samples
+        return torch.tensor([self._index.get(name, other) for name in names], dtype=torch.int64, device=device)
 
     def is_finite(self) -> bool:
         """Whether every sum is a number: one NaN loss anywhere makes a sum NaN."""
@@ -233,11 +249,9 @@ def _image_labels(batch: PackedBatch) -> dict[str, list[str]]:
     return {kind: [values[owner] for owner in owners] for kind, values in kinds.items() if values}
 
 
-def _sample_languages(batch: PackedBatch, device: torch.device) -> Tensor:
-    """int64 [S], index of each sample's language."""
-    other = _LANGUAGE_INDEX["other"]
-    names: Sequence[str] = batch.languages or ["other"] * batch.num_samples
-    return torch.tensor([_LANGUAGE_INDEX.get(name, other) for name in names], dtype=torch.int64, device=device)
+def counted_languages(stated: Iterable[str]) -> tuple[str, ...]:
+    """Languages that metrics count apart, of those that records state: all that are codes, in the order of reports."""
+    return tuple(in_order(language for language in stated if canonical(language) == language))
 
 
 class FlopCounter:

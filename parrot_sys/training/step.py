@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.optimizer import (
     data_parallel_group,
@@ -45,6 +46,8 @@ class StepRunner:
     device: torch.device
     num_experts: int
     num_visual_rows: int
+    languages: Sequence[str] = MMMB_LANGUAGES
+    """Codes that metrics count apart, the same on all ranks."""
     reduction: Literal["global", "micro_batch"] = "global"
     optimizer: Any = None
     flops: FlopCounter | None = None
@@ -80,7 +83,7 @@ class StepRunner:
             optimizer_step(self.optimizer)
             return StepResult(metrics, grad_norm)
         self.optimizer.zero_grad()
-        self.guard.handle(bad, _gather([record for batch in batches for record in batch.record_ids]), guilty)
+        self.guard.handle(bad, gather_values([record for batch in batches for record in batch.record_ids]), guilty)
         return StepResult(metrics, grad_norm, skipped=True)
 
     @torch.no_grad()
@@ -96,7 +99,7 @@ class StepRunner:
                 module.training = True
 
     def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
-        metrics = StepMetrics(self.num_experts, self.device)
+        metrics = StepMetrics(self.num_experts, self.device, languages=self.languages)
         weights = iter(self._weights(batches))
         batches = [self.chunks[0].module.share_of_rank(batch) for batch in batches]
         if self.flops is not None and backward and self.chunks[-1].module.post_process:
@@ -158,7 +161,7 @@ class StepRunner:
 
         shares = [self.chunks[0].module.share_of_rank(batch).to(self.device) for batch in batches]
         forward_backward(self.chunks, shares, find, backward=False)
-        return _gather(bad)
+        return gather_values(bad)
 
 
 @torch.no_grad()
@@ -194,8 +197,8 @@ def _routing_totals(
     return RoutingTotals(num_images=sums[-1], tokens_per_expert=sums[:-1]), batches
 
 
-def _gather(values: list[str]) -> list[str]:
-    """The values of all ranks."""
+def gather_values(values: Iterable[str]) -> list[str]:
+    """The values of all ranks, each once."""
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, values)
+    dist.all_gather_object(everyone, list(values))
     return sorted({value for each in everyone for value in each})

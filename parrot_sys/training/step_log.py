@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ class StepLog:
     was interrupted.
     """
 
-    def __init__(self, num_experts: int, device: torch.device) -> None:
-        self._num_experts, self._device = num_experts, device
+    def __init__(self, num_experts: int, device: torch.device, languages: Sequence[str]) -> None:
+        self._num_experts, self._device, self._languages = num_experts, device, languages
         self.last: dict[str, Any] = {}
         """The last record with a step that was not left out; of one before a restart its loss and labels."""
         self.rows = 0.0
@@ -34,7 +35,7 @@ class StepLog:
         self._begin()
 
     def _begin(self) -> None:
-        self._window = StepMetrics(self._num_experts, self._device)
+        self._window = StepMetrics(self._num_experts, self._device, languages=self._languages)
         self._skipped, self._before, self._since = 0, 0.0, time.perf_counter()
 
     def restart_clock(self) -> None:

@@ -42,9 +42,9 @@ from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
 from parrot_sys.training.inputs import load_processor, training_loader, validation_loader
-from parrot_sys.training.metrics import FlopCounter, StepMetrics
+from parrot_sys.training.metrics import FlopCounter, StepMetrics, counted_languages
 from parrot_sys.training.schedule import CosineSchedule, RunLength, warmup_steps
-from parrot_sys.training.step import StepRunner
+from parrot_sys.training.step import StepRunner, gather_values
 from parrot_sys.training.step_log import StepLog
 from parrot_sys.training.stop import StopSignals
 from parrot_sys.training.watchdog import Watchdog
@@ -112,6 +112,7 @@ class Trainer:
         self.processor.check_fits(config.model.llm.vocab_size, config.model.vision.image_size, where)
         self.loader = training_loader(config, self.processor)
         self.validation_loader = validation_loader(config, self.processor) if config.validation.paths else None
+        self.languages = self._languages()
         self.length = self._run_length(resume_from)
         settings = config.optimizer
         warmup = warmup_steps(self.length.total_steps, settings.warmup_fraction, settings.warmup_steps)
@@ -131,7 +132,7 @@ class Trainer:
             clip_grad=settings.clip_grad,
         )
         self.step = 0
-        self.log = StepLog(config.model.moe.num_experts, self.device)
+        self.log = StepLog(config.model.moe.num_experts, self.device, self.languages)
         saved_guard = None
         if resume_from is not None:
             saved_guard = self._resume(resume_from)
@@ -140,6 +141,11 @@ class Trainer:
             self.guard.load_state_dict(saved_guard)
         self.runner = self._make_runner()
         self.stop = StopSignals()
+
+    def _languages(self) -> tuple[str, ...]:
+        """Languages that metrics count apart: of all records, the same on all ranks."""
+        loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
+        return counted_languages(gather_values(language for loader in loaders for language in loader.languages))
 
     def _resume_from(self) -> Path | None:
         self.checkpoints.clean()
@@ -200,6 +206,7 @@ class Trainer:
             device=self.device,
             num_experts=config.model.moe.num_experts,
             num_visual_rows=config.model.vision.num_visual_rows,
+            languages=self.languages,
             reduction=config.loss_reduction,
             optimizer=self.optimizer,
             flops=FlopCounter(config.model, self._trainable(), use_moe=self._uses_moe()),
@@ -337,7 +344,7 @@ class Trainer:
         loader = self.validation_loader
         assert loader is not None, "called with validation paths only"
         start = loader.state_dict()
-        total = StepMetrics(self.config.model.moe.num_experts, self.device)
+        total = StepMetrics(self.config.model.moe.num_experts, self.device, languages=self.languages)
         for batches in itertools.islice(loader, self.config.validation.batches):
             total.merge(self.runner.validate(batches))
             self.watchdog.beat("validating")

@@ -16,12 +16,12 @@ import pytest
 import transformers
 from PIL import Image
 
-from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.corpora.default import build as build_module
 from parrot_sys.data.corpora.default import pictures
 from parrot_sys.data.corpora.default.build import MANIFEST, DataBuildConfig, build
 from parrot_sys.data.corpora.default.concepts import Concept, choose_concepts, load_concepts
 from parrot_sys.data.corpora.default.conversations import load_phrases
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER
 from parrot_sys.data.record_files import read_raw_records
 from parrot_sys.data.records import parse_record
@@ -74,7 +74,7 @@ def test_records_pass_the_loader_and_their_pictures_exist(built: Path, name: str
     identifiers = set()
     for index, raw in enumerate(read_raw_records(path)):
         record = parse_record(raw, index, path)
-        assert record.language in LANGUAGES
+        assert record.language in MMMB_LANGUAGES
         assert all((built / image).is_file() for image in record.images)
         assert (not record.images) if name == "text" else True
         identifiers.add(record.record_id)
@@ -86,7 +86,7 @@ def turns_about_pictures(built: Path, *names: str) -> Iterator[tuple[str, str, s
     kinds = ("name", "category", "keywords", "yes_no")
     starts = {  # wordings differ between languages, so that a question tells its own
         start.split("{")[0]: (language, kind)
-        for language in LANGUAGES
+        for language in MMMB_LANGUAGES
         for kind in kinds
         for start in ([load_phrases()[language][kind]] if kind != "name" else load_phrases()[language][kind])
     }
@@ -111,7 +111,7 @@ def test_every_kind_of_conversation_is_there(built: Path) -> None:
         assert len(set(asked)) == len(asked)
     kinds = {(kind.split()[0], bool(options)) for _, _, kind, options, _ in turns_about_pictures(built, "instruct")}
     assert kinds >= {("name", False), ("name", True), ("category", False), ("keywords", False), ("yes_no", False)}
-    assert {language for _, language, *_ in turns_about_pictures(built, "align")} == set(LANGUAGES)
+    assert {language for _, language, *_ in turns_about_pictures(built, "align")} == set(MMMB_LANGUAGES)
 
 
 def test_answer_is_what_the_picture_shows(built: Path) -> None:
@@ -156,7 +156,7 @@ def test_nothing_of_the_test_is_in_training(built: Path) -> None:
 
 
 def test_benchmark_is_parallel_and_has_a_distractor_of_the_same_category(built: Path) -> None:
-    by_name = {language: {c.names[language]: c for c in load_concepts()} for language in LANGUAGES}
+    by_name = {language: {c.names[language]: c for c in load_concepts()} for language in MMMB_LANGUAGES}
     english = table(built, "en")
     assert list(english[0]) == [
         "index",
@@ -172,7 +172,7 @@ def test_benchmark_is_parallel_and_has_a_distractor_of_the_same_category(built: 
         "image",
     ]
     assert [row["split"] for row in english] == ["style"] * 20 + ["concept"] * 5
-    for language in LANGUAGES:
+    for language in MMMB_LANGUAGES:
         for row, reference in zip(table(built, language), english, strict=True):
             options = [by_name[language][row[letter]] for letter in "ABCD"]
             assert [c.key for c in options] == [by_name["en"][reference[letter]].key for letter in "ABCD"]
@@ -187,7 +187,7 @@ def test_benchmark_is_parallel_and_has_a_distractor_of_the_same_category(built: 
 
 
 def test_training_asks_exactly_as_the_benchmark_does(built: Path) -> None:
-    for language in LANGUAGES:
+    for language in MMMB_LANGUAGES:
         suffix = "cn" if language == "zh" else language
         question = read_table(built / "benchmark" / f"mmmb_{suffix}.tsv").questions[0]
         prompt = question_prompt(question, language)
@@ -260,7 +260,7 @@ def test_mix_sets_the_amount_per_language(tmp_path: Path) -> None:
         ({"mix": "xx=1"}, "mix names the language 'xx'"),
         ({"mix": "en=lots"}, "mix must look like"),
         ({"mix": "en=-1"}, r"mix.en must be in \[0, 1000\]"),
-        ({"mix": ",".join(f"{language}=0" for language in LANGUAGES)}, "no conversation"),
+        ({"mix": ",".join(f"{language}=0" for language in MMMB_LANGUAGES)}, "no conversation"),
         ({"languages": ("en", "fr")}, "languages must be distinct and among"),
         ({"held_out": 2}, "held_out must be 0 or >= 4"),
         ({"vocab_size": 100}, "vocab_size must be >= 259"),

@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.corpora.default.concepts import choose_concepts
 from parrot_sys.data.corpora.default.conversations import wordings
 from parrot_sys.data.corpora.default.initial_decoder import (
@@ -19,6 +18,7 @@ from parrot_sys.data.corpora.default.initial_decoder import (
     write_initial_decoder,
 )
 from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.errors import ConfigError
 from tests.comparisons import differ
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(words, VOCAB, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     config = InitialDecoderConfig(hidden_size=48, num_layers=2, num_attention_heads=4, ffn_hidden_size=64)
-    spoken = {language: wordings(language) for language in LANGUAGES}
+    spoken = {language: wordings(language) for language in MMMB_LANGUAGES}
     write_initial_decoder(path, config, concepts, spoken, lambda text: tokenizer(text).input_ids, VOCAB, seed=0)
     return path
 
@@ -49,7 +49,7 @@ def test_translations_are_closer_than_other_names(folder: Path) -> None:
         )
 
     english = vectors("en")
-    for language in LANGUAGES:
+    for language in MMMB_LANGUAGES:
         closeness = english @ vectors(language).T
         closer = closeness.diagonal()[:, None] > closeness  # names that share a word are close as well
         assert closer.float().sum() / (closer.numel() - len(concepts)) > 0.9, language
@@ -62,9 +62,9 @@ def test_vectors_tell_languages_apart(folder: Path) -> None:
     concepts, _ = choose_concepts(40, 4, 0)
     means = {
         language: torch.stack([weight[tokenizer(c.names[language]).input_ids].mean(0) for c in concepts]).mean(0)
-        for language in LANGUAGES
+        for language in MMMB_LANGUAGES
     }
-    for language in LANGUAGES:
+    for language in MMMB_LANGUAGES:
         questions = weight[[i for text in wordings(language) for i in tokenizer(text).input_ids]].mean(0)
         closeness = {other: float(questions @ mean) for other, mean in means.items()}
         assert max(closeness, key=closeness.__getitem__) == language, closeness
@@ -82,7 +82,7 @@ def test_seed_decides_the_weights() -> None:
 
     def make(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        no_wordings: dict[str, list[str]] = {language: [] for language in LANGUAGES}
+        no_wordings: dict[str, list[str]] = {language: [] for language in MMMB_LANGUAGES}
         return lexical_embeddings(concepts, no_wordings, lambda text: [encode.get(text, 0)], len(encode), 16, generator)
 
     torch.testing.assert_close(make(3), make(3), rtol=0, atol=0)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.prompts import clean_answer, other_language, question_prompt
@@ -73,11 +74,14 @@ def test_texts_of_a_question_are_no_control_tokens_and_no_images(
 
 
 def test_instruction_language() -> None:
-    endings = {language: question_prompt(question(), language).split("\n")[-1] for language in LANGUAGES}
+    endings = {language: question_prompt(question(), language).split("\n")[-1] for language in MMMB_LANGUAGES}
     assert len(set(endings.values())) == 6
     # Chinese text makes the instruction Chinese in any data set, whether it stands in question, option or hint
     for change in ({"question": "什么"}, {"options": {"A": "猫", "B": "dog"}}, {"hint": "看"}):
         assert question_prompt(question(**change), "en").endswith(endings["zh"])
+        # ... that the wrapper knows; another language keeps its own
+        first, second = question(**change).options
+        assert question_prompt(question(**change), "ja").endswith(f"\n{first}または{second}?")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,20 @@ def test_other_prompts_keep_the_answer() -> None:
     )
 
 
-def test_other_language_is_a_permutation_without_fixed_point() -> None:
-    assert {other_language(language) for language in LANGUAGES} == set(LANGUAGES)
-    assert all(other_language(language) != language for language in LANGUAGES)
+@given(held=st.sets(st.sampled_from([*MMMB_LANGUAGES, "de", "th", "pt-BR"]), min_size=2))
+def test_other_language_is_a_permutation_without_fixed_point(held: set[str]) -> None:
+    assert {other_language(language, held) for language in held} == held
+    assert all(other_language(language, held) != language for language in held)
+
+
+def test_other_language_is_the_next_one_that_is_there() -> None:
+    followers = [other_language(language, MMMB_LANGUAGES) for language in MMMB_LANGUAGES]
+    assert followers == ["zh", "pt", "ar", "tr", "ru", "en"]
+    few = ("en", "ru", "de")
+    assert {language: other_language(language, few) for language in ("en", "zh", "ru", "de")} == {
+        "en": "ru",
+        "zh": "ru",
+        "ru": "de",
+        "de": "en",
+    }
+    assert other_language("de", ("de",)) is None

@@ -9,7 +9,7 @@ import pytest
 
 from parrot_sys.data.decoding import load_image
 from parrot_sys.errors import DataError
-from parrot_sys.evaluation.tsv import find_tables, iter_groups, language_of, read_table
+from parrot_sys.evaluation.tsv import find_tables, iter_groups, read_table
 from tests.evaluation.tables import picture, write_table
 
 ROW: dict[str, Any] = {"index": 1, "question": "What is it?", "A": "cat", "B": "dog", "answer": "B"}
@@ -156,9 +156,24 @@ def test_find_tables(tmp_path: Path) -> None:
         find_tables([tmp_path / "none.tsv"])
 
 
-def test_language_of() -> None:
-    names = ["mmmb_en", "MMMB_cn", "mmbench_dev_zh", "x_tr", "MMBench_dev_ar", "mmmb_ru", "mmmb_pt", "mmbench"]
-    assert [language_of(name) for name in names] == ["en", "zh", "zh", "tr", "ar", "ru", "pt", "en"]
+@pytest.mark.parametrize(
+    ("stem", "suite", "language", "name"),
+    [
+        ("mmmb_en", "mmmb", "en", "MMMB_en"),
+        ("MMMB_cn", "mmmb", "zh", "MMMB_cn"),
+        ("mmbench_dev_zh", "mmbench_dev", "zh", "MMBench_dev_cn"),
+        ("x_pt-br", "x", "pt-BR", "x_pt-br"),
+        ("MMMB_zh-Hant", "mmmb", "zh-Hant", "MMMB_zh-Hant"),
+        ("cvqa_min", "cvqa", "min", "cvqa_min"),
+        ("maxm_iw", "maxm", "he", "maxm_iw"),
+        ("mmbench", "mmbench", "en", "MMBench_dev_en"),  # none stated: English, as in the wrapper
+        ("mmmu_pro", "mmmu_pro", "en", "mmmu_pro"),  # a language of ISO 639, but none with data in CLDR
+        ("th", "th", "th", "th"),
+    ],
+)
+def test_language_and_suite_of_a_table(tmp_path: Path, stem: str, suite: str, language: str, name: str) -> None:
+    table = read_table(write_table(tmp_path / f"{stem}.tsv", [ROW]))
+    assert (table.suite, table.language, table.name) == (suite, language, name)
 
 
 def test_bytes_that_are_no_utf8_are_named_by_row(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import parrot_sys
-from parrot_sys.data.constants import IMAGE_TOKEN_ID, LANGUAGES
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, _loop, routing_table
 from parrot_sys.inference.chat_texts import TEXTS
@@ -177,8 +178,8 @@ def test_routing_table() -> None:
 
 
 def test_texts_exist_in_every_language() -> None:
-    assert set(TEXTS) == set(LANGUAGES)
-    assert len({text.welcome for text in TEXTS.values()}) == len(LANGUAGES)
+    assert set(TEXTS) == set(MMMB_LANGUAGES)
+    assert len({text.welcome for text in TEXTS.values()}) == len(MMMB_LANGUAGES)
     assert all(text.question in text.welcome and "{file}" in text.attached for text in TEXTS.values())
 
 

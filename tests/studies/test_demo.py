@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.languages import MMMB_LANGUAGES
 
 SCRIPT = Path(__file__).parents[2] / "train" / "demo.py"
 
@@ -27,14 +27,14 @@ def test_quick_demo_and_its_second_start(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "demo-quick"
     report = json.loads((root / "report" / "report.json").read_text(encoding="utf-8"))
     for part in ("style", "concept"):
-        assert list(report[part]) == list(LANGUAGES)
+        assert list(report[part]) == list(MMMB_LANGUAGES)
         assert all(0 <= value <= 100 for value in report[part].values())
     details = report["details"]
     assert set(details["routing"]) == {"off", "other-language"}
     assert all(change > 0 for row in details["logit_change"]["style"].values() for change in row.values())
     assert set(details["training"]) == {"0 text", "1 alignment", "2 instruction"}
     assert (root / "report" / "loss.png").is_file()
-    for language in LANGUAGES:
+    for language in MMMB_LANGUAGES:
         assert f"--- {language}: the right name is" in output
     stamps = {path.name: path.read_text() for path in (root / "stamps").iterdir()}
     again = run(tmp_path)
@@ -48,7 +48,7 @@ def test_quick_demo_of_the_other_systems(tmp_path: Path, model: str) -> None:
     output = run(tmp_path, model)
     root = tmp_path / "runs" / f"demo-{model}-quick"
     report = json.loads((root / "report" / "report.json").read_text(encoding="utf-8"))
-    assert list(report["style"]) == list(LANGUAGES)
+    assert list(report["style"]) == list(MMMB_LANGUAGES)
     forgetting = json.loads((root / "report" / "forgetting.json").read_text(encoding="utf-8"))
     assert set(forgetting) == {"before", "after", "change", "paired"}
     assert list(forgetting["change"]) == ["T", "TT", "TTT", "TTV", "TV", "V"]

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -16,7 +18,7 @@ from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.metrics import FlopCounter, StepMetrics, describe
+from parrot_sys.training.metrics import FlopCounter, StepMetrics, counted_languages, describe
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 from tests.training.layouts import FLAMINGO
 
@@ -90,6 +92,35 @@ def test_every_number_of_a_record_says_what_it_is_over() -> None:
         assert "held-out records" in describe("validation", name)
         assert "labels" in describe("train", name)
     assert describe("train", "unheard of") == ""
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    before=st.sets(st.sampled_from(["en", "zh", "ko", "pt-BR", "th"])),
+    after=st.sets(st.sampled_from(["en", "zh", "ko", "pt-BR", "th"])),
+)
+def test_languages_are_those_of_the_data_and_sums_survive_a_change_of_them(before: set[str], after: set[str]) -> None:
+    batch = _batch()
+    losses, routing = torch.rand(batch.label_rows.numel()), _routing(batch.num_images, topk=False)
+
+    def metrics_over(names: set[str]) -> StepMetrics:
+        metrics = StepMetrics(E, languages=counted_languages([*names, "", "no code"]))
+        metrics.add_losses(batch, losses)
+        metrics.add_routes(batch, routing, V)
+        return metrics
+
+    def rank(*_: int) -> tuple[dict, dict, dict]:
+        metrics = metrics_over(before)
+        restored = StepMetrics(E, languages=counted_languages(after))  # a run over other languages goes on
+        restored.load_state_dict(metrics.state_dict())
+        return metrics.record(), restored.record(), metrics_over(before & after).record()
+
+    ((own, restored, both),) = run_distributed(rank, 1)
+    named = {name.removeprefix("loss/") for name in own if name.startswith("loss/")}
+    assert named == {name if name in before else "other" for name in LANGUAGES}
+    for name, value in restored.items():
+        if name.startswith(("loss/", "experts/")):
+            assert value == pytest.approx(both[name]), name
 
 
 def test_ranks_and_steps_add_up() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.corpora.default.conversations import load_phrases
 from parrot_sys.data.decoding import load_image
+from parrot_sys.data.languages import in_order
 from parrot_sys.evaluation.runner import load_tables
 from parrot_sys.inference.chat import ChatSession, routing_table
 from parrot_sys.inference.pretrained import load_pretrained
@@ -27,7 +27,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path, *, spe
         Path of conversation.txt.
     """
     tables = {table.language: table for table in load_tables([benchmark], (), None)}
-    spoken = [language for language in LANGUAGES if language in tables]
+    spoken = in_order(tables)
     model, processor = load_pretrained(checkpoint, device=None)
     session = ChatSession(model=model, processor=processor, max_new_tokens=32)
     output.mkdir(parents=True, exist_ok=True)

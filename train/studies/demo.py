@@ -71,7 +71,7 @@ def report_demo(pipeline: Pipeline, system: System, stages: Sequence[Step], eval
             evaluation=evaluations.benchmark.folder,
             output=folder,
             runs=runs,
-            title=f"{system.title} demo: held-out questions in six languages",
+            title=f"{system.title} demo: held-out questions in each language",
             notes=notes,
             appendix=[*forgetting(evaluations, folder), *attention(evaluations.attention.folder, folder)],
         )

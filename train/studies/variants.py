@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from parrot_sys.data.constants import LANGUAGES
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.training.writer import read_metrics
 from studies import recipes
 from studies.experiment import Experiment, Run, Variant, answer_lengths, counted_words
@@ -23,7 +23,7 @@ from studies.recipes import (
     System,
 )
 
-_OTHERS = tuple(language for language in LANGUAGES if language != "en")
+_OTHERS = tuple(language for language in MMMB_LANGUAGES if language != "en")
 MIXES: Mapping[str, Mapping[str, float]] = {
     "balanced": {},
     "imbalanced": dict.fromkeys(_OTHERS, 0.1),

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN, LANGUAGES
+from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN
 from parrot_sys.data.corpora.default.concepts import ASSETS, Concept, choose_concepts
 from parrot_sys.data.corpora.default.conversations import Asker, picture_turns, record, wordings
 from parrot_sys.data.corpora.default.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
@@ -37,6 +37,7 @@ from parrot_sys.data.corpora.default.pictures import training_picture
 from parrot_sys.data.corpora.default.questions import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.corpora.default.text_corpus import text_conversations
 from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.data.templates import render_conversation
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.paths import NEW_FOLDER
@@ -57,7 +58,7 @@ class DataBuildConfig:
     """Things that training pictures show."""
     held_out: int = 30
     """Further things with pictures in the benchmark's `concept` split only (their names are in the text corpus)."""
-    languages: tuple[str, ...] = LANGUAGES
+    languages: tuple[str, ...] = MMMB_LANGUAGES
     """Languages of conversations and benchmark."""
     mix: str = ""
     """Relative amount of conversations with pictures per language, such as `en=1,zh=0.2`; 1 where not named."""
@@ -83,10 +84,10 @@ class DataBuildConfig:
     """Replace an existing folder that was built with other settings."""
 
     def __post_init__(self) -> None:
-        unknown = [language for language in self.languages if language not in LANGUAGES]
+        unknown = [language for language in self.languages if language not in MMMB_LANGUAGES]
         if unknown or len(set(self.languages)) != len(self.languages) or not self.languages:
             raise ConfigError(
-                f"languages must be distinct and among {', '.join(LANGUAGES)}, got {', '.join(self.languages)}"
+                f"languages must be distinct and among {', '.join(MMMB_LANGUAGES)}, got {', '.join(self.languages)}"
             )
         if not 32 <= self.image_size <= 1024:
             raise ConfigError(f"image_size must be in [32, 1024], got {self.image_size}")
@@ -214,7 +215,7 @@ def _write_decoder(config: DataBuildConfig, concepts: Sequence[Concept], folder:
         folder / "decoder",
         config.decoder,
         concepts,
-        {language: wordings(language) for language in LANGUAGES},
+        {language: wordings(language) for language in MMMB_LANGUAGES},
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         config.vocab_size,
         config.seed,

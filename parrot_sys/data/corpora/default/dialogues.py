@@ -21,7 +21,8 @@ from typing import Literal
 
 from parrot_sys.data.corpora.default.concepts import Concept
 from parrot_sys.data.corpora.default.conversations import LETTERS, Asker, Turn, draw_distractors
-from parrot_sys.data.corpora.default.questions import FILE_SUFFIX, BenchmarkQuestion
+from parrot_sys.data.corpora.default.questions import BenchmarkQuestion
+from parrot_sys.data.languages import file_suffix
 
 DIALOGUE_TYPES = ("T", "TT", "TTT", "TTV", "TV", "V")
 DIALOGUE_COLUMNS = ("index", "history", "question", *LETTERS, "answer", "category", "split", "image")
@@ -111,7 +112,7 @@ def write_dialogues(
         pictures: emoji -> base64 of its picture.
         seed: decides foreign words and keywords.
     """
-    path = directory / f"iit_{FILE_SUFFIX.get(language, language)}.tsv"
+    path = directory / f"iit_{file_suffix(language)}.tsv"
     held: dict[str, int] = {}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")

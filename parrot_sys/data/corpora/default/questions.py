@@ -16,10 +16,9 @@ from PIL import Image
 from parrot_sys.data.corpora.default.concepts import Concept
 from parrot_sys.data.corpora.default.conversations import LETTERS, draw_distractors, load_phrases
 from parrot_sys.data.corpora.default.pictures import openmoji_picture
+from parrot_sys.data.languages import file_suffix
 
 COLUMNS = ("index", "question", *LETTERS, "answer", "category", "l2-category", "split", "image")
-FILE_SUFFIX = {"zh": "cn"}
-"""Languages that MMMB's file names call otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +62,7 @@ def write_benchmark(
 ) -> Path:
     """Write `mmmb_{language}.tsv` and return its path."""
     phrases = load_phrases()[language]
-    path = directory / f"mmmb_{FILE_SUFFIX.get(language, language)}.tsv"
+    path = directory / f"mmmb_{file_suffix(language)}.tsv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(COLUMNS)

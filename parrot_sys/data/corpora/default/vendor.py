@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from PIL import Image, ImageFont
 
-from parrot_sys.data.constants import LANGUAGES
 from parrot_sys.data.corpora.default.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONCEPTS_FILE
 from parrot_sys.data.corpora.default.pictures import draw_glyph, square
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.errors import DataError
 from parrot_sys.files import errors_named
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
@@ -148,10 +148,10 @@ def _concepts(config: VendorConfig) -> Iterator[dict[str, Any]]:
         language: json.loads((config.cldr / "annotations" / language / "annotations.json").read_text(encoding="utf-8"))[
             "annotations"
         ]["annotations"]
-        for language in LANGUAGES
+        for language in MMMB_LANGUAGES
     }
     for emoji, category in _emoji_with_category(config.emoji_test):
-        entries = {language: annotations[language].get(emoji, {}) for language in LANGUAGES}
+        entries = {language: annotations[language].get(emoji, {}) for language in MMMB_LANGUAGES}
         if all(entry.get("tts") for entry in entries.values()):
             names = {language: entry["tts"][0] for language, entry in entries.items()}
             yield {
@@ -167,11 +167,11 @@ def _concepts(config: VendorConfig) -> Iterator[dict[str, Any]]:
 
 def _distinct(concepts: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Leave out a concept whose name in any language was used before: two right answers would be possible."""
-    seen: dict[str, set[str]] = {language: set() for language in LANGUAGES}
+    seen: dict[str, set[str]] = {language: set() for language in MMMB_LANGUAGES}
     for concept in concepts:
         names = {language: name.casefold() for language, name in concept["names"].items()}
-        if not any(names[language] in seen[language] for language in LANGUAGES):
-            for language in LANGUAGES:
+        if not any(names[language] in seen[language] for language in MMMB_LANGUAGES):
+            for language in MMMB_LANGUAGES:
                 seen[language].add(names[language])
             yield concept
 
