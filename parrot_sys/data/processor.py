@@ -23,7 +23,13 @@ from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
 from parrot_sys.data.picture import Picture
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
 from parrot_sys.data.tokenization import encode_conversations
-from parrot_sys.data.tokenizer_files import MissingTokenizer, check_vocabulary, has_tokenizer, load_tokenizer
+from parrot_sys.data.tokenizer_files import (
+    MissingTokenizer,
+    check_vocabulary,
+    has_tokenizer,
+    load_tokenizer,
+    template_of_tokenizer,
+)
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.files import Fields, naming_file, read_json
 from parrot_sys.towers import KNOWN_TOWERS, PictureRows, Tiling, vision_config_from_hf
@@ -269,7 +275,9 @@ def _load_template(directory: Path) -> Template:
     """As preprocessor_config.json (of a training checkpoint) or the own part of config.json says."""
     own, config = _fields(directory / PREPROCESSOR_FILE), _fields(directory / "config.json")
     usual = INSTRUCTION if config.get("model_type", str) == "multimodal_gpt" else CHATML
-    name = own.get(_TEMPLATE_KEY, str) or config.below("parrot_sys").get("template", str, usual.name)
+    name = own.get(_TEMPLATE_KEY, str) or config.below("parrot_sys").get("template", str)
+    if name is None:  # (Models of transformers' own layout say it in a program of their chat_template.)
+        name = (template_of_tokenizer(directory) if "vision_config" in config else usual).name
     if name not in TEMPLATES:
         raise CheckpointError(
             f"{directory}: the conversation template must be one of {', '.join(TEMPLATES)}, got {name!r}"
@@ -313,15 +321,18 @@ def _load_tiling(directory: Path, tile: int) -> Tiling | None:
 def _load_image_processor(directory: Path) -> ImageProcessor:
     config = _fields(directory / "config.json")
     # A bare language model says nothing about images: Parrot pads them, in training as in its released checkpoints.
-    # (MultiModal-GPT resizes and crops as CLIP does.)
-    states_it = config.get("model_type", str, "").startswith(("parrot_", "multimodal_gpt"))
+    # (MultiModal-GPT resizes and crops as CLIP does, and so do models of transformers whose file does not say do_pad.)
+    states_it = config.get("model_type", str, "").startswith(("parrot_", "multimodal_gpt")) or "vision_config" in config
     aspect_ratio = config.get("image_aspect_ratio", str) or (None if states_it else "pad")
     tower = config.get("mm_vision_tower", str) or _TOWER_FOLDER
     candidates = [directory, directory / tower, directory / _TOWER_FOLDER]
     for candidate in candidates:
         if os.path.isfile(file := candidate / PREPROCESSOR_FILE):
             values = _fields(file)
-            stated = values.get("image_aspect_ratio", str) or aspect_ratio
+            pads = _RESOLUTIONS_KEY not in values and values.get(
+                "do_pad", bool, False
+            )  # (of tiles it says other things)
+            stated = values.get("image_aspect_ratio", str) or ("pad" if pads else aspect_ratio)
             return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
     if (known := KNOWN_TOWERS.get(Path(tower).name)) is not None:
         known_values = ImageProcessor.for_tower(known.type, known.image_size).to_dict() | {

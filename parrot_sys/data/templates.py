@@ -5,6 +5,7 @@
 * `llama3`: Llama 3 Instruct's own format, with the same place of the marker (Wings on Llama-3.1).
 * `instruction`: MultiModal-GPT. Source: open-mmlab/Multimodal-GPT, mmgpt/datasets (arXiv 2305.04790, section 3.1).
   Every question is with its own answer; in the public code's dialogues it does not (turn i goes with turn i + 1).
+* `vicuna`: LLaVA-1.5 and LLaVA-NeXT on Vicuna. Source: haotian-liu/LLaVA, llava/conversation.py (`vicuna_v1`).
 """
 
 from __future__ import annotations
@@ -36,10 +37,17 @@ INSTRUCTION_HEADER = (
 """First line of a conversation in the instruction format; a system turn replaces it."""
 RESPONSE_HEADER = "### Response:\n"
 
+VICUNA_HEADER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""Opens a conversation in Vicuna's format; a system turn replaces it."""
+VICUNA_ANSWER = " ASSISTANT:"
+
 LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 LLAMA3_END = "<|eot_id|>"
 
-TemplateName = Literal["chatml", "llama3", "instruction"]
+TemplateName = Literal["chatml", "llama3", "instruction", "vicuna"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +153,7 @@ def render_instruction(
     Raises:
         DataError: no turns, an unknown `from`, or turns that do not alternate.
     """
-    _check_turns(turns)
-    header: Parts = (template(INSTRUCTION_HEADER),)
-    rest = list(turns)
-    if rest[0]["from"] == "system":
-        header = turn_parts(rest.pop(0), image_position)
-    wanted = ["human" if index % 2 == 0 else "gpt" for index in range(len(rest))]
-    roles = [turn["from"] for turn in rest]
-    if roles != wanted or not rest:
-        raise DataError(f"turns must be human and gpt in turn, beginning with human, got {', '.join(roles) or 'none'}")
-    if add_generation_prompt and len(rest) % 2 == 0:
-        raise DataError("the last turn must be a human one before an answer is opened, got a gpt turn")
+    header, rest = _alternating(turns, INSTRUCTION_HEADER, image_position, add_generation_prompt)
     segments = []
     for start in range(0, len(rest), 2):
         answer = turn_parts(rest[start + 1], image_position) if start + 1 < len(rest) else None
@@ -166,6 +164,27 @@ def render_instruction(
             segments.append(Segment((*opened, *answer), bears_loss=True, prefix=opened, begins=begins, ends=True))
         else:
             segments.append(Segment(opened if add_generation_prompt else prompt, bears_loss=False, begins=begins))
+    return segments
+
+
+def render_vicuna(
+    turns: Sequence[Turn], *, add_generation_prompt: bool = False, image_position: ImagePosition = "front"
+) -> list[Segment]:
+    """The segments of a conversation in Vicuna's format, a question with its answer each.
+
+    Loss is on answers and their ends; arguments and errors as `render_instruction`.
+    """
+    header, rest = _alternating(turns, VICUNA_HEADER, image_position, add_generation_prompt)
+    segments = []
+    for start in range(0, len(rest), 2):
+        question = (template("USER: "), *strip_parts(turn_parts(rest[start], image_position)))
+        prompt = (*header, template(" "), *question) if start == 0 else question
+        opened = (*prompt, template(VICUNA_ANSWER))
+        if start + 1 < len(rest):
+            answer = (template(" "), *strip_parts(turn_parts(rest[start + 1], image_position)))
+            segments.append(Segment((*opened, *answer), bears_loss=True, prefix=opened, begins=start == 0, ends=True))
+        else:
+            segments.append(Segment(opened if add_generation_prompt else prompt, bears_loss=False, begins=start == 0))
     return segments
 
 
@@ -187,7 +206,8 @@ LLAMA3 = Template(
     answer_header=LLAMA3_HEADER.format(role=ROLE_NAMES["gpt"]),
 )
 INSTRUCTION = Template(name="instruction", version="instruction-1", render=render_instruction)
-TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, LLAMA3, INSTRUCTION)}
+VICUNA = Template(name="vicuna", version="vicuna-1", render=render_vicuna)
+TEMPLATES: Mapping[str, Template] = {template.name: template for template in (CHATML, LLAMA3, INSTRUCTION, VICUNA)}
 
 
 def _question(turn: Turn, position: ImagePosition) -> Parts:
@@ -200,6 +220,24 @@ def _question(turn: Turn, position: ImagePosition) -> Parts:
     if turn.get("input"):
         parts += [template("\n\n### Input:\n"), Part(turn["input"], "text")]
     return tuple(parts)
+
+
+def _alternating(
+    turns: Sequence[Turn], usual_header: str, position: ImagePosition, add_generation_prompt: bool
+) -> tuple[Parts, list[Turn]]:
+    """What opens a conversation, and its human and gpt turns in turn."""
+    _check_turns(turns)
+    header: Parts = (template(usual_header),)
+    rest = list(turns)
+    if rest[0]["from"] == "system":
+        header = turn_parts(rest.pop(0), position)
+    wanted = ["human" if index % 2 == 0 else "gpt" for index in range(len(rest))]
+    roles = [turn["from"] for turn in rest]
+    if roles != wanted or not rest:
+        raise DataError(f"turns must be human and gpt in turn, beginning with human, got {', '.join(roles) or 'none'}")
+    if add_generation_prompt and len(rest) % 2 == 0:
+        raise DataError("the last turn must be a human one before an answer is opened, got a gpt turn")
+    return header, rest
 
 
 def _messages(turns: Sequence[Turn], position: ImagePosition) -> list[tuple[str, Parts]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from parrot_sys.data.templates import CHATML, Template
+from parrot_sys.data.templates import CHATML, LLAMA3, VICUNA, Template
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import errors_named, read_json
 
@@ -62,6 +62,18 @@ def _read(path: Path) -> PreTrainedTokenizerBase:
 def has_tokenizer(path: str | Path) -> bool:
     """Whether a directory holds a tokenizer of any kind."""
     return any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def template_of_tokenizer(path: str | Path) -> Template:
+    """Format of conversations that a tokenizer has the tokens of, for checkpoints that do not name theirs.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    if not has_tokenizer(path):
+        return CHATML
+    known = _read(Path(path)).get_vocab()
+    return next((t for t in (CHATML, LLAMA3) if all(token in known for token in t.special_tokens)), VICUNA)
 
 
 class MissingTokenizer:

@@ -38,8 +38,9 @@ class ParrotConfig:
     """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
-    template: Literal["chatml", "llama3", "instruction"] = "chatml"
-    """Format of conversations: `chatml` (Parrot, Wings), `llama3` (Llama 3), `instruction` (MultiModal-GPT)."""
+    template: Literal["chatml", "llama3", "instruction", "vicuna"] = "chatml"
+    """Format of conversations: `chatml` (Parrot, Wings), `llama3` (Llama 3), `instruction` (MultiModal-GPT), `vicuna`
+    (Vicuna)."""
     tokenizer_path: Annotated[str | None, INPUT_FOLDER] = None
     """Directory of the Hugging Face tokenizer; beside the checkpoint when not set."""
     max_seq_len: int = 2048

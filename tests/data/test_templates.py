@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import render_conversation, render_instruction
+from parrot_sys.data.templates import TEMPLATES, render_conversation, render_instruction
 from parrot_sys.errors import CheckpointError, DataError
 
 
@@ -249,6 +249,47 @@ def test_the_format_is_kept_with_the_processor(instruct, processor, tmp_path):
 def test_turns_that_do_not_pair_are_errors(froms, message):
     with pytest.raises(DataError, match=message):
         render_instruction([{"from": name, "value": "x"} for name in froms])
+
+
+VICUNA = (  # of LLaVA-1.5
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def test_vicuna_is_what_llava_was_trained_on(instruct):
+    vicuna = ParrotProcessor(instruct.tokenizer, instruct.image_processor, TEMPLATES["vicuna"])
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "It is a cat."},
+        {"from": "human", "value": " Which one? "},
+        {"from": "gpt", "value": "It is a cat 2."},
+    ]
+    pairs = [
+        (f"{VICUNA} USER: <image>\nWhat is it? ASSISTANT:", " It is a cat."),
+        ("USER: Which one? ASSISTANT:", " It is a cat 2."),
+    ]
+    result = vicuna.format_conversation(turns)
+    assert result["prompt"] == "".join(map("".join, pairs))
+    assert (result["input_ids"], result["labels"]) == instruction_format(instruct.tokenizer, pairs)
+    opened = vicuna.format_conversation(turns[:3], add_generation_prompt=True)
+    assert opened["prompt"] == f"{''.join(pairs[0])}{pairs[1][0]}"
+    assert opened["input_ids"] == result["input_ids"][: len(opened["input_ids"])]
+    assert result["labels"][len(opened["input_ids"]) :] == result["input_ids"][len(opened["input_ids"]) :]
+    short = vicuna.format_conversation([{"from": "system", "value": "Be short."}, *turns[:1]])
+    assert short["prompt"] == "Be short. USER: <image>\nWhat is it?"
+
+
+def test_a_checkpoint_of_transformers_has_the_format_of_its_tokenizer(instruct, processor, parrot_tiny, tmp_path):
+    for name, tokenizer in (("vicuna", instruct.tokenizer), ("chatml", processor.tokenizer)):
+        folder = tmp_path / name
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "x", "vision_config": {}}))
+        values = json.loads((parrot_tiny / "clip-vit-tiny" / "preprocessor_config.json").read_text())
+        for pads in (None, False, True):
+            (folder / "preprocessor_config.json").write_text(json.dumps(values | {"do_pad": pads}))
+            read = ParrotProcessor.from_pretrained(folder)
+            assert (read.template.name, read.image_processor.pad_to_square) == (name, bool(pads))
 
 
 def test_chatml_puts_the_input_below_the_instruction():
