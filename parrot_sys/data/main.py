@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from parrot_sys.cli import parse_config
 from parrot_sys.data.corpora.default.build import MANIFEST, DataBuildConfig, build
+from parrot_sys.data.corpora.default.offered import OFFERED
+from parrot_sys.data.corpora.default.phrases import load_phrases
 from parrot_sys.data.corpora.default.vendor import VendorConfig, vendor
 from parrot_sys.data.corpora.public.importing import DataImportConfig, import_set
+from parrot_sys.data.languages import language_name, script_name, script_of
+from parrot_sys.markdown_tables import table
 
 _HELP = """usage: parrot data COMMAND [options]
 
-  build    make the default data set: pictures, conversations in six languages, tokenizer, benchmark tables
+  build    make the default data set: pictures, conversations in each language, tokenizer, benchmark tables
              $ parrot data build --output data/default
+             $ parrot data build --output data/eight --languages en zh de hi ja sw he zh-Hant
              $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
   import   turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize) into
            records to train on
@@ -22,6 +28,8 @@ _HELP = """usage: parrot data COMMAND [options]
                --output data/mmgpt/aokvqa.json
   check    read record files once and say whether training would start with them
              $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
+  languages
+           list the languages that the default data set can be made in
   vendor   make the vendored names and drawings again from their public sources (for maintainers)
 """
 
@@ -34,12 +42,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _build(parse_config(DataBuildConfig, rest, prog="parrot data build"))
     if command == "import":
         return _import(parse_config(DataImportConfig, rest, prog="parrot data import"))
+    if command == "languages":
+        parse_config(LanguagesConfig, rest, prog="parrot data languages")
+        print("\n".join(_languages()))
+        return 0
     if command == "vendor":
         config = parse_config(VendorConfig, rest, prog="parrot data vendor")
         print(f"{vendor(config)} concepts written to {config.output}")
         return 0
     print(_HELP, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguagesConfig:
+    """Lists the languages that `parrot data build --languages` takes; the default ones come first."""
+
+
+def _languages() -> list[str]:
+    """Table of the languages of the default data set."""
+    rows = [
+        [code, language_name(code), script_name(script_of(code)), "written" if code in load_phrases() else "from CLDR"]
+        for code in OFFERED
+    ]
+    return table(["code", "language", "script", "questions"], rows, numbers=False)
 
 
 def _import(config: DataImportConfig) -> int:

@@ -20,7 +20,7 @@ from parrot_sys.data.corpora.default import build as build_module
 from parrot_sys.data.corpora.default import pictures
 from parrot_sys.data.corpora.default.build import MANIFEST, DataBuildConfig, build
 from parrot_sys.data.corpora.default.concepts import Concept, choose_concepts, load_concepts
-from parrot_sys.data.corpora.default.conversations import load_phrases
+from parrot_sys.data.corpora.default.phrases import load_phrases
 from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER
 from parrot_sys.data.record_files import read_raw_records
@@ -261,7 +261,7 @@ def test_mix_sets_the_amount_per_language(tmp_path: Path) -> None:
         ({"mix": "en=lots"}, "mix must look like"),
         ({"mix": "en=-1"}, r"mix.en must be in \[0, 1000\]"),
         ({"mix": ",".join(f"{language}=0" for language in MMMB_LANGUAGES)}, "no conversation"),
-        ({"languages": ("en", "fr")}, "languages must be distinct and among"),
+        ({"languages": ("en", "tlh")}, "languages must be distinct and among"),
         ({"held_out": 2}, "held_out must be 0 or >= 4"),
         ({"vocab_size": 100}, "vocab_size must be >= 259"),
         ({"variants": 0}, "variants must be >= 1"),

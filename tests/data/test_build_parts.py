@@ -17,6 +17,7 @@ import transformers
 from PIL import Image
 
 from parrot_sys.data.corpora.default import pictures
+from parrot_sys.data.corpora.default.cldr import Cldr
 from parrot_sys.data.corpora.default.concepts import (
     ATLAS_FILE,
     CONCEPTS_FILE,
@@ -29,9 +30,9 @@ from parrot_sys.data.corpora.default.conversations import (
     TEXT_TURNS,
     Asker,
     draw_distractors,
-    load_phrases,
     picture_turns,
 )
+from parrot_sys.data.corpora.default.phrases import load_phrases
 from parrot_sys.data.corpora.default.pictures import openmoji_picture, training_picture
 from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
 from parrot_sys.data.corpora.default.vendor import VendorConfig, vendor
@@ -151,20 +152,71 @@ def test_tokenizer_loads_from_its_folder_and_round_trips(tmp_path: Path) -> None
     assert len(tokenizer("fruit and vegetables").input_ids) < len("fruit and vegetables")  # merges were learned
 
 
+def write_annotations(folder: Path, language: str, entries: dict[str, Any]) -> None:
+    path = folder / "annotations" / language / "annotations.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"annotations": {"annotations": entries}}), encoding="utf-8")
+
+
+def write_cldr(folder: Path) -> None:
+    """The parts of CLDR's packages beside annotations, with German as the only language that has everything."""
+    labels = (
+        "smiley",
+        "person",
+        "animal",
+        "plant",
+        "weather",
+        "food_drink",
+        "place",
+        "travel",
+        "activities",
+        "objects",
+    )
+    names = {"de": "German", "zh": "Chinese", "zh-Hant": "Traditional Chinese", "qqq": "Long", "pro": "Old"}
+    scripts = {"Latn": "Latin", "Hans": "Simplified", "Hans-alt-stand-alone": "Simplified Han", "Hant": "Han"}
+    tags = {
+        "de": "de-Latn-DE",
+        "zh": "zh-Hans-CN",
+        "zh-Hant": "zh-Hant-TW",
+        "zh-TW": "zh-Hant-TW",
+        "zh-SG": "zh-Hans-SG",
+    }
+    lists = {"start": "{0}, {1}", "middle": "{0}, {1}", "end": "{0} oder {1}", "2": "{0} oder {1}"}
+    display = {
+        "codePatterns": {"language": "Sprache: {0}"},
+        "localeDisplayPattern": {"localeKeyTypePattern": "{0}: {1}", "localeSeparator": "{0}, {1}"},
+    }
+    files = {
+        "coverageLevels.json": {"coverageLevels": {"de": "modern", "zh-Hant": "modern"}},
+        "supplemental/likelySubtags.json": {"supplemental": {"likelySubtags": tags}},
+        "main/en/languages.json": {"main": {"en": {"localeDisplayNames": {"languages": names}}}},
+        "main/en/scripts.json": {"main": {"en": {"localeDisplayNames": {"scripts": scripts}}}},
+    }
+    german = {
+        "languages": {"localeDisplayNames": {"languages": {"de": "Deutsch"}}},
+        "localeDisplayNames": {"localeDisplayNames": display},
+        "posix": {"posix": {"messages": {"yesstr": "ja:j", "nostr": "nein:n"}}},
+        "characterLabels": {"characterLabels": {label: label.upper() for label in labels}},
+        "characters": {"characters": {"moreInformation": "?"}},
+        "listPatterns": {"listPatterns": {"listPattern-type-or": lists}},
+    }
+    files |= {f"main/de/{name}.json": {"main": {"de": content}} for name, content in german.items()}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
 def test_vendor_keeps_what_has_distinct_names(tmp_path: Path) -> None:
     names = {"😀": "face", "🐱": "cat", "🐈": "Cat", "🐶": "dog", "🏁": "flag", "🕐": "one"}
-    for language in MMMB_LANGUAGES:
-        folder = tmp_path / "annotations" / language
-        folder.mkdir(parents=True)
+    for language in (*MMMB_LANGUAGES, "de"):
         entries = {
-            emoji: {"tts": [f"{name} {language}"], "default": [f"{name} {language}", "w"]}
+            emoji: {"tts": [f"{name} {language}"], "default": [f"{name} {language}", *"wxyz"]}
             for emoji, name in names.items()
         }
         if language == "tr":
             del entries["🐶"]
-        (folder / "annotations.json").write_text(
-            json.dumps({"annotations": {"annotations": entries}}), encoding="utf-8"
-        )
+        write_annotations(tmp_path, language, entries)
+    write_cldr(tmp_path)
     lines = ["# group: X", "# subgroup: face-smiling", "1F600 ; fully-qualified # x", "# subgroup: animal-mammal"]
     lines += [f"{ord(emoji):X} ; fully-qualified # x" for emoji in "🐱🐈🐶"]
     lines += ["1F431 200D 1F5E8 ; fully-qualified # sequence", "# subgroup: flag", "1F3C1 ; fully-qualified # x"]
@@ -172,13 +224,38 @@ def test_vendor_keeps_what_has_distinct_names(tmp_path: Path) -> None:
     (tmp_path / "emoji-test.txt").write_text("\n".join(lines), encoding="utf-8")
     font = Path(pictures._openmoji_font().path)
     config = VendorConfig(
-        cldr=tmp_path, emoji_test=tmp_path / "emoji-test.txt", noto_font=font, output=tmp_path / "assets"
+        cldr=tmp_path,
+        emoji_test=tmp_path / "emoji-test.txt",
+        noto_font=font,
+        output=tmp_path / "assets",
+        languages_file=tmp_path / "languages.json",
+        languages=("de",),
     )
     assert vendor(config) == 2
     made = json.loads(gzip.decompress((tmp_path / "assets" / CONCEPTS_FILE).read_bytes()))["concepts"]
     assert [(c["emoji"], c["category"]) for c in made] == [("😀", "faces"), ("🐱", "mammals")]
-    assert made[1]["keywords"]["pt"] == ["w"]
+    assert made[1]["keywords"]["pt"] == [*"wxyz"]
     assert Image.open(tmp_path / "assets" / ATLAS_FILE).size == (32 * 64, 64)
+    german = json.loads(gzip.decompress((tmp_path / "assets" / "languages" / "de.json.gz").read_bytes()))
+    assert german["names"] == ["face de", "cat de"]
+    assert german["keywords"] == [[*"wxy"], [*"wxy"]]
+    assert (german["cldr"]["own"], german["cldr"]["yes"], german["cldr"]["label"]) == ("Deutsch", "ja", "Sprache: {0}")
+    facts = json.loads((tmp_path / "languages.json").read_text(encoding="utf-8"))
+    assert facts["names"] == {"de": "German", "zh": "Chinese", "zh-Hant": "Traditional Chinese"}
+    assert facts["scripts"] == {"de": "Latn", "zh": "Hans", "zh-Hant": "Hant", "zh-TW": "Hant"}
+    assert facts["script_names"] == {"Hans": "Simplified Han", "Hant": "Han", "Latn": "Latin"}
+    assert facts["or"]["de"]["list"]["2"] == "{0} oder {1}"
+    write_annotations(tmp_path, "de", {emoji: {"tts": ["same"]} for emoji in names})
+    with pytest.raises(DataError, match="de has no name of its own for 🐱, got 'same'"):
+        vendor(config)
+
+
+def test_vendor_takes_no_word_from_another_language(tmp_path: Path) -> None:
+    write_cldr(tmp_path)
+    posix = tmp_path / "main" / "de" / "posix.json"
+    posix.write_text(posix.read_text().replace("ja:j", "yes:y"))
+    with pytest.raises(DataError, match="CLDR has no 'yes' of its own for the language de"):
+        Cldr(tmp_path).phrases("de")
 
 
 def test_vendor_names_a_missing_source(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from parrot_sys.data.corpora.default.concepts import choose_concepts
-from parrot_sys.data.corpora.default.conversations import wordings
 from parrot_sys.data.corpora.default.initial_decoder import (
     InitialDecoderConfig,
     lexical_embeddings,
     write_initial_decoder,
 )
+from parrot_sys.data.corpora.default.phrases import wordings
 from parrot_sys.data.corpora.default.train_tokenizer import train_tokenizer
 from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.errors import ConfigError

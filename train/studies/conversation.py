@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from parrot_sys.data.corpora.default.conversations import load_phrases
+from parrot_sys.data.corpora.default.phrases import phrases_in
 from parrot_sys.data.decoding import load_image
 from parrot_sys.data.languages import in_order
 from parrot_sys.evaluation.runner import load_tables
@@ -41,7 +41,7 @@ def sample_conversations(checkpoint: Path, benchmark: Path, output: Path, *, spe
         session.reset()
         session.add_image(picture)
         lines += ["", f"--- {language}: the right name is {question.options[question.answer]}"]
-        phrases = load_phrases()[language]
+        phrases = phrases_in(language)
         for text in (phrases["name"][0], phrases["category"]):
             answer = session.ask(text)
             lines += [f"{'user':{len(speaker)}}  {text}", f"{speaker:4}  {answer.text}"]

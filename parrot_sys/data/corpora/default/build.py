@@ -29,10 +29,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from parrot_sys.data.constants import IM_END, IM_START, IMAGE_TOKEN
-from parrot_sys.data.corpora.default.concepts import ASSETS, Concept, choose_concepts
-from parrot_sys.data.corpora.default.conversations import Asker, picture_turns, record, wordings
+from parrot_sys.data.corpora.default.concepts import Concept, choose_concepts, load_concepts
+from parrot_sys.data.corpora.default.conversations import Asker, picture_turns, record
 from parrot_sys.data.corpora.default.dialogues import DIALOGUE_TYPES, draw_dialogues, write_dialogues
 from parrot_sys.data.corpora.default.initial_decoder import InitialDecoderConfig, write_initial_decoder
+from parrot_sys.data.corpora.default.offered import ASSETS, MORE_LANGUAGES, OFFERED, language_file
+from parrot_sys.data.corpora.default.phrases import wordings
 from parrot_sys.data.corpora.default.pictures import training_picture
 from parrot_sys.data.corpora.default.questions import draw_questions, encode_pictures, write_benchmark
 from parrot_sys.data.corpora.default.text_corpus import text_conversations
@@ -45,6 +47,7 @@ from parrot_sys.staging import remove_leftovers, staged_directory
 
 MANIFEST = "manifest.json"
 _FORMAT = 3  # raise it when the same settings give other files
+_MEANING_SIZE = 10  # least coordinates of a word vector beside one for each language
 _MIN_VOCAB = 256 + 3  # bytes and special tokens
 
 
@@ -59,7 +62,7 @@ class DataBuildConfig:
     held_out: int = 30
     """Further things with pictures in the benchmark's `concept` split only (their names are in the text corpus)."""
     languages: tuple[str, ...] = MMMB_LANGUAGES
-    """Languages of conversations and benchmark."""
+    """Languages of conversations and benchmark; `parrot data languages` lists those that there are."""
     mix: str = ""
     """Relative amount of conversations with pictures per language, such as `en=1,zh=0.2`; 1 where not named."""
     image_size: int = 128
@@ -84,10 +87,10 @@ class DataBuildConfig:
     """Replace an existing folder that was built with other settings."""
 
     def __post_init__(self) -> None:
-        unknown = [language for language in self.languages if language not in MMMB_LANGUAGES]
+        unknown = [language for language in self.languages if language not in OFFERED]
         if unknown or len(set(self.languages)) != len(self.languages) or not self.languages:
             raise ConfigError(
-                f"languages must be distinct and among {', '.join(MMMB_LANGUAGES)}, got {', '.join(self.languages)}"
+                f"languages must be distinct and among {', '.join(OFFERED)}, got {', '.join(self.languages)}"
             )
         if not 32 <= self.image_size <= 1024:
             raise ConfigError(f"image_size must be in [32, 1024], got {self.image_size}")
@@ -98,7 +101,17 @@ class DataBuildConfig:
             raise ConfigError(f"held_out must be 0 or >= 4 (a question has four options), got {self.held_out}")
         if self.vocab_size < _MIN_VOCAB:
             raise ConfigError(f"vocab_size must be >= {_MIN_VOCAB} (bytes and special tokens), got {self.vocab_size}")
+        if self.decoder.hidden_size < (least := _MEANING_SIZE + len(self.spoken)):
+            raise ConfigError(
+                f"decoder.hidden_size must be >= {least}: one for each of {len(self.spoken)} languages and "
+                f"{_MEANING_SIZE} for meanings; got {self.decoder.hidden_size}"
+            )
         self.weights()
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """Languages of the decoder's first word vectors: the default ones, whatever the data, and these."""
+        return tuple(dict.fromkeys((*MMMB_LANGUAGES, *self.languages)))
 
     def weights(self) -> dict[str, float]:
         """Language -> relative amount, from `mix`."""
@@ -130,6 +143,9 @@ class DataBuildConfig:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for path in sorted(p for p in ASSETS.iterdir() if p.suffix in (".gz", ".webp", ".yaml")):
             digest.update(path.read_bytes())
+        for language in self.languages:
+            if language in MORE_LANGUAGES:
+                digest.update(language_file(language).read_bytes())
         return digest.hexdigest()
 
 
@@ -167,7 +183,7 @@ def _built_with(folder: Path) -> str | None:
 
 
 def _write_all(config: DataBuildConfig, folder: Path) -> None:
-    known, unseen = choose_concepts(config.concepts, config.held_out, config.seed)
+    known, unseen = choose_concepts(config.concepts, config.held_out, config.seed, load_concepts(config.languages))
     questions = draw_questions(known, unseen, config.seed)
     steps = len(known) + len(config.languages) + 4
     with tqdm(total=steps, desc="building the data set", unit="step", leave=False) as bar:
@@ -215,7 +231,7 @@ def _write_decoder(config: DataBuildConfig, concepts: Sequence[Concept], folder:
         folder / "decoder",
         config.decoder,
         concepts,
-        {language: wordings(language) for language in MMMB_LANGUAGES},
+        {language: wordings(language) for language in config.spoken},
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         config.vocab_size,
         config.seed,

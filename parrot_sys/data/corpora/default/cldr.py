@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parrot_sys.data.languages import canonical, join_list
+from parrot_sys.data.languages import canonical
 from parrot_sys.errors import DataError
 
-PACKAGES = ("annotations-full", "core", "localenames-full", "misc-full")
-"""npm packages `cldr-*`, all unpacked into one folder."""
 _NOT_COVERED = ("min",)
 """Languages of public sets (CVQA) of which CLDR knows little more than the name."""
 _QUESTION_MARKS = frozenset("?\uff1f\u061f;\u055e")
@@ -39,7 +37,7 @@ _CATEGORY_LABELS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Cldr:
-    """CLDR's packages in one folder."""
+    """The npm packages cldr-annotations-full, -core, -localenames-full and -misc-full, unpacked into one folder."""
 
     folder: Path
 
@@ -54,7 +52,8 @@ class Cldr:
         names = {
             code: name
             for code, name in self._names("en", "languages").items()
-            if canonical(code) == code and (re.fullmatch("[a-z]{2}", code) or code in covered or code in _NOT_COVERED)
+            if canonical(code) == code
+            and (len(base := code.split("-")[0]) == 2 or base in covered or base in _NOT_COVERED)
         }
         likely = self._read("supplemental/likelySubtags.json")["supplemental"]["likelySubtags"]
         scripts = {code: likely[code].split("-")[1] for code in names if code in likely}
@@ -126,41 +125,6 @@ class Cldr:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
 
-def corpus_phrases(language: str, cldr: Mapping[str, Any]) -> dict[str, Any]:
-    """Wordings of questions like those of `phrases.yaml`, without a sentence that nobody checked.
-
-    CLDR has no questions. Its parts say enough: the language's own name asks for a name in that language
-    ("Deutsch: ?"), "or" between categories asks for one of them, a name with a question mark asks for yes or no. There
-    are no questions about keywords.
-
-    Args:
-        language: code.
-        cldr: from `Cldr.phrases`.
-    """
-    own, mark = cldr["own"], cldr["question"]
-    kinds = join_list(list(dict.fromkeys(cldr["categories"].values())), cldr["or"]) + mark
-    colon = cldr["colon"].replace("{0}", "{first}").replace("{1}", "{second}")
-    return {
-        "name": [colon.format(first=own, second=mark), cldr["label"].replace("{0}", own) + mark],
-        "category": kinds,
-        "yes_no": "{name}" + mark,
-        "yes": cldr["yes"],
-        "no": cldr["no"],
-        "separator": cldr["comma"].replace("{0}", "").replace("{1}", ""),
-        "translate": colon.format(first="{language}", second="{name}" + mark),
-        "means": "{name} = " + mark,
-        "riddle": "{words} = " + mark,
-        "word_category": colon.format(first="{name}", second=kinds),
-        "languages": {language: own},
-        "categories": dict(cldr["categories"]),
-    }
-
-
 def _first_word(text: str) -> str:
     """The first of CLDR's answers, which are separated by colons, or signs like one: `ja:j` -> `ja`."""
     return re.split(r"[:\u17d6\u0903]", text)[0].strip(" \u200b")
-
-
-def keywords(entry: Mapping[str, Any], name: str, most: int) -> Sequence[str]:
-    """Some keywords of an emoji that are not its name."""
-    return [word for word in entry.get("default", []) if word != name][:most]

@@ -1,4 +1,4 @@
-"""The vendored concepts: an emoji, its category, and its name and keywords in the six languages of MMMB."""
+"""The vendored concepts: an emoji, its category, and its name and keywords in each language."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from parrot_sys.data.corpora.default.offered import ASSETS, MORE_LANGUAGES, read_language
 from parrot_sys.errors import ConfigError
 
-ASSETS = Path(__file__).parent / "assets"
 CONCEPTS_FILE = "concepts.json.gz"
 MIN_CONCEPTS = 6
 """Four options of a question, and two others for the turns before it."""
@@ -64,9 +63,14 @@ class Concept:
 
 
 @functools.cache
-def load_concepts() -> tuple[Concept, ...]:
-    """All vendored concepts in Unicode's order."""
+def load_concepts(languages: tuple[str, ...] = ()) -> tuple[Concept, ...]:
+    """All vendored concepts in Unicode's order, in the default languages and in these."""
     records = json.loads(gzip.decompress((ASSETS / CONCEPTS_FILE).read_bytes()))["concepts"]
+    for language in languages:
+        if language in MORE_LANGUAGES:
+            held = read_language(language)
+            for record, name, words in zip(records, held["names"], held["keywords"], strict=True):
+                record["names"][language], record["keywords"][language] = name, words
     return tuple(
         Concept(
             index=index,

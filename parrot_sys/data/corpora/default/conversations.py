@@ -1,4 +1,4 @@
-"""Conversations of the default data set: several kinds of questions about pictures and words, in six languages.
+"""Conversations of the default data set: several kinds of questions about pictures and words, in each language.
 
 A conversation is a LLaVA/Parrot record `{id, image?, lang, conversations: [{from, value}, ...]}`. Everything drawn at
 random depends on the seed, the stage and the record only, so that a data set built again is the same to the byte.
@@ -6,43 +6,21 @@ random depends on the seed, the stage and the record only, so that a data set bu
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.corpora.default.concepts import ASSETS, Concept
+from parrot_sys.data.corpora.default.concepts import Concept
+from parrot_sys.data.corpora.default.phrases import phrases_in
 from parrot_sys.data.mcq_prompt import build_mcq_prompt
 
 LETTERS = "ABCD"
-PHRASES_FILE = "phrases.yaml"
 _MAX_KEYWORDS_IN_ANSWER = 3
 
 Turn = tuple[str, str]
 """Question and answer."""
-
-
-@functools.cache
-def load_phrases() -> Mapping[str, Mapping[str, Any]]:
-    """Language -> wordings of questions, names of categories and of languages."""
-    return yaml.safe_load((ASSETS / PHRASES_FILE).read_text(encoding="utf-8"))
-
-
-def wordings(language: str) -> list[str]:
-    """All strings of one language that questions and answers are made of, names and keywords apart."""
-
-    def strings(entry: Any) -> Iterator[str]:
-        if isinstance(entry, str):
-            yield entry
-        else:
-            for part in entry.values() if isinstance(entry, Mapping) else entry:
-                yield from strings(part)
-
-    return list(strings(load_phrases()[language]))
 
 
 def draw_distractors(
@@ -67,7 +45,7 @@ class Asker:
     @property
     def phrases(self) -> Mapping[str, Any]:
         """Wordings in this language."""
-        return load_phrases()[self.language]
+        return phrases_in(self.language)
 
     def name(self, concept: Concept) -> Turn:
         """Asks what the picture shows; the answer is the name."""
@@ -91,8 +69,11 @@ class Asker:
     def category_choice(self, concept: Concept) -> Turn:
         """Which of four categories does the picture belong to?"""
         names = self.phrases["categories"]
-        wrong = self.generator.sample(sorted(set(names) - {concept.category}), len(LETTERS) - 1)
-        return self._choice(self.phrases["category"], names[concept.category], [names[other] for other in wrong])
+        right = names[concept.category]
+        # (Where CLDR names the categories, several share a name.)
+        others = {name: category for category, name in sorted(names.items()) if name != right}
+        wrong = self.generator.sample(sorted(others.values()), len(LETTERS) - 1)
+        return self._choice(self.phrases["category"], right, [names[other] for other in wrong])
 
     def yes_no(self, concept: Concept) -> Turn:
         """Does the picture show the thing of that name?"""
@@ -188,13 +169,23 @@ TEXT_TURNS: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]] = {
     "word_keywords": (0.02, Asker.word_keywords),
 }
 """Kinds of turns about a word, without a picture."""
+_NEED_WORDING = ("keywords", "word_keywords")
+"""Kinds that CLDR has no words for: their phrase, of the same name, is in the written wordings only."""
+
+
+def _kinds(
+    asker: Asker, table: Mapping[str, tuple[float, Callable[[Asker, Concept], Turn]]]
+) -> dict[Callable[[Asker, Concept], Turn], float]:
+    """Kinds of a table with their weights, without those that have no wording in the asker's language."""
+    absent = {kind for kind in _NEED_WORDING if kind not in asker.phrases}
+    return {make: weight for kind, (weight, make) in table.items() if kind not in absent}
 
 
 def picture_turns(asker: Asker, concept: Concept, *, count: int) -> list[Turn]:
     """`count` turns of different kinds about one picture: an answer that is there already teaches only to copy."""
-    left = {make: weight for weight, make in PICTURE_TURNS.values()}
+    left = _kinds(asker, PICTURE_TURNS)
     if not concept.keywords[asker.language]:
-        del left[Asker.keywords]
+        left.pop(Asker.keywords, None)
     turns = []
     for _ in range(count):
         (make,) = asker.generator.choices(list(left), list(left.values()))
@@ -205,8 +196,8 @@ def picture_turns(asker: Asker, concept: Concept, *, count: int) -> list[Turn]:
 
 def text_turns(asker: Asker, concepts: Sequence[Concept]) -> list[Turn]:
     """One turn about each word."""
-    weights, makers = zip(*TEXT_TURNS.values(), strict=True)
-    drawn = asker.generator.choices(makers, weights, k=len(concepts))
+    kinds = _kinds(asker, TEXT_TURNS)
+    drawn = asker.generator.choices(list(kinds), list(kinds.values()), k=len(concepts))
     return [make(asker, concept) for make, concept in zip(drawn, concepts, strict=True)]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from PIL.ImageDraw import Draw
 
-from parrot_sys.data.corpora.default.concepts import ASSETS, ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, Concept
+from parrot_sys.data.corpora.default.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, Concept
+from parrot_sys.data.corpora.default.offered import ASSETS
 from parrot_sys.errors import DataError
 
 _WHITE = (255, 255, 255)

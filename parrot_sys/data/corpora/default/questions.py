@@ -14,7 +14,8 @@ from typing import Literal
 from PIL import Image
 
 from parrot_sys.data.corpora.default.concepts import Concept
-from parrot_sys.data.corpora.default.conversations import LETTERS, draw_distractors, load_phrases
+from parrot_sys.data.corpora.default.conversations import LETTERS, draw_distractors
+from parrot_sys.data.corpora.default.phrases import phrases_in
 from parrot_sys.data.corpora.default.pictures import openmoji_picture
 from parrot_sys.data.languages import file_suffix
 
@@ -61,7 +62,7 @@ def write_benchmark(
     directory: Path, language: str, questions: Sequence[BenchmarkQuestion], pictures: Sequence[str]
 ) -> Path:
     """Write `mmmb_{language}.tsv` and return its path."""
-    phrases = load_phrases()[language]
+    phrases = phrases_in(language)
     path = directory / f"mmmb_{file_suffix(language)}.tsv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")

@@ -1,7 +1,7 @@
 """`parrot data vendor`: make the vendored assets again from their public sources (for maintainers, not for users).
 
-Sources: npm `cldr-annotations-full` (names and keywords), Unicode `emoji-test.txt` (groups), the Noto Color Emoji font
-(pictures).
+Sources: CLDR's npm packages (names and keywords, facts about languages), Unicode `emoji-test.txt` (groups), the Noto
+Color Emoji font (pictures).
 """
 
 from __future__ import annotations
@@ -9,22 +9,31 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image, ImageFont
 
+from parrot_sys.data.corpora.default.cldr import Cldr
 from parrot_sys.data.corpora.default.concepts import ATLAS_COLUMNS, ATLAS_FILE, ATLAS_TILE, CONCEPTS_FILE
+from parrot_sys.data.corpora.default.offered import (
+    ASSETS,
+    LANGUAGES_FOLDER,
+    MORE_LANGUAGES,
+    language_file,
+)
 from parrot_sys.data.corpora.default.pictures import draw_glyph, square
-from parrot_sys.data.languages import MMMB_LANGUAGES
+from parrot_sys.data.languages import LANGUAGES_FILE, MMMB_LANGUAGES
 from parrot_sys.errors import DataError
 from parrot_sys.files import errors_named
-from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
+from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER, NEW_FILE, OUTPUT_FOLDER
 
 _NOTO_BITMAP_SIZE = 109  # the only size the bitmap font holds
 _MAX_KEYWORDS = 6
+_FEW_KEYWORDS = 3  # of a language that is not a default one; an answer has as many
 _VARIATION_SELECTOR = "\ufe0f"
 
 # Subgroup of emoji-test.txt (or its prefix up to `*`) -> category. Left out is what is not listed: flags, symbols,
@@ -85,20 +94,25 @@ class VendorConfig:
     """Folders of the sources and of the assets."""
 
     cldr: Annotated[Path, INPUT_FOLDER]
-    """Unpacked npm package cldr-annotations-full (the folder that holds `annotations/`)."""
+    """The npm packages cldr-annotations-full, -core, -localenames-full and -misc-full, all unpacked into one folder
+    (which holds `annotations/`, `main/`, `supplemental/`)."""
     emoji_test: Annotated[Path, INPUT_FILE] = Path("/usr/share/unicode/emoji/emoji-test.txt")
     """Unicode's emoji-test.txt (Debian package unicode-data)."""
     noto_font: Annotated[Path, INPUT_FILE] = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     """Noto Color Emoji as a bitmap font (Debian package fonts-noto-color-emoji)."""
-    output: Annotated[Path, OUTPUT_FOLDER] = Path(__file__).parent / "assets"
-    """Folder that receives the concepts and the atlas."""
+    output: Annotated[Path, OUTPUT_FOLDER] = ASSETS
+    """Folder that receives the concepts, the atlas and a file for each further language."""
+    languages_file: Annotated[Path, NEW_FILE] = LANGUAGES_FILE
+    """File that receives the facts about languages."""
+    languages: tuple[str, ...] = MORE_LANGUAGES
+    """Languages beyond the default ones to write names in."""
 
 
 def vendor(config: VendorConfig) -> int:
-    """Write the concepts and the picture atlas; returns the number of concepts.
+    """Write the concepts, the picture atlas, the languages; returns the number of concepts.
 
     Raises:
-        DataError: when a source file is missing.
+        DataError: a source file is missing, or CLDR lacks something of a language.
     """
     for path in (config.cldr / "annotations", config.emoji_test, config.noto_font):
         if not path.exists():
@@ -109,15 +123,53 @@ def vendor(config: VendorConfig) -> int:
     for file in (config.emoji_test, config.noto_font):
         with errors_named(file, DataError):
             file.open("rb").close()
+    cldr = Cldr(config.cldr)
     with errors_named(f"{config.cldr} or {config.emoji_test}", DataError):
-        concepts = list(_distinct(_concepts(config)))
+        concepts = list(_distinct(_concepts(cldr, config.emoji_test)))
+        languages = {code: language_content(cldr, code, concepts) for code in config.languages}
+        facts = cldr.facts()
     payload = json.dumps({"concepts": concepts}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / CONCEPTS_FILE).write_bytes(gzip.compress(payload.encode(), 9, mtime=0))
+    (config.output / CONCEPTS_FILE).write_bytes(_packed(payload))
+    (config.output / LANGUAGES_FOLDER).mkdir(exist_ok=True)
+    for code, content in languages.items():
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        language_file(code, config.output).write_bytes(_packed(text))
+    text = json.dumps(facts, ensure_ascii=False, indent=0, separators=(",", ":"), sort_keys=True)
+    config.languages_file.write_text(text + "\n", encoding="utf-8")
     with errors_named(config.noto_font, DataError):
         atlas = _atlas([concept["emoji"] for concept in concepts], config.noto_font)
     atlas.save(config.output / ATLAS_FILE, quality=55, alpha_quality=10, method=6)
     return len(concepts)
+
+
+def _packed(text: str) -> bytes:
+    return gzip.compress(text.encode(), 9, mtime=0)
+
+
+def language_content(cldr: Cldr, language: str, concepts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Vendored file of a language: names and some keywords of the concepts, and what prompts are made of.
+
+    Raises:
+        DataError: a concept has no name, or that of another one, or CLDR lacks a word that prompts need.
+    """
+    annotations = cldr.annotations(language)
+    entries = [annotations.get(concept["emoji"], {}) for concept in concepts]
+    first: dict[str, str] = {}
+    for concept, entry in zip(concepts, entries, strict=True):
+        emoji, name = concept["emoji"], entry.get("tts", [""])[0]
+        same = first.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), emoji)
+        if not name or same != emoji:
+            raise DataError(f"{language} has no name of its own for {emoji}, got {name!r}")
+    return {
+        "names": [entry["tts"][0] for entry in entries],
+        "keywords": [_keywords(entry, entry["tts"][0], _FEW_KEYWORDS) for entry in entries],
+        "cldr": cldr.phrases(language),
+    }
+
+
+def _keywords(entry: Mapping[str, Any], name: str, most: int) -> list[str]:
+    return [word for word in entry.get("default", []) if word != name][:most]
 
 
 def _category(subgroup: str) -> str | None:
@@ -143,14 +195,9 @@ def _emoji_with_category(path: Path) -> Iterator[tuple[str, str]]:
                 yield emoji, category
 
 
-def _concepts(config: VendorConfig) -> Iterator[dict[str, Any]]:
-    annotations = {
-        language: json.loads((config.cldr / "annotations" / language / "annotations.json").read_text(encoding="utf-8"))[
-            "annotations"
-        ]["annotations"]
-        for language in MMMB_LANGUAGES
-    }
-    for emoji, category in _emoji_with_category(config.emoji_test):
+def _concepts(cldr: Cldr, emoji_test: Path) -> Iterator[dict[str, Any]]:
+    annotations = {language: cldr.annotations(language) for language in MMMB_LANGUAGES}
+    for emoji, category in _emoji_with_category(emoji_test):
         entries = {language: annotations[language].get(emoji, {}) for language in MMMB_LANGUAGES}
         if all(entry.get("tts") for entry in entries.values()):
             names = {language: entry["tts"][0] for language, entry in entries.items()}
@@ -159,8 +206,7 @@ def _concepts(config: VendorConfig) -> Iterator[dict[str, Any]]:
                 "category": category,
                 "names": names,
                 "keywords": {
-                    language: [word for word in entry.get("default", []) if word != names[language]][:_MAX_KEYWORDS]
-                    for language, entry in entries.items()
+                    language: _keywords(entry, names[language], _MAX_KEYWORDS) for language, entry in entries.items()
                 },
             }
 
