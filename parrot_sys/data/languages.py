@@ -33,6 +33,9 @@ _ALIASES = {"cn": "zh", "in": "id", "iw": "he", "ji": "yi", "jw": "jv", "mo": "r
 _SUFFIXES = {"zh": "cn"}
 """Languages that the public kit's file names call otherwise."""
 
+_NAMES = {"bengali": "bn", "egyptian arabic": "ar-EG", "mandarin": "zh", "oriya": "or", "brazilian portuguese": "pt-BR"}
+"""Names that public sets use and CLDR does not -> their codes."""
+
 T = TypeVar("T")
 
 
@@ -144,6 +147,13 @@ def script_name(script: str) -> str:
 def language_name(code: str) -> str:
     """English name of a language, such as `Brazilian Portuguese`; its code where CLDR has none."""
     return lookup(code, _facts()["names"]) or code
+
+
+def code_of_name(name: str) -> str | None:
+    """Code of a language that a data set names in English; None where it is not known."""
+    plain = name.replace("_", " ").strip().casefold()
+    names = {own.casefold(): code for code, own in _facts()["names"].items()}
+    return _NAMES.get(plain) or names.get(plain)
 
 
 def by_script(codes: Iterable[str]) -> dict[str, list[str]]:

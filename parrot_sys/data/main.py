@@ -22,8 +22,9 @@ _HELP = """usage: parrot data COMMAND [options]
              $ parrot data build --output data/default
              $ parrot data build --output data/eight --languages en zh de hi ja sw he zh-Hant
              $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
-  import   turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize) into
-           records to train on
+  import   turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize, xGQA,
+           MaXM, CVQA, M3Exam, Kaleidoscope, xMMMU) into records to train on, or multiple-choice ones into tables
+             $ parrot data import --source cvqa --input test-00000-of-00005.parquet --output data/cvqa.tsv
              $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
                --output data/mmgpt/aokvqa.json
   check    read record files once and say whether training would start with them
@@ -73,8 +74,11 @@ def _import(config: DataImportConfig) -> int:
     for problem in report.bad:
         print(f"left out: {problem}", file=sys.stderr)
     not_drawn = report.read - len(report.bad) - report.written
+    what = (
+        f"{len(report.tables)} tables with {report.written} questions" if report.tables else f"{report.written} records"
+    )
     print(
-        f"{config.output}: {report.written} records of {report.read} rows; {len(report.bad)} left out as bad, "
+        f"{config.output}: {what} of {report.read} rows; {len(report.bad)} left out as bad, "
         f"{not_drawn} not drawn (--limit)"
     )
     return 0

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from parrot_sys.data.corpora.public.importing import DataImportConfig, ImportReport, import_set
-from parrot_sys.data.corpora.public.sets import CAPTION_PROMPTS, DETAIL_PROMPTS, SOURCES, WHY
+from parrot_sys.data.corpora.public.instructions import CAPTION_PROMPTS, DETAIL_PROMPTS, INSTRUCTIONS, WHY
 from parrot_sys.data.main import main
 from parrot_sys.data.records import parse_record
 from parrot_sys.data.templates import render_instruction
@@ -280,7 +280,7 @@ def test_baize_pairs_every_question_with_its_own_answer(tmp_path: Path) -> None:
 
 def test_every_set_has_a_test_here() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
-    assert all(f'run("{source}"' in text for source in SOURCES)
+    assert all(f'run("{source}"' in text for source in INSTRUCTIONS)
 
 
 BAD: list[Any] = [
