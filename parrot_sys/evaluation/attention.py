@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from parrot_sys.cli import parse_config
 from parrot_sys.data.languages import language_codes
-from parrot_sys.data.packing import pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation import plots
 from parrot_sys.evaluation.fonts import explain_numbers
@@ -131,14 +130,11 @@ def measure(predictor: ModelPredictor, items: Sequence[Item], batch_size: int, n
         DataError: a question is too long for the model.
         CheckpointError: a logit is not finite.
     """
-    parrot = predictor.model.parrot
     batches: list[Tensor] = []
     for start in tqdm(range(0, len(items), batch_size), desc=f"attention {name}", unit="batch"):
         samples = predictor.samples(items[start : start + batch_size])
-        check_rows(parrot, samples, [0] * len(samples))
-        batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance).to(
-            predictor.lockstep.device
-        )
+        check_rows(predictor.config, samples, [0] * len(samples))
+        batch = predictor.lockstep.pack(samples)
         last_rows = batch.cu_seqlens[1:].long() - 1
         with attention_mass(predictor.model, row_kinds(batch)) as layers:
             output = predictor.lockstep.forward(batch, logits_rows=last_rows)

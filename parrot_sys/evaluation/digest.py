@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from parrot_sys.config_values import read_yaml
+from parrot_sys.config_values import load_config, read_yaml
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR, TRAIN_CONFIG, find_training_checkpoint
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.registry import saved_bypass
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
@@ -29,8 +31,8 @@ def checkpoint_digest(checkpoint: Path) -> str:
         from parrot_sys.megatron.checkpoint.digest import weights_digest
 
         train = read_yaml(training / TRAIN_CONFIG) if (training / TRAIN_CONFIG).is_file() else {}
-        routes = [bool(train.get(name, True)) for name in ("use_moe", "use_router")]
-        digest.update(f"{weights_digest(training)} {routes}".encode())
+        bypass = saved_bypass(train, load_config(ParrotConfig, training / MODEL_CONFIG))
+        digest.update(f"{weights_digest(training)} {sorted(bypass)}".encode())
     for path in files:
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:

@@ -36,9 +36,9 @@ from parrot_sys.locks import OutputLock
 from parrot_sys.logging import setup_logging
 from parrot_sys.markdown_tables import fixed
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.parrot import Compat
 from parrot_sys.paths import INPUT, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.platform import DtypeName
+from parrot_sys.systems.section import Compat
 
 if TYPE_CHECKING:
     from parrot_sys.evaluation.predictor import ModelPredictor

@@ -23,8 +23,8 @@ from parrot_sys.evaluation.scoring import most_likely
 from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.requests import Request, check_rows, free_rows
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import PictureRows
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,13 @@ class ModelPredictor:
         self.processor = processor
         self.mode = mode
         self.max_new_tokens = max_new_tokens
-        self.has_experts = self.model.moe is not None and self.model.use_moe
+        self.config = model.config
+        self.has_experts = self.model.bridge.num_routed_experts > 0
         self.notes: Sequence[str] = ()
-        if self.model.moe is not None and not self.model.use_moe:
+        if bypassed := sorted(self.model.bridge.bypass):
             self.notes = (
-                f"The checkpoint holds {self.model.parrot.moe.num_experts} experts, but they are not used: it was made "
-                "with use_moe false, so that pictures go past them.",
+                f"The checkpoint holds {', '.join(bypassed)}, but they are not used: a stage of training made it that "
+                "passes them by (bypass).",
             )
             logger.warning(self.notes[0])
         self.settings: Mapping[str, Any] = {
@@ -70,7 +71,7 @@ class ModelPredictor:
             "mode": mode,
             "dtype": platform.dtype_name(model.dtype),
             **({"max_new_tokens": max_new_tokens} if mode == "generate" else {}),
-            **_rule(self.model.parrot),
+            **_rule(self.config),
         }
         self._features: dict[str, Tensor] = {}  # sha256 of the base64 cell -> [tiles, V, C]
         self._rows: dict[str, PictureRows] = {}  # the same key -> rows of a picture that is cut into tiles
@@ -89,7 +90,7 @@ class ModelPredictor:
             for prompt, room in rooms:
                 if prompt is not None:
                     sample = replace(self._sample(item, prompt), record_id="")
-                    check_rows(self.model.parrot, [sample], [room])
+                    check_rows(self.config, [sample], [room])
         except DataError as error:
             return str(error).removeprefix("request 0 ")
         return self._picture_problem(item)
@@ -125,7 +126,7 @@ class ModelPredictor:
             self.lockstep,
             [self._request(sample) for sample in self.samples(items)],
             pad_token_id=tokenizer.pad_token_id,
-            override=override,
+            routing_override=override,
         )
         responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [
@@ -138,16 +139,16 @@ class ModelPredictor:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
         samples = self.samples(items)
         own, _, _ = prefill(self.lockstep, samples)
-        changed, _, _ = prefill(self.lockstep, samples, override=self._override(items, routing))
+        changed, _, _ = prefill(self.lockstep, samples, routing_override=self._override(items, routing))
         return (own - changed).abs().max().item()
 
     def _request(self, sample: Sample) -> Request:
         """A greedy answer, as long as asked for or as the prompt leaves room for."""
-        room = max(1, free_rows(self.model.parrot, sample))
+        room = max(1, free_rows(self.config, sample))
         return Request(sample=sample, max_new_tokens=min(self.max_new_tokens, room), eos_token_ids=self.eos_token_ids)
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.lockstep, self.samples(items), override=override)
+        logits, _, routes = prefill(self.lockstep, self.samples(items), routing_override=override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, items), strict=True):
@@ -237,7 +238,7 @@ class ModelPredictor:
             return None
         key = _picture_key(item, cell)
         if key not in self._rows:
-            self._rows[key] = self.processor.rows_of(item.table.image(cell), self.model.parrot.rows_per_image)
+            self._rows[key] = self.processor.rows_of(item.table.image(cell), self.config.rows_per_image)
         return (self._rows[key],)
 
     def _experts(self, routes: RoutingOutput | None, items: Sequence[Item]) -> list[list[float]]:
@@ -262,9 +263,8 @@ def _picture_key(item: Item, image_key: str) -> str:
 
 def _rule(parrot: ParrotConfig) -> dict[str, str]:
     """The settings that `compat` changes, see `ParrotConfig.with_compat`."""
-    if parrot.wings is not None:
-        return {"rule": parrot.wings.rule}
-    return {} if parrot.flamingo is None else {"rule": parrot.flamingo.media_rule}
+    rule = None if parrot.section is None else parrot.section.rule
+    return {} if rule is None else {"rule": rule}
 
 
 def _most_likely(scores: Mapping[str, float], experts: list[float]) -> Prediction:

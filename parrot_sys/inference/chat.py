@@ -25,9 +25,9 @@ from parrot_sys.errors import ConfigError, DataError, ParrotError
 from parrot_sys.inference.chat_texts import texts_in
 from parrot_sys.inference.requests import free_rows
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.parrot import Compat
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
 from parrot_sys.platform import DtypeName
+from parrot_sys.systems.section import Compat
 from parrot_sys.terminal import read_line
 
 if TYPE_CHECKING:

@@ -137,7 +137,7 @@ def _check_sources(config: ConvertConfig) -> None:
 def _assemble(config: ConvertConfig, output: Path) -> None:
     """MultiModal-GPT's files as one directory."""
     from parrot_sys.data.tokenizer_files import with_flamingo_tokens
-    from parrot_sys.models.multimodal_gpt import ADDED_TOKENS, MultimodalGptFiles, assemble
+    from parrot_sys.systems.multimodal_gpt.assemble import ADDED_TOKENS, MultimodalGptFiles, assemble
 
     assert config.llm is not None, "checked"
     assert config.flamingo is not None, "checked"
@@ -163,10 +163,6 @@ def _assemble(config: ConvertConfig, output: Path) -> None:
 
 def _convert(config: ConvertConfig, checkpoint: Path) -> None:
     model, processor = load_pretrained(checkpoint, dtype=config.dtype, allow_non_finite=config.allow_non_finite)
-    if config.vision is not None:
-        # What was put together lies in a place that goes away; the tower stays where it came from.
-        tower = replace(model.config.vision, path=str(config.vision.resolve()))
-        model.model.parrot = replace(model.config, vision=tower)
     if config.format == "megatron" and isinstance(processor.tokenizer, MissingTokenizer):
         raise CheckpointError(
             "--format megatron makes a checkpoint to train on, which needs a tokenizer, but "
@@ -178,7 +174,7 @@ def _convert(config: ConvertConfig, checkpoint: Path) -> None:
         save_pretrained(model, processor, config.output, dtype=config.dtype, overwrite=config.force)
         return
     with new_directory(config.output, overwrite=config.force) as target:
-        _save_training_checkpoint(model, processor, target)
+        _save_training_checkpoint(model, processor, target, config.vision)
 
 
 def _merge_lora(model: ParrotForConditionalGeneration) -> None:
@@ -190,12 +186,16 @@ def _merge_lora(model: ParrotForConditionalGeneration) -> None:
 
 
 def _save_training_checkpoint(
-    model: ParrotForConditionalGeneration, processor: ParrotProcessor, directory: Path
+    model: ParrotForConditionalGeneration, processor: ParrotProcessor, directory: Path, tower: Path | None
 ) -> None:
     from parrot_sys.megatron.checkpoint.store import begin_save
 
+    settings = model.config
+    if tower is not None:  # what was put together lies in a place that goes away; the tower stays where it came from
+        settings = replace(settings, vision=replace(settings.vision, path=str(tower.resolve())))
+
     def add_files() -> None:
-        save_config(model.config, directory / MODEL_CONFIG)
+        save_config(settings, directory / MODEL_CONFIG)
         processor.save_pretrained(directory / PROCESSOR)
 
     begin_save(directory, [model.model], None, {"step": 0, "world_size": 1}).complete(add_files)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID
-from parrot_sys.data.packing import Sample, pack_samples
+from parrot_sys.data.packing import Sample
 from parrot_sys.errors import CheckpointError, DataError
-from parrot_sys.inference.lockstep import Lockstep
+from parrot_sys.inference.lockstep import CachedRequests, Lockstep
 from parrot_sys.inference.requests import Request, check_rows, num_rows, request_name
 from parrot_sys.inference.sampling import next_tokens
 from parrot_sys.megatron.attention.kv_cache import KVCache
@@ -34,18 +34,18 @@ class WholeRequests:
     """Stand-in for a KV cache where none can be used: every step runs the whole requests again."""
 
     def __init__(
-        self, samples: Sequence[Sample], override: RoutingOverride | None = None, *, together: bool = True
+        self, samples: Sequence[Sample], routing_override: RoutingOverride | None = None, *, together: bool = True
     ) -> None:
         """
         Args:
             samples: prompts.
-            override: replaces the routes.
+            routing_override: replaces the routes.
             together: run all in one pack. False where rows of a pack depend on its other samples: each runs alone.
         """
         self._together = together
         self._ids = [torch.as_tensor(sample.input_ids).cpu() for sample in samples]
         self._samples = list(samples)
-        self._override = override
+        self._routing_override = routing_override
 
     def keep(self, samples: Tensor) -> None:
         """Keep only these requests, in this order: int64 [S']."""
@@ -66,22 +66,22 @@ class WholeRequests:
         return torch.cat([logits for logits, _ in results]), None
 
     def _run(self, model: Lockstep, samples: Sequence[Sample]) -> tuple[Tensor, RoutingOutput | None]:
-        parrot = model.model.parrot
-        batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance)
-        batch = batch.to(model.device)
-        output = model.forward(batch, logits_rows=batch.cu_seqlens[1:].long() - 1, override=self._override)
+        batch = model.pack(samples)
+        output = model.forward(
+            batch, logits_rows=batch.cu_seqlens[1:].long() - 1, routing_override=self._routing_override
+        )
         assert output.logits is not None, "logits come back to every rank"
         return output.logits.float(), output.routing
 
 
-Requests = KVCache | WholeRequests
+Requests = CachedRequests | WholeRequests
 
 
 def prefill(
     model: Lockstep,
     samples: Sequence[Sample],
     new_tokens: Sequence[int] | None = None,
-    override: RoutingOverride | None = None,
+    routing_override: RoutingOverride | None = None,
     *,
     use_cache: bool = True,
 ) -> tuple[Tensor, Requests, RoutingOutput | None]:
@@ -91,7 +91,7 @@ def prefill(
         model: in evaluation mode.
         samples: S prompts without labels, so that all their text guides routing.
         new_tokens: rows to leave room for after each prompt; None leaves none.
-        override: replaces the routes.
+        routing_override: replaces the routes.
         use_cache: False runs the whole requests at every step, as models must that let a row read later ones.
 
     Returns:
@@ -102,25 +102,25 @@ def prefill(
         DataError: a request is too long for the model, see `check_rows`.
         CheckpointError: a logit is not finite.
     """
-    parrot = model.model.parrot
+    parrot = model.config
     room = [0] * len(samples) if new_tokens is None else list(new_tokens)
     check_rows(parrot, samples, room)
     names = [request_name(index, sample) for index, sample in enumerate(samples)]
-    if not (use_cache and model.model.takes_cache):
-        requests = WholeRequests(samples, override, together=model.model.takes_cache)
+    takes_cache = model.model.bridge.takes_cache
+    if not (use_cache and takes_cache):
+        requests = WholeRequests(samples, routing_override, together=takes_cache)
         logits, routing = requests.run(model)
         check_finite(logits, names)
         return logits, requests, routing
-    device = model.device
-    batch = pack_samples(samples, num_visual_rows=parrot.rows_per_image, guidance=parrot.moe.guidance).to(device)
+    batch = model.pack(samples)
     capacity = max(num_rows(parrot, sample) + new for sample, new in zip(samples, room, strict=True))
-    cache = KVCache(len(samples), capacity, device=device)
+    cached = CachedRequests(KVCache(len(samples), capacity, device=model.device))
     last_rows = batch.cu_seqlens[1:].long() - 1
-    output = model.forward(batch, logits_rows=last_rows, override=override, cache=cache)
+    output = model.forward(batch, logits_rows=last_rows, routing_override=routing_override, requests=cached)
     assert output.logits is not None, "logits come back to every rank"
     logits = output.logits.float()
     check_finite(logits, names)
-    return logits, cache, output.routing
+    return logits, cached, output.routing
 
 
 def check_finite(logits: Tensor, names: Sequence[str]) -> None:
@@ -147,23 +147,23 @@ def check_finite(logits: Tensor, names: Sequence[str]) -> None:
     )
 
 
-def decode(model: Lockstep, tokens: Tensor, cache: Requests, names: Sequence[str]) -> Tensor:
-    """Append one token to each request of the cache: int64 [S] -> logits after it, float32 [S, vocabulary].
+def decode(model: Lockstep, tokens: Tensor, requests: Requests, names: Sequence[str]) -> Tensor:
+    """Append one token to each request: int64 [S] -> logits after it, float32 [S, vocabulary].
 
     Args:
         model: as for `prefill`.
         tokens: int64 [S].
-        cache: from `prefill`.
+        requests: from `prefill`.
         names: of the S requests, for error messages.
 
     Raises:
         CheckpointError: a logit is not finite.
     """
-    if isinstance(cache, WholeRequests):
-        cache.append(tokens)
-        logits = cache.run(model)[0]
+    if isinstance(requests, WholeRequests):
+        requests.append(tokens)
+        logits = requests.run(model)[0]
     else:
-        output = model.forward(_step_batch(tokens, cache.lengths), cache=cache)
+        output = model.forward(_step_batch(tokens, requests.cache.lengths), requests=requests)
         assert output.logits is not None, "logits come back to every rank"
         logits = output.logits.float()
     check_finite(logits, names)
@@ -216,7 +216,7 @@ def generate_tokens(
     *,
     pad_token_id: int,
     streamer: Streamer | None = None,
-    override: RoutingOverride | None = None,
+    routing_override: RoutingOverride | None = None,
     use_cache: bool = True,
 ) -> tuple[Tensor, RoutingOutput | None]:
     """Answers of all requests, int64 [S, M] on the CPU, and the routes of the images.
@@ -231,7 +231,7 @@ def generate_tokens(
     """
     samples = [request.sample for request in requests]
     room = [request.max_new_tokens for request in requests]
-    logits, cache, routing = prefill(model, samples, room, override, use_cache=use_cache)
+    logits, cache, routing = prefill(model, samples, room, routing_override, use_cache=use_cache)
     running = [_Running(place, each, _generator(each, logits.device)) for place, each in enumerate(requests)]
     penalizes = any(request.sampling.repetition_penalty != 1 for request in requests)
     seen = _seen_tokens(samples, logits) if penalizes else None
@@ -292,7 +292,7 @@ def continuation_log_probs(
     model: Lockstep,
     samples: Sequence[Sample],
     continuations: Sequence[Sequence[Sequence[int]]],
-    override: RoutingOverride | None = None,
+    routing_override: RoutingOverride | None = None,
 ) -> tuple[list[Tensor], RoutingOutput | None]:
     """Summed log-probabilities of given continuations; each prompt runs once for all of its own.
 
@@ -300,7 +300,7 @@ def continuation_log_probs(
         model: in evaluation mode.
         samples: S prompts.
         continuations: for each prompt its K_s continuations, at least one token each.
-        override: replaces the routes.
+        routing_override: replaces the routes.
 
     Returns:
         float32 [K_s] on the CPU for each prompt, and the routes of the images.
@@ -320,7 +320,7 @@ def continuation_log_probs(
     requests = [list(option) for options in continuations for option in options]
     longest = [max(map(len, options)) for options in continuations]
     names = [request_name(i, sample) for i, sample in enumerate(samples) for _ in range(counts[i])]
-    logits, cache, routes = prefill(model, samples, longest, override)
+    logits, cache, routes = prefill(model, samples, longest, routing_override)
     sums = torch.zeros(len(requests))
     prompts = torch.arange(len(samples), device=logits.device)
     rows = prompts.repeat_interleave(torch.tensor(counts, device=logits.device))

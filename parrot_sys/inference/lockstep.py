@@ -8,7 +8,7 @@ step, next to nothing beside a forward pass of a model that needs several GPUs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.bridge import RequestState
 from parrot_sys.megatron.model import MultimodalModel, ParrotOutput
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.megatron.runtime.pipeline import forward_logits
 from parrot_sys.modules.text_guided_moe import RoutingOverride
+from parrot_sys.systems.build import config_of
+from parrot_sys.systems.config import ParrotConfig
 
 _CPU = torch.device("cpu")
 
@@ -33,7 +37,7 @@ class _Forward:
 
     batch: PackedBatch
     logits_rows: Tensor | None
-    override: RoutingOverride | None
+    routing_override: RoutingOverride | None
     cache: tuple[int, int, int] | None
     """Number of the KV cache, its requests when it was new, its capacity."""
     kept: tuple[Tensor, ...]
@@ -47,6 +51,20 @@ class _Encode:
     pixels: Tensor
 
 
+@dataclass(slots=True)
+class CachedRequests:
+    """Requests that are being answered: keys and values of their rows, and what their system remembers of them."""
+
+    cache: KVCache
+    state: RequestState | None = None
+    """From the last forward pass."""
+
+    def keep(self, samples: Tensor) -> None:
+        """Keep only these requests, in this order: int64 [S']."""
+        self.cache.keep(samples)
+        self.state = None if self.state is None else self.state.select(samples)
+
+
 class Lockstep:
     """Calls of one model, repeated by all ranks. Without `lead`, every rank makes the same calls by itself."""
 
@@ -54,39 +72,61 @@ class Lockstep:
         self.model = model
         self._leads = False
         self._caches = 0
-        self._cache: tuple[int, KVCache] | None = None  # of a follower
+        self._own: tuple[int, CachedRequests] | None = None  # of a follower
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.model.parameters()).device
 
+    @property
+    def config(self) -> ParrotConfig:
+        """Sizes and options of the model."""
+        return config_of(self.model)
+
+    def pack(self, samples: Sequence[Sample], *, max_seq_len: int | None = None) -> PackedBatch:
+        """The samples as one micro-batch on the model's device.
+
+        Args:
+            samples: with their images.
+            max_seq_len: longer samples are cut.
+        """
+        config = self.config
+        batch = pack_samples(
+            samples, num_visual_rows=config.rows_per_image, guidance=config.moe.guidance, max_seq_len=max_seq_len
+        )
+        return batch.to(self.device)
+
     def forward(
         self,
         batch: PackedBatch,
         *,
         logits_rows: Tensor | None = None,
-        override: RoutingOverride | None = None,
-        cache: KVCache | None = None,
-        router_weights: dict[int, Tensor] | None = None,
+        routing_override: RoutingOverride | None = None,
+        requests: CachedRequests | None = None,
+        output_router_weights: bool = False,
     ) -> ParrotOutput:
-        """Logits and routes of a micro-batch; see `MultimodalModel.forward`.
+        """Logits and routes of a micro-batch; see `MultimodalModel.forward`. Moves `requests` on.
 
         Raises:
             ConfigError: router weights are asked of several processes.
         """
-        if router_weights is not None and dist.get_world_size() > 1:
+        if output_router_weights and dist.get_world_size() > 1:
             raise ConfigError("router weights are given by one process only: load the model without a layout")
         if self._leads:
-            self._tell(self._describe(batch, logits_rows, override, cache))
-        return forward_logits(
+            self._tell(self._describe(batch, logits_rows, routing_override, requests))
+        output = forward_logits(
             self.model,
             batch,
             logits_rows=logits_rows,
-            routing_override=override,
-            kv_cache=cache,
-            router_weights=router_weights,
+            routing_override=routing_override,
+            kv_cache=None if requests is None else requests.cache,
+            state=None if requests is None else requests.state,
+            output_router_weights=output_router_weights,
         )
+        if requests is not None:
+            requests.state = output.state
+        return output
 
     def encode(self, pixels: Tensor) -> Tensor | None:
         """Features [n, V, C] of images [n, 3, h, w]; None where the vision tower is not."""
@@ -117,13 +157,18 @@ class Lockstep:
             self._leads = False
 
     def _describe(
-        self, batch: PackedBatch, logits_rows: Tensor | None, override: RoutingOverride | None, cache: KVCache | None
+        self,
+        batch: PackedBatch,
+        logits_rows: Tensor | None,
+        override: RoutingOverride | None,
+        requests: CachedRequests | None,
     ) -> _Forward:
         if override is not None and override.probs is not None:
             override = RoutingOverride(probs=override.probs.to(_CPU))
         number = None
         kept: tuple[Tensor, ...] = ()
-        if cache is not None:
+        if requests is not None:
+            cache = requests.cache
             if not cache.max_length:
                 self._caches += 1
             kept = tuple(samples.to(_CPU) for samples in cache.take_kept())
@@ -146,20 +191,20 @@ class Lockstep:
                 self.encode(message.pixels)
                 continue
             rows = None if message.logits_rows is None else message.logits_rows.to(self.device)
-            batch, cache = message.batch.to(self.device), self._own_cache(message)
-            self.forward(batch, logits_rows=rows, override=message.override, cache=cache)
+            batch, own = message.batch.to(self.device), self._own_requests(message)
+            self.forward(batch, logits_rows=rows, routing_override=message.routing_override, requests=own)
 
-    def _own_cache(self, message: _Forward) -> KVCache | None:
-        """This rank's part of the leader's cache. The leader uses one after the other."""
+    def _own_requests(self, message: _Forward) -> CachedRequests | None:
+        """This rank's part of the leader's cache and state. The leader uses one after the other."""
         if message.cache is None:
             return None
         number, num_samples, capacity = message.cache
-        if self._cache is None or self._cache[0] != number:
-            self._cache = number, KVCache(num_samples, capacity, device=self.device)
-        cache = self._cache[1]
+        if self._own is None or self._own[0] != number:
+            self._own = number, CachedRequests(KVCache(num_samples, capacity, device=self.device))
+        requests = self._own[1]
         for samples in message.kept:
-            cache.keep(samples.to(self.device))
-        return cache
+            requests.keep(samples.to(self.device))
+        return requests
 
 
 def inference_layout(parallel: ParallelConfig | None) -> ParallelConfig:

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
-from parrot_sys.data.packing import Sample, pack_samples
+from parrot_sys.data.packing import Sample
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
 from parrot_sys.inference.inputs import Images, pad_rows, padding_mask, split_batch
 from parrot_sys.inference.lockstep import Lockstep
 from parrot_sys.inference.requests import Request, check_rows, free_rows
 from parrot_sys.inference.sampling import SamplingConfig
-from parrot_sys.megatron.export import ReleasedSource, export_tensors
 from parrot_sys.megatron.model import MultimodalModel
-from parrot_sys.megatron.state_dict import released_tensors
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+from parrot_sys.systems.build import config_of
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import ReleasedSource, export_tensors, released_tensors
 
 _LONGEST_ANSWER = 512
 """Unless asked for otherwise."""
@@ -74,7 +74,7 @@ class ParrotForConditionalGeneration(nn.Module):
     @property
     def config(self) -> ParrotConfig:
         """Sizes and options."""
-        return self.model.parrot
+        return config_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -115,16 +115,11 @@ class ParrotForConditionalGeneration(nn.Module):
         samples = self._split(input_ids, attention_mask, images, labels)
         if not truncation:
             check_rows(config, samples, [0] * len(samples), or_else=", or pass truncation=True")
-        batch = pack_samples(
-            samples,
-            num_visual_rows=config.rows_per_image,
-            guidance=config.moe.guidance,
-            max_seq_len=config.max_rows,
-        )
+        batch = self.lockstep.pack(samples, max_seq_len=config.max_rows)
         lengths = batch.cu_seqlens.diff().tolist()
-        batch = batch.to(self.device)
-        weights: dict[int, Tensor] | None = {} if output_router_weights else None
-        output = self.lockstep.forward(batch, override=routing_override, router_weights=weights)
+        output = self.lockstep.forward(
+            batch, routing_override=routing_override, output_router_weights=output_router_weights
+        )
         assert output.logits is not None, "logits come back to every rank"
         logits = output.logits.float()
         loss = None
@@ -132,6 +127,7 @@ class ParrotForConditionalGeneration(nn.Module):
             loss = F.cross_entropy(
                 logits.index_select(0, batch.label_rows), batch.labels.index_select(0, batch.label_rows)
             )
+        weights = output.router_weights
         if weights is not None:
             weights = {layer: pad_rows(rows, lengths) for layer, rows in weights.items()}
         return CausalOutput(loss=loss, logits=pad_rows(logits, lengths), routing=output.routing, router_weights=weights)
@@ -226,7 +222,7 @@ class ParrotForConditionalGeneration(nn.Module):
             requests,
             pad_token_id=min(ends, default=0) if pad is None else pad,
             streamer=streamer,
-            override=routing_override,
+            routing_override=routing_override,
             use_cache=use_cache,
         )
         if streamer is not None:
@@ -280,9 +276,8 @@ class ParrotForConditionalGeneration(nn.Module):
         if attention_mask is None:
             pad = self.pad_token_id if pad_token_id is None else pad_token_id
             attention_mask = padding_mask(input_ids, pad, self.eos_token_ids)
-        if self.config.flamingo is not None:
-            # Its image token is a token of the vocabulary; here every model's images have the same mark.
-            marker = self.config.flamingo.image_token_id
+        if (marker := self.config.image_token_id) is not None:
+            # A token of the vocabulary; here every model's images have the same mark.
             input_ids = torch.where(input_ids == marker, IMAGE_TOKEN_ID, input_ids)
         samples = split_batch(input_ids, attention_mask, images, labels, self.answer_header)
         size = self.config.llm.vocab_size

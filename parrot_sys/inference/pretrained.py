@@ -15,15 +15,17 @@ from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, read_json
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR, TRAIN_CONFIG, find_training_checkpoint
-from parrot_sys.models.hf_config import CONFIG, config_from_hf
-from parrot_sys.models.parrot import Compat, ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import CONFIG, config_from_hf
+from parrot_sys.systems.registry import saved_bypass
+from parrot_sys.systems.section import Compat
 
 if TYPE_CHECKING:
     from parrot_sys.inference.model import ParrotForConditionalGeneration
-    from parrot_sys.megatron.export import ReleasedSource
     from parrot_sys.megatron.model import MultimodalModel
     from parrot_sys.megatron.runtime.initialize import ParallelConfig
+    from parrot_sys.systems.export import ReleasedSource
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def save_pretrained(
     Raises:
         CheckpointError: `path` exists.
     """
-    from parrot_sys.megatron.export import export_released
+    from parrot_sys.systems.export import export_released
 
     export_released(
         model.model,
@@ -128,12 +130,19 @@ def _load_released(
     config = config.with_compat(compat)
     processor = ParrotProcessor.from_pretrained(directory)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory)
-    from parrot_sys.megatron.export import ReleasedSource
-    from parrot_sys.megatron.model import build_model
-    from parrot_sys.megatron.state_dict import load_released
+    from parrot_sys.systems.build import build_model
+    from parrot_sys.systems.export import ReleasedSource
+    from parrot_sys.systems.load import bypassed_parts, load_released
 
     parallel = _initialize(parallel)
-    model = build_model(config, parallel, dtype=dtype or stored, device=device, initialize_weights=False)
+    model = build_model(
+        config,
+        parallel,
+        dtype=dtype or stored,
+        device=device,
+        initialize_weights=False,
+        bypass=bypassed_parts(directory, config),
+    )
     load_released(model, directory, allow_non_finite=allow_non_finite)
     source = ReleasedSource(directory=directory.resolve(), hf=read_json(directory / CONFIG), keep_dtypes=dtype is None)
     return _ready(model, processor, directory, source), processor
@@ -151,19 +160,21 @@ def _load_training(
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
     processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR)
     from parrot_sys.megatron.checkpoint.store import load_model_weights
-    from parrot_sys.megatron.model import build_model
     from parrot_sys.megatron.state_dict import refuse_non_finite, stored_dtype
+    from parrot_sys.systems.build import build_model
 
     parallel = _initialize(parallel)
+    train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
     model = build_model(
-        config, parallel, dtype=dtype or stored_dtype(directory), device=device, initialize_weights=False
+        config,
+        parallel,
+        dtype=dtype or stored_dtype(directory),
+        device=device,
+        initialize_weights=False,
+        bypass=saved_bypass(train, config),
     )
     load_model_weights(directory, [model])
     refuse_non_finite([model], directory, allow=allow_non_finite)
-    train = read_yaml(directory / TRAIN_CONFIG) if (directory / TRAIN_CONFIG).is_file() else {}
-    # The first stage keeps its experts (and routers) but goes past them.
-    model.use_moe = model.use_moe and bool(train.get("use_moe", True))
-    model.use_router = bool(train.get("use_router", True))
     return _ready(model, processor, directory / PROCESSOR), processor
 
 
@@ -179,12 +190,14 @@ def _ready(
 ) -> ParrotForConditionalGeneration:
     """The model object, for inference; `directory` holds the tokenizer."""
     from parrot_sys.inference.model import ParrotForConditionalGeneration
+    from parrot_sys.systems.build import config_of
 
     if model.vision_tower is not None:
         model.vision_tower.requires_grad_(False)
-    eos, pad = _special_tokens(directory, processor, model.parrot.llm.vocab_size)
+    config = config_of(model)
+    eos, pad = _special_tokens(directory, processor, config.llm.vocab_size)
     # (Only text that guides the experts ends where an answer begins.)
-    guided = model.parrot.moe.num_experts > 0
+    guided = config.moe.num_experts > 0
     header = processor.tokenizer.encode(processor.template.answer_header, add_special_tokens=False) if guided else []
     wrapper = ParrotForConditionalGeneration(
         model, eos_token_ids=eos, pad_token_id=pad, answer_header=header, source=source

@@ -10,7 +10,7 @@ import numpy as np
 from parrot_sys.data.packing import Sample, expanded_lengths, rows_of_pictures
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.sampling import SamplingConfig
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.config import ParrotConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +73,4 @@ def check_rows(
 
 
 def _limits(config: ParrotConfig) -> str:
-    limits = {
-        "model.max_seq_len": config.max_seq_len,
-        "model.llm.max_position_embeddings": config.llm.max_position_embeddings,
-    }
-    if config.wings is not None:
-        limits["model.wings.router_positions"] = config.wings.router_positions
-    return ", ".join(f"{name}={value}" for name, value in limits.items())
+    return ", ".join(f"{name}={value}" for name, value in config.limits.items())

@@ -27,7 +27,7 @@ _PUBLIC = {
     "text_guidance": "embed.guidance",
     "text_guided_spec": "embed.text_guided",
     "with_grouped_experts": "embed.moe_layer",
-    "with_learners": "wings",
+    "with_learners": "embed.learner_layers",
     "with_norms": "norms",
 }
 """Public name -> module that holds it."""

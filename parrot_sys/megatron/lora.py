@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -258,8 +257,6 @@ def merge_lora(model: nn.Module | Sequence[nn.Module]) -> None:
                 update = layer.lora.update()
                 layer.weight.copy_(layer.weight.to(update.dtype) + update)
                 layer.lora.merged = True
-        if chunk.parrot.lora is not None:
-            chunk.merged_lora, chunk.parrot = chunk.parrot.lora, replace(chunk.parrot, lora=None)
 
 
 @torch.no_grad()
@@ -271,8 +268,6 @@ def unmerge_lora(model: nn.Module | Sequence[nn.Module]) -> None:
             if layer.lora.merged:
                 layer.weight.copy_(layer.lora.kept)
                 layer.lora.kept, layer.lora.merged = None, False
-        if chunk.merged_lora is not None:
-            chunk.parrot, chunk.merged_lora = replace(chunk.parrot, lora=chunk.merged_lora), None
 
 
 @contextlib.contextmanager
@@ -283,6 +278,11 @@ def merged_lora(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         unmerge_lora(model)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether the updates of a model, or of one of its parts, are added to the weights."""
+    return any(layer.lora.merged for layer in _layers(model))
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

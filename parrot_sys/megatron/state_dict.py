@@ -1,8 +1,7 @@
-"""From released tensors to the (possibly sharded) parameters of a MultimodalModel and back."""
+"""Whole tensors and the (possibly sharded) parameters of a MultimodalModel that they make up."""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,29 +16,15 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys import platform
 from parrot_sys.errors import CheckpointError
-from parrot_sys.files import read_json
 from parrot_sys.megatron.checkpoint.reader import tensors_of
-from parrot_sys.megatron.experts import expert_groups
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.finite import NonFinite
-from parrot_sys.models.hf_checkpoint import (
-    TOWER_PREFIX,
-    check_tensors,
-    is_carried,
-    parrot_maps,
-)
-from parrot_sys.models.hf_config import RELEASED_TYPES, find_tower_directory
-from parrot_sys.models.llm import llm_maps
-from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.models.tensor_files import TensorFiles
-from parrot_sys.models.tensor_map import TensorMap, single
+from parrot_sys.models.tensor_map import TensorMap, check_tensors, single
 from parrot_sys.models.tower_maps import VISION_MODEL, is_passed_over, tower_maps
-from parrot_sys.models.wings_hf import ROUTER, WINGS_TYPES
 from parrot_sys.parallel import ExpertGroups
 from parrot_sys.towers import VisionConfig
-
-logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"^decoder\.decoder\.layers\.(\d+)\.")
 
@@ -148,58 +133,7 @@ def _copy(target: Tensor, key: str, read: Callable[[str], Tensor], found: NonFin
         found.look(key, target[here])
 
 
-def load_released(model: MultimodalModel, directory: str | Path, *, allow_non_finite: bool = False) -> None:
-    """Fill this rank's part of the model from a checkpoint in the released layout, or start it from a bare Qwen2.
-
-    A Qwen2 checkpoint fills the decoder only: projector and experts keep their initial values. The vision tower comes
-    from inside the checkpoint, from the directory beside it that config.json names, or as `load_tower` finds it.
-    Every rank calls this.
-
-    Args:
-        model: to be filled.
-        directory: the checkpoint.
-        allow_non_finite: NaN and infinite weights are a warning, not an error.
-
-    Raises:
-        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name, or those with weights that are
-            no numbers.
-    """
-    directory, non_finite = Path(directory), NonFinite()
-    hf = read_json(directory / "config.json")
-    config = model.parrot
-    tensors = model_tensors(model)
-    rank, size = model.tp_group.rank(), model.tp_group.size()
-    experts = expert_groups(model.pg_collection)
-    with TensorFiles(directory) as files:
-        keys = files.names()
-        inside = any(key.startswith(TOWER_PREFIX) for key in keys)
-        if hf.get("model_type") in RELEASED_TYPES:
-            maps = parrot_maps(config, with_vision_tower=inside)
-        else:
-            maps = llm_maps(config.llm, "decoder.")
-            logger.info("%s is a bare language model: all other parts keep their initial values", directory)
-        if model.parrot.lora is not None and not any(is_lora(key) for key in keys):
-            logger.info("%s has no LoRA: its updates keep their initial values", directory)
-            maps = [entry for entry in maps if not is_lora(entry.keys[0])]
-        if hf.get("model_type") in WINGS_TYPES and not any(ROUTER in key for key in keys):
-            logger.info(
-                "%s comes from the first stage of Wings, without routers: they keep their initial values", directory
-            )
-            maps = [entry for entry in maps if ROUTER not in entry.keys[0]]
-            model.use_router = False
-        check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
-        for entry in maps:
-            if entry.experts:
-                _fill_experts(tensors, entry, files.tensor, experts, non_finite)
-        shared = [entry for entry in maps if not entry.experts]
-        fill(tensors, shared, files.tensor, rank=rank, size=size, non_finite=non_finite)
-    if model.vision_tower is not None and not inside:
-        tower = find_tower_directory(hf, directory)
-        load_tower(model.vision_tower, config.vision, tower, rank=rank, size=size, non_finite=non_finite)
-    _refuse(non_finite, directory, allow=allow_non_finite)
-
-
-def _fill_experts(
+def fill_experts(
     targets: Mapping[str, Tensor],
     entry: TensorMap,
     read: Callable[[str], Tensor],
@@ -225,11 +159,15 @@ def refuse_non_finite(chunks: Sequence[MultimodalModel], where: object, *, allow
     for chunk in chunks:
         for name, tensor in model_tensors(chunk).items():
             found.look(name, tensor)
-    _refuse(found, where, allow=allow)
+    refuse(found, where, allow=allow)
 
 
-def _refuse(found: NonFinite, where: object, *, allow: bool) -> None:
-    """The same on every rank, whichever of them holds the tensors."""
+def refuse(found: NonFinite, where: object, *, allow: bool) -> None:
+    """Refuses weights that are no numbers, on every rank, whichever of them holds the tensors.
+
+    Raises:
+        CheckpointError: there are some, and these are not allowed; names their tensors.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         counts: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(counts, found.counts)
@@ -298,33 +236,30 @@ def tower_tensors(model: MultimodalModel) -> dict[str, Tensor]:
     if tower is None:
         return {}
     parts = dict([*tower.named_parameters(), *tower.named_buffers()])
-    maps = tower_maps(model.parrot.vision)
+    maps = tower_maps(model.bridge.vision)
     return {entry.name: whole_tensor(entry, parts[entry.name].detach(), model.tp_group) for entry in maps}
 
 
-def released_tensors(
-    model: MultimodalModel | Sequence[MultimodalModel],
-    *,
-    with_vision_tower: bool = True,
+def whole_tensors(
+    chunks: Sequence[MultimodalModel],
+    maps: Iterable[TensorMap],
     value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """(released name, whole tensor) one after the other; every rank that holds a part of this copy must iterate.
 
     Args:
-        model: the model, or all the parts that this rank holds.
-        with_vision_tower: also the tower's, by their names inside the checkpoint.
+        chunks: the parts of the model that this rank holds.
+        maps: what is wanted; tensors that the model does not have are left out.
         value: what to take for each parameter or buffer, such as its gradient; None leaves it out.
     """
-    chunks = [model] if isinstance(model, MultimodalModel) else model
-    config, groups = chunks[0].parrot, chunks[0].pg_collection
+    groups = chunks[0].pg_collection
     parts = {}
     for chunk in chunks:
         for name, tensor in model_tensors(chunk).items():
             if (part := value(tensor)) is not None:
                 parts[name] = part.detach()
     owners = _owners(parts, groups.pp)
-    with_vision_tower = with_vision_tower and any(name.startswith("vision_tower.") for name in owners)
-    for entry in parrot_maps(config, with_vision_tower=with_vision_tower):
+    for entry in maps:
         if entry.name in owners:
             for each, whole in _gathered(entry, parts.get(entry.name), groups):
                 yield from zip(each.keys, each.unpack(_from_stage(each, whole, owners, groups.pp)), strict=True)

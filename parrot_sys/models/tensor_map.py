@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from parrot_sys.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Pack = Callable[[Sequence[Tensor]], Tensor]
@@ -99,3 +101,23 @@ def qkv_map(
         pack=partial(pack_qkv, groups=groups),
         unpack=partial(unpack_qkv, groups=groups, rows=tuple(rows)),
     )
+
+
+def check_tensors(maps: Iterable[TensorMap], found: Mapping[str, Shape], where: str) -> None:
+    """Compare what the model needs with what a checkpoint holds.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mis-shaped tensor by name.
+    """
+    wanted = {key: shape for entry in maps for key, shape in zip(entry.keys, entry.shapes, strict=True)}
+    missing = [f"  {key} {list(wanted[key])}" for key in sorted(wanted.keys() - found.keys())]
+    unexpected = [f"  {key} {list(found[key])}" for key in sorted(found.keys() - wanted.keys())]
+    misshaped = [
+        f"  {key}: wanted {list(wanted[key])}, got {list(found[key])}"
+        for key in sorted(wanted.keys() & found.keys())
+        if tuple(wanted[key]) != tuple(found[key])
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("with another shape", misshaped))
+    if any(names for _, names in lists):
+        report = "\n".join(f"{len(names)} {what}:\n" + "\n".join(names) for what, names in lists if names)
+        raise CheckpointError(f"{where} does not fit the model that its config.json describes.\n{report}")

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.paths import OUTPUT_FILE
 from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.training.config import TrainableConfig
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.config import PlanConfig
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.training.config import TrainableConfig
 
 Kernels = Literal["gpu", "cpu"]

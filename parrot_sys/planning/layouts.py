@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import RowSplit
+from parrot_sys.systems.config import ParrotConfig
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

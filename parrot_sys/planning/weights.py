@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.planning.job import Job
 from parrot_sys.planning.layouts import Layout
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import VisionConfig
 
 

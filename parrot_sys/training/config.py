@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.parallel import check_experts
 from parrot_sys.paths import INPUT, INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.registry import all_parts, saved_bypass
 
 _SECTIONS = {
     "lora": "lora",
@@ -67,11 +67,11 @@ class OptimizerConfig:
 
     def component_lrs(self) -> dict[str, float]:
         """Component -> its own peak learning rate, for those that have one."""
-        lrs = {name: getattr(self, f"{name}_lr") for name in COMPONENTS}
+        lrs = {name: getattr(self, f"{name}_lr") for name in all_parts()}
         return {name: lr for name, lr in lrs.items() if lr is not None and lr != self.lr}
 
     def __post_init__(self) -> None:
-        for name in ("lr", *(f"{component}_lr" for component in COMPONENTS)):
+        for name in ("lr", *(f"{component}_lr" for component in all_parts())):
             if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(
                     f"optimizer.{name} must be a finite number > 0, got {value}; "
@@ -117,11 +117,11 @@ class TrainableConfig:
 
     def as_dict(self) -> dict[str, bool]:
         """Component -> whether it learns."""
-        return {name: getattr(self, name) for name in COMPONENTS}
+        return {name: getattr(self, name) for name in all_parts()}
 
     def __post_init__(self) -> None:
         if not any(self.as_dict().values()):
-            raise ConfigError(f"trainable: at least one of {', '.join(COMPONENTS)} must be true, got none")
+            raise ConfigError(f"trainable: at least one of {', '.join(all_parts())} must be true, got none")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -290,6 +290,11 @@ class TrainConfig:
     """Run the frozen vision tower once over every image before training and keep its outputs on disk."""
     seed: int = 42
     """Seed of new weights and of everything random but the order of the data, which `data.seed` decides."""
+
+    @property
+    def bypass(self) -> frozenset[str]:
+        """Parts of the model that the run passes by."""
+        return saved_bypass({"use_moe": self.use_moe, "use_router": self.use_router}, self.model)
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -24,9 +24,9 @@ from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import ConfigError, ParrotError
 from parrot_sys.files import read_json
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
-from parrot_sys.models.hf_config import config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import config_from_hf
 from parrot_sys.training.checkpoint import find_checkpoint
 from parrot_sys.training.config import TrainConfig
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from parrot_sys.megatron.checkpoint.store import load_model_weights
 from parrot_sys.megatron.model import MultimodalModel
-from parrot_sys.megatron.state_dict import load_released, load_tower, refuse_non_finite
+from parrot_sys.megatron.state_dict import load_tower, refuse_non_finite
 from parrot_sys.models.finite import NonFinite
+from parrot_sys.systems.load import load_released
 from parrot_sys.training.config import TrainConfig
 
 

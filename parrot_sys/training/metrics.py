@@ -13,10 +13,10 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.languages import MMMB_LANGUAGES, OTHER, canonical, in_order
 from parrot_sys.models.lora_maps import llm_lora_maps
-from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.wings_hf import wings_maps
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.routes import RouteSums
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.wings.system import learner_maps
 from parrot_sys.training.routes import DESCRIPTIONS, gather_routes, route_record
 
 # A languages (with "other"), E experts
@@ -275,7 +275,7 @@ class FlopCounter:
         self._image = model.vision.flops
         updates = llm_lora_maps(llm, model.lora)
         self._lora_row = 2 * sum(math.prod(shape) for entry in updates for shape in entry.shapes)
-        learners = [] if model.wings is None else wings_maps(model.wings, llm)
+        learners = [] if model.wings is None else learner_maps(model.wings, llm)
         # Routers cost next to nothing; what both learners of a layer see are the rows that its own attention sees.
         self._learner_row = 2 * sum(m.shapes[0][0] * m.shapes[0][1] for m in learners if ".router." not in m.name)
         self._learner_pair = self._llm_pair * len({m.name.split(".learners.")[0] for m in learners}) / llm.num_layers

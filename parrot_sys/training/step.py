@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.languages import MMMB_LANGUAGES
-from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.optimizer import (
     data_parallel_group,
     gradient_norm,
@@ -23,7 +21,7 @@ from parrot_sys.megatron.runtime.optimizer import (
     tensor_parallel_rank,
 )
 from parrot_sys.megatron.runtime.schedules import forward_backward, optimizer_step
-from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingTotals, TextGuidedMoE
+from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.training.faults import BadStep, StepGuard
 from parrot_sys.training.metrics import FlopCounter, StepMetrics
 
@@ -117,26 +115,18 @@ class StepRunner:
                     metrics.add_aux_loss(loss.detach() / copies)
 
         on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
-        moe = self._balanced_moe() if backward else None
-        # A lone micro-batch is the rank's whole step: the MoE itself gathers its counts, and its losses come out the
+        # A lone micro-batch is the rank's whole step: the model itself gathers its counts, and its losses come out the
         # same on every rank (their gradients are each rank's share). Otherwise they are the micro-batch's share.
         copies = dist.get_world_size(replica_group())
         over_step: AbstractContextManager[None] = nullcontext()
-        if moe is not None and len(batches) > 1:
-            totals, on_device = _routing_totals(self.chunks[0].module, moe, on_device)
-            copies, over_step = 1, moe.over_step(totals)
+        if backward and len(batches) > 1:
+            prepared = self.chunks[0].module.prepare_step(on_device, replica_group())
+            if prepared is not None:
+                copies, on_device, over_step = 1, prepared.batches, prepared.active
         with over_step:
             forward_backward(self.chunks, on_device, loss_function, on_routing=on_routing, backward=backward)
         metrics.reduce(contribute=tensor_parallel_rank() == 0)
         return metrics
-
-    def _balanced_moe(self) -> TextGuidedMoE | None:
-        """The MoE if it is on this pipeline stage and has auxiliary losses."""
-        model = self.chunks[0].module
-        if model.moe is None or not model.use_moe:
-            return None
-        config = model.moe.config
-        return model.moe if config.aux_loss_coeff or config.z_loss_coeff else None
 
     def _weights(self, batches: Sequence[PackedBatch]) -> list[float]:
         """Factor of each micro-batch's summed loss; needs the number of labels, or of micro-batches, on all ranks."""
@@ -162,39 +152,6 @@ class StepRunner:
         shares = [self.chunks[0].module.share_of_rank(batch).to(self.device) for batch in batches]
         forward_backward(self.chunks, shares, find, backward=False)
         return gather_values(bad)
-
-
-@torch.no_grad()
-def _routing_totals(
-    model: MultimodalModel, moe: TextGuidedMoE, batches: Sequence[PackedBatch]
-) -> tuple[RoutingTotals, list[PackedBatch]]:
-    """Counts over all images of the step, and the micro-batches to train on.
-
-    The share of images that chose an expert multiplies the gradient of every micro-batch, so it has to be known before
-    the first backward pass. Only top-k routing with a load-balancing loss has to look (the number of images is known,
-    and dense routing always chooses every expert): it runs the router once without gradients on the CLS rows. Features
-    of a frozen vision tower stay in the micro-batches, so that it runs once; a trainable tower runs forward twice.
-    """
-    config = moe.config
-    images = sum(batch.num_images for batch in batches)
-    counts = torch.full((config.num_experts,), images, dtype=torch.int64, device=moe.router_weight.device)
-    batches = list(batches)
-    if config.aux_loss_coeff and config.routing == "topk":
-        counts.zero_()
-        frozen = model.vision_tower is None or not any(p.requires_grad for p in model.vision_tower.parameters())
-        for index, batch in enumerate(batches):
-            if not batch.num_images:
-                continue
-            features = model.image_features(batch)
-            if frozen:
-                batches[index] = dataclasses.replace(batch, pixel_values=None, image_features=features)
-            assert model.projector is not None, "the stage with the MoE holds the projector"
-            text = model.decoder.embed(batch.input_ids.index_select(0, batch.guidance_rows))
-            cls_rows = model.projector(features[:, 0])
-            counts += moe.count_choices(cls_rows, text, batch.guidance_start, batch.guidance_end)
-    sums = torch.cat((counts, counts.new_tensor([images])))
-    dist.all_reduce(sums, group=replica_group())
-    return RoutingTotals(num_images=sums[-1], tokens_per_expert=sums[:-1]), batches
 
 
 def gather_values(values: Iterable[str]) -> list[str]:

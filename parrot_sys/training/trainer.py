@@ -21,14 +21,16 @@ from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError
 from parrot_sys.locks import OutputLock
 from parrot_sys.megatron.checkpoint.store import load_training_state, read_progress
-from parrot_sys.megatron.components import set_trainable
-from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.model import MultimodalModel, build_chunks
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime import optimizer as megatron_optimizer
 from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.state_dict import refuse_non_finite
-from parrot_sys.models.constants import check_constants
 from parrot_sys.parallel.agreement import on_first_rank
+from parrot_sys.systems.build import build_chunks
+from parrot_sys.systems.constants import check_constants
+from parrot_sys.systems.export import export_released
+from parrot_sys.systems.parts import set_trainable
+from parrot_sys.systems.registry import part_of
 from parrot_sys.training.checkpoint import (
     CheckpointStore,
     check_same_model,
@@ -125,7 +127,8 @@ class Trainer:
             self.wrapped,
             lr=settings.lr,
             min_lr=settings.min_lr,
-            component_lrs=self._component_lrs(),
+            part_lrs=self._component_lrs(),
+            part_of=functools.partial(part_of, model=config.model),
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             eps=settings.eps,
@@ -173,14 +176,18 @@ class Trainer:
         config = self.config
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         chunks = build_chunks(
-            config.model, config.parallel, dtype=dtype, device=self.device, recompute=config.recompute
+            config.model,
+            config.parallel,
+            dtype=dtype,
+            device=self.device,
+            recompute=config.recompute,
+            bypass=config.bypass,
         )
         if load:
             load_initial_weights(chunks, config, self.source)
         for model in chunks:
             tower = model.vision_tower
             set_trainable(model, self._trainable())
-            model.use_moe, model.use_router = self._uses_moe(), self.config.use_router
             model.train()
             if tower is not None and not config.trainable.vision:
                 tower.eval()

@@ -134,11 +134,11 @@ def test_route_changes_logits_and_needs_experts(loaded: tuple, data: Path, monke
     predictor = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
     assert predictor.logit_change(_items(data), "off") > 1e-3
     assert predictor.logit_change(_items(data, "other-language"), "other-language") > 1e-4
-    monkeypatch.setattr(model.model, "use_moe", False)
+    monkeypatch.setattr(model.model.bridge, "bypass", frozenset({"moe"}))
     bypassed = ModelPredictor(model, processor, checkpoint=CHECKPOINT)
     assert not bypassed.has_experts
     (note,) = bypassed.notes
-    assert note.startswith("The checkpoint holds 6 experts, but they are not used")
+    assert note.startswith("The checkpoint holds moe, but they are not used")
     assert predictor.notes == ()
     assert bypassed.predict(_items(data)[:1], "model")[0].experts == []
 

@@ -21,7 +21,7 @@ FIRST, LAST = 3, 190
 def limited(directory: Path, max_seq_len: int = 72, **options: Any) -> ParrotForConditionalGeneration:
     """A checkpoint whose requests may have `max_seq_len` rows."""
     model, _ = parrot_sys.load_pretrained(directory, **options)
-    model.model.parrot = replace(model.config, max_seq_len=max_seq_len)
+    model.model.bridge.model = replace(model.config, max_seq_len=max_seq_len)
     return model
 
 

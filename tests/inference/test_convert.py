@@ -19,9 +19,9 @@ from parrot_sys.errors import CheckpointError
 from parrot_sys.inference.convert import main
 from parrot_sys.inference.pretrained import save_pretrained
 from parrot_sys.megatron.runtime.initialize import shutdown
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.config import ParrotConfig
 from tests.inference.released_reference import FIXTURE, ReleasedParrot, Shape, write_checkpoint
 
 
@@ -242,7 +242,7 @@ def test_failed_export_leaves_nothing(copy: Path, tmp_path: Path, monkeypatch: p
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("parrot_sys.megatron.export.write_tensors", fail)
+    monkeypatch.setattr("parrot_sys.systems.export.write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(model, processor, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-vit-tiny", "model"]
@@ -272,8 +272,8 @@ def test_run_of_the_first_stage(tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/step-00000012/config.yaml").write_text("use_moe: false\n")
     model, _ = parrot_sys.load_pretrained(tmp_path / "run")
     assert model.model.moe is not None
-    assert not model.model.use_moe
-    assert parrot_sys.load_pretrained(tmp_path / "run/checkpoints/step-00000001")[0].model.use_moe
+    assert model.model.bridge.bypass == {"moe"}
+    assert parrot_sys.load_pretrained(tmp_path / "run/checkpoints/step-00000001")[0].model.bridge.num_routed_experts
 
 
 def test_only_checkpoints_are_replaced(copy: Path, tmp_path: Path) -> None:

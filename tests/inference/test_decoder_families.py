@@ -20,19 +20,20 @@ from transformers import PreTrainedModel
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import read_json
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.megatron.state_dict import load_released, model_tensors
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.hf_config import config_from_hf
+from parrot_sys.megatron.state_dict import model_tensors
 from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import export_released
+from parrot_sys.systems.hf_config import config_from_hf
+from parrot_sys.systems.load import load_released
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.towers import vision_config_from_hf
 from tests.megatron.decoder_reference import (
     LLAMA,

@@ -17,7 +17,7 @@ from parrot_sys.data.tokenizer_files import load_tokenizer
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.files import read_json
 from parrot_sys.megatron.runtime.initialize import shutdown
-from parrot_sys.models.hf_config import config_from_hf
+from parrot_sys.systems.hf_config import config_from_hf
 from tests.foreign_files import change_json, copy_fixture
 
 

@@ -292,7 +292,7 @@ def test_first_turn_guides_alike_in_training_and_in_a_later_turn(pixels: Tensor)
         return routing.probs
 
     assert differ(route(later), route(first), atol=1e-6)  # `prompt`: a later question guides as well
-    model.model.parrot = replace(model.config, moe=replace(model.config.moe, guidance="first_turn"))
+    model.model.bridge.model = replace(model.config, moe=replace(model.config.moe, guidance="first_turn"))
     torch.testing.assert_close(route(later), route(first), rtol=0, atol=0)
     torch.testing.assert_close(route(trained["input_ids"], trained["labels"]), route(first), rtol=0, atol=0)
     _, generated = model.generate(torch.tensor([later]), images=pixels[:1], max_new_tokens=2, return_routing=True)

@@ -18,12 +18,12 @@ from parrot_sys.config_values import save_config
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.files import read_json
 from parrot_sys.megatron.checkpoint.store import save_distributed
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
-from parrot_sys.models.hf_checkpoint import parrot_maps
-from parrot_sys.models.hf_config import config_from_hf
 from parrot_sys.models.tensor_files import write_tensors
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.hf_config import config_from_hf
+from parrot_sys.systems.maps import parrot_maps
 from parrot_sys.testing.distributed import run_distributed
 from tests.foreign_files import change_json, copy_fixture
 

@@ -9,10 +9,10 @@ import torch
 
 from parrot_sys.inference.lockstep import inference_layout
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
-from parrot_sys.megatron.state_dict import load_released
 from parrot_sys.models.llm import TokenExpertsConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.load import load_released
 from parrot_sys.testing.distributed import run_distributed
 from tests.training.layouts import QWEN3, checkpoint, layout, replace
 

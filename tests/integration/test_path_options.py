@@ -25,8 +25,8 @@ import yaml
 from parrot_sys.__main__ import COMMANDS, main
 from parrot_sys.config_values import config_to_dict, section_class
 from parrot_sys.megatron.runtime.initialize import shutdown
-from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.paths import Place, path_settings
+from parrot_sys.systems.hf_config import config_from_hf, read_json
 from tests.foreign_files import FIXTURE, copy_fixture
 from tests.permissions import mode, permissions_count
 

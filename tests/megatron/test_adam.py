@@ -11,9 +11,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import nn
 
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.adam import Adam, install_adam
 from parrot_sys.megatron.runtime.initialize import initialize
+from parrot_sys.systems.build import build_model
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch
 

@@ -31,7 +31,7 @@ def model() -> Iterator[MultimodalModel]:
 
 
 def _pack(model: MultimodalModel, *samples: list[int]) -> PackedBatch:
-    vision = model.parrot.vision
+    vision = model.bridge.vision
     generator = torch.Generator().manual_seed(0)
     packed = [
         Sample(
@@ -52,7 +52,7 @@ def _two_samples(model: MultimodalModel) -> PackedBatch:
 
 
 def test_kinds_of_rows(model: MultimodalModel) -> None:
-    visual = model.parrot.vision.num_visual_rows
+    visual = model.bridge.vision.num_visual_rows
     batch = _pack(model, [5, IMAGE_TOKEN_ID, 6, IMAGE_TOKEN_ID, 7], [8, 9, IMAGE_TOKEN_ID, 3])
     image = [IMAGE] * visual
     wanted = [BEFORE, *image, AFTER, *image, AFTER, BEFORE, BEFORE, *image, AFTER]
@@ -65,7 +65,7 @@ def test_kinds_of_rows(model: MultimodalModel) -> None:
 def test_equal_weights_are_counted(model: MultimodalModel) -> None:
     """With queries of zero a row gives every row up to itself the same weight."""
     batch = _two_samples(model)
-    visual = model.parrot.vision.num_visual_rows
+    visual = model.bridge.vision.num_visual_rows
     projections = [layer.self_attention.linear_qkv for layer in model.decoder.layers]
     held = [{name: p.clone() for name, p in module.named_parameters()} for module in projections]
     try:
@@ -82,7 +82,7 @@ def test_equal_weights_are_counted(model: MultimodalModel) -> None:
     for before, after in ((3, 2), (0, 4)):
         rows = [torch.tensor([before, visual, i]) / (before + visual + i) for i in range(1, after + 1)]
         wanted.append(torch.stack(rows).mean(0))
-    assert len(layers) == model.parrot.llm.num_layers
+    assert len(layers) == model.bridge.llm.num_layers
     for mass in layers:
         torch.testing.assert_close(mass, torch.stack(wanted), rtol=0, atol=TOLERANCE)
 

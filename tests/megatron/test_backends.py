@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from parrot_sys import platform
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime import backends
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
+from parrot_sys.systems.build import build_model
 from tests.megatron.parrot_reference import CONFIG
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -12,8 +12,9 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
+from parrot_sys.systems.build import build_model
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
 

@@ -14,17 +14,18 @@ from transformers import Qwen2ForCausalLM
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.megatron.checkpoint.store import load_model_weights, save_distributed
-from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.export import export_released
 from parrot_sys.megatron.lora import merge_lora, merged_lora, unmerge_lora
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.megatron.state_dict import load_released, released_tensors
-from parrot_sys.models.hf_config import config_from_hf, read_json
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.models.lora_maps import is_lora
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.build import build_model, config_of
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import export_released, released_tensors
+from parrot_sys.systems.hf_config import config_from_hf, read_json
+from parrot_sys.systems.load import load_released
+from parrot_sys.systems.parts import part_parameters, set_trainable
 from tests.comparisons import differ
 from tests.megatron.decoder_reference import build_reference
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch, reference_logits
@@ -44,7 +45,7 @@ def _model(config: ParrotConfig = WITH, **settings: object) -> MultimodalModel:
     """A model whose updates are not zero."""
     torch.manual_seed(3)
     model = build_model(config, with_vision_tower=False, **settings)
-    for parameter in component_parameters(model)["lora"]:
+    for parameter in part_parameters(model)["lora"]:
         nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -55,7 +56,7 @@ def _add_update(layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
 
 def _reference(model: MultimodalModel) -> tuple[Qwen2ForCausalLM, dict[str, Tensor]]:
     """Transformers' decoder with the model's weights and updates; and all of these by released name."""
-    config = model.parrot
+    config = config_of(model)
     state = {name: tensor.detach().clone() for name, tensor in released_tensors(model)}
     reference = build_reference(config.llm)
     names = dict(reference.named_parameters())
@@ -100,8 +101,8 @@ def test_recomputed_layers_learn_behind_frozen_ones() -> None:
         model = _model(recompute=recompute)
         set_trainable(model, {"projector": False, "moe": False, "llm": False})
         model(batch).losses.sum().backward()
-        assert all(p.grad is None for part in ("projector", "moe", "llm") for p in component_parameters(model)[part])
-        gradients.append([p.grad for p in component_parameters(model)["lora"]])
+        assert all(p.grad is None for part in ("projector", "moe", "llm") for p in part_parameters(model)[part])
+        gradients.append([p.grad for p in part_parameters(model)["lora"]])
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
 
@@ -208,4 +209,4 @@ def test_size_in_the_language_model_of_multimodal_gpt_9b() -> None:
         qkv_bias=False,
     )
     model = build_model(replace(CONFIG, llm=llama, lora=LoRAConfig()), device="meta", with_vision_tower=False)
-    assert sum(p.numel() for p in component_parameters(model)["lora"]) == 23_461_888 - 8 * 835_584
+    assert sum(p.numel() for p in part_parameters(model)["lora"]) == 23_461_888 - 8 * 835_584

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.state_dict import released_tensors
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOverride, TextGuidedMoEConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import released_tensors
+from parrot_sys.systems.parts import part_parameters, set_trainable
 from parrot_sys.testing.distributed import run_distributed
 from tests.comparisons import differ
 from tests.megatron.decoder_reference import build_reference, copy_weights, megatron_tensors
@@ -80,9 +81,8 @@ def test_forward_and_gradients_match_sample_by_sample(name: str) -> None:
 
 
 def test_stage_one_bypasses_the_moe() -> None:
-    batch, model, reference = make_batch(MIXED), _model(), build_reference(CONFIG.llm)
+    batch, model, reference = make_batch(MIXED), _model(bypass=("moe",)), build_reference(CONFIG.llm)
     copy_weights(CONFIG.llm, reference, model.decoder)
-    model.use_moe = False
     set_trainable(model, {"moe": False, "llm": False})
     output = model(batch)
     wanted = reference_logits(reference, model, batch, batch.image_features, use_moe=False)
@@ -127,7 +127,7 @@ def test_trainable_tower_learns_and_frozen_tower_builds_no_graph() -> None:
     batch = make_batch(MIXED, pixels=True)
     model = build_model(CONFIG)
     model(batch).losses.sum().backward()
-    assert all(p.grad is not None for p in component_parameters(model)["vision"])
+    assert all(p.grad is not None for p in part_parameters(model)["vision"])
     with pytest.raises(DataError, match="cached image features"):
         model(make_batch(MIXED))
     set_trainable(model, {"vision": False})
@@ -157,8 +157,7 @@ def test_routing_override_reaches_the_logits() -> None:
     with torch.no_grad():
         plain = model(batch, mode="logits").logits
         off = model(batch, mode="logits", routing_override=RoutingOverride(mode="off")).logits
-        model.use_moe = False
-        bypassed = model(batch, mode="logits").logits
+        bypassed = _model(bypass=("moe",)).eval()(batch, mode="logits").logits
     assert torch.equal(off, bypassed)
     assert differ(off, plain, atol=1e-6)
 
@@ -229,14 +228,14 @@ def test_presets_of_the_paper_have_the_published_sizes(name: str) -> None:
         )
     )
     model = build_model(config, device="meta", dtype=torch.bfloat16, with_vision_tower=False)
-    counts = {part: sum(p.numel() for p in ps) for part, ps in component_parameters(model).items()}
+    counts = {part: sum(p.numel() for p in ps) for part, ps in part_parameters(model).items()}
     held = {part: count for part, count in counts.items() if count}
     assert held == {"projector": projector, "moe": moe, "llm": llm}
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def test_unknown_part_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"parts of the model are vision, projector, .*, got tower"):
+    with pytest.raises(ConfigError, match=r"parts of the model are vision, llm, .*, got tower"):
         set_trainable(_model(), {"tower": False})
 
 

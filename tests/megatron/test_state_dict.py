@@ -26,17 +26,19 @@ import parrot_sys
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import read_json
+from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.megatron.checkpoint.store import load_model_weights, save_distributed
-from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.state_dict import load_released, load_tower, model_tensors
+from parrot_sys.megatron.state_dict import load_tower, model_tensors
 from parrot_sys.megatron.vision import build_vision_tower
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_config import config_from_hf
 from parrot_sys.models.llm import llm_config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.systems.build import build_model, config_of
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import export_released
+from parrot_sys.systems.hf_config import config_from_hf
+from parrot_sys.systems.load import load_released
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.towers import VisionConfig, vision_config_from_hf
 
@@ -100,7 +102,7 @@ def test_ranks_that_share_the_model(ranks: int, sizes: dict[str, int], tmp_path:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     initialize()
     single = parrot_sys.load_pretrained(FIXTURE / "model")[0].model
-    again = build_model(single.parrot)
+    again = build_model(config_of(single))
     assert load_model_weights(tmp_path / "distributed", [again]) == {"step": 0}
     saved, released = model_tensors(again), model_tensors(single)
     assert saved.keys() == released.keys()
@@ -262,7 +264,9 @@ def test_pipeline_stages_hold_their_layers(tied: bool) -> None:
 def test_first_stage_checkpoints_keep_going_past_their_experts(tmp_path: Path) -> None:
     """Experts of a model that does not use them yet are written, and the next stage finds them."""
     model, _ = parrot_sys.load_pretrained(FIXTURE / "model")
-    model.model.use_moe = False
+    bypassed = build_model(model.config, bypass=("moe",))
+    bypassed.load_state_dict(model.model.state_dict())
+    model = ParrotForConditionalGeneration(bypassed, source=model.source)
     ids, images = torch.tensor([[5, -200, 6]]), torch.randn(1, 3, 56, 56)
     wanted = model(ids, images=images).logits
     export_released(model.model, tmp_path / "out", source=model.source)

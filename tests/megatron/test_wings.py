@@ -13,11 +13,12 @@ from torch import Tensor
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.megatron.state_dict import released_tensors
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.rotary import RopeScaling
+from parrot_sys.systems.build import build_model, config_of
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import released_tensors
 from tests.comparisons import differ
 from tests.megatron.wings_models import QWEN, assert_close, build
 from tests.megatron.wings_reference import Sequence, WingsReference
@@ -76,7 +77,7 @@ def reference(model: MultimodalModel, samples: list[Sample]) -> list[Tensor]:
             )
             for sample in samples
         ]
-        plain = WingsReference(dict(released_tensors(model)), model.parrot, rows(torch.zeros(1, 3, 28, 28)))
+        plain = WingsReference(dict(released_tensors(model)), config_of(model), rows(torch.zeros(1, 3, 28, 28)))
         return plain.logits(sequences)
 
 
@@ -128,9 +129,8 @@ def test_new_learners_add_nothing() -> None:
 
 def test_router_weights_sum_to_one() -> None:
     model, batch = build(LLAMA), pack_samples(make((ONE, TEXT)), num_visual_rows=V)
-    weights: dict[int, Tensor] = {}
     with torch.no_grad():
-        model(batch, mode="logits", router_weights=weights)
+        weights = model(batch, mode="logits", output_router_weights=True).router_weights
     assert sorted(weights) == [1, 3]
     for each in weights.values():
         assert each.shape == (batch.num_rows, 2)
@@ -143,21 +143,26 @@ def test_cached_decoding_is_whole_decoding() -> None:
     cache = KVCache(3, batch.max_seqlen + 4)
     steps = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4], [50, 51, 52, 0]])
     with torch.no_grad():
-        model(batch, mode="logits", logits_rows=batch.cu_seqlens[1:].long() - 1, kv_cache=cache)
+        state = model(batch, mode="logits", logits_rows=batch.cu_seqlens[1:].long() - 1, kv_cache=cache).state
         kept = torch.tensor([2, 0])
         for step in range(4):
             if step == 2:
                 cache.keep(kept)
+                state = state.select(kept)
             tokens = steps[:, step] if step < 2 else steps[kept, step]
             one = pack_samples([Sample(input_ids=token[None]) for token in tokens], num_visual_rows=V)
-            logits = model(replace(one, position_ids=cache.lengths.clone()), mode="logits", kv_cache=cache).logits
+            one = replace(one, position_ids=cache.lengths.clone())
+            with pytest.raises(ConfigError, match="state of its requests"):
+                model(one, mode="logits", kv_cache=cache)
+            output = model(one, mode="logits", kv_cache=cache, state=state)
+            logits, state = output.logits, output.state
     longer = [replace(s, input_ids=torch.cat((s.input_ids, steps[i]))) for i, s in enumerate(samples)]
     assert_close(list(logits), [run(model, longer)[int(place)][-1] for place in kept])
 
 
 def test_refusals() -> None:
     model = build(QWEN)
-    assert QWEN.max_positions == 48, "so that answers end in time"
+    assert QWEN.max_rows == 48, "so that answers end in time"
     with pytest.raises(DataError, match="at most 48 rows"):
         run(model, make(((49, ()),)))
     batch = pack_samples(make((ONE,)), num_visual_rows=V)
@@ -171,10 +176,10 @@ def test_refusals() -> None:
 def test_stage_one_file_has_no_routers(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from parrot_sys.megatron.export import export_released
-    from parrot_sys.megatron.state_dict import load_released
-    from parrot_sys.models.hf_config import config_from_hf, read_json
     from parrot_sys.models.tensor_files import TensorFiles
+    from parrot_sys.systems.export import export_released
+    from parrot_sys.systems.hf_config import config_from_hf, read_json
+    from parrot_sys.systems.load import bypassed_parts, load_released
 
     model = build(LLAMA)
     export_released(model, tmp_path / "model")
@@ -183,10 +188,9 @@ def test_stage_one_file_has_no_routers(tmp_path: Path) -> None:
     with TensorFiles(tmp_path / "model") as files:
         tensors = {name: files.tensor(name) for name in files.names() if "reweight_module" not in name}
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    loaded = build_model(LLAMA)
+    assert bypassed_parts(tmp_path / "model", LLAMA) == {"textual_learners"}
+    loaded, first = (build_model(LLAMA, bypass=("textual_learners",)) for _ in range(2))
     load_released(loaded, tmp_path / "model")
-    assert not loaded.use_router
-    assert model.use_router
-    model.use_router = False
+    first.load_state_dict(model.state_dict())
     samples = make((ONE, TEXT))
-    assert_close(run(loaded, samples), run(model, samples))
+    assert_close(run(loaded, samples), run(first, samples))

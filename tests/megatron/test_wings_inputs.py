@@ -23,8 +23,8 @@ from torch import Tensor
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron import learner_inputs, with_learners, with_norms
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.megatron.state_dict import released_tensors
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.export import released_tensors
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron import gpt_training as gpt
 from tests.megatron.llava import make_batch as llava_batch

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.towers import VisionConfig
 
 QWEN = ParrotConfig(

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.rotary import RopeScaling
+from parrot_sys.systems.config import ParrotConfig
 
 LOWEST = torch.finfo(torch.float32).min
 

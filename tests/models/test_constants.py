@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from parrot_sys.config_values import build, config_to_dict, leaves, merge, save_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import read_json
-from parrot_sys.models.constants import Difference, check_constants, comparable, find_differences
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.hf_config import config_from_hf, config_to_hf
 from parrot_sys.models.llm import TokenExpertsConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.constants import Difference, check_constants, comparable, find_differences
+from parrot_sys.systems.hf_config import config_from_hf, config_to_hf
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.wings.config import WingsConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PARROT, WINGS = FIXTURES / "parrot_tiny" / "model", FIXTURES / "wings_tiny" / "model"

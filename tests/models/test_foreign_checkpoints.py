@@ -18,9 +18,9 @@ from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.tokenizer_files import check_vocabulary, load_tokenizer
 from parrot_sys.errors import CheckpointError, ParrotError
 from parrot_sys.files import read_json
-from parrot_sys.models.hf_config import config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles, write_tensors
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import config_from_hf
 from tests.foreign_files import FIXTURE, JSON_VALUES, attempt, change_json, copy_fixture
 
 MODEL, TOWER = FIXTURE / "model", FIXTURE / "clip-vit-tiny"

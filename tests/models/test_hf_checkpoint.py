@@ -9,18 +9,14 @@ import torch
 
 from parrot_sys.errors import CheckpointError
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.models.hf_checkpoint import (
-    check_tensors,
-    is_carried,
-    parrot_maps,
-    projector_maps,
-)
 from parrot_sys.models.llm import LLMConfig, llm_maps
-from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.models.tensor_map import TensorMap, pack_qkv, unpack_qkv
+from parrot_sys.models.tensor_map import TensorMap, check_tensors, pack_qkv, unpack_qkv
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.image_rows import projector_maps
+from parrot_sys.systems.maps import is_carried, parrot_maps
 from parrot_sys.towers import VisionConfig
 
 LLM = LLMConfig(

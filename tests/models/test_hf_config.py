@@ -11,13 +11,13 @@ import pytest
 from transformers import CLIPConfig, CLIPVisionConfig, Qwen2Config, SiglipConfig
 
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.models.hf_config import (
+from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
+from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import (
     config_from_hf,
     config_to_hf,
 )
-from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.towers import KNOWN_TOWERS, VisionConfig, vision_config_from_hf
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"

@@ -9,11 +9,11 @@ import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
-from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.models.hf_checkpoint import parrot_maps
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.maps import parrot_maps
+from parrot_sys.systems.parts import part_parameters, set_trainable
 
 # Projector: 1024 -> H -> H with biases. MoE: 6 experts of 3 H x 4096 and a router of 6 H.
 COUNTS = {
@@ -59,7 +59,7 @@ def test_size_of_multimodal_gpt() -> None:
     model = build_model(config, device="meta", dtype=torch.bfloat16)
     stage = read_yaml(list_presets()["multimodal_gpt_instruct"])
     set_trainable(model, stage["trainable"])
-    parts = {name: sum(p.numel() for p in part) for name, part in component_parameters(model).items()}
+    parts = {name: sum(p.numel() for p in part) for name, part in part_parameters(model).items()}
     assert (config.vision.num_visual_rows, config.rows_per_image) == (256, 1)
     assert parts["resampler"] == 63_019_008
     assert parts["cross_attention"] == 8 * 139_476_994
@@ -82,8 +82,7 @@ def test_sizes_of_wings(name: str) -> None:
     config = config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
     model = build_model(config, device="meta", dtype=torch.bfloat16)
     counts = {
-        part: sum(parameter.numel() for parameter in parameters)
-        for part, parameters in component_parameters(model).items()
+        part: sum(parameter.numel() for parameter in parameters) for part, parameters in part_parameters(model).items()
     }
     learners = counts["visual_learners"] + counts["textual_learners"]
     assert (counts["projector"], learners, counts["llm"]) == (21_504_000, WINGS_LEARNERS, WINGS_COUNTS[name])

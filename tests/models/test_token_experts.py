@@ -15,11 +15,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
 from parrot_sys.errors import ConfigError
-from parrot_sys.models.hf_config import config_from_hf, config_to_hf
 from parrot_sys.models.llm import LLMConfig, TokenExpertsConfig, llm_config_from_hf, llm_fields, llm_maps
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.planning.config import PlanConfig
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import config_from_hf, config_to_hf
 
 EXPERTS = TokenExpertsConfig(num_experts=8, topk=3, ffn_hidden_size=20)
 LLM = LLMConfig(

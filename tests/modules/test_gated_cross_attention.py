@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.models.flamingo_maps import block_maps
 from parrot_sys.modules.gated_cross_attention import (
     GatedCrossAttention,
     GatedCrossAttentionConfig,
     MediaRule,
     media_spans,
 )
+from parrot_sys.systems.multimodal_gpt.maps import block_maps
 from tests.models.flamingo_reference import ReleasedBlock
 
 IMAGE = 9

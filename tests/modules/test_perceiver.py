@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.flamingo_maps import resampler_maps
 from parrot_sys.modules.perceiver import PerceiverResampler, ResamplerConfig
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.multimodal_gpt.maps import resampler_maps
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mmgpt_tiny"
 WIDTH = 32

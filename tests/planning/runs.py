@@ -17,16 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
-from parrot_sys.megatron.components import set_trainable
-from parrot_sys.megatron.model import MultimodalModel, build_chunks
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
+from parrot_sys.systems.build import build_chunks
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.parts import set_trainable
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.towers import VisionConfig
 from parrot_sys.training.config import TrainableConfig

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.communication import micro_batch_messages, step_messages
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.training.config import TrainableConfig
 from tests.planning.runs import SHAPES, Case, even_experts, make_batch, run, sizes
 

@@ -11,10 +11,7 @@ import torch
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
-from parrot_sys.megatron.components import component_parameters
-from parrot_sys.megatron.model import build_model
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.planning.cluster import GPUS, ClusterConfig, Efficiency
 from parrot_sys.planning.communication import Message
 from parrot_sys.planning.compute import expected_imbalance, model_flops
@@ -25,6 +22,9 @@ from parrot_sys.planning.job import Job
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import buffer_elements, stage_weights
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.parts import part_parameters
 from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.metrics import FlopCounter
 from tests.planning.runs import SHAPES, make_batch, sizes
@@ -57,7 +57,7 @@ def test_parameters_of_the_presets_are_those_of_the_built_model(name: str) -> No
     config = _preset(name)
     model = build_model(config, device="meta", dtype=torch.bfloat16)
     weights = stage_weights(config, Layout(), 0)
-    for component, parameters in component_parameters(model).items():
+    for component, parameters in part_parameters(model).items():
         predicted = sum(weight.total for weight in weights if weight.component == component)
         assert predicted == sum(parameter.numel() for parameter in parameters), component
     assert buffer_elements(config.vision) == sum(buffer.numel() for buffer in model.buffers())

@@ -16,7 +16,6 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import to_transformer_config
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.parallel.image_dispatch import check_experts
@@ -25,6 +24,7 @@ from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
 from parrot_sys.planning.layouts import Layout, check
 from parrot_sys.planning.report import explain
 from parrot_sys.planning.search import NothingFits, choose, find_layouts
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.training.config import TrainableConfig
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.

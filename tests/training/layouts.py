@@ -15,20 +15,21 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from megatron.core import parallel_state
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.megatron.components import component_of, set_trainable
-from parrot_sys.megatron.export import export_released
-from parrot_sys.megatron.model import build_chunks, build_model
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.megatron.state_dict import load_released, released_tensors
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.rotary import RopeScaling
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.build import build_chunks, build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.export import export_released, released_tensors
+from parrot_sys.systems.load import load_released
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.parts import set_trainable
+from parrot_sys.systems.registry import part_of
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
@@ -139,7 +140,7 @@ def checkpoint(config: ParrotConfig) -> Iterator[Path]:
             model = build_model(config)
             for name, parameter in model.named_parameters():
                 # Zero at the start: nothing would reach what comes before, or the gated blocks.
-                if (component_of(name) == "lora" and name.endswith(".b")) or name.endswith("_up"):
+                if (part_of(name, config) == "lora" and name.endswith(".b")) or name.endswith("_up"):
                     torch.nn.init.normal_(parameter, std=0.1)
                 elif name.endswith("_gate"):
                     torch.nn.init.normal_(parameter)
@@ -162,7 +163,7 @@ def train(
     overlap: bool = False,
     reduction: Literal["global", "micro_batch"] = "global",
     num_batches: int = 4,
-    use_router: bool = True,
+    bypass: tuple[str, ...] = (),
 ) -> Run:
     """`steps` steps under a layout; every rank must report the same losses, norms and metrics.
 
@@ -179,12 +180,12 @@ def train(
         overlap: reduce gradients while the backward pass runs.
         reduction: see `StepRunner`.
         num_batches: how many of `micro_batches` make a step.
-        use_router: see `MultimodalModel`.
+        bypass: see `build_model`.
     """
     parallel = parallel or ParallelConfig()
     world_size = parallel.model_parallel_size * data_parallel
     with checkpoint(config) as path:
-        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches, use_router)
+        settings = (trainable, steps, sgd, recompute, distributed, overlap, reduction, num_batches, bypass)
         runs = run_distributed(lambda rank, size: _train(config, parallel, path, *settings), world_size)
     first = runs[0]
     for run in runs[1:]:
@@ -205,13 +206,12 @@ def _train(
     overlap: bool,
     reduction: Literal["global", "micro_batch"],
     num_batches: int,
-    use_router: bool,
+    bypass: tuple[str, ...],
 ) -> Run:
     initialize(parallel)
-    chunks = build_chunks(config, parallel, recompute=recompute)
+    chunks = build_chunks(config, parallel, recompute=recompute, bypass=bypass)
     for chunk in chunks:
         load_released(chunk, path)
-        chunk.use_router = use_router
     set_trainable(chunks, trainable)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=distributed, overlap=overlap)
     settings: dict[str, Any] = {"lr": LR * 1e3, "eps": 1e3, "betas": (0.0, 0.999)} if sgd else {"lr": LR}

@@ -9,8 +9,8 @@ import pytest
 
 from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.components import COMPONENTS
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.parts import COMPONENTS
 from parrot_sys.training.config import TrainConfig
 
 NAN, INFINITY = float("nan"), float("inf")

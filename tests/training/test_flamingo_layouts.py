@@ -10,7 +10,7 @@ import pytest
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.config import ParrotConfig
 from tests.training.layouts import ALL, FLAMINGO, Run, assert_same, layout, train
 
 DEEP = replace(FLAMINGO, llm=replace(FLAMINGO.llm, num_layers=8), flamingo=replace(FLAMINGO.flamingo, every_n_layers=3))

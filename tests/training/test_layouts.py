@@ -9,7 +9,7 @@ import pytest
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.config import ParrotConfig
 from tests.training.layouts import ALL, DINOV2, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
 
 STAGE_1 = {"vision": False, "projector": True, "moe": False, "llm": False}

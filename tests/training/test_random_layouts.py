@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.config import ParrotConfig
 from tests.training.layouts import (
     FLAMINGO,
     LLAMA,

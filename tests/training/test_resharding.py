@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer

@@ -12,12 +12,13 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.megatron.components import component_parameters, set_trainable
-from parrot_sys.megatron.model import MultimodalModel, build_model
+from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
+from parrot_sys.systems.build import build_model
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.parts import part_parameters, set_trainable
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.faults import TrainingError
 from parrot_sys.training.metrics import FlopCounter
@@ -118,7 +119,7 @@ def _plain(
         moe = dataclasses.replace(config.moe, aux_loss_coeff=0.0, z_loss_coeff=0.0)
         model = _model(dataclasses.replace(config, moe=moe), torch.float32, "none", ParallelConfig())
         groups = []
-        for component, parameters in component_parameters(model).items():
+        for component, parameters in part_parameters(model).items():
             for parameter in parameters:
                 decay = weight_decay if parameter.dim() > 1 else 0.0
                 groups.append(

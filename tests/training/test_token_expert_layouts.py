@@ -11,8 +11,8 @@ import pytest
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.lora_maps import is_lora
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.config import ParrotConfig
 from tests.training.layouts import ALL, FLAMINGO, QWEN3, WINGS, Run, assert_same, layout, train
 
 LLM = replace(QWEN3.llm, family="qwen3_moe", experts=TokenExpertsConfig(num_experts=8, topk=3, ffn_hidden_size=20))

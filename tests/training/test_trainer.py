@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import checkpoint
 from parrot_sys.training.config import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from parrot_sys.megatron.components import component_of
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.systems.hf_config import config_from_hf, read_json
+from parrot_sys.systems.registry import part_of
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
@@ -64,6 +64,6 @@ def test_learning_rates_by_part(tmp_path: Path) -> None:
 
     (found,) = run_distributed(rates, 1)
     parts = {"projector": 1e-3, "visual_learners": 2e-4, "textual_learners": 3e-4, "llm": 1e-4}
-    assert {component_of(name) for name in found} == set(parts)
+    assert {part_of(name, config.model) for name in found} == set(parts)
     for name, rate in found.items():
-        assert rate == parts[component_of(name)], name
+        assert rate == parts[part_of(name, config.model)], name

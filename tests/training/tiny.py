@@ -15,7 +15,7 @@ import torch._dynamo
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.logging import setup_logging
-from parrot_sys.models.hf_config import config_from_hf, read_json
+from parrot_sys.systems.hf_config import config_from_hf, read_json
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.checkpoint import latest_checkpoint
 from parrot_sys.training.config import (

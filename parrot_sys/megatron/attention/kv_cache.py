@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
-from parrot_sys.modules.gated_cross_attention import MediaSpans
 
 
 class KVCache:
@@ -28,14 +27,8 @@ class KVCache:
         self.capacity = capacity
         self.lengths = torch.zeros(num_samples, dtype=torch.int64, device=device)
         """int64 [S], rows held for each request."""
-        self.facts: dict[str, Tensor] = {}
-        """Other facts about each request since the prefill, [S, ...] each."""
-        self.visual_capacity = 1
-        """Most visual rows of a request, for buffers that hold nothing else."""
-        self.media: dict[int, tuple[Tensor, Tensor]] = {}
-        """Keys and values of the latents of all images, by layer, where layers read such latents ..."""
-        self.media_spans: MediaSpans | None = None
-        """... and those that the next row of each request reads."""
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values of the prefill's whole memory, by layer, where later rows read it too."""
         self._layers: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._kept: list[Tensor] = []
         self._rows: list[int] = []  # `lengths`, known without asking the device; empty before the prefill
@@ -105,9 +98,6 @@ class KVCache:
         self._kept.append(samples)
         self._rows = [self._rows[place] for place in samples.tolist()]
         self.lengths = self.lengths.index_select(0, samples)
-        self.facts = {name: fact.index_select(0, samples) for name, fact in self.facts.items()}
-        if self.media_spans is not None:
-            self.media_spans = self.media_spans.select(samples)
         self._layers = {
             layer: (keys.index_select(0, samples), values.index_select(0, samples))
             for layer, (keys, values) in self._layers.items()

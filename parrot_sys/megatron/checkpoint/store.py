@@ -23,7 +23,6 @@ from parrot_sys.megatron.checkpoint.checksums import verify_checksums
 from parrot_sys.megatron.checkpoint.optimizer_state import groups_of, use_saved_keys, with_saved_step
 from parrot_sys.megatron.checkpoint.reader import load_common, load_sharded, tensors_of
 from parrot_sys.megatron.checkpoint.writer import CheckpointWrite
-from parrot_sys.megatron.components import component_of
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.checkpoint_files import check_whole
 
@@ -184,7 +183,7 @@ def _load_chunks(chunks: Sequence[MultimodalModel], loaded: dict[str, Any]) -> N
 
 
 def _has_lora(names: Iterable[str]) -> bool:
-    return any(component_of(name) == "lora" for name in names)
+    return any(".lora." in name for name in names)
 
 
 def _sharded_random() -> ShardedObject:

@@ -12,15 +12,15 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.attention.context import make_context
-from parrot_sys.megatron.wings import whole_rows
-from parrot_sys.megatron.wings_memory import check_length, gather_memory, papers_plan
-from parrot_sys.modules.wings import WingsConfig
+from parrot_sys.megatron.embed.learner_layers import whole_rows
+from parrot_sys.megatron.embed.learner_memory import check_length, gather_memory, papers_plan
+from parrot_sys.modules.learners import LearnersConfig
 
 
 def learner_inputs(
     decoder_input: Tensor,
     is_visual: Tensor,
-    wings: WingsConfig,
+    settings: LearnersConfig,
     config: TransformerConfig,
     *,
     cu_seqlens: Tensor | None = None,
@@ -36,7 +36,7 @@ def learner_inputs(
     Args:
         decoder_input: [s, b, H], images in place, as the layers get it: under sequence parallelism this rank's part.
         is_visual: bool [b, s], rows that come from an image; all of them, on every tensor-parallel rank.
-        wings: settings.
+        settings: of the learners.
         config: of the model.
         cu_seqlens: int32 [S + 1], where the samples of a pack begin and end (b = 1); None: each batch entry is one.
         routed: False for Wings' first stage: visual learners alone, added as they are.
@@ -56,8 +56,8 @@ def learner_inputs(
                 f"the memory of the learners reaches the layers of one stage only: {name} must be 1, got {size} "
                 "(the decoder of parrot_sys sends it on)"
             )
-    if wings.rule != "paper":
-        raise ConfigError(f'learners in a model of your own follow wings.rule "paper", got {wings.rule!r}')
+    if settings.rule != "paper":
+        raise ConfigError(f'learners in a model of your own follow settings.rule "paper", got {settings.rule!r}')
     batch, length = is_visual.shape
     group = parallel_state.get_tensor_model_parallel_group() if tp_group is None else tp_group
     rows = whole_rows(decoder_input, group, sequence_parallel=config.sequence_parallel)
@@ -69,11 +69,11 @@ def learner_inputs(
     bounds = _bounds(cu_seqlens, batch, length, rows.device)
     lengths = bounds.diff()
     longest = int(lengths.max())
-    check_length(wings, longest)
+    check_length(settings, longest)
     places = torch.arange(len(rows), device=rows.device)
     positions = places - bounds[:-1].long().repeat_interleave(lengths, output_size=len(rows))
     visual_rows = is_visual.to(rows.device).flatten().nonzero()[:, 0]
-    plan = papers_plan(bounds, visual_rows, positions, wings, width=rows.shape[1], routed=routed, weights=weights)
+    plan = papers_plan(bounds, visual_rows, positions, settings, width=rows.shape[1], routed=routed, weights=weights)
     context = make_context(bounds, longest, dtype=config.params_dtype, memory=plan, positions=positions)
     context.max_seqlen_q = context.max_seqlen_kv = length  # for Megatron's rotary embedding
     memory = gather_memory(rows, plan, None)

@@ -1,8 +1,8 @@
-"""Data-parallel wrapping and the optimizer: Megatron's gradient buffers and Adam, a learning rate per component."""
+"""Data-parallel wrapping and the optimizer: Megatron's gradient buffers and Adam, a learning rate for each part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
-from parrot_sys.megatron.components import component_of
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.adam import install_adam
 
@@ -61,7 +60,8 @@ def build_optimizer(
     *,
     lr: float,
     min_lr: float = 0.0,
-    component_lrs: Mapping[str, float] | None = None,
+    part_lrs: Mapping[str, float] | None = None,
+    part_of: Callable[[str], str] = lambda name: "",
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -73,7 +73,8 @@ def build_optimizer(
         chunks: from `wrap_data_parallel`.
         lr: peak learning rate.
         min_lr: final learning rate.
-        component_lrs: component (see `COMPONENTS`) -> its own peak.
+        part_lrs: part of the model -> its own peak.
+        part_of: name of a parameter of the model -> its part.
         weight_decay: decoupled; biases and one-dimensional parameters never decay.
         betas: decay rates of the averages.
         eps: Adam's epsilon.
@@ -95,9 +96,9 @@ def build_optimizer(
         use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
     )
     overrides: dict[Any, Any] = {_no_decay_key(): {"wd_mult": 0.0}}
-    for component, peak in (component_lrs or {}).items():
+    for part, peak in (part_lrs or {}).items():
         # `lr_mult` has no effect on our schedule; Megatron tells groups apart by it when it loads a checkpoint.
-        overrides[_component_key(component)] = {"max_lr": peak, "min_lr": min_lr, "lr_mult": peak / lr}
+        overrides[_part_key(part, part_of)] = {"max_lr": peak, "min_lr": min_lr, "lr_mult": peak / lr}
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay * group["wd_mult"]
@@ -139,11 +140,11 @@ def _no_decay_key() -> ParamKey:
     )
 
 
-def _component_key(component: str) -> ParamKey:
+def _part_key(part: str, part_of: Callable[[str], str]) -> ParamKey:
     def belongs(_: Any, name: str) -> bool:
-        return component_of(name.removeprefix("module.")) == component
+        return part_of(name.removeprefix("module.")) == part
 
-    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=component, fn=belongs))
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=part, fn=belongs))
 
 
 def data_parallel_group() -> torch.distributed.ProcessGroup:

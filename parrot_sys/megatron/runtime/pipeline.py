@@ -12,6 +12,7 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.bridge import RequestState
 from parrot_sys.megatron.model import MultimodalModel, ParrotOutput
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
@@ -23,7 +24,8 @@ def forward_logits(
     logits_rows: Tensor | None = None,
     routing_override: RoutingOverride | None = None,
     kv_cache: KVCache | None = None,
-    router_weights: dict[int, Tensor] | None = None,
+    state: RequestState | None = None,
+    output_router_weights: bool = False,
 ) -> ParrotOutput:
     """`model(batch, mode="logits", ...)` for one micro-batch; all ranks of one copy of the model call it alike.
 
@@ -32,8 +34,8 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache, router_weights: see `MultimodalModel.forward`; the weights of a
-            stage are those of its own layers.
+        logits_rows, routing_override, kv_cache, state, output_router_weights: see `MultimodalModel.forward`; each
+            stage has the state of its own calls, and the router weights of its own layers.
 
     Raises:
         ConfigError: gradients are wanted of a model in stages.
@@ -43,7 +45,8 @@ def forward_logits(
         "logits_rows": logits_rows,
         "routing_override": routing_override,
         "kv_cache": kv_cache,
-        "router_weights": router_weights,
+        "state": state,
+        "output_router_weights": output_router_weights,
     }
     if stages.size() == 1:
         output: ParrotOutput = model(batch, mode="logits", **inputs)
@@ -55,7 +58,7 @@ def forward_logits(
         )
     device, dtype = batch.input_ids.device, model.config.params_dtype
     if not model.pre_process:
-        plan = model.memory_plan(batch, kv_cache)
+        plan = model.bridge.plan(batch, kv_cache, state).memory
         hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows, plan), dtype=dtype, device=device)
         dist.recv(hidden, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(hidden)
@@ -65,10 +68,11 @@ def forward_logits(
     logits = output.logits
     if logits is None:
         num_rows = batch.num_rows if logits_rows is None else logits_rows.numel()
-        logits = torch.empty(num_rows, model.parrot.llm.vocab_size, dtype=dtype, device=device)
+        logits = torch.empty(num_rows, model.bridge.llm.vocab_size, dtype=dtype, device=device)
     logits = logits.contiguous()
     dist.broadcast(logits, group=stages, group_src=stages.size() - 1)
-    return ParrotOutput(logits=logits, routing=_routes_of_first_stage(output.routing, batch, model))
+    routing = _routes_of_first_stage(output.routing, batch, model)
+    return dataclasses.replace(output, logits=logits, hidden=None, routing=routing)
 
 
 def _routes_of_first_stage(

@@ -31,39 +31,39 @@ from torch.distributed import ProcessGroup
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext, ColumnSum
 from parrot_sys.megatron.attention.core import CoreAttention
-from parrot_sys.megatron.wings_memory import KINDS, WingsPlan
+from parrot_sys.megatron.embed.learner_memory import KINDS, LearnerPlan
+from parrot_sys.modules.learners import CUT_DIMS, LearnerRouter, LearnersConfig, LorraLearner
 from parrot_sys.modules.rotary import rotary_cos_sin, rotate
-from parrot_sys.modules.wings import CUT_DIMS, LorraLearner, WingsConfig, WingsRouter
 from parrot_sys.parallel import copy_to_group, reduce_from_group
 
 Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
 
 
-def with_learners(spec: Spec, wings: WingsConfig, *, rope_base: float) -> Spec:
-    """A copy of a layer or block spec whose layers have learners where `wings` wants them.
+def with_learners(spec: Spec, settings: LearnersConfig, *, rope_base: float) -> Spec:
+    """A copy of a layer or block spec whose layers have learners where `settings` wants them.
 
     The learners' router reads the layer's own attention, so the core attention of the layers becomes `CoreAttention`.
 
     Args:
         spec: of a `TransformerLayer` with causal `SelfAttention`, or a `TransformerBlockSubmodules` of such layers.
-        wings: settings.
+        settings: of the learners.
         rope_base: of the rotary embeddings of queries and memory.
 
     Raises:
         ConfigError: the spec is of something else.
     """
     if isinstance(spec, TransformerBlockSubmodules):
-        specs = [with_learners(layer, wings, rope_base=rope_base) for layer in spec.layer_specs or []]
+        specs = [with_learners(layer, settings, rope_base=rope_base) for layer in spec.layer_specs or []]
         return dataclasses.replace(spec, layer_specs=specs)
     plain = spec.submodules
     if spec.module is not TransformerLayer or not isinstance(plain, TransformerLayerSubmodules):
         raise ConfigError(f"learners go beside a TransformerLayer's attention, got the spec of {spec.module}")
-    submodules = WingsLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
+    submodules = LearnersLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     submodules.self_attention = _with_core_attention(plain.self_attention)
-    submodules.wings = wings
-    submodules.learners = ModuleSpec(module=WingsLearners, params={"wings": wings, "rope_base": rope_base})
+    submodules.settings = settings
+    submodules.learners = ModuleSpec(module=Learners, params={"settings": settings, "rope_base": rope_base})
     changed = copy.copy(spec)
-    changed.module, changed.submodules = WingsLayer, submodules
+    changed.module, changed.submodules = LearnersLayer, submodules
     return changed
 
 
@@ -81,20 +81,20 @@ def _with_core_attention(attention: Any) -> ModuleSpec:
 
 
 @dataclasses.dataclass
-class WingsLayerSubmodules(TransformerLayerSubmodules):
+class LearnersLayerSubmodules(TransformerLayerSubmodules):
     """A transformer layer's parts and its learners."""
 
-    wings: WingsConfig | None = None
+    settings: LearnersConfig | None = None
     learners: ModuleSpec | None = None
 
 
-class WingsLayer(TransformerLayer):
+class LearnersLayer(TransformerLayer):
     """A transformer layer whose rows also read the memory, between attention and MLP."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: WingsLayerSubmodules,
+        submodules: LearnersLayerSubmodules,
         layer_number: int = 1,
         *args: Any,
         pg_collection: ProcessGroupCollection | None = None,
@@ -105,15 +105,15 @@ class WingsLayer(TransformerLayer):
                 "the learners' router reads the weights of the core attention, which cannot be recomputed alone: take "
                 'core_attn out of recompute_modules, or set recompute_granularity to "full"'
             )
-        if submodules.wings is not None and submodules.wings.layers and not config.hetereogenous_dist_checkpoint:
+        if submodules.settings is not None and submodules.settings.layers and not config.hetereogenous_dist_checkpoint:
             raise ConfigError(
                 "layers with and without learners are not alike in checkpoints: set hetereogenous_dist_checkpoint=True "
-                "in the TransformerConfig (Megatron's spelling), or leave wings.layers unset"
+                "in the TransformerConfig (Megatron's spelling), or leave settings.layers unset"
             )
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         super().__init__(config, submodules, layer_number, *args, pg_collection=groups, **kwargs)
-        self.learners: WingsLearners | None = None
-        if submodules.wings is not None and submodules.wings.has_learners(self.layer_number - 1):
+        self.learners: Learners | None = None
+        if submodules.settings is not None and submodules.settings.has_learners(self.layer_number - 1):
             spec = submodules.learners
             self.learners = build_module(spec, config=config, layer_number=self.layer_number, tp_group=groups.tp)
 
@@ -133,19 +133,19 @@ class WingsLayer(TransformerLayer):
             )
         # The layer's own copy: nothing of one layer is left for the next.
         own = copy.copy(packed_seq_params)
-        if isinstance(own.memory, WingsPlan) and own.memory.routed:
+        if isinstance(own.memory, LearnerPlan) and own.memory.routed:
             own.router = ColumnSum(columns=self.learners.router.columns())
         hidden, _ = super()._forward_attention(*args, packed_seq_params=own, **kwargs)
         return hidden + self.learners(hidden, context, own), context
 
 
-class WingsLearners(MegatronModule):
+class Learners(MegatronModule):
     """Visual and textual learner and their router: what is added to the rows after a layer's attention."""
 
     def __init__(
         self,
         config: TransformerConfig,
-        wings: WingsConfig,
+        settings: LearnersConfig,
         rope_base: float,
         layer_number: int,
         tp_group: ProcessGroup,
@@ -153,7 +153,7 @@ class WingsLearners(MegatronModule):
         """
         Args:
             config: of the decoder.
-            wings: settings.
+            settings: of the learners.
             rope_base: of the rotary embeddings of queries and memory.
             layer_number: of the layer, for the caches.
             tp_group: ranks that share the heads.
@@ -163,10 +163,10 @@ class WingsLearners(MegatronModule):
         self.rope_base = rope_base
         self.tp_group = tp_group
         self._shared = tp_group if tp_group.size() > 1 else None
-        sizes = (config.hidden_size, config.num_attention_heads, wings.rank)
+        sizes = (config.hidden_size, config.num_attention_heads, settings.rank)
         self.visual_learner = LorraLearner(*sizes, dtype=config.params_dtype, group=self._shared)
         self.textual_learner = LorraLearner(*sizes, dtype=config.params_dtype, group=self._shared)
-        self.router = WingsRouter(wings.router_positions, dtype=config.params_dtype, group=self._shared)
+        self.router = LearnerRouter(settings.router_positions, dtype=config.params_dtype, group=self._shared)
         for learner in (self.visual_learner, self.textual_learner):
             for name, dim in CUT_DIMS.items() if self._shared else ():
                 parameter: Any = learner.get_parameter(name)
@@ -183,7 +183,7 @@ class WingsLearners(MegatronModule):
             What to add, like `hidden`.
         """
         plan, asked = context.memory, context.router
-        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        assert isinstance(plan, LearnerPlan), "the model plans the memory of its learners"
         assert memory is not None, "a plan comes with a memory"
         batch = hidden.shape[1]
         rows = whole_rows(hidden, self.tp_group, sequence_parallel=self.config.sequence_parallel)
@@ -204,7 +204,7 @@ class WingsLearners(MegatronModule):
         visual, textual = self._weights(plan, summed[2]).to(hidden.dtype).split(1, dim=-1)
         return visual * read[0] + textual * read[1]
 
-    def _weights(self, plan: WingsPlan, attended: Tensor) -> Tensor:
+    def _weights(self, plan: LearnerPlan, attended: Tensor) -> Tensor:
         """Float32 [s, b, 2], of this rank's rows: those of text alone take the textual learner as it is."""
         active, factors = (_by_place(rows, attended.shape[1]) for rows in (plan.active, plan.factors))
         routed = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
@@ -226,7 +226,7 @@ class WingsLearners(MegatronModule):
     ) -> Tensor:
         """[T, r], this rank's part of what the rows read of one kind of memory."""
         plan = context.memory
-        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        assert isinstance(plan, LearnerPlan), "the model plans the memory of its learners"
         key, value = learner.key_value(memory.split(plan.kinds)[kind])
         key = rotate(key, *rotary[1][kind])
         query = rotate(learner.query(rows), *rotary[0])
@@ -245,7 +245,7 @@ class WingsLearners(MegatronModule):
     def _rotary(self, context: AttentionContext) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
         """Rotation of the rows and of each kind of memory; worked out once for all layers."""
         plan = context.memory
-        assert isinstance(plan, WingsPlan), "the model plans the memory of its learners"
+        assert isinstance(plan, LearnerPlan), "the model plans the memory of its learners"
         assert plan.positions is not None, "with positions"
         assert context.positions is not None, "the decoder gives them"
         if "rotary" not in plan.scratch:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from parrot_sys.files import read_json
 from parrot_sys.megatron.model import MultimodalModel
-from parrot_sys.megatron.state_dict import released_tensors
-from parrot_sys.models.hf_checkpoint import TOWER_PREFIX, is_carried
-from parrot_sys.models.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
+from parrot_sys.megatron.state_dict import whole_tensors
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
+from parrot_sys.systems.build import config_of
+from parrot_sys.systems.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
+from parrot_sys.systems.maps import TOWER_PREFIX, is_carried, parrot_maps
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,24 @@ class ReleasedSource:
     """Write each tensor in the dtype it had in the checkpoint (no dtype was asked for on loading)."""
 
 
+def released_tensors(
+    model: MultimodalModel | Sequence[MultimodalModel],
+    *,
+    with_vision_tower: bool = True,
+    value: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
+) -> Iterator[tuple[str, Tensor]]:
+    """(released name, whole tensor) one after the other; every rank that holds a part of this copy must iterate.
+
+    Args:
+        model: the model, or all the parts that this rank holds.
+        with_vision_tower: also the tower's, by their names inside the checkpoint.
+        value: what to take for each parameter or buffer, such as its gradient; None leaves it out.
+    """
+    chunks = [model] if isinstance(model, MultimodalModel) else model
+    maps = parrot_maps(config_of(chunks[0]), with_vision_tower=with_vision_tower)
+    return whole_tensors(chunks, maps, value)
+
+
 def export_tensors(
     model: MultimodalModel | Sequence[MultimodalModel], source: ReleasedSource | None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +68,7 @@ def export_tensors(
     if source is None:
         yield from released_tensors(model)
         return
-    parrot = model.parrot if isinstance(model, MultimodalModel) else model[0].parrot
+    parrot = config_of(model if isinstance(model, MultimodalModel) else model[0])
     with TensorFiles(source.directory) as files:
         keys = files.names()
         dtypes = {key: files.dtype(key) for key in keys}
@@ -108,21 +127,20 @@ def _write(
     *,
     overwrite: bool,
 ) -> None:
-    """`model` is what the first pipeline stage holds first: vision tower, projector and experts."""
+    """`model` is what the first pipeline stage holds first: vision tower and the system's modules."""
+    config = config_of(model)
     with new_directory(directory, overwrite=overwrite) as target:
         if source is not None:
             _copy_files(source.directory, target)
         if save_processor is not None:
             save_processor(target)
-        tower = find_tower_directory(source.hf, source.directory) if source else _path(model.parrot.vision.path)
+        tower = find_tower_directory(source.hf, source.directory) if source else _path(config.vision.path)
         inside = model.vision_tower is not None and (source is None or _tower_inside(source))
         if tower is not None:
             _copy_files(tower, target / EXPORTED_TOWER, weights=not inside)
-        hf = config_to_hf(model.parrot, source.hf if source else None, target)
+        hf = config_to_hf(config, source.hf if source else None, target, bypass=model.bridge.bypass)
         if (target / _PREPROCESSOR).is_file():
             hf.setdefault("image_aspect_ratio", read_json(target / _PREPROCESSOR).get("image_aspect_ratio", "square"))
-        if model.moe is not None:
-            hf["use_moe"] = model.use_moe
         hf["torch_dtype"] = _dtype_name(model, source, dtype)
         if tower is not None:
             hf.setdefault("mm_vision_tower", EXPORTED_TOWER)

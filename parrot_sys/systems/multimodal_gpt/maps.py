@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parrot_sys.models.flamingo import FlamingoConfig
 from parrot_sys.models.lora_maps import is_lora, lora_maps
 from parrot_sys.models.tensor_map import TensorMap, copied, norm_maps, pack_qkv, unpack_qkv
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 
 RESAMPLER_KEY = "perceiver."
 BLOCKS_KEY = "lang_encoder.gated_cross_attn_layers."

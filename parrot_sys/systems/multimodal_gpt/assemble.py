@@ -23,18 +23,19 @@ from torch import Tensor
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, errors_named, read_json
 from parrot_sys.models.finite import NonFinite
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.flamingo_maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
-from parrot_sys.models.hf_checkpoint import check_tensors, parrot_maps
-from parrot_sys.models.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf
 from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.lora_maps import is_lora
-from parrot_sys.models.parrot import ParrotConfig
 from parrot_sys.models.tensor_files import TensorFiles, load_pickle, new_directory, write_tensors
+from parrot_sys.models.tensor_map import check_tensors
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig, Target
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf
+from parrot_sys.systems.maps import parrot_maps
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.multimodal_gpt.maps import BLOCKS_KEY, LORA_KEY, RESAMPLER_KEY
 from parrot_sys.towers import vision_config_from_hf
 
 logger = logging.getLogger(__name__)

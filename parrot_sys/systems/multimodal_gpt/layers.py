@@ -19,47 +19,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext
-from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.lora import with_lora
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
-from parrot_sys.models.flamingo import FlamingoConfig
-from parrot_sys.models.parrot import ParrotConfig
-from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans, media_spans
+from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans
 from parrot_sys.modules.lora import LoRAConfig
-
-
-def media_plan(parrot: ParrotConfig, batch: PackedBatch, cache: KVCache | None = None) -> MemoryPlan | None:
-    """Plan of what rows of a micro-batch read of images; the same on every pipeline stage. None without `flamingo`.
-
-    After the prefill nothing is sent: the layers have keys and values of the images in the cache.
-
-    Args:
-        parrot: model.
-        batch: whole micro-batch, or one rank's share under context parallelism.
-        cache: is told what the rows after the prefill read.
-    """
-    flamingo = parrot.flamingo
-    if flamingo is None:
-        return None
-    if cache is not None and cache.max_length:
-        assert cache.media_spans is not None, "set by the prefill"
-        return _plan(cache.media_spans, 0, parrot.vision.hidden_size)
-    latents = flamingo.resampler.num_latents
-    spans = media_spans(batch.visual_rows, batch.cu_seqlens, batch.num_rows, latents, flamingo.media_rule)
-    if cache is not None:
-        last = spans.select(batch.cu_seqlens[1:].long() - 1)
-        # The next rows are text: no image comes after them.
-        cache.media_spans = last if flamingo.media_rule == "previous" else last.reading_nothing()
-    return _plan(spans, batch.visual_rows.numel() * latents, parrot.vision.hidden_size)
-
-
-def _plan(spans: MediaSpans, rows: int, width: int) -> MemoryPlan:
-    segments = torch.stack((spans.start, spans.end), dim=-1).unsqueeze(1)
-    return MemoryPlan(rows=rows, width=width, segments=segments, active=spans.active)
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 
 
 def flamingo_layer_spec(
@@ -133,11 +99,11 @@ class FlamingoLayer(TransformerLayer):
         assert plan is not None, "the decoder gets a plan for every micro-batch"
         cache = None if context.cached is None else context.cached.cache
         if cache is not None and cache.max_length:
-            stored = cache.media.get(self.layer_number)
+            stored = cache.memory.get(self.layer_number)
         else:
             stored = block.attention.keys_values(latents) if latents is not None and plan.rows else None
             if cache is not None and stored is not None:
-                cache.media[self.layer_number] = stored
+                cache.memory[self.layer_number] = stored
         if stored is None:
             return block.passed(hidden)
         start, end = plan.segments[:, 0].unbind(-1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, get_args
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig, MediaRule
 from parrot_sys.modules.perceiver import ResamplerConfig
+from parrot_sys.systems.section import Compat, ModelSettings, Section
+from parrot_sys.towers import VisionConfig
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class FlamingoConfig:
+class FlamingoConfig(Section):
     """Cross-attention of text to images that have no rows in the text; the defaults are those of OpenFlamingo-9B."""
 
+    key: ClassVar[str] = "flamingo"
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     """From the patches of an image to its latents."""
     cross_attention: GatedCrossAttentionConfig = field(default_factory=GatedCrossAttentionConfig)
@@ -39,3 +42,34 @@ class FlamingoConfig:
     def has_block(self, layer_number: int) -> bool:
         """Whether a block is before this decoder layer, counted from 1."""
         return layer_number % self.every_n_layers == 0
+
+    def check(self, model: ModelSettings) -> None:
+        """Checks the image token and the blocks against the decoder.
+
+        Raises:
+            ConfigError: the token is not in the vocabulary, or no layer has a block.
+        """
+        if self.image_token_id >= model.llm.vocab_size:
+            raise ConfigError(
+                f"model.flamingo.image_token_id must be < model.llm.vocab_size={model.llm.vocab_size}, "
+                f"got {self.image_token_id}"
+            )
+        if self.every_n_layers > model.llm.num_layers:
+            raise ConfigError(
+                f"model.flamingo.every_n_layers must be <= model.llm.num_layers={model.llm.num_layers}, "
+                f"got {self.every_n_layers}: no layer would read an image"
+            )
+
+    def rows_per_image(self, vision: VisionConfig) -> int:
+        """1: the image token alone is among the rows of the text."""
+        return 1
+
+    @property
+    def rule(self) -> str:
+        """Rule by which a row chooses its image."""
+        return self.media_rule
+
+    def with_compat(self, compat: Compat) -> FlamingoConfig:
+        """The same settings with the image that a row reads in the public code (`next`) or the paper (`previous`)."""
+        rule: MediaRule = "next" if compat == "released" else "previous"
+        return replace(self, media_rule=rule)

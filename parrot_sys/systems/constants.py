@@ -10,20 +10,15 @@ from typing import Any
 from parrot_sys.config_values import config_to_dict, leaves, load_config
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.files import read_json
-from parrot_sys.models.hf_config import (
-    CONFIG,
-    OWN_KEY,
-    RELEASED_TYPES,
-    config_from_hf,
-    holds_experts,
-)
 from parrot_sys.models.llm import llm_config_from_hf
-from parrot_sys.models.parrot import ParrotConfig
+from parrot_sys.systems.config import SECTIONS, ParrotConfig
+from parrot_sys.systems.hf_config import CONFIG, OWN_KEY, config_from_hf
+from parrot_sys.systems.registry import RELEASED_TYPES
 from parrot_sys.towers import vision_config_from_hf
 
 MODEL_CONFIG = "model_config.yaml"
 """Settings of the model in a training checkpoint."""
-_SECTIONS = ("llm", "vision", "projector", "moe", "wings", "flamingo")
+_SECTIONS = ("llm", "vision", "projector", "moe", *SECTIONS)
 _CHOICES = frozenset(
     {
         "vision.path",  # where files lie
@@ -90,16 +85,17 @@ def find_differences(model: ParrotConfig, directory: Path) -> list[Difference]:
     if hf.get("model_type") not in RELEASED_TYPES:
         decoder = leaves({"llm": config_to_dict(llm_config_from_hf(hf, file))})
         return _compare(model, dict(decoder), file) + _compare_tower(model)
-    if holds_experts(hf):  # they are there although the stage that wrote the file bypassed them (use_moe false)
-        hf = {**hf, "use_moe": True}
+    system = RELEASED_TYPES[hf["model_type"]]
+    # A stage that passes parts by keeps them; loading finds out whether it did.
+    unsure = system.unsure_sections(hf)
+    hf = system.with_bypassed_parts(hf)
     try:
         found = comparable(config_from_hf(hf, directory))
     except CheckpointError:  # the tower's shape is not in the checkpoint
         own = {**hf.get(OWN_KEY, {}), "vision": {"type": model.vision.type}}
         found = comparable(config_from_hf({**hf, OWN_KEY: own}, directory))
         found = {name: value for name, value in found.items() if not name.startswith("vision.")}
-    if hf.get("use_moe") is False:  # a stage that passes its experts by keeps them; loading finds out whether it did
-        found = {name: value for name, value in found.items() if not name.startswith("moe.")}
+    found = {name: value for name, value in found.items() if name.split(".")[0] not in unsure}
     return _compare(model, found, file) + _compare_tower(model)
 
 

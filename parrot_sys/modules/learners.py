@@ -15,7 +15,7 @@ with respect to rows and memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,11 @@ CUT_DIMS = {"q_up": 0, "k_up": 0, "v_up": 0, "o_down": 1}
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class WingsConfig:
-    """Learners and routers of Wings; the defaults are those of the released training scripts."""
+class LearnersConfig:
+    """Learners and routers; the defaults are those of the released training scripts."""
 
+    key: ClassVar[str] = "learners"
+    """Name of these settings in messages."""
     rank: int = 64
     """r, inner width of the learners' projections (Hugging Face: lora_dim)."""
     layers: tuple[int, ...] | None = None
@@ -49,14 +51,14 @@ class WingsConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "router_positions"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"wings.{name} must be >= 1, got {getattr(self, name)}")
+                raise ConfigError(f"{self.key}.{name} must be >= 1, got {getattr(self, name)}")
         if self.system_prompt_length < 0:
-            raise ConfigError(f"wings.system_prompt_length must be >= 0, got {self.system_prompt_length}")
+            raise ConfigError(f"{self.key}.system_prompt_length must be >= 0, got {self.system_prompt_length}")
         if self.rule not in get_args(Rule):
-            raise ConfigError(f"wings.rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}")
+            raise ConfigError(f"{self.key}.rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}")
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise ConfigError(
-                f"wings.layers must name each layer once, in ascending order, got {list(self.layers)}; "
+                f"{self.key}.layers must name each layer once, in ascending order, got {list(self.layers)}; "
                 "unset it for all layers"
             )
 
@@ -136,7 +138,7 @@ class LorraLearner(nn.Module):
         return (rows[:, self._columns] + low_rank).unflatten(1, (self.num_heads, self.head_dim))
 
 
-class WingsRouter(nn.Module):
+class LearnerRouter(nn.Module):
     """Weights of visual and textual learner for each row, from the layer's own attention."""
 
     def __init__(self, positions: int, *, dtype: torch.dtype | None = None, group: ProcessGroup | None = None) -> None:

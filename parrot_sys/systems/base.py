@@ -1,0 +1,155 @@
+"""System: how one system differs from the others, and how Hugging Face files name it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from parrot_sys.errors import ConfigError
+from parrot_sys.files import Fields
+from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig
+from parrot_sys.models.tensor_map import TensorMap
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.towers import VisionConfig
+
+if TYPE_CHECKING:
+    from parrot_sys.systems.bridge import SystemBridge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A part of a model that is frozen, and gets a learning rate of its own, by name."""
+
+    description: str
+    """For messages: "router and experts"."""
+    marks: tuple[str, ...]
+    """Its parameters are those whose names (in `MultimodalModel`) begin with one of these, or hold it after a dot."""
+    setting: str | None = None
+    """Setting of `model` without which the model lacks the part."""
+    may_be_bypassed: bool = False
+    """Whether a stage of training may pass it by and keep it as it is."""
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of `MultimodalModel` belongs to the part, as `named_parameters` names it."""
+        return any(name.startswith(mark) if mark[0] != "." else mark in name for mark in self.marks)
+
+
+_LORA = {"lora": Part(description="the low-rank updates", marks=(".lora.",), setting="lora")}
+_OUTER = {
+    "vision": Part(description="the vision tower", marks=("vision_tower.",)),
+    "llm": Part(description="the decoder with embeddings, norms and LM head", marks=("decoder.",)),
+}
+PROJECTOR = {"projector": Part(description="the projector", marks=("projector.",))}
+"""Of systems that put image rows into the text."""
+
+
+class System(ABC):
+    """One system: what it is called, what it consists of, how its released files look."""
+
+    name: ClassVar[str]
+    """In commands and folders."""
+    title: ClassVar[str]
+    """For people."""
+    section: ClassVar[str | None]
+    """Field of ParrotConfig that chooses it; None for the system of models without one."""
+    own_parts: ClassVar[Mapping[str, Part]]
+    """Name -> part, besides those of every system."""
+    template: ClassVar[str] = "chatml"
+    """Format of conversations where a checkpoint names none."""
+    select_feature: ClassVar[str] = "cls_patch"
+    """Rows of the tower where config.json does not say."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """Name -> part, those that hold others before them."""
+        return {**_OUTER, **self.own_parts, **_LORA}
+
+    def present_parts(self, model: ParrotConfig) -> list[str]:
+        """Names of the parts that a model of this configuration has."""
+        return [name for name, part in self.parts.items() if part.setting is None or getattr(model, part.setting)]
+
+    def check_bypass(self, bypass: Collection[str]) -> None:
+        """Refuses to pass by what cannot be passed by.
+
+        Raises:
+            ConfigError: names the parts that can.
+        """
+        allowed = [name for name, part in self.parts.items() if part.may_be_bypassed]
+        if wrong := sorted(set(bypass) - set(allowed)):
+            raise ConfigError(
+                f"bypass must name parts of {self.title} that can be passed by ({', '.join(allowed) or 'none'}), "
+                f"got {', '.join(wrong)}"
+            )
+
+    @abstractmethod
+    def bridge(self) -> type[SystemBridge]:
+        """Class of its bridge; imports Megatron."""
+
+    @property
+    @abstractmethod
+    def model_types(self) -> Mapping[str, str]:
+        """model_type of its released config.json -> architecture named there."""
+
+    def family(self, model_type: str, fields: Fields, own: Fields) -> DecoderFamily:
+        """Family of the decoder of a released checkpoint.
+
+        Args:
+            model_type: one of `model_types`, which ends with the family's name.
+            fields: of config.json.
+            own: those below `parrot_sys`.
+        """
+        return FAMILIES[model_type.removeprefix(f"{self.name}_")]
+
+    def model_type(self, llm: LLMConfig) -> str:
+        """model_type of a checkpoint with this decoder."""
+        return f"{self.name}_{llm.family}"
+
+    @abstractmethod
+    def from_hf(self, fields: Fields, llm: LLMConfig, vision: VisionConfig, directory: Path) -> dict[str, Any]:
+        """Arguments of ParrotConfig besides the decoder, from a released config.json.
+
+        Args:
+            fields: of config.json.
+            llm: the decoder.
+            vision: the tower as its own files describe it.
+            directory: of the checkpoint.
+        """
+
+    @abstractmethod
+    def to_hf(self, model: ParrotConfig) -> dict[str, Any]:
+        """Fields of a released config.json besides those of the decoder."""
+
+    def bypass_fields(self, model: ParrotConfig, bypass: Collection[str]) -> dict[str, Any]:
+        """Fields of a released config.json that say which parts are passed by."""
+        return {}
+
+    def with_bypassed_parts(self, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """A released config.json that says of no part that it is passed by."""
+        return dict(hf)
+
+    def unsure_sections(self, hf: Mapping[str, Any]) -> tuple[str, ...]:
+        """Sections of ParrotConfig that a released config.json leaves open, because it passes their parts by."""
+        return ()
+
+    def new_fields(self) -> Mapping[str, Any]:
+        """Further fields of a config.json that is not made from another one."""
+        return {}
+
+    @abstractmethod
+    def maps(self, model: ParrotConfig) -> list[TensorMap]:
+        """`MultimodalModel` <-> released names, without the vision tower."""
+
+    def bypassed(self, names: Iterable[str]) -> frozenset[str]:
+        """Parts that a checkpoint with these released tensors passes by, because an earlier stage wrote it."""
+        return frozenset()
+
+    def is_of_later_stage(self, key: str) -> bool:
+        """Whether checkpoints of earlier stages lack a released tensor, together with all others of its kind."""
+        return False
+
+    def is_carried(self, key: str, model: ParrotConfig) -> bool:
+        """Whether a released tensor may be there that the model does not use; export writes it back."""
+        return False

@@ -1,0 +1,122 @@
+"""MultiModal-GPT on Megatron: a resampler makes latents of the images, which text reads by gated cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.memory import MemoryPlan
+from parrot_sys.megatron.bridge import Embedded, Planned, RequestState
+from parrot_sys.modules.gated_cross_attention import MediaSpans, media_spans
+from parrot_sys.modules.perceiver import PerceiverResampler
+from parrot_sys.modules.text_guided_moe import RoutingOverride
+from parrot_sys.parallel import all_gather_rows
+from parrot_sys.systems.bridge import SystemBridge
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
+from parrot_sys.systems.multimodal_gpt.layers import flamingo_layer_spec
+
+
+class MultimodalGptBridge(SystemBridge):
+    """Latents of the images beside the text, and gated blocks in front of layers (arXiv 2305.04790).
+
+    The state of requests is what their next rows read: spans of the latents of all images of the prefill.
+    """
+
+    def __init__(
+        self,
+        model: ParrotConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        pre_process: bool,
+        bypass: Collection[str] = (),
+    ) -> None:
+        """See `SystemBridge`."""
+        super().__init__(model, config, groups, pre_process=pre_process, bypass=bypass)
+        self.resampler: PerceiverResampler | None = None
+        if pre_process:
+            self.resampler = PerceiverResampler(
+                self.flamingo.resampler, model.vision.hidden_size, dtype=config.params_dtype
+            )
+
+    @property
+    def flamingo(self) -> FlamingoConfig:
+        """Settings of resampler and gated blocks."""
+        assert self.model.flamingo is not None, "the registry chose this bridge"
+        return self.model.flamingo
+
+    @property
+    def keeps_state(self) -> bool:
+        """True: which latents the next rows read."""
+        return True
+
+    @property
+    def layers_differ(self) -> bool:
+        """True: layers with and without a gated block."""
+        return True
+
+    def modules(self) -> Mapping[str, nn.Module | None]:
+        """The resampler."""
+        return {"resampler": self.resampler}
+
+    def layer_spec(self, spec: ModuleSpec, number: int) -> ModuleSpec:
+        """The layer, with a gated block in front where there is one."""
+        return flamingo_layer_spec(spec, self.flamingo, self.vision.hidden_size, number, self.model.lora)
+
+    def plan(
+        self,
+        batch: PackedBatch,
+        cache: KVCache | None = None,
+        state: RequestState | None = None,
+        *,
+        output_router_weights: bool = False,
+    ) -> Planned:
+        """Spans of latents that rows read; after the prefill nothing is sent: the cache has their keys and values."""
+        if state is not None:
+            return Planned(memory=self._memory_plan(cast(MediaSpans, state), 0), state=state)
+        flamingo = self.flamingo
+        latents = flamingo.resampler.num_latents
+        spans = media_spans(batch.visual_rows, batch.cu_seqlens, batch.num_rows, latents, flamingo.media_rule)
+        after = None
+        if cache is not None:
+            after = spans.select(batch.cu_seqlens[1:].long() - 1)
+            if flamingo.media_rule == "next":  # the next rows are text: no image comes after them
+                after = after.reading_nothing()
+        return Planned(memory=self._memory_plan(spans, batch.visual_rows.numel() * latents), state=after)
+
+    def _memory_plan(self, spans: MediaSpans, rows: int) -> MemoryPlan:
+        segments = torch.stack((spans.start, spans.end), dim=-1).unsqueeze(1)
+        return MemoryPlan(rows=rows, width=self.vision.hidden_size, segments=segments, active=spans.active)
+
+    def embed(
+        self,
+        decoder: Any,
+        batch: PackedBatch,
+        plan: MemoryPlan | None,
+        override: RoutingOverride | None,
+        *,
+        decoding: bool,
+    ) -> Embedded:
+        """Rows [T, H], with that of the image token for images, and their latents [M, C]; None when none are read."""
+        assert plan is not None, "there is a plan for every micro-batch"
+        assert self.resampler is not None, "the first stage has the resampler"
+        ids = batch.input_ids
+        rows = decoder.embed(torch.where(ids < 0, self.flamingo.image_token_id, ids))
+        if plan.rows == 0 and not torch.is_grad_enabled():
+            return Embedded(rows=rows)
+        latents = self.resampler(self.image_features(batch))  # [n, L, C]
+        if batch.context is not None:
+            latents = all_gather_rows(latents, batch.context.image_counts, self.groups.cp)
+        if plan.rows == 0:
+            # Nobody reads them, but the hooks of every parameter must fire: in training they hang on the text.
+            rows = rows + latents.sum().to(rows.dtype)
+        return Embedded(rows=rows, memory=latents.flatten(0, 1))

@@ -1,0 +1,1 @@
+"""Parrot (arXiv 2406.02539): text-guided experts between projector and decoder."""
