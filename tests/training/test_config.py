@@ -10,7 +10,7 @@ import pytest
 from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.systems.parts import COMPONENTS
+from parrot_sys.systems.registry import all_parts
 from parrot_sys.training.config import TrainConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -133,7 +133,7 @@ def test_the_sets_of_multimodal_gpt_with_and_without_short_answers() -> None:
 
 
 def test_lora_needs_something_to_learn() -> None:
-    values = {**NEEDED, "trainable": {name: name == "lora" for name in COMPONENTS}}
+    values = {**NEEDED, "trainable": {name: name == "lora" for name in all_parts()}}
     with_lora = {**values, "model": {"tokenizer_path": "t", "lora": {"rank": 4}}, "optimizer": {"lora_lr": 1e-3}}
     config = config_from_dict(TrainConfig, with_lora)
     assert config.model.lora == LoRAConfig(rank=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfi
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.parts import part_parameters, set_trainable
+from parrot_sys.systems.registry import part_of
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.faults import TrainingError
 from parrot_sys.training.metrics import FlopCounter
@@ -69,7 +71,8 @@ def _train(
     model = _model(config, dtype, recompute, parallel, with_vision_tower)
     set_trainable(model, trainable)
     wrapped = wrap_data_parallel([model], distributed_optimizer=distributed, overlap=overlap)
-    adam = build_optimizer(wrapped, lr=LR, clip_grad=clip, **optimizer)
+    owner = functools.partial(part_of, model=config)
+    adam = build_optimizer(wrapped, lr=LR, clip_grad=clip, part_of=owner, **optimizer)
     for group in adam.param_groups:
         group["lr"] = group["max_lr"]
     runner = StepRunner(
@@ -109,7 +112,7 @@ def _plain(
     steps: int = 1,
     clip: float = 1.0,
     weight_decay: float = 0.0,
-    component_lrs: dict[str, float] | None = None,
+    part_lrs: dict[str, float] | None = None,
 ) -> tuple[list[float], list[float], State, State]:
     """The same steps without Megatron's buffers, schedule and optimizer: autograd, clipping and AdamW of torch."""
 
@@ -119,12 +122,10 @@ def _plain(
         moe = dataclasses.replace(config.moe, aux_loss_coeff=0.0, z_loss_coeff=0.0)
         model = _model(dataclasses.replace(config, moe=moe), torch.float32, "none", ParallelConfig())
         groups = []
-        for component, parameters in part_parameters(model).items():
+        for part, parameters in part_parameters(model).items():
             for parameter in parameters:
                 decay = weight_decay if parameter.dim() > 1 else 0.0
-                groups.append(
-                    {"params": [parameter], "lr": (component_lrs or {}).get(component, LR), "weight_decay": decay}
-                )
+                groups.append({"params": [parameter], "lr": (part_lrs or {}).get(part, LR), "weight_decay": decay})
         adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
         losses, norms, gradients = [], [], {}
         for _ in range(steps):
@@ -187,7 +188,7 @@ def test_gradients_are_those_of_plain_torch(layout: str, overlap: bool) -> None:
 @pytest.mark.parametrize("layout", ["one rank", "two ranks"])
 @pytest.mark.parametrize("distributed", [False, True])
 def test_three_clipped_steps_are_those_of_plain_torch(layout: str, distributed: bool) -> None:
-    settings = {"steps": 3, "clip": 0.3, "weight_decay": 0.1, "component_lrs": {"projector": 3e-2, "llm": 1e-3}}
+    settings = {"steps": 3, "clip": 0.3, "weight_decay": 0.1, "part_lrs": {"projector": 3e-2, "llm": 1e-3}}
     got, wanted = _run(LAYOUTS[layout], distributed=distributed, **settings), _plain([FIRST, SECOND, TEXT], **settings)
     assert wanted[1][0] > 0.3, "the gradient has to be clipped"
     assert got[0] == pytest.approx(wanted[0], rel=1e-4)
