@@ -21,6 +21,7 @@ from parrot_sys.data.cached_arrays import write_array
 from parrot_sys.data.image_sources import parquet as parquet_source
 from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.image_sources.tar import TarArchive
+from parrot_sys.data.row_groups import RowGroups
 from parrot_sys.errors import DataError
 from tests.data.picture_archives import write_parquet, write_tar
 
@@ -80,8 +81,8 @@ def test_only_the_needed_row_groups_are_read(tmp_path):
 
 
 def test_decoded_row_groups_are_bounded(tmp_path, monkeypatch):
-    cache = parquet_source._RowGroups(1_000_000)
-    monkeypatch.setattr(parquet_source, "_CACHE", cache)
+    cache = RowGroups(1_000_000)
+    monkeypatch.setattr(parquet_source, "CACHE", cache)
     big = {f"{i}.png": os.urandom(100_000) for i in range(40)}
     root = ImageRoot(write_parquet(tmp_path / "a.parquet", big, rows=4))
     sizes = []
@@ -93,8 +94,8 @@ def test_decoded_row_groups_are_bounded(tmp_path, monkeypatch):
 
 
 def test_a_row_group_above_the_limit_is_read_alone(tmp_path, monkeypatch, caplog):
-    cache = parquet_source._RowGroups(50_000)
-    monkeypatch.setattr(parquet_source, "_CACHE", cache)
+    cache = RowGroups(50_000)
+    monkeypatch.setattr(parquet_source, "CACHE", cache)
     big = {f"{i}.png": os.urandom(100_000) for i in range(4)}
     root = ImageRoot(write_parquet(tmp_path / "a.parquet", big, rows=1))
     for name in (*big, *big):

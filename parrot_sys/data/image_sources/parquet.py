@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from parrot_sys.data.image_files import OpenFile
 from parrot_sys.data.image_sources.archive import Archive, Member
+from parrot_sys.data.row_groups import CACHE, MakeRoom
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.files import errors_named
 
-logger = logging.getLogger(__name__)
 _NAMES = ("path", "name", "file_name", "filename", "image_path", "image_name", "image_id", "key", "__key__", "id")
 """Columns that are taken for the names, in this order, where there are several of strings."""
-_CACHE_BYTES = 256 << 20
 
 
 class ParquetArchive(Archive):
@@ -41,18 +36,21 @@ class ParquetArchive(Archive):
     def open(self, first: int, second: int) -> OpenFile:
         """The bytes of a row, as a file."""
         self.file.check()
-        data = _CACHE.column(self, first)[second].as_py()
+        column = CACHE.get(
+            (self.file.name, self.state, first), self.name, lambda make_room: self._decode(first, make_room)
+        )
+        data = column[second].as_py()
         if data is None:
             raise DataError("has no bytes: its cell is null")
         return io.BytesIO(data)
 
-    def decode(self, group: int, make_room: Callable[[int, str], None]) -> Any:
-        """The pictures of a row group, as an Arrow column; `make_room` is told its size before it is decoded."""
+    def _decode(self, group: int, make_room: MakeRoom) -> Any:
+        """The pictures of a row group, as an Arrow column."""
         with self._file() as file:
             _, data = self._columns(file.schema_arrow)
             metadata = file.metadata.row_group(group)
             columns = [metadata.column(i) for i in range(metadata.num_columns)]
-            make_room(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == data), self.name)
+            make_room(sum(c.total_uncompressed_size for c in columns if c.path_in_schema == data))
             return _read(file, group, data)
 
     def _file(self) -> Any:
@@ -87,56 +85,6 @@ class ParquetArchive(Archive):
                 + ", ".join(f"{field.name}: {field.type}" for field in schema)
             )
         return names[0], data[0]
-
-
-class _RowGroups:
-    """Decoded row groups of all files, so many that they have no more bytes than a limit (or one that has more).
-
-    One thread decodes at a time: that bounds the memory.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._warned = limit, False
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets all. A forked process starts anew: another thread may have held the locks."""
-        self._groups: OrderedDict[tuple[str, tuple[int, int], int], Any] = OrderedDict()
-        self._access, self._decoding = threading.Lock(), threading.Lock()
-
-    def column(self, archive: ParquetArchive, group: int) -> Any:
-        """The pictures of a row group."""
-        key = (archive.file.name, archive.state, group)
-        if (found := self._known(key)) is not None:
-            return found
-        with self._decoding:
-            if (found := self._known(key)) is None:
-                found = archive.decode(group, self._make_room)
-                with self._access:
-                    self._groups[key] = found
-            return found
-
-    def _known(self, key: tuple[str, tuple[int, int], int]) -> Any:
-        with self._access:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-            return self._groups.get(key)
-
-    def _make_room(self, size: int, path: str) -> None:
-        if size > self._limit and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s has row groups of %.0f MB, and a whole one is decoded for each picture that is read: write it with "
-                "smaller row groups (100 rows), or as tar files",
-                *(path, size / 1e6),
-            )
-        with self._access:
-            while self._groups and size + sum(column.nbytes for column in self._groups.values()) > self._limit:
-                self._groups.popitem(last=False)
-
-
-_CACHE = _RowGroups(_CACHE_BYTES)
-os.register_at_fork(after_in_child=_CACHE.reset)
 
 
 def _read(file: Any, group: int, path: str) -> Any:

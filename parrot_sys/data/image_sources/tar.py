@@ -27,6 +27,11 @@ class TarArchive(Archive):
 
     def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
         """All members; only the headers are read."""
+        for info, _ in self.headers(advance):
+            yield Member(info.name, info.offset_data, info.size, _refused(info))
+
+    def headers(self, advance: Callable[[int], object]) -> Iterator[tuple[tarfile.TarInfo, int]]:
+        """The header of each member, and the byte at which the next one begins."""
         reported = 0
         with self.file.open() as file:
             self._refuse_compressed(file.read(8))
@@ -40,7 +45,7 @@ class TarArchive(Archive):
                             raise tarfile.ReadError(f"the header at byte {info.offset} has a wrong size")
                         if info.offset_data + info.size > self.state[0]:
                             raise tarfile.ReadError(f"the file ends inside {info.name!r}")
-                        yield Member(info.name, info.offset_data, info.size, _refused(info))
+                        yield info, tar.offset
                         if tar.offset - reported > _STEP:
                             advance(tar.offset - reported)
                             reported = tar.offset

@@ -89,6 +89,10 @@ class RecordSource(ABC):
         """Pictures that lie in the data set itself, by the names that its records give; None where it has none."""
         return None
 
+    def rows(self) -> RecordSource:
+        """The source whose raw records a file of columns is about."""
+        return self
+
     def size(self) -> int:
         """Bytes of all files, for progress."""
         return sum(size for _, size, _ in self.state())
