@@ -5,6 +5,7 @@ from __future__ import annotations
 from parrot_sys.ops.expert_mlp import ExpertPlan, expert_mlp
 from parrot_sys.ops.grouped_gemm import k_grouped_gemm, m_grouped_gemm, m_grouped_swiglu
 from parrot_sys.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_parts
+from parrot_sys.ops.paged_attention import paged_attention
 from parrot_sys.ops.permute import permute, unpermute
 from parrot_sys.ops.registry import force_backend
 from parrot_sys.ops.router_attention import router_attention, router_attention_parts
@@ -23,6 +24,7 @@ __all__ = [
     "linear_cross_entropy_parts",
     "m_grouped_gemm",
     "m_grouped_swiglu",
+    "paged_attention",
     "permute",
     "router_attention",
     "router_attention_parts",

@@ -27,6 +27,7 @@ OPS = (
     "linear_cross_entropy",
     "router_attention",
     "segment_attention",
+    "paged_attention",
     "grouped_gemm",
     "permute",
     "swiglu",

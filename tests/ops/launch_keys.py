@@ -20,6 +20,7 @@ from parrot_kernels import compile_only
 from parrot_kernels.expert_mlp import triton_impl as expert_mlp
 from parrot_kernels.grouped_gemm import triton_impl as grouped_gemm
 from parrot_kernels.linear_cross_entropy import triton_impl as linear_cross_entropy
+from parrot_kernels.paged_attention import triton_impl as paged_attention
 from parrot_kernels.router_attention import triton_impl as router_attention
 from parrot_kernels.segment_attention import triton_impl as segment_attention
 from parrot_kernels.text_guided_routing import triton_impl as text_guided_routing
@@ -79,6 +80,12 @@ def attention_of_segments(rows: int) -> None:
     segment_attention.segment_attention_bwd(out, None, *inputs, out, lse, 0.1, (True,) * 3)
 
 
+def attention_to_cache(rows: int) -> None:
+    requests = integers(rows, rows), integers(rows + 1), integers(rows)
+    cache = meta(100, HEADS // 2, 16, WIDTH)
+    paged_attention.paged_attention(meta(rows, HEADS, WIDTH), cache, cache, *requests, None, None, 1 + rows % 3, 0.1)
+
+
 def routing(images: int) -> None:
     spans = integers(images), integers(images)
     args = (meta(images, HIDDEN), meta(images * 300, HIDDEN), *spans, meta(EXPERTS, HIDDEN))
@@ -92,6 +99,7 @@ CALLS: dict[str, Callable[[int], None]] = {
     "expert_mlp tokens": experts("topk", 1),
     "grouped_gemm": grouped,
     "linear_cross_entropy": cross_entropy,
+    "paged_attention": attention_to_cache,
     "router_attention": attention_of_samples,
     "segment_attention": attention_of_segments,
     "text_guided_routing": routing,

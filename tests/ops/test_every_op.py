@@ -115,6 +115,32 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     "topk_routing-groups": (lambda logits: ops.topk_routing(logits, 2, **GROUPS), {"logits": (7, 6)}),
 }
 
+CACHE = torch.arange(2 * 2 * 4 * 4).remainder(7).view(2, 2, 4, 4).float()
+REQUESTS = (torch.tensor([[1, 0], [0, 0]], dtype=torch.int32), *torch.tensor([[0, 2, 5], [5, 3, 0]]).int())
+# As CALLS, of ops for inference, which have no gradients.
+INFERENCE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
+    "paged_attention": (
+        lambda query: ops.paged_attention(
+            query, CACHE, CACHE, *REQUESTS[:2], REQUESTS[2][:2], max_seqlen_q=3, scale=0.3
+        ),
+        {"query": (5, 4, 4)},
+    ),
+    "paged_attention-columns": (
+        lambda query, columns: ops.paged_attention(
+            query,
+            CACHE,
+            CACHE,
+            *REQUESTS[:2],
+            REQUESTS[2][:2],
+            max_seqlen_q=3,
+            scale=0.3,
+            columns=columns,
+            visible=CACHE[:, 0, 0] > 1,
+        ),
+        {"query": (5, 4, 4), "columns": (5, 2)},
+    ),
+}
+
 
 def load(name: str) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, Tensor]]:
     """A function that gives the outputs with a gradient, and random tensors for it."""
@@ -173,6 +199,24 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(operator, args)
 
 
+@pytest.mark.parametrize("name", INFERENCE_CALLS)
+def test_ops_for_inference(name: str) -> None:
+    """One graph, the same results in it, opcheck, and an error instead of a gradient."""
+    call, sizes = INFERENCE_CALLS[name]
+    tensors = [torch.randn(size) for size in sizes.values()]
+    with Recorder() as recorder:
+        wanted = call(*tensors)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for value, own in zip(wanted, compiled(*tensors), strict=True):
+        assert value is own is None or torch.equal(value, own)
+    for operator, args in recorder.calls:
+        torch.library.opcheck(operator, args)
+    out, *_ = call(tensors[0].requires_grad_(), *tensors[1:])
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        out.sum().backward()
+
+
 def test_every_public_function_is_called() -> None:
     functions = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)} - {"force_backend"}
-    assert {name.partition("-")[0] for name in CALLS} == functions
+    assert {name.partition("-")[0] for name in (*CALLS, *INFERENCE_CALLS)} == functions
