@@ -2,6 +2,7 @@
 
     python train/experiment.py                  parrot: experts on and off, three language mixes (an hour or more)
     python train/experiment.py --model wings    what visual tuning costs in questions about text, and what learners keep
+    python train/experiment.py --model routers    parrot: which routers carry the language, and what that costs
     python train/experiment.py --model multimodal_gpt    how long answers are with and without a set of short ones
     python train/experiment.py --fresh          from the start; otherwise what is done is not done again
     python train/experiment.py --quick          one seed and four steps a stage, to see that it works
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
             evaluations.setdefault(variant.name, {})[str(seed)] = folder
             accuracy, counts = chosen.measure(folder)
             record = {"accuracy": accuracy, "n": counts}
+            if chosen.routes is not None:
+                record["routes"] = chosen.routes(folder)
             content["results"].setdefault(variant.name, {})[str(seed)] = record
             content["summary"] = experiment.summarize(content["results"], chosen.comparisons)
             content["summary"] |= experiment.compare_variants(chosen, evaluations)

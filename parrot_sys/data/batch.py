@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parrot_sys.parallel import RowSplit
+
+
+@lru_cache(maxsize=4096)
+def language_number(name: str) -> int:
+    """A number below 2^52, which float64 holds exactly, for any name of a language; -1 for none."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 12 if name else -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +73,14 @@ class PackedBatch:
     def num_rows(self) -> int:
         """T, text and visual rows."""
         return self.input_ids.numel()
+
+    def image_languages(self) -> Tensor:
+        """[n] int64 on the device of the batch: a number for the language of each image, the same on every rank and in
+        every run; -1 where it is not known."""
+        numbers = torch.tensor([language_number(name) for name in self.languages], dtype=torch.int64)
+        if not self.languages:
+            numbers = torch.full((self.num_samples,), -1)
+        return numbers.to(self.image_sample.device)[self.image_sample]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch with every tensor on `device`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.modules.losses import load_balancing_loss, router_z_loss
+from parrot_sys.modules.routing_losses import RoutingTotals, auxiliary_losses, routing_rows
 from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_routing, topk_routing
 from parrot_sys.parallel import ExpertGroups, check_experts, dispatch_images
 
@@ -21,6 +21,7 @@ from parrot_sys.parallel import ExpertGroups, check_experts, dispatch_images
 # G guidance rows of text
 
 _DEFAULT_TOPK = 2
+_EPS = 1e-12  # far below the mean square of any embedding
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -47,6 +48,17 @@ class TextGuidedMoEConfig:
     """Weight of the load-balancing loss over the global batch."""
     z_loss_coeff: float = 0.0
     """Weight of the router z-loss."""
+    information_coeff: float = 0.0
+    """Weight of minus the information I(expert; language) of the global batch in nats: routes that carry the language
+    of the record. An image whose record states no language has one of its own."""
+    evenness_coeff: float = 0.0
+    """Weight of a pull towards equal use: the gradient of an image's logits is the experts' mean scores over the global
+    batch less equal shares. Unlike that of an entropy it does not vanish for an expert that gets no images."""
+    normalize_guidance: bool = False
+    """Divide each guiding row by its root mean square, and the scores of the rows by H in place of sqrt(H): small
+    embeddings then leave no uniform route. Off as released."""
+    router_scale: float = 1.0
+    """Factor of the router's logits, and so of its learning rate; 1 as released."""
     recompute: bool = False
     """Store only X for the backward pass of the experts and compute the rest again."""
 
@@ -57,13 +69,26 @@ class TextGuidedMoEConfig:
         most = self.num_experts if self.routing == "topk" else max(self.num_experts, _DEFAULT_TOPK)
         if self.topk < 1 or (self.num_experts and self.topk > most):
             raise ConfigError(f"moe.topk must be in [1, moe.num_experts={self.num_experts}], got {self.topk}")
-        for name in ("aux_loss_coeff", "z_loss_coeff"):
+        for name in ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"moe.{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if not (self.router_scale > 0 and math.isfinite(self.router_scale)):
+            raise ConfigError(f"moe.router_scale must be a finite number > 0, got {self.router_scale}")
         if not math.isfinite(self.residual_weight):
             raise ConfigError(f"moe.residual_weight must be a finite number, got {self.residual_weight}")
         if self.ffn_hidden_size < 1:
             raise ConfigError(f"moe.ffn_hidden_size must be >= 1, got {self.ffn_hidden_size}")
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether routes bear auxiliary losses in training."""
+        return any((self.aux_loss_coeff, self.z_loss_coeff, self.information_coeff, self.evenness_coeff))
+
+    @property
+    def needs_routes_ahead(self) -> bool:
+        """Whether these need the routes of the whole step: dense routing chooses every expert anyway."""
+        balanced = self.aux_loss_coeff and self.routing == "topk"
+        return bool(balanced or self.information_coeff or self.evenness_coeff)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,14 +114,6 @@ class RoutingOverride:
     def __post_init__(self) -> None:
         if (self.mode is None) == (self.probs is None):
             raise ConfigError("RoutingOverride takes exactly one of mode ('off' or 'uniform') and probs")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoutingTotals:
-    """Counts over all images of a training step: those of every micro-batch on every data-parallel rank."""
-
-    num_images: Tensor  # 0-d
-    tokens_per_expert: Tensor  # [E], images that chose each expert
 
 
 class TextGuidedMoE(nn.Module):
@@ -203,6 +220,7 @@ class TextGuidedMoE(nn.Module):
         guidance_end: Tensor,
         *,
         query: Tensor | None = None,
+        languages: Tensor | None = None,
         override: RoutingOverride | None = None,
     ) -> tuple[Tensor, RoutingOutput]:
         """Language-specific visual rows.
@@ -216,6 +234,7 @@ class TextGuidedMoE(nn.Module):
             guidance_start: [n] int, first row in `text` of each image's guidance; images may share rows.
             guidance_end: [n] int, one past the last; an empty span routes uniformly.
             query: [n, H], asks the text; row 0 of each image, its CLS row, when not given.
+            languages: [n] int64, number of each image's language for the information loss, see `routing_rows`.
             override: replaces the route (evaluation only).
 
         Returns:
@@ -236,7 +255,11 @@ class TextGuidedMoE(nn.Module):
                 torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
             )
         output = self._run_experts(features, probs, plan)
-        aux_loss, z_loss = self._auxiliary_losses(routing)
+        aux_loss = z_loss = None
+        if torch.is_grad_enabled():  # their statistics need every rank of the group: only training brings all of them
+            aux_loss, z_loss = auxiliary_losses(
+                config, logits, routing, languages, totals=self._step_totals, group=self.statistics_group
+            )
         indices = routing.topk_indices if plan is not None else None
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)
 
@@ -272,24 +295,30 @@ class TextGuidedMoE(nn.Module):
     ) -> tuple[Tensor, TopKRouting]:
         """Router logits [n, E] of the images with CLS rows [n, H], and what they choose."""
         config = self.config
-        logits, _ = text_guided_routing(
-            cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=1 / math.sqrt(self.hidden_size)
-        )
+        scale = 1 / math.sqrt(self.hidden_size)
+        if config.normalize_guidance:
+            text, scale = nn.functional.rms_norm(text, text.shape[1:], eps=_EPS), 1 / self.hidden_size
+        logits, _ = text_guided_routing(cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=scale)
+        if config.router_scale != 1.0:
+            logits = logits * config.router_scale
         sparse = config.routing == "topk"
         topk = config.topk if sparse else config.num_experts
         return logits, topk_routing(logits, topk, renormalize=sparse and config.renormalize)
 
     @torch.no_grad()
-    def count_choices(self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor) -> Tensor:
-        """[E] int, how many images choose each expert; runs the router only.
+    def look(
+        self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor, languages: Tensor
+    ) -> Tensor:
+        """`routing_rows` of some images, for `RoutingTotals`; runs the router only.
 
         Args:
             cls_rows: [n, H], projected CLS row of each image.
             text: see `forward`, as the other arguments.
             guidance_start: [n] int.
             guidance_end: [n] int.
+            languages: [n] int64.
         """
-        return self._route(cls_rows, text, guidance_start, guidance_end)[1].tokens_per_expert
+        return routing_rows(self._route(cls_rows, text, guidance_start, guidance_end)[1], languages)
 
     @contextmanager
     def over_step(self, totals: RoutingTotals) -> Iterator[None]:
@@ -299,29 +328,6 @@ class TextGuidedMoE(nn.Module):
             yield
         finally:
             self._step_totals = None
-
-    def _auxiliary_losses(self, routing: TopKRouting) -> tuple[Tensor | None, Tensor | None]:
-        """Load-balancing loss and z-loss, times their coefficients; None where the coefficient is 0."""
-        config, totals, group = self.config, self._step_totals, self.statistics_group
-        aux_loss = z_loss = None
-        # Their statistics need every rank of the group, which only training brings here at the same time.
-        if not torch.is_grad_enabled():
-            return None, None
-        if config.aux_loss_coeff:
-            if totals is None:
-                balance = load_balancing_loss(routing.scores, routing.tokens_per_expert, group=group)
-            else:
-                counts = totals.tokens_per_expert.to(routing.scores)
-                fraction = counts / counts.sum().clamp(min=1)
-                balance = config.num_experts * (fraction * routing.scores.sum(0)).sum() / totals.num_images.clamp(min=1)
-            aux_loss = config.aux_loss_coeff * balance
-        if config.z_loss_coeff:
-            if totals is None:
-                z_mean = router_z_loss(routing.lse, group=group)
-            else:
-                z_mean = routing.lse.square().sum() / totals.num_images.clamp(min=1)
-            z_loss = config.z_loss_coeff * z_mean
-        return aux_loss, z_loss
 
 
 def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:

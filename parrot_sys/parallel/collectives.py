@@ -167,6 +167,16 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: ProcessGroup | N
     return rows if group is None else _AllGatherRows.apply(rows, counts, group)
 
 
+def gather_counts(count: int, group: ProcessGroup | None, device: torch.device) -> list[int]:
+    """The `count` of every rank, for `all_gather_rows`."""
+    if group is None:
+        return [count]
+    own = torch.tensor([count], dtype=torch.int64, device=device)
+    counts = own.new_empty(group.size())
+    all_gather_single(counts, own, group=group)
+    return list(map(int, counts.tolist()))
+
+
 @torch.no_grad()
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """Elementwise maximum over the ranks of `group`, without a gradient."""

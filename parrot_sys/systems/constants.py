@@ -25,6 +25,8 @@ _CHOICES = frozenset(
         "moe.recompute",  # memory against time
         "moe.aux_loss_coeff",  # how the router is trained
         "moe.z_loss_coeff",
+        "moe.information_coeff",
+        "moe.evenness_coeff",
         "wings.rule",  # the public code's rules or the paper's, with the same weights
         "flamingo.media_rule",
     }

@@ -32,10 +32,11 @@ VISION_SIZES = ("image_size", "patch_size", "hidden_size", "num_layers", "num_at
         ("vision", {"type": "efficientnet_lite0"}, "vision.hidden_size must be 1280"),
         *(
             ("moe", {name: value}, f"moe.{name}")
-            for name in ("aux_loss_coeff", "z_loss_coeff")
+            for name in ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
             for value in (-1, "nan")
         ),
         ("moe", {"residual_weight": "inf"}, "moe.residual_weight"),
+        ("moe", {"router_scale": 0}, "moe.router_scale"),
         ("moe", {"topk": 7}, "moe.topk"),
         ("moe", {"topk": 0}, "moe.topk"),
         ("moe", {"topk": 7, "routing": "topk"}, "moe.topk"),

@@ -36,8 +36,10 @@ def released_loop(
     outputs, all_probs = [], []
     for rows, first, last in zip(features, start.tolist(), end.tolist(), strict=True):
         span = text[first:last]
-        attention = (rows[:1] @ span.T / math.sqrt(rows.shape[1])).softmax(-1)
-        probs = ((attention @ span) @ released["gate.weight"].T).softmax(-1)[0]
+        if config.normalize_guidance:
+            span = span / span.square().mean(-1, keepdim=True).sqrt()
+        attention = (rows[:1] @ span.T / rows.shape[1] ** (1.0 if config.normalize_guidance else 0.5)).softmax(-1)
+        probs = (config.router_scale * (attention @ span) @ released["gate.weight"].T).softmax(-1)[0]
         if config.routing == "topk":
             values, indices = (part[: config.topk] for part in probs.sort(descending=True, stable=True))
             if config.renormalize:
@@ -75,6 +77,12 @@ CONFIGS = {
     "top_all": TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=8, routing="topk", topk=4),
     "recompute": TextGuidedMoEConfig(num_experts=6, ffn_hidden_size=12, recompute=True),
     "recompute_topk": TextGuidedMoEConfig(num_experts=6, ffn_hidden_size=12, routing="topk", recompute=True),
+    "normalized": TextGuidedMoEConfig(
+        num_experts=6, ffn_hidden_size=12, normalize_guidance=True, router_scale=3.0, recompute=True
+    ),
+    "normalized_topk": TextGuidedMoEConfig(
+        num_experts=5, ffn_hidden_size=12, routing="topk", normalize_guidance=True, router_scale=0.5
+    ),
     "one_expert": TextGuidedMoEConfig(num_experts=1, ffn_hidden_size=8),
 }
 
@@ -209,6 +217,57 @@ def test_auxiliary_losses_reach_the_router_only_by_their_coefficients() -> None:
     (grad,) = torch.autograd.grad(routing.aux_loss + routing.z_loss, module.router_weight)
     assert grad.abs().max() > 0
     assert TextGuidedMoE(CONFIGS["released"], 16)(torch.randn(2, 5, 16), torch.randn(7, 16), *spans)[1].aux_loss is None
+
+
+@pytest.mark.parametrize("names", [[7, 7, -1, 3], [-1, -1, -1, -1], [5, 5, 5, 5], None])
+def test_information_loss_is_the_information_of_experts_and_languages(names: list[int] | None) -> None:
+    config = TextGuidedMoEConfig(
+        num_experts=4, ffn_hidden_size=8, information_coeff=0.5, normalize_guidance=True, router_scale=30.0
+    )
+    module = TextGuidedMoE(config, 16)
+    languages = None if names is None else torch.tensor(names)
+    spans = make_spans([4, 3, 2], [1, 2, 1])
+    _, routing = module(torch.randn(4, 5, 16), torch.randn(9, 16), *spans, languages=languages)
+    logits = routing.logits.detach().requires_grad_()
+    scores = logits.softmax(-1)
+    # An image of unknown language has one of its own.
+    own = [name if name >= 0 else 100 + i for i, name in enumerate(names or [-1] * 4)]
+    joint = torch.stack([scores[[each == name for each in own]].sum(0) / 4 for name in sorted(set(own))])
+    wanted = -0.5 * (joint * (joint / (joint.sum(0) * joint.sum(1, keepdim=True))).log()).sum()
+    torch.testing.assert_close(routing.aux_loss, wanted, atol=1e-6, rtol=1e-5)
+    (expected,) = torch.autograd.grad(wanted, logits)
+    (grad,) = torch.autograd.grad(routing.aux_loss, routing.logits)
+    assert (names == [5, 5, 5, 5]) == bool(expected.abs().max() < 1e-6)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_evenness_reaches_an_expert_that_gets_nothing() -> None:
+    config = TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=8, evenness_coeff=2.0)
+    module = TextGuidedMoE(config, 16)
+    with torch.no_grad():  # expert 2 has a score of 0
+        module.router_weight.copy_(torch.tensor([[300.0], [299.0], [-300.0]]).expand(3, 16))
+    _, routing = module(torch.randn(4, 5, 16), torch.ones(4, 16), *make_spans([4], [4]))
+    scores = routing.logits.softmax(-1)
+    assert (scores[:, 2] == 0).all()
+    (grad,) = torch.autograd.grad(routing.aux_loss, routing.logits)
+    torch.testing.assert_close(grad, 2.0 * (scores.mean(0) - 1 / 3).expand(4, 3) / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalized_guidance_does_not_depend_on_the_size_of_embeddings(dtype: torch.dtype) -> None:
+    config = TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=8, normalize_guidance=True)
+    module = TextGuidedMoE(config, 16, dtype=dtype)
+    features, text, spans = (
+        torch.randn(2, 5, 16, dtype=dtype),
+        torch.randn(7, 16, dtype=dtype),
+        make_spans([4, 3], [1, 1]),
+    )
+    wanted = module(features, text, *spans)[1].logits
+    assert wanted.abs().max() > 0.05
+    for size in (2.0**-12, 2.0**9):
+        torch.testing.assert_close(module(features, text * size, *spans)[1].logits, wanted, rtol=1e-3, atol=1e-5)
+    text[0] = 0.0  # a padding row of an embedding
+    assert module(features, text, *spans)[1].logits.isfinite().all()
 
 
 def test_released_layout_round_trip_is_bit_equal() -> None:

@@ -32,10 +32,13 @@ def test_quick_demo_and_its_second_start(tmp_path: Path) -> None:
     details = report["details"]
     assert set(details["routing"]) == {"off", "other-language"}
     assert all(change > 0 for row in details["logit_change"]["style"].values() for change in row.values())
+    assert details["routes"]["style"]["language"]["n"] == sum(cell["n"] for cell in details["cells"]["style"].values())
     assert set(details["training"]) == {"0 text", "1 alignment", "2 instruction"}
     assert (root / "report" / "loss.png").is_file()
     for language in MMMB_LANGUAGES:
         assert f"--- {language}: the right name is" in output
+    same_picture = output.split("--- the same picture, en.png, in every language")[1]
+    assert same_picture.count("most weight: expert") == len(MMMB_LANGUAGES)
     stamps = {path.name: path.read_text() for path in (root / "stamps").iterdir()}
     again = run(tmp_path)
     assert again.count("done before") == len(stamps) == 10

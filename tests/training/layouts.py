@@ -41,7 +41,19 @@ MODEL = replace(
     llm=replace(CONFIG.llm, num_layers=4),
 )
 """Divisible by 2 and 4 where it can be cut; auxiliary losses are on."""
-TOPK = replace(MODEL, moe=replace(MODEL.moe, routing="topk", topk=2))
+TOPK = replace(
+    MODEL,
+    moe=replace(
+        MODEL.moe,
+        routing="topk",
+        topk=2,
+        normalize_guidance=True,
+        router_scale=2.0,
+        information_coeff=0.2,
+        evenness_coeff=0.1,
+    ),
+)
+"""With every switch of the router that changes what it learns."""
 QWEN3 = replace(TOPK, llm=replace(MODEL.llm, family="qwen3", qkv_bias=False, head_dim=10))
 LLAMA = replace(
     MODEL,

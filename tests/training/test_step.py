@@ -119,7 +119,7 @@ def _plain(
     def train(rank: int, size: int) -> tuple[list[float], list[float], State, State]:
         initialize()
         # Without auxiliary losses of its own: they are added from their definitions.
-        moe = dataclasses.replace(config.moe, aux_loss_coeff=0.0, z_loss_coeff=0.0)
+        moe = dataclasses.replace(config.moe, **dict.fromkeys(COEFFICIENTS, 0.0))
         model = _model(dataclasses.replace(config, moe=moe), torch.float32, "none", ParallelConfig())
         groups = []
         for part, parameters in part_parameters(model).items():
@@ -135,7 +135,8 @@ def _plain(
             loss = total / labels
             if reduction == "micro_batch":
                 loss = sum(output.losses.mean() for output in outputs) / len(outputs)
-            extra = _auxiliary([output.routing for output in outputs], config.moe)
+            languages = [batch.image_languages() for batch in batches if batch.num_rows]
+            extra = _auxiliary([output.routing for output in outputs], languages, config.moe)
             (loss + extra).backward()
             gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
@@ -148,12 +149,25 @@ def _plain(
     return run_distributed(train, 1)[0]
 
 
-def _auxiliary(routes: Sequence[RoutingOutput], moe: TextGuidedMoEConfig) -> Tensor:
-    """Load-balancing loss and z-loss over the images of all micro-batches, from their definitions."""
+def _auxiliary(routes: Sequence[RoutingOutput], languages: Sequence[Tensor], moe: TextGuidedMoEConfig) -> Tensor:
+    """Auxiliary losses over the images of all micro-batches, from their definitions."""
     logits, probs = (torch.cat([getattr(route, name) for route in routes]) for name in ("logits", "probs"))
     shares = (probs > 0).float().sum(0) / (probs > 0).sum()
     balance = moe.num_experts * (shares * logits.softmax(-1).mean(0)).sum()
-    return moe.aux_loss_coeff * balance + moe.z_loss_coeff * logits.logsumexp(-1).square().mean()
+    scores, names = logits.softmax(-1), torch.cat(list(languages))
+
+    def entropy(rows: Tensor) -> Tensor:
+        mean = rows.mean(0)
+        return -(mean * mean.log()).sum()
+
+    # Without a language, each image has one of its own.
+    groups = [scores[names == name] for name in set(names.tolist()) - {-1}]
+    groups += [row[None] for row in scores[names == -1]]
+    information = entropy(scores) - sum(len(rows) / len(scores) * entropy(rows) for rows in groups)
+    z_loss = logits.logsumexp(-1).square().mean()
+    evenness = ((scores.mean(0).detach() - 1 / moe.num_experts) * logits.mean(0)).sum()
+    losses = {"aux_loss": balance, "z_loss": z_loss, "information": -information, "evenness": evenness}
+    return sum(getattr(moe, f"{name}_coeff") * loss for name, loss in losses.items())
 
 
 def _assert_same(got: Any, wanted: Any, *, parameters: bool = True) -> None:
@@ -170,6 +184,7 @@ def _assert_same(got: Any, wanted: Any, *, parameters: bool = True) -> None:
             torch.testing.assert_close(parameter[sure], wanted[3][name][sure], rtol=1e-3, atol=2e-5, msg=name)
 
 
+COEFFICIENTS = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
 LAYOUTS = {
     "one rank": [[FIRST, SECOND, TEXT]],
     "two ranks": [[FIRST, EMPTY], [SECOND, TEXT]],
@@ -228,12 +243,23 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("routing", ["dense", "topk"])
+@pytest.mark.parametrize("losses", ["balance", "information"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_auxiliary_losses_are_those_of_the_global_batch(split: str, routing: str) -> None:
+def test_auxiliary_losses_are_those_of_the_global_batch(split: str, losses: str, routing: str) -> None:
     # Strong enough that the router's gradient is theirs.
     moe = TextGuidedMoEConfig(
         num_experts=3, ffn_hidden_size=20, routing=routing, topk=1, aux_loss_coeff=50.0, z_loss_coeff=5.0
     )
+    if losses == "information":
+        moe = dataclasses.replace(
+            moe,
+            aux_loss_coeff=0.0,
+            z_loss_coeff=0.0,
+            information_coeff=50.0,
+            evenness_coeff=20.0,
+            normalize_guidance=True,
+            router_scale=10.0,  # where routes are uniform, information has no gradient but rounding
+        )
     config = dataclasses.replace(CONFIG, moe=moe)
     got = _run(SPLITS[split](*_halves(BOTH)), config=config, clip=0.0)
     wanted = _plain([BOTH], config=config, clip=0.0)
@@ -246,7 +272,14 @@ def test_auxiliary_losses_are_those_of_the_global_batch(split: str, routing: str
 @pytest.mark.parametrize("routing", ["dense", "topk"])
 def test_a_micro_batch_of_text_leaves_the_auxiliary_losses_alone(routing: str) -> None:
     moe = TextGuidedMoEConfig(
-        num_experts=3, ffn_hidden_size=20, routing=routing, topk=1, aux_loss_coeff=5.0, z_loss_coeff=0.5
+        num_experts=3,
+        ffn_hidden_size=20,
+        routing=routing,
+        topk=1,
+        aux_loss_coeff=5.0,
+        z_loss_coeff=0.5,
+        information_coeff=2.0,
+        evenness_coeff=0.5,
     )
     config = dataclasses.replace(CONFIG, moe=moe)
     wanted = _plain([FIRST, SECOND, TEXT], config=config, clip=0.0)

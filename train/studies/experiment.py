@@ -22,6 +22,7 @@ from parrot_sys.evaluation.statistics import mean_margin
 from parrot_sys.files import replace_text
 from parrot_sys.markdown_tables import fixed, table
 from studies.pipeline import Pipeline, Step
+from studies.route_tables import routes_table
 
 AVERAGE = "mean"
 """Key of the mean over languages, beside the languages."""
@@ -132,6 +133,8 @@ class Experiment:
     """The answers whose means `measure` gives."""
     scale: float = 100.0
     """Factor by which the mean of `answers` is multiplied to give the values of `measure`."""
+    routes: Callable[[Path], Mapping[str, Any]] | None = None
+    """What the routes of an evaluation tell, part by part, kept and reported beside `measure`."""
 
 
 def experiment_content(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +301,8 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
         counts = next(iter(next(iter(content["results"].values())).values()))["n"][part]
         lines += [f"## {part} (n = {min(counts.values())} to {max(counts.values())} rows a language and seed)", ""]
         lines += [*_spread_table("variant", rows, intervals), ""]
+        if lines_of_routes := routes_table(content["results"], part):
+            lines += [*lines_of_routes, ""]
         differences = {name: parts[part] for name, parts in summary["differences"].items()}
         if differences:
             lines += ["Differences, taken seed by seed:", ""]

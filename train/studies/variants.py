@@ -22,6 +22,7 @@ from studies.recipes import (
     Stage,
     System,
 )
+from studies.router import ROUTERS
 
 _OTHERS = tuple(language for language in MMMB_LANGUAGES if language != "en")
 MIXES: Mapping[str, Mapping[str, float]] = {
@@ -196,5 +197,10 @@ ANSWERS = Experiment(
     answers=counted_words,
     scale=1.0,
 )
-EXPERIMENTS: Mapping[str, Experiment] = {"parrot": EXPERTS, "wings": FORGETTING, "multimodal_gpt": ANSWERS}
-"""System -> its experiment."""
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "parrot": EXPERTS,
+    "routers": ROUTERS,
+    "wings": FORGETTING,
+    "multimodal_gpt": ANSWERS,
+}
+"""System -> its experiment; `routers` is a second one of Parrot."""

@@ -58,10 +58,10 @@ class TextGuidedLayer(MegatronModule):
         if query not in ("cls", "mean") and (isinstance(query, str) or query < 0):
             raise ConfigError(f"query must be 'cls', 'mean' or the number of a row, got {query!r}")
         self.query: Query = query
-        if config.pipeline_model_parallel_size > 1 and (moe.aux_loss_coeff or moe.z_loss_coeff):
+        if config.pipeline_model_parallel_size > 1 and moe.has_losses:
             raise ConfigError(
                 "auxiliary losses of text-guided routing belong to the first pipeline stage, the loss to the last: "
-                "set moe.aux_loss_coeff and moe.z_loss_coeff to 0, or pipeline_model_parallel_size to 1"
+                "set the coefficients of moe to 0, or pipeline_model_parallel_size to 1"
             )
         self.moe = TextGuidedMoE(moe, config.hidden_size, dtype=config.params_dtype)
 

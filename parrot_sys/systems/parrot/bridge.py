@@ -16,7 +16,8 @@ from torch.distributed import ProcessGroup
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.megatron.bridge import PreparedStep
 from parrot_sys.megatron.experts import expert_groups, mark_experts, sharded_experts
-from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, RoutingTotals, TextGuidedMoE
+from parrot_sys.modules.routing_losses import RoutingTotals, gather_routing_rows
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 from parrot_sys.systems.bridge import ImageRowsBridge
 from parrot_sys.systems.config import ParrotConfig
 
@@ -80,39 +81,47 @@ class ParrotBridge(ImageRowsBridge):
         if self.active is None:
             return features, None
         text = embeddings.index_select(0, batch.guidance_rows)
-        routed, routing = self.active(features, text, batch.guidance_start, batch.guidance_end, override=override)
+        # (Only training has a use for the languages, and a copy to the device is not free.)
+        wanted = self.model.moe.information_coeff and torch.is_grad_enabled()
+        routed, routing = self.active(
+            features,
+            text,
+            batch.guidance_start,
+            batch.guidance_end,
+            languages=batch.image_languages() if wanted else None,
+            override=override,
+        )
         return routed, routing
 
     @torch.no_grad()
     def prepare_step(self, decoder: Any, batches: Sequence[PackedBatch], group: ProcessGroup) -> PreparedStep | None:
-        """Counts over all images of the step, where the auxiliary losses need them.
+        """Statistics over all images of the step, where the auxiliary losses need them.
 
-        The share of images that chose an expert multiplies the gradient of every micro-batch, so it has to be known
-        before the first backward pass. Only top-k routing with a load-balancing loss has to look (the number of images
-        is known, and dense routing always chooses every expert): it runs the router once without gradients on the CLS
-        rows. Features of a frozen vision tower stay in the micro-batches, so that it runs once; a trainable tower runs
-        forward twice.
+        The share of images that chose an expert, or the mean scores, multiply the gradient of every micro-batch, so
+        they have to be known before the first backward pass. Where that takes a look at the routes
+        (`TextGuidedMoEConfig.needs_routes_ahead`), the router runs once without gradients on the CLS rows. Features of
+        a frozen vision tower stay in the micro-batches, so that it runs once; a trainable tower runs forward twice.
         """
         moe = self.active
-        if moe is None or not (moe.config.aux_loss_coeff or moe.config.z_loss_coeff):
+        if moe is None or not moe.config.has_losses:
             return None
-        images = sum(batch.num_images for batch in batches)
-        counts = torch.full((moe.config.num_experts,), images, dtype=torch.int64, device=moe.router_weight.device)
+        num_experts, device = moe.config.num_experts, moe.router_weight.device
         batches = list(batches)
-        if moe.config.aux_loss_coeff and moe.config.routing == "topk":
-            counts.zero_()
-            frozen = self.tower is None or not any(p.requires_grad for p in self.tower.parameters())
-            for index, batch in enumerate(batches):
-                if not batch.num_images:
-                    continue
-                features = self.image_features(batch)
-                if frozen:
-                    batches[index] = dataclasses.replace(batch, pixel_values=None, image_features=features)
-                assert self.projector is not None, "the stage with the experts holds the projector"
-                text = decoder.embed(batch.input_ids.index_select(0, batch.guidance_rows))
-                cls_rows = self.projector(features[:, 0])
-                counts += moe.count_choices(cls_rows, text, batch.guidance_start, batch.guidance_end)
-        sums = torch.cat((counts, counts.new_tensor([images])))
-        dist.all_reduce(sums, group=group)
-        totals = RoutingTotals(num_images=sums[-1], tokens_per_expert=sums[:-1])
+        if not moe.config.needs_routes_ahead:
+            images = torch.tensor(float(sum(batch.num_images for batch in batches)), device=device)
+            dist.all_reduce(images, group=group)
+            return PreparedStep(batches=batches, active=moe.over_step(RoutingTotals.of_dense(images, num_experts)))
+        rows = [torch.empty((0, 1 + 2 * num_experts), dtype=torch.float64, device=device)]
+        frozen = self.tower is None or not any(p.requires_grad for p in self.tower.parameters())
+        for index, batch in enumerate(batches):
+            if not batch.num_images:
+                continue
+            features = self.image_features(batch)
+            if frozen:
+                batches[index] = dataclasses.replace(batch, pixel_values=None, image_features=features)
+            assert self.projector is not None, "the stage with the experts holds the projector"
+            text = decoder.embed(batch.input_ids.index_select(0, batch.guidance_rows))
+            spans = (batch.guidance_start, batch.guidance_end)
+            rows.append(moe.look(self.projector(features[:, 0]), text, *spans, batch.image_languages()))
+        totals = RoutingTotals.of(gather_routing_rows(torch.cat(rows), group))
         return PreparedStep(batches=batches, active=moe.over_step(totals))

@@ -46,7 +46,7 @@ from parrot_sys.paths import NEW_FOLDER
 from parrot_sys.staging import remove_leftovers, staged_directory
 
 MANIFEST = "manifest.json"
-_FORMAT = 3  # raise it when the same settings give other files
+_FORMAT = 4  # raise it when the same settings give other files
 _MEANING_SIZE = 10  # least coordinates of a word vector beside one for each language
 _MIN_VOCAB = 256 + 3  # bytes and special tokens
 
@@ -276,7 +276,7 @@ def _picture_conversations(config: DataBuildConfig, known: Sequence[Concept], st
             # languages start at different variants, so that every picture is asked about in several languages
             variant = (number // len(known) + config.languages.index(language)) % config.variants
             image = _picture_name(concept, variant, config.variants)
-            yield record(f"{stage}-{language}-{number}", language, turns, image)
+            yield record(f"{stage}-{language}-{number}", language, turns, image, concept.category)
 
 
 def _validation(config: DataBuildConfig, known: Sequence[Concept]) -> Iterator[dict[str, Any]]:
@@ -286,7 +286,9 @@ def _validation(config: DataBuildConfig, known: Sequence[Concept]) -> Iterator[d
         asker = Asker(language=language, pool=known, languages=config.languages, generator=generator)
         for concept in known[::5]:
             image = _picture_name(concept, config.variants, config.variants)
-            yield record(f"validation-{language}-{concept.key}", language, [asker.name_choice(concept)], image)
+            yield record(
+                f"validation-{language}-{concept.key}", language, [asker.name_choice(concept)], image, concept.category
+            )
 
 
 def _picture_name(concept: Concept, variant: int, variants: int) -> str:

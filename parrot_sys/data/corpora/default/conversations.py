@@ -201,11 +201,14 @@ def text_turns(asker: Asker, concepts: Sequence[Concept]) -> list[Turn]:
     return [make(asker, concept) for make, concept in zip(drawn, concepts, strict=True)]
 
 
-def record(identifier: str, language: str, turns: Sequence[Turn], image: str | None = None) -> dict[str, Any]:
-    """A LLaVA/Parrot record; the image marker is before the first question."""
+def record(
+    identifier: str, language: str, turns: Sequence[Turn], image: str | None = None, category: str = ""
+) -> dict[str, Any]:
+    """A LLaVA/Parrot record; the image marker is before the first question, `category` that of what it shows."""
     messages: list[dict[str, str]] = []
     for index, (question, answer) in enumerate(turns):
         marker = f"{IMAGE_TOKEN}\n" if image is not None and index == 0 else ""
         messages += [{"from": "human", "value": marker + question}, {"from": "gpt", "value": answer}]
     head: dict[str, Any] = {"id": identifier} if image is None else {"id": identifier, "image": image}
-    return {**head, "lang": language, "conversations": messages}
+    stated = {"category": category} if category else {}
+    return {**head, "lang": language, **stated, "conversations": messages}

@@ -1,0 +1,75 @@
+"""The experiment on routers: which of them carry the language, and what that costs in accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from studies import recipes
+from studies.experiment import Experiment, Run, Variant
+from studies.pipeline import Step
+from studies.recipes import ALIGN, INSTRUCT, PARROT, PRETRAIN
+from studies.route_tables import routes_of
+
+_STEPS = 500
+"""Steps of the instruction stage; an epoch has 1,260."""
+_CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale")
+"""Settings of `model.moe` that the aligned projector has no part in."""
+_RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0}
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
+    "projector only": ("no experts", None),
+    "released": ("the released rule: dense, logits as they come, no auxiliary loss", _RELEASED),
+    "top-1, balanced": (
+        "one expert an image, not renormalised, load-balancing loss 0.02",
+        {**_RELEASED, "routing": "topk", "topk": 1, "renormalize": False, "aux-loss-coeff": 0.02},
+    ),
+    "default": ("the demo's default: dense, scaled, information loss", {}),
+    "default, top-1": (
+        "the same with one expert an image, not renormalised",
+        {"routing": "topk", "topk": 1, "renormalize": False},
+    ),
+}  # fmt: skip
+"""Variant -> description, and settings of `model.moe` that differ from the default's."""
+
+
+def run_router(run: Run, *, name: str) -> Step:
+    """The shared alignment, then the instruction stage with one router, and its evaluation."""
+    settings, kind = VARIANTS[name][1], name.replace(",", "").replace(" ", "-")
+    pretrain = recipes.train(run.pipeline, PARROT, PRETRAIN, run.data, name=run.name("pretrain"), flags=run.seeded)
+    start = recipes.train(run.pipeline, PARROT, ALIGN, run.data, pretrain, name=run.name("align"), flags=run.seeded)
+    flags = ["--max-steps", str(_STEPS), *run.seeded]
+    if settings is None:
+        start = recipes.without_experts(run.pipeline, start, name=run.name("align-plain"))
+        flags += ["--model.moe.num-experts", "0"]
+    elif settings:
+        for key, value in settings.items():
+            flags += [f"--model.moe.{'' if value is not False else 'no-'}{key}"]
+            flags += [] if isinstance(value, bool) else [str(value)]
+        flags += ["--checkpoint.allow-differences", *(f"model.moe.{key}" for key in _CONSTANTS)]
+    model = recipes.train(
+        run.pipeline, PARROT, INSTRUCT, run.data, start, name=run.name(f"instruct-{kind}"), flags=flags, validate=True
+    )
+    return recipes.evaluate(run.pipeline, PARROT, model, run.data, name=run.name(f"evaluation-{kind}"))
+
+
+ROUTERS = Experiment(
+    title="Which routers carry the language",
+    about=(
+        f"Per seed, all variants share the aligned projector, the experts' initial weights and the decoder, bit for "
+        f"bit; they differ in the {_STEPS} steps of the instruction stage. The variant without experts has fewer "
+        "parameters."
+    ),
+    variants=tuple(
+        Variant(name=name, description=description, evaluate=partial(run_router, name=name))
+        for name, (description, _) in VARIANTS.items()
+    ),
+    comparisons=(
+        ("default - projector only", "default", "projector only"),
+        ("default - released", "default", "released"),
+        ("default - default, top-1", "default", "default, top-1"),
+        ("default - top-1, balanced", "default", "top-1, balanced"),
+    ),
+    file="routers.json",
+    routes=routes_of,
+)
