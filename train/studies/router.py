@@ -16,7 +16,7 @@ _STEPS = 500
 """Steps of the instruction stage; an epoch has 1,260."""
 _CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale")
 """Settings of `model.moe` that the aligned projector has no part in."""
-_RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0}
+_RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0, "evenness-coeff": 0.0}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector only": ("no experts", None),
     "released": ("the released rule: dense, logits as they come, no auxiliary loss", _RELEASED),
@@ -33,6 +33,17 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
 """Variant -> description, and settings of `model.moe` that differ from the default's."""
 
 
+def router_flags(settings: Mapping[str, Any] | None) -> list[str]:
+    """Settings of `parrot train` for a variant of `VARIANTS`."""
+    if settings is None:
+        return ["--model.moe.num-experts", "0"]
+    flags: list[str] = []
+    for key, value in settings.items():
+        flags += [f"--model.moe.no-{key}"] if value is False else [f"--model.moe.{key}", str(value)]
+    allowed = [f"model.moe.{name}" for key in settings if (name := key.replace("-", "_")) in _CONSTANTS]
+    return [*flags, "--checkpoint.allow-differences", *allowed] if allowed else flags
+
+
 def run_router(run: Run, *, name: str) -> Step:
     """The shared alignment, then the instruction stage with one router, and its evaluation."""
     settings, kind = VARIANTS[name][1], name.replace(",", "").replace(" ", "-")
@@ -41,12 +52,7 @@ def run_router(run: Run, *, name: str) -> Step:
     flags = ["--max-steps", str(_STEPS), *run.seeded]
     if settings is None:
         start = recipes.without_experts(run.pipeline, start, name=run.name("align-plain"))
-        flags += ["--model.moe.num-experts", "0"]
-    elif settings:
-        for key, value in settings.items():
-            flags += [f"--model.moe.{'' if value is not False else 'no-'}{key}"]
-            flags += [] if isinstance(value, bool) else [str(value)]
-        flags += ["--checkpoint.allow-differences", *(f"model.moe.{key}" for key in _CONSTANTS)]
+    flags += router_flags(settings)
     model = recipes.train(
         run.pipeline, PARROT, INSTRUCT, run.data, start, name=run.name(f"instruct-{kind}"), flags=flags, validate=True
     )
