@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parrot_sys.cli import parse_config
-from parrot_sys.models.constants import comparable
+from parrot_sys.systems.constants import comparable
 from parrot_sys.training.config import TrainConfig
 from studies.recipes import INSTRUCT, PARROT
 from studies.route_tables import routes_table
