@@ -34,7 +34,6 @@ def test_each_variant_sets_what_its_name_says() -> None:
     assert (moes["top-1, balanced"].routing, moes["top-1, balanced"].topk) == ("topk", 1)
     assert moes["default"] == parse_config(TrainConfig, base).model.moe
     assert moes["default"].normalize_guidance
-    assert moes["default, top-1"].information_coeff == moes["default"].information_coeff
     for config in configs.values():  # names that no check knows would stop the run
         assert set(config.checkpoint.allow_differences) <= {f"model.{name}" for name in comparable(config.model)}
 

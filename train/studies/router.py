@@ -25,11 +25,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
         {**_RELEASED, "routing": "topk", "topk": 1, "renormalize": False, "aux-loss-coeff": 0.02},
     ),
     "default": ("the demo's default: dense, scaled, information loss", {}),
-    "default, top-1": (
-        "the same with one expert an image, not renormalised",
-        {"routing": "topk", "topk": 1, "renormalize": False},
-    ),
-}  # fmt: skip
+}
 """Variant -> description, and settings of `model.moe` that differ from the default's."""
 
 
@@ -73,7 +69,6 @@ ROUTERS = Experiment(
     comparisons=(
         ("default - projector only", "default", "projector only"),
         ("default - released", "default", "released"),
-        ("default - default, top-1", "default", "default, top-1"),
         ("default - top-1, balanced", "default", "top-1, balanced"),
     ),
     file="routers.json",
