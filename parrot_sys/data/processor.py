@@ -329,9 +329,8 @@ def _load_image_processor(directory: Path) -> ImageProcessor:
     for candidate in candidates:
         if os.path.isfile(file := candidate / PREPROCESSOR_FILE):
             values = _fields(file)
-            pads = _RESOLUTIONS_KEY not in values and values.get(
-                "do_pad", bool, False
-            )  # (of tiles it says other things)
+            # (Of tiles `do_pad` says something else.)
+            pads = _RESOLUTIONS_KEY not in values and values.get("do_pad", bool, False)
             stated = values.get("image_aspect_ratio", str) or ("pad" if pads else aspect_ratio)
             return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
     if (known := KNOWN_TOWERS.get(Path(tower).name)) is not None:
