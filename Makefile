@@ -1,5 +1,5 @@
 # PYTHON: the Python (3.11 or 3.12) used to create .venv.   ARGS: additional arguments for the program that a target runs.
-# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt.
+# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt (demo: or llava).
 PYTHON ?= python3
 MODEL ?= parrot
 ARGS ?=
@@ -12,7 +12,7 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
-	@echo "                  MODEL=wings or MODEL=multimodal_gpt does the same with another system"
+	@echo "                  MODEL=wings, MODEL=multimodal_gpt or MODEL=llava does the same with another system"
 	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable)"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"

@@ -1,7 +1,7 @@
 """The demo of a system: builds the default data, trains the small model in its stages, evaluates, reports, and talks.
 
     python train/demo.py                   everything; what is done is not done again
-    python train/demo.py --model wings     another system: parrot, wings or multimodal_gpt
+    python train/demo.py --model wings     another system: parrot, wings, multimodal_gpt or llava
     python train/demo.py --fresh           from the start
     python train/demo.py --quick           a few steps of everything, to see that it works (runs/demo-quick)
 

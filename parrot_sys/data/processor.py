@@ -32,12 +32,12 @@ from parrot_sys.data.tokenizer_files import (
 )
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.files import Fields, naming_file, read_json
-from parrot_sys.towers import KNOWN_TOWERS, PictureRows, Tiling, vision_config_from_hf
+from parrot_sys.towers import KNOWN_TOWERS, RESOLUTIONS, PictureRows, Tiling, resolutions_from_hf, vision_config_from_hf
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TEMPLATE_KEY = "conversation_template"
 _POSITION_KEY = "image_position"
-_RESOLUTIONS_KEY, _SIDE_KEY = "image_grid_pinpoints", "tile_side"
+_SIDE_KEY = "tile_side"
 _TOWER_FOLDER = "vision_tower"  # exported checkpoints carry the tower's files inside
 
 
@@ -216,11 +216,7 @@ class ParrotProcessor:
         settings = self.image_processor.to_dict()
         if self.tiling is None:
             return settings
-        return settings | {
-            "image_processor_type": "LlavaNextImageProcessor",
-            _RESOLUTIONS_KEY: [list(resolution) for resolution in self.tiling.resolutions],
-            _SIDE_KEY: self.tiling.side,
-        }
+        return settings | self.tiling.hf_fields() | {_SIDE_KEY: self.tiling.side}
 
     def pictures(self, images: Iterable[ImageInput]) -> list[Picture]:
         """Preprocessed pictures, for `Sample` and the model; cut into tiles where the model wants them so.
@@ -306,16 +302,13 @@ def _load_tiling(directory: Path, tile: int) -> Tiling | None:
     own, config = _fields(directory / PREPROCESSOR_FILE), _fields(directory / "config.json")
     if _SIDE_KEY in own:
         fields, side = own, own.require(_SIDE_KEY, int)
-    elif _RESOLUTIONS_KEY in config and "vision_config" in config:
+    elif RESOLUTIONS in config and "vision_config" in config:
         vision = vision_config_from_hf(config.values, file=config.file)
         fields, side = config, vision.image_size // vision.patch_size
     else:
         return None
-    pairs = fields.items(_RESOLUTIONS_KEY, list)
-    if not all(len(pair) == 2 and all(isinstance(value, int) for value in pair) for pair in pairs):
-        raise fields.wrong(_RESOLUTIONS_KEY, "pairs of a height and a width")
     with naming_file(fields.file):
-        return Tiling(resolutions=tuple((pair[0], pair[1]) for pair in pairs), tile=tile, side=side)
+        return Tiling(resolutions=resolutions_from_hf(fields), tile=tile, side=side)
 
 
 def _load_image_processor(directory: Path) -> ImageProcessor:
@@ -330,7 +323,7 @@ def _load_image_processor(directory: Path) -> ImageProcessor:
         if os.path.isfile(file := candidate / PREPROCESSOR_FILE):
             values = _fields(file)
             # (Of tiles `do_pad` says something else.)
-            pads = _RESOLUTIONS_KEY not in values and values.get("do_pad", bool, False)
+            pads = RESOLUTIONS not in values and values.get("do_pad", bool, False)
             stated = values.get("image_aspect_ratio", str) or ("pad" if pads else aspect_ratio)
             return ImageProcessor.from_dict(values.values, image_aspect_ratio=stated, file=file)
     if (known := KNOWN_TOWERS.get(Path(tower).name)) is not None:

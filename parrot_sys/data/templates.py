@@ -225,7 +225,7 @@ def _question(turn: Turn, position: ImagePosition) -> Parts:
 def _alternating(
     turns: Sequence[Turn], usual_header: str, position: ImagePosition, add_generation_prompt: bool
 ) -> tuple[Parts, list[Turn]]:
-    """What opens a conversation, and its human and gpt turns in turn."""
+    """Opening of a conversation, and its human and gpt turns in turn."""
     _check_turns(turns)
     header: Parts = (template(usual_header),)
     rest = list(turns)

@@ -129,7 +129,7 @@ def _load_released(
     config, stored = released_config(directory)
     config = config.with_compat(compat)
     processor = ParrotProcessor.from_pretrained(directory)
-    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory)
+    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory, tiling=config.tiling)
     from parrot_sys.systems.build import build_model
     from parrot_sys.systems.export import ReleasedSource
     from parrot_sys.systems.load import bypassed_parts, load_released
@@ -158,7 +158,7 @@ def _load_training(
 ) -> tuple[ParrotForConditionalGeneration, ParrotProcessor]:
     config = load_config(ParrotConfig, directory / MODEL_CONFIG).with_compat(compat)
     processor = ParrotProcessor.from_pretrained(directory / PROCESSOR)
-    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR)
+    processor.check_fits(config.llm.vocab_size, config.vision.image_size, directory / PROCESSOR, tiling=config.tiling)
     from parrot_sys.megatron.checkpoint.store import load_model_weights
     from parrot_sys.megatron.state_dict import refuse_non_finite, stored_dtype
     from parrot_sys.systems.build import build_model

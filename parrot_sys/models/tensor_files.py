@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -48,13 +48,20 @@ class TensorFiles:
         CheckpointError: no weights, a shard is missing or damaged, or the index names a tensor that its file lacks.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, usual_name: Callable[[str], str] | None = None) -> None:
+        """
+        Args:
+            directory: of the checkpoint.
+            usual_name: name in the files -> the one that a tensor is asked for by; None: the same.
+        """
         self.directory = directory
         self._files: dict[str, _File] = {}
         self._touched: set[str] = set()
         self._read = 0
         try:
-            self._file_of = self._find()
+            file_of = self._find()
+            self._stored = {usual_name(key) if usual_name is not None else key: key for key in file_of}
+            self._file_of = {key: file_of[stored] for key, stored in self._stored.items()}
         except BaseException:
             self._close()
             raise
@@ -71,16 +78,20 @@ class TensorFiles:
         """Names of all tensors, sorted."""
         return sorted(self._file_of)
 
+    def stored_name(self, key: str) -> str:
+        """Name of a tensor in the files; the usual one of a tensor that they lack."""
+        return self._stored.get(key, key)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return self._file(key).shape(key)
+        return self._file(key).shape(self._stored[key])
 
     def dtype(self, key: str) -> torch.dtype:
         """
         Raises:
             CheckpointError: the tensor is stored in a quantised format that is not supported.
         """
-        return self._file(key).dtype(key)
+        return self._file(key).dtype(self._stored[key])
 
     def tensor(self, key: str) -> Tensor:
         """The tensor on the CPU in the file's dtype: a view of the mapped file, to be copied and let go."""
@@ -89,7 +100,7 @@ class TensorFiles:
                 self._files[name].renew()
             self._read = 0
             self._touched.clear()
-        tensor = self._file(key).tensor(key)
+        tensor = self._file(key).tensor(self._stored[key])
         self._read += tensor.nbytes
         self._touched.add(self._file_of[key])
         return tensor

@@ -17,7 +17,7 @@ class SampleConfig:
     """A typical sample; packing puts several into a micro-batch without padding."""
 
     images: int = 1
-    """Images."""
+    """Images; of a picture that is cut into tiles each tile is one, and so is the picture as a whole."""
     text_tokens: int = 256
     """Text rows: prompt and answer."""
     label_tokens: int = 128

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
-from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig
+from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig, llm_fields
 from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import VisionConfig
@@ -61,6 +61,8 @@ class System(ABC):
     """Format of conversations where a checkpoint names none."""
     select_feature: ClassVar[str] = "cls_patch"
     """Rows of the tower where config.json does not say."""
+    tower_key: ClassVar[str] = "model.vision_tower.vision_tower.vision_model."
+    """Before the names of the tower's tensors inside a checkpoint."""
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -103,9 +105,17 @@ class System(ABC):
         """
         return FAMILIES[model_type.removeprefix(f"{self.name}_")]
 
-    def model_type(self, llm: LLMConfig) -> str:
-        """model_type of a checkpoint with this decoder."""
-        return f"{self.name}_{llm.family}"
+    def model_type(self, model: ParrotConfig) -> str:
+        """model_type of a checkpoint of this model."""
+        return f"{self.name}_{model.llm.family}"
+
+    def decoder_fields(self, fields: Fields) -> Fields:
+        """Those fields of a released config.json that describe the decoder."""
+        return fields
+
+    def decoder_to_hf(self, llm: LLMConfig) -> dict[str, Any]:
+        """Fields of a released config.json that describe the decoder."""
+        return llm_fields(llm)
 
     @abstractmethod
     def from_hf(self, fields: Fields, llm: LLMConfig, vision: VisionConfig, directory: Path) -> dict[str, Any]:
@@ -141,6 +151,10 @@ class System(ABC):
     @abstractmethod
     def maps(self, model: ParrotConfig) -> list[TensorMap]:
         """`MultimodalModel` <-> released names, without the vision tower."""
+
+    def usual_name(self, key: str) -> str:
+        """Name that `maps` have for a tensor of a checkpoint, which other programs may have named otherwise."""
+        return key
 
     def bypassed(self, names: Iterable[str]) -> frozenset[str]:
         """Parts that a checkpoint with these released tensors passes by, because an earlier stage wrote it."""

@@ -11,12 +11,13 @@ from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.paths import INPUT_FOLDER
+from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.section import Compat, Section
 from parrot_sys.systems.wings.config import WingsConfig
-from parrot_sys.towers import VisionConfig
+from parrot_sys.towers import Tiling, VisionConfig
 
-SECTIONS = ("wings", "flamingo")
+SECTIONS = ("wings", "flamingo", "llava")
 """Fields of ParrotConfig that choose another system than Parrot by being set."""
 
 
@@ -38,6 +39,8 @@ class ParrotConfig:
     """Low-rank updates of the decoder's linear layers."""
     flamingo: FlamingoConfig | None = None
     """MultiModal-GPT: text reads images by gated cross-attention, in place of projector and experts."""
+    llava: LlavaConfig | None = None
+    """LLaVA: pictures cut into tiles, and the projector alone."""
     template: Literal["chatml", "llama3", "instruction", "vicuna"] = "chatml"
     """Format of conversations: `chatml` (Parrot, Wings), `llama3` (Llama 3), `instruction` (MultiModal-GPT), `vicuna`
     (Vicuna)."""
@@ -77,6 +80,11 @@ class ParrotConfig:
     def rows_per_image(self) -> int:
         """Rows that an image takes among those of the text."""
         return self.vision.num_visual_rows if self.section is None else self.section.rows_per_image(self.vision)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """Tiles that pictures are cut into; None where a picture is one image."""
+        return None if self.section is None else self.section.tiling(self.vision)
 
     @property
     def limits(self) -> dict[str, int]:

@@ -19,8 +19,10 @@ from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.state_dict import whole_tensors
 from parrot_sys.models.tensor_files import TensorFiles, new_directory, write_tensors
 from parrot_sys.systems.build import config_of
+from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import EXPORTED_TOWER, config_to_hf, find_tower_directory
-from parrot_sys.systems.maps import TOWER_PREFIX, is_carried, parrot_maps
+from parrot_sys.systems.maps import holds_tower, is_carried, parrot_maps
+from parrot_sys.systems.registry import system_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +71,15 @@ def export_tensors(
         yield from released_tensors(model)
         return
     parrot = config_of(model if isinstance(model, MultimodalModel) else model[0])
-    with TensorFiles(source.directory) as files:
+    with TensorFiles(source.directory, system_of(parrot).usual_name) as files:
         keys = files.names()
         dtypes = {key: files.dtype(key) for key in keys}
-        inside = any(key.startswith(TOWER_PREFIX) for key in keys)
-        for key, tensor in released_tensors(model, with_vision_tower=inside):
-            yield key, tensor.to(dtypes[key]) if source.keep_dtypes and key in dtypes else tensor
+        for key, tensor in released_tensors(model, with_vision_tower=holds_tower(keys, parrot)):
+            value = tensor.to(dtypes[key]) if source.keep_dtypes and key in dtypes else tensor
+            yield files.stored_name(key), value
         for key in keys:
             if is_carried(key, parrot):
-                yield key, files.tensor(key)
+                yield files.stored_name(key), files.tensor(key)
 
 
 def export_released(
@@ -135,7 +137,7 @@ def _write(
         if save_processor is not None:
             save_processor(target)
         tower = find_tower_directory(source.hf, source.directory) if source else _path(config.vision.path)
-        inside = model.vision_tower is not None and (source is None or _tower_inside(source))
+        inside = model.vision_tower is not None and (source is None or _tower_inside(source, config))
         if tower is not None:
             _copy_files(tower, target / EXPORTED_TOWER, weights=not inside)
         hf = config_to_hf(config, source.hf if source else None, target, bypass=model.bridge.bypass)
@@ -159,9 +161,9 @@ def _path(path: str | None) -> Path | None:
     return Path(path) if path else None
 
 
-def _tower_inside(source: ReleasedSource) -> bool:
-    with TensorFiles(source.directory) as files:
-        return any(key.startswith(TOWER_PREFIX) for key in files.names())
+def _tower_inside(source: ReleasedSource, config: ParrotConfig) -> bool:
+    with TensorFiles(source.directory, system_of(config).usual_name) as files:
+        return holds_tower(files.names(), config)
 
 
 def _dtype_name(model: MultimodalModel, source: ReleasedSource | None, dtype: torch.dtype | None) -> str:

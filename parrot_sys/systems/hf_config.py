@@ -16,7 +16,7 @@ from typing import Any, cast, get_args, get_type_hints
 from parrot_sys.config_values import build, config_to_dict, merge, section_class
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import Fields, naming_file, read_json
-from parrot_sys.models.llm import llm_config_from_hf, llm_fields
+from parrot_sys.models.llm import llm_config_from_hf
 from parrot_sys.systems.base import System
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.registry import RELEASED_TYPES, system_of
@@ -56,7 +56,7 @@ def config_from_hf(hf: Mapping[str, Any], directory: Path) -> ParrotConfig:
     fields.require_value("mm_patch_merge_type", "flat", "pictures are not cut into tiles here")
     fields.require_value("tokenizer_padding_side", "right", "logits of a batch are padded on the right here")
     own = fields.below(OWN_KEY)
-    llm = llm_config_from_hf(fields, family=system.family(model_type, fields, own))
+    llm = llm_config_from_hf(system.decoder_fields(fields), family=system.family(model_type, fields, own))
     settings = system.from_hf(fields, llm, _vision(fields, directory, own.below("vision"), system), directory)
     if not settings["max_seq_len"]:
         settings.pop("max_seq_len")
@@ -75,16 +75,20 @@ def config_to_hf(
     `bypass`: parts that the model passes by.
     """
     system = system_of(config)
-    model_type = system.model_type(config.llm)
+    if original is not None and _describes(original, config, directory):
+        return {**original, **system.bypass_fields(config, bypass)}
+    model_type = system.model_type(config)
     hf = dict(system.new_fields() if original is None else original)
     hf.pop(OWN_KEY, None)
     fields = {
         "architectures": [system.model_types[model_type]],
         "model_type": model_type,
-        **llm_fields(config.llm),
+        **system.decoder_to_hf(config.llm),
         **system.to_hf(config),
     }
     for name, value in fields.items():
+        if isinstance(value, dict) and isinstance(hf.get(name), dict):
+            value = {**hf[name], **value}
         if name not in hf or hf[name] != value:
             hf[name] = value
     own: dict[str, Any] = {}
@@ -99,6 +103,14 @@ def config_to_hf(
     return {**hf, OWN_KEY: own} if own else hf
 
 
+def _describes(hf: Mapping[str, Any], config: ParrotConfig, directory: Path) -> bool:
+    """Whether a config.json says all there is to say about a model."""
+    try:
+        return not _difference(config_from_hf(hf, directory), config)
+    except CheckpointError:  # the tower's shape is nowhere to be found
+        return False
+
+
 def _vision(fields: Fields, directory: Path, own: Fields, system: System) -> VisionConfig:
     select_layer = fields.get("mm_vision_select_layer", int, VisionConfig().select_layer)
     select_feature = fields.get("mm_vision_select_feature", str, system.select_feature)
@@ -108,6 +120,8 @@ def _vision(fields: Fields, directory: Path, own: Fields, system: System) -> Vis
         base = vision_config_from_hf(read_json(tower / CONFIG), path=str(tower), file=tower / CONFIG)
     elif (known := KNOWN_TOWERS.get(Path(name).name)) is not None:
         base = known
+    elif "vision_config" in fields:
+        base = vision_config_from_hf(fields.values, file=fields.file)
     elif own.values:
         base = VisionConfig()
     else:

@@ -17,7 +17,7 @@ from parrot_sys.models.tensor_map import TensorMap, check_tensors
 from parrot_sys.systems.build import config_of
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import CONFIG, find_tower_directory
-from parrot_sys.systems.maps import TOWER_PREFIX, is_carried, parrot_maps
+from parrot_sys.systems.maps import holds_tower, is_carried, parrot_maps
 from parrot_sys.systems.registry import RELEASED_TYPES, system_of
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,11 @@ def load_released(model: MultimodalModel, directory: str | Path, *, allow_non_fi
     tensors = model_tensors(model)
     rank, size = model.tp_group.rank(), model.tp_group.size()
     experts = expert_groups(model.pg_collection)
-    with TensorFiles(directory) as files:
+    released = hf.get("model_type") in RELEASED_TYPES
+    with TensorFiles(directory, system_of(config).usual_name if released else None) as files:
         keys = files.names()
-        inside = any(key.startswith(TOWER_PREFIX) for key in keys)
-        maps = _wanted(config, hf.get("model_type") in RELEASED_TYPES, list(keys), directory, with_vision_tower=inside)
+        inside = holds_tower(keys, config)
+        maps = _wanted(config, released, list(keys), directory, with_vision_tower=inside)
         check_tensors(maps, {key: files.shape(key) for key in keys if not is_carried(key, config)}, str(directory))
         for entry in maps:
             if entry.experts:

@@ -7,11 +7,12 @@ from typing import Any
 
 from parrot_sys.systems.base import System
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.llava.system import Llava
 from parrot_sys.systems.multimodal_gpt.system import MultimodalGpt
 from parrot_sys.systems.parrot.system import Parrot
 from parrot_sys.systems.wings.system import Wings
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (Parrot(), Wings(), MultimodalGpt())}
+SYSTEMS: dict[str, System] = {system.name: system for system in (Parrot(), Wings(), MultimodalGpt(), Llava())}
 """Name -> system."""
 RELEASED_TYPES: dict[str, System] = {kind: system for system in SYSTEMS.values() for kind in system.model_types}
 """model_type of every released layout -> system; others are bare language models."""

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Protocol, TypeVar
 
 from parrot_sys.models.llm import LLMConfig
+from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
-from parrot_sys.towers import VisionConfig
+from parrot_sys.towers import Tiling, VisionConfig
 
 Compat = Literal["released", "paper"]
 """Rules that a model follows where the public code differs from the paper."""
@@ -25,6 +26,10 @@ class ModelSettings(Protocol):
     @property
     def vision(self) -> VisionConfig:
         """Vision tower."""
+
+    @property
+    def projector(self) -> ProjectorConfig:
+        """Projector."""
 
     @property
     def moe(self) -> TextGuidedMoEConfig:
@@ -52,6 +57,10 @@ class Section:
     def rows_per_image(self, vision: VisionConfig) -> int:
         """Rows that an image takes among those of the text."""
         return vision.num_visual_rows
+
+    def tiling(self, vision: VisionConfig) -> Tiling | None:
+        """Tiles that pictures are cut into; None where a picture is one image."""
+        return None
 
     @property
     def limits(self) -> Mapping[str, int]:

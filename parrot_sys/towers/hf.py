@@ -53,3 +53,20 @@ def vision_config_from_hf(
             activation=fields.get("hidden_act", str, usual.activation),
             layer_norm_eps=fields.get("layer_norm_eps", float, usual.layer_norm_eps),
         )
+
+
+def vision_fields(vision: VisionConfig) -> dict[str, Any]:
+    """Fields of a tower's config.json, the reverse of `vision_config_from_hf`; none of one that is no transformer."""
+    if vision.tower.transformer is None:
+        return {}
+    return {
+        "model_type": vision.tower.transformer.model_type,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "intermediate_size": vision.ffn_hidden_size,
+        "hidden_act": vision.activation,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }

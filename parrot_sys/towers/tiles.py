@@ -7,15 +7,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.files import Fields
 
 IntArray = npt.NDArray[np.int64]
 NEWLINE = -1
 """Source of a row that is no feature: the learned vector after each line of a grid of tiles."""
+
+
+RESOLUTIONS = "image_grid_pinpoints"
+"""Field of config.json and preprocessor_config.json."""
+
+
+def resolutions_from_hf(fields: Fields) -> tuple[tuple[int, int], ...]:
+    """The (height, width) that a file of transformers lists.
+
+    Raises:
+        ConfigError: they are no pairs of whole numbers, or not there.
+    """
+    pairs = fields.items(RESOLUTIONS, list)
+    if not all(len(pair) == 2 and all(isinstance(side, int) for side in pair) for pair in pairs):
+        raise fields.wrong(RESOLUTIONS, "pairs of a height and a width")
+    return tuple((height, width) for height, width in pairs)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,6 +74,11 @@ class Tiling:
                     f"the resolutions of tiles must be multiples of the {self.tile} pixels of a tile, "
                     f"got {height} x {width}"
                 )
+
+    def hf_fields(self) -> dict[str, Any]:
+        """Fields of preprocessor_config.json that make transformers cut the same tiles."""
+        resolutions = [list(resolution) for resolution in self.resolutions]
+        return {"image_processor_type": "LlavaNextImageProcessor", RESOLUTIONS: resolutions}
 
     def resolution(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) that keeps most of a picture of this size, and of equals the one with least padding."""

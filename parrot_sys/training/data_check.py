@@ -123,9 +123,10 @@ def _setup(config: DataCheckConfig, data: DataConfig) -> tuple[CheckSetup, list[
         elif start is not None:
             processor = ParrotProcessor.from_pretrained(folder, model.template)
         if processor is not None:
-            processor = processor.with_data_config(data)
+            processor = processor.with_data_config(data).with_tiling(model.tiling)
             processor.encode_text("")  # a checkpoint may hold no tokenizer
-            processor.check_fits(model.llm.vocab_size, model.vision.image_size, model.tokenizer_path or start)
+            where = model.tokenizer_path or start
+            processor.check_fits(model.llm.vocab_size, model.vision.image_size, where, tiling=model.tiling)
     except ParrotError as error:
         problems.append(str(error))
         if processor is not None and isinstance(processor.tokenizer, MissingTokenizer):

@@ -28,7 +28,7 @@ def load_processor(config: TrainConfig, checkpoint: Path | None) -> ParrotProces
     else:
         folder = checkpoint / PROCESSOR if checkpoint else Path(config.checkpoint.load_from or "")
         processor = ParrotProcessor.from_pretrained(folder, model.template)
-    return processor.with_data_config(config.data)
+    return processor.with_data_config(config.data).with_tiling(model.tiling)
 
 
 def training_loader(config: TrainConfig, processor: ParrotProcessor) -> ParrotDataLoader:

@@ -111,7 +111,8 @@ class Trainer:
         # Data come before the model: their errors are cheap to find.
         self.processor = load_processor(config, resume_from or self.source)
         where = config.model.tokenizer_path or resume_from or config.checkpoint.load_from
-        self.processor.check_fits(config.model.llm.vocab_size, config.model.vision.image_size, where)
+        model = config.model
+        self.processor.check_fits(model.llm.vocab_size, model.vision.image_size, where, tiling=model.tiling)
         self.loader = training_loader(config, self.processor)
         self.validation_loader = validation_loader(config, self.processor) if config.validation.paths else None
         self.languages = self._languages()

@@ -214,7 +214,7 @@ def test_the_fields_of_every_section_are_compared_or_named_as_choices() -> None:
         every = {
             name
             for name, _ in leaves(config_to_dict(model))
-            if name.split(".")[0] in ("llm", "vision", "projector", "moe", "wings", "flamingo")
+            if name.split(".")[0] in ("llm", "vision", "projector", "moe", "wings", "flamingo", "llava")
         }
         left_out = {
             *("vision.path", "moe.recompute", "moe.aux_loss_coeff", "moe.z_loss_coeff"),

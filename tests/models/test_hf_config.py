@@ -113,7 +113,8 @@ def test_top_k_of_a_released_file_is_not_used() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "llava"}, "model_type must be one of parrot_qwen2, "),
+        ({"model_type": "mllama"}, "model_type must be one of parrot_qwen2, "),
+        ({"model_type": "llava"}, "text_config is missing"),
         ({"mm_vision_select_feature": "patch"}, "select_feature cls_patch, whose first row"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window must be False"),

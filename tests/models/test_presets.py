@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
+from parrot_sys.models.llm import llm_fields
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.maps import parrot_maps
 from parrot_sys.systems.parts import part_parameters, set_trainable
+from parrot_sys.towers import vision_fields
 
 # Projector: 1024 -> H -> H with biases. MoE: 6 experts of 3 H x 4096 and a router of 6 H.
 COUNTS = {
@@ -70,6 +73,26 @@ def test_size_of_multimodal_gpt() -> None:
     released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
     tower = sum(tensor.numel() for tensor in (*model.vision_tower.parameters(), *model.vision_tower.buffers()))
     assert released == sum(parts.values()) - parts["vision"] + tower
+
+
+def test_size_of_llava() -> None:
+    """Those of Qwen3-8B and CLIP's public configurations, the projector with biases, and the newline row."""
+    config = config_from_dict(ParrotConfig, read_yaml(list_presets()["llava_next_qwen3_8b"])["model"])
+    model = build_model(config, device="meta", dtype=torch.bfloat16)
+    parts = {name: sum(p.numel() for p in part) for name, part in part_parameters(model).items()}
+    assert (parts["projector"], parts["llm"]) == (20_979_712 + 4096, 8_190_735_360)
+    tower = sum(tensor.numel() for tensor in (*model.vision_tower.parameters(), *model.vision_tower.buffers()))
+    assert tower == CLIP_L
+    released = sum(torch.Size(shape).numel() for entry in parrot_maps(config) for shape in entry.shapes)
+    assert released == parts["projector"] + parts["llm"] + tower
+    fields = {
+        "text_config": llm_fields(config.llm) | {"model_type": "qwen3"},
+        "vision_config": vision_fields(config.vision),
+    }
+    with torch.device("meta"):
+        reference = LlavaNextForConditionalGeneration(LlavaNextConfig(**fields))
+    assert released == sum(parameter.numel() for parameter in reference.parameters())
+    assert max(len(config.tiling.rows(*size).source) for size in config.tiling.resolutions) == 2928
 
 
 # A learner: 4 x 2 H r; a router: 2 x 4096 + 2. SigLIP so400m without its pooling head: 27 blocks and the final norm.

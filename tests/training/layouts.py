@@ -25,6 +25,7 @@ from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_chunks, build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import export_released, released_tensors
+from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.systems.load import load_released
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.parts import set_trainable
@@ -33,6 +34,7 @@ from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
+from tests.megatron.tiled_batches import tiled_micro_batches
 
 MODEL = replace(
     CONFIG,
@@ -87,6 +89,13 @@ FLAMINGO = replace(
     ),
 )
 """All that can learn does: latents of 24 columns go through stages of 32, which they do not fill."""
+LLAVA = replace(
+    MODEL,
+    vision=replace(MODEL.vision, select_feature="patch"),
+    moe=TextGuidedMoEConfig(num_experts=0),
+    llava=LlavaConfig(grids=((1, 2), (2, 1), (2, 2))),
+)
+"""Pictures of several sizes, cut into tiles."""
 TIED = replace(MODEL, llm=replace(MODEL.llm, tie_word_embeddings=True))
 
 ALL = {"vision": True, "projector": True, "moe": True, "llm": True}
@@ -238,9 +247,11 @@ def _train(
         reduction=reduction,
         optimizer=optimizer,
     )
-    mine = micro_batches(trainable["vision"], num_batches, config.rows_per_image)[
-        parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()
-    ]
+    if config.llava is None:
+        batches = micro_batches(trainable["vision"], num_batches, config.rows_per_image)
+    else:
+        batches = tiled_micro_batches(config, pixels=trainable["vision"], count=num_batches)
+    mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     losses, aux_losses, norms, gradients, metrics = [], [], [], {}, []
     for step in range(steps):
         result = runner.train(mine, step + 1)

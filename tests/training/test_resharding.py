@@ -19,6 +19,7 @@ from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
@@ -113,6 +114,18 @@ def test_gated_blocks_go_on_under_another_layout(tmp_path: Path) -> None:
     changes = {"flamingo": flamingo, "moe": TextGuidedMoEConfig(num_experts=0), "lora": LoRAConfig(rank=4)}
     names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, everything=changes)
     assert any(".gated_cross_attn_layer.attn.to_kv.lora_B" in name for name in names)
+
+
+@pytest.mark.slow
+def test_tiles_go_on_under_another_layout(tmp_path: Path) -> None:
+    """The newline row is on the first stage alone."""
+    changes = {
+        "vision": dataclasses.replace(_config(tmp_path, "any").model.vision, select_feature="patch"),
+        "llava": LlavaConfig(grids=((1, 2), (2, 1))),
+        "moe": TextGuidedMoEConfig(num_experts=0),
+    }
+    names = _goes_on(tmp_path, (TP2_PP2, 4), (VPP, 2), distributed=True, everything=changes)
+    assert {"image_newline", "multi_modal_projector.linear_2.weight"} <= names
 
 
 @pytest.mark.slow

@@ -81,7 +81,8 @@ MULTIMODAL_GPT = System(
         replace(INSTRUCT, preset="tiny_multimodal_gpt_instruct"),
     ),
 )
-SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS, MULTIMODAL_GPT)}
+LLAVA = System(name="llava", title="LLaVA", model="llava_tiny_cpu", stages=(PRETRAIN, ALIGN, INSTRUCT))
+SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS, MULTIMODAL_GPT, LLAVA)}
 
 
 QUICK_DATA = (

@@ -51,7 +51,7 @@ class MultimodalGpt(System):
             raise llm.wrong("family", f"one of {', '.join(FAMILIES)}")
         return FAMILIES[name]
 
-    def model_type(self, llm: LLMConfig) -> str:
+    def model_type(self, model: ParrotConfig) -> str:
         """The one type, whatever the decoder."""
         return self.name
 
