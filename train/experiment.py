@@ -31,6 +31,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(EXPERIMENTS), default="parrot", help="the system (parrot)")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs and start from the beginning")
     parser.add_argument("--quick", action="store_true", help="one seed, little data, four steps a stage")
+    help = "training processes (one per GPU, or two on a CPU); results differ by rounding only"
+    parser.add_argument("--processes", type=int, help=help)
     return parser.parse_args(argv)
 
 
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> int:
     from studies.variants import EXPERIMENTS
 
     chosen = EXPERIMENTS[options.model]
+    recipes.processes = options.processes
     name = "experiment" if options.model == "parrot" else f"experiment-{options.model}"
     root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
     device = "gpu" if platform.cuda_available() else "cpu"

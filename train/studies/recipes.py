@@ -101,8 +101,14 @@ QUICK_TRAIN = ("--max-steps", "4")
 """Settings of data and training that show in a few minutes that everything works."""
 
 
+processes: int | None = None
+"""Training processes that a user asked for."""
+
+
 def num_processes() -> int:
-    """Training processes: one per GPU, or two on a CPU."""
+    """Training processes: what was asked for, or one per GPU, or two on a CPU."""
+    if processes is not None:
+        return processes
     return torch.cuda.device_count() if platform.cuda_available() else 2
 
 
