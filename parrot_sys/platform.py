@@ -116,4 +116,14 @@ def set_cpu_threads() -> None:
         return
     processes, wish = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ.get("OMP_NUM_THREADS")
     if wish is None or (wish == "1" and processes > 1):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(max(1, cores() // processes))
+
+
+def single_thread_environment() -> dict[str, str]:
+    """The environment for a program that works on one core: libraries and tokenizers start no threads there."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -27,8 +27,8 @@ from parrot_sys.data.layouts import layout_name
 from parrot_sys.data.packing import expanded_lengths, remaining_labels
 from parrot_sys.data.parts import moves_images, turn_parts
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.record_files import read_raw_records
-from parrot_sys.data.records import Record, describe_record, parse_record
+from parrot_sys.data.records import Record, content_digest, describe_record, parse_record
+from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.templates import TEMPLATES
 from parrot_sys.errors import DataError, StorageError
 
@@ -108,7 +108,7 @@ class _FileCheck:
             )
             for block in _blocks(self._records(on_progress), _BLOCK):
                 self._check_block(block)
-                digests.extend(_digest(record) for record in block)
+                digests.extend(map(content_digest, block))
                 numbers.extend(record.index for record in block)
         except DataError as error:
             self.report.unreadable = str(error)
@@ -116,14 +116,8 @@ class _FileCheck:
 
     def _records(self, on_progress: Callable[[int], None]) -> Iterator[Record]:
         """The records that can be parsed; the others go into the report."""
-        report, before = self.report, 0
-
-        def advance(read: int) -> None:
-            nonlocal before
-            on_progress(read - before)
-            before = read
-
-        for index, raw in enumerate(read_raw_records(self.source.path, advance)):
+        report = self.report
+        for index, raw in enumerate(open_source(self.source.path).records(on_progress)):
             report.records += 1
             if isinstance(raw, Mapping):
                 report.layouts.add(layout_name(raw))
@@ -233,11 +227,6 @@ class _FileCheck:
 def _blocks(records: Iterator[Record], size: int) -> Iterator[list[Record]]:
     while block := list(itertools.islice(records, size)):
         yield block
-
-
-def _digest(record: Record) -> int:
-    content = repr((record.turns, record.images)).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _find_duplicates(

@@ -88,10 +88,14 @@ class DataConfig:
     control_tokens: ControlTokens = "text"
     """Reading of a control token's name in a record's text, such as <|im_end|> or </s>: `text` like any other, or
     `parsed` to be the token, as in the released code; ordinary text has the same ids either way."""
+    index_dir: Annotated[str | None, OUTPUT_FOLDER] = None
+    """Directory of the data sets' indexes, as `parrot data index --output` makes them (default: `cache_dir`, or
+    OUTPUT/index of a training run). An index that is missing is built there; one of another tokenizer or template is
+    refused."""
     cache_dir: Annotated[str | None, OUTPUT_FOLDER] = None
-    """Directory that keeps lengths of tokenised samples (default: none kept), so that the next start is quick, image
-    features (`cache_image_features`; default: OUTPUT/features), and indexes of image archives whose own directory
-    cannot be written."""
+    """Directory that keeps indexes of the data sets, one for each tokenizer and template, image features
+    (`cache_image_features`; default: OUTPUT/features), and indexes of image archives whose own directory cannot be
+    written."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """How files behind an address (`s3://bucket/...`) are read."""
     num_workers: int = 2

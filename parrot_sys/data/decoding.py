@@ -102,6 +102,9 @@ class PictureNotes:
         self._said: dict[str, int] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[PictureNotes], tuple[()]]:
+        return PictureNotes, ()  # in another process, another count
+
     def add(self, kind: str, name: str, *, level: int = logging.INFO) -> None:
         """Counts a picture of a kind, such as `turned upright`."""
         with self._lock:

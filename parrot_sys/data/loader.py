@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from parrot_sys.data.config import DataConfig
 from parrot_sys.data.datasets import RecordDataset, load_dataset
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
+from parrot_sys.data.index.access import IndexPlace
 from parrot_sys.data.mixture import IntArray
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.records import Record
 from parrot_sys.data.sample_order import mix_identity, sample_order
 from parrot_sys.data.skipped import SkippedRecords
 from parrot_sys.errors import ConfigError, DataError, StorageError
@@ -72,8 +75,10 @@ class ParrotDataLoader:
         global_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        index_dir: str | Path | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """Reads and checks all data sets.
+        """Opens all data sets through their indexes, and checks them.
 
         Args:
             config: data sets, mix and policies.
@@ -85,6 +90,9 @@ class ParrotDataLoader:
             global_batch_size: samples in a step, over all ranks.
             dp_rank: this process's place among the data-parallel ranks.
             dp_size: number of data-parallel ranks.
+            index_dir: where indexes are kept when neither `data.index_dir` nor `data.cache_dir` says so; None keeps
+                none, and every process builds its own.
+            on_progress: called now and then while an index is built or waited for.
 
         Raises:
             ConfigError: settings contradict each other.
@@ -115,10 +123,12 @@ class ParrotDataLoader:
                 num_visual_rows=num_visual_rows,
                 max_seq_len=max_seq_len,
                 needs_labels=needs_labels,
+                place=_index_place(config, index_dir),
+                on_progress=on_progress,
             )
             for source in config.sources()
         ]
-        self._starts = np.cumsum([0, *(len(dataset.records) for dataset in self.datasets)])
+        self._starts = np.cumsum([0, *map(len, self.datasets)])
         self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
         self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
         self._capacity = _check_capacity(capacity, int(self._rows.max()))
@@ -130,7 +140,7 @@ class ParrotDataLoader:
     @property
     def languages(self) -> set[str]:
         """Languages that the records state."""
-        return {record.language for dataset in self.datasets for record in dataset.records}
+        return set().union(*(dataset.known_languages for dataset in self.datasets))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,7 +164,7 @@ class ParrotDataLoader:
 
     def pictures(self) -> dict[str, ImageFile]:
         """Name -> file of all images of all data sets, each once, sorted: what a feature store has to hold."""
-        pictures = (p for dataset in self.datasets for i in range(len(dataset.records)) for p in dataset.pictures(i))
+        pictures = (picture for dataset in self.datasets for picture in dataset.all_pictures())
         return dict(sorted({str(picture): picture for picture in pictures}.items()))
 
     def use_features(self, store: FeatureStore) -> None:
@@ -275,20 +285,24 @@ class ParrotDataLoader:
     def _tokenize(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
         """The samples without their images."""
         places = [self._locate(number) for number in numbers]
-        records = [dataset.records[i] for dataset, i in places]
-        encoded = self._processor.encode([self._processor.render(record.turns) for record in records])
+        records: dict[int, Record] = {}
+        for dataset in self.datasets:  # (each data set reads its records at once)
+            own = [(number, i) for number, (owner, i) in zip(numbers, places, strict=True) if owner is dataset]
+            read = dataset.read([i for _, i in own])
+            records |= {number: record for (number, _), record in zip(own, read, strict=True)}
+        encoded = self._processor.encode([self._processor.render(records[number].turns) for number in numbers])
         return [
             (
                 number,
                 Sample(
                     input_ids=input_ids,
                     labels=labels,
-                    language=record.language,
-                    category=record.category,
-                    record_id=f"{dataset.source.name}:{record.record_id}",
+                    language=records[number].language,
+                    category=records[number].category,
+                    record_id=f"{dataset.source.name}:{records[number].record_id}",
                 ),
             )
-            for number, (dataset, _), record, (input_ids, labels) in zip(numbers, places, records, encoded, strict=True)
+            for number, (dataset, _), (input_ids, labels) in zip(numbers, places, encoded, strict=True)
         ]
 
     def _load_images(self, numbered: tuple[int, Sample]) -> Sample | DataError:
@@ -324,12 +338,20 @@ class ParrotDataLoader:
         for dataset in self.datasets:
             name = dataset.source.name
             identity[f"{name}.file"] = dataset.digest[:16]
-            identity[f"{name}.records"] = f"{len(dataset.records)} ({dataset.usable_digest()[:16]})"
+            identity[f"{name}.records"] = f"{len(dataset)} ({dataset.usable_digest()[:16]})"
             identity[f"{name}.weight"] = dataset.source.weight
             identity[f"{name}.language"] = dataset.source.language
         identity |= mix_identity(self.config)
         identity["data.names"] = [dataset.source.name for dataset in self.datasets]
         return identity
+
+
+def _index_place(config: DataConfig, folder: str | Path | None) -> IndexPlace:
+    """The folder that was chosen for indexes, that of all caches, or the one of the run."""
+    if config.index_dir is not None:
+        return IndexPlace(folder=Path(config.index_dir), is_chosen=True)
+    kept = config.cache_dir if config.cache_dir is not None else folder
+    return IndexPlace(folder=None if kept is None else Path(kept))
 
 
 def _check_capacity(capacity: int, longest: int) -> int:

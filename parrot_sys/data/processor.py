@@ -72,6 +72,9 @@ class ParrotProcessor:
         self._encoder: TextEncoder | None = None
         self._encoder_size = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encoder": None}  # (quicker to make than to send)
+
     @classmethod
     def from_pretrained(cls, path: str | Path, template: TemplateName | None = None) -> ParrotProcessor:
         """Reads a checkpoint in the released Parrot layout, or what `save_pretrained` wrote.

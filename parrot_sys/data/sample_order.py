@@ -61,13 +61,13 @@ def sample_groups(datasets: Sequence[RecordDataset], *, by_images: bool = False)
     groups = []
     start = 0
     for dataset in datasets:
-        languages = np.array([record.language for record in dataset.records])
-        text_only = np.array([by_images and not record.images for record in dataset.records])
-        for language in sorted(set(languages.tolist())):
+        text_only = ~dataset.has_images if by_images else np.zeros(len(dataset), dtype=bool)
+        for language in dataset.known_languages:
+            spoken = dataset.speaks(language)
             for kind in (False, True) if by_images else (False,):
-                members = np.flatnonzero((languages == language) & (text_only == kind))
+                members = np.flatnonzero(spoken & (text_only == kind))
                 groups.append(Group(start + members, 1.0, kind, dataset.source.name, language))
-        start += len(languages)
+        start += len(dataset)
     return groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +32,16 @@ def load_processor(config: TrainConfig, checkpoint: Path | None) -> ParrotProces
     return processor.with_data_config(config.data).with_tiling(model.tiling)
 
 
-def training_loader(config: TrainConfig, processor: ParrotProcessor) -> ParrotDataLoader:
-    """This rank's share of the training records."""
-    return _loader(config, config.data, processor, learns=True)
+def training_loader(
+    config: TrainConfig, processor: ParrotProcessor, *, on_progress: Callable[[], None] = lambda: None
+) -> ParrotDataLoader:
+    """This rank's share of the training records; `on_progress` is called now and then while an index is built."""
+    return _loader(config, config.data, processor, on_progress, learns=True)
 
 
-def validation_loader(config: TrainConfig, processor: ParrotProcessor) -> ParrotDataLoader:
+def validation_loader(
+    config: TrainConfig, processor: ParrotProcessor, *, on_progress: Callable[[], None] = lambda: None
+) -> ParrotDataLoader:
     """This rank's share of the held-out records, read as they are: the mix of the training data is not theirs."""
     data = replace(
         config.data,
@@ -52,10 +57,17 @@ def validation_loader(config: TrainConfig, processor: ParrotProcessor) -> Parrot
         curriculum=(),
         text_ratio=None,
     )
-    return _loader(config, data, processor, learns=False)
+    return _loader(config, data, processor, on_progress, learns=False)
 
 
-def _loader(config: TrainConfig, data: DataConfig, processor: ParrotProcessor, *, learns: bool) -> ParrotDataLoader:
+def _loader(
+    config: TrainConfig,
+    data: DataConfig,
+    processor: ParrotProcessor,
+    on_progress: Callable[[], None],
+    *,
+    learns: bool,
+) -> ParrotDataLoader:
     return ParrotDataLoader(
         data,
         processor,
@@ -66,4 +78,6 @@ def _loader(config: TrainConfig, data: DataConfig, processor: ParrotProcessor, *
         global_batch_size=config.global_batch_size,
         dp_rank=data_parallel_rank(),
         dp_size=data_parallel_world_size(),
+        index_dir=Path(config.output) / "index",
+        on_progress=on_progress,
     )

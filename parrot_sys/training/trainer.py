@@ -111,10 +111,12 @@ class Trainer:
         # Data come before the model: their errors are cheap to find.
         self.processor = load_processor(config, resume_from or self.source)
         where = config.model.tokenizer_path or resume_from or config.checkpoint.load_from
-        model = config.model
+        model, beat = config.model, self.watchdog.beat
         self.processor.check_fits(model.llm.vocab_size, model.vision.image_size, where, tiling=model.tiling)
-        self.loader = training_loader(config, self.processor)
-        self.validation_loader = validation_loader(config, self.processor) if config.validation.paths else None
+        self.loader = training_loader(config, self.processor, on_progress=beat)
+        self.validation_loader = (
+            validation_loader(config, self.processor, on_progress=beat) if config.validation.paths else None
+        )
         self.languages = self._languages()
         self.length = self._run_length(resume_from)
         settings = config.optimizer

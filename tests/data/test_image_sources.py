@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import tempfile
 from pathlib import Path
@@ -51,8 +52,9 @@ def data_sets(draw):
 
 
 def make_loader(processor, folder, records, root, **settings):
-    path = folder / "set.json"
-    path.write_text(json.dumps(records), encoding="utf-8")
+    path, text = folder / "set.json", json.dumps(records)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # (a file that changes stops its readers)
+        path.write_text(text, encoding="utf-8")
     config = DataConfig(paths=(str(path),), image_roots=(str(root),), on_bad_sample="skip", num_workers=3, **settings)
     return ParrotDataLoader(config, processor, num_visual_rows=ROWS, max_seq_len=512, global_batch_size=2)
 
@@ -86,7 +88,8 @@ def test_batches_are_those_from_files(processor, data, form, count, rows, struct
             elif count == 1:
                 roots[kind] = path
         loaders = {kind: make_loader(processor, base, records, root) for kind, root in roots.items()}
-        loaders["urls"] = make_loader(processor, base, as_data_urls(records, pictures), base / "nowhere")
+        (base / "urls").mkdir()
+        loaders["urls"] = make_loader(processor, base / "urls", as_data_urls(records, pictures), base / "nowhere")
         wanted = list(loaders["files"])
         middle = make_loader(processor, base, records, roots["files"])
         state = None
@@ -228,9 +231,10 @@ def test_pictures_in_records_take_no_memory(processor, tmp_path):
     records = [record(i, [data_url(other if i == 7 else big, "image/bmp")]) for i in range(9)]
     loader = make_loader(processor, tmp_path, records, tmp_path, cache_dir=str(tmp_path / "cache"))
     (dataset,) = loader.datasets
-    assert max(len(name) for each in dataset.records for name in each.images) < 100
-    assert len({name for each in dataset.records for name in each.images}) == 2  # each content once
-    assert not any(path.suffix != ".npy" for path in (tmp_path / "cache").iterdir())  # nothing is left on disk
+    assert max(len(name) for each in dataset.read(range(9)) for name in each.images) < 100
+    assert len({name for each in dataset.read(range(9)) for name in each.images}) == 2  # each content once
+    (kept,) = (tmp_path / "cache").glob("*/*/pictures.bin")
+    assert kept.stat().st_size == len(big) + len(other)
     for i in range(9):
         (picture,) = dataset.pictures(i)
         assert np.array_equal(load_image(picture), noise(300, 300, 9 if i == 7 else 0))
@@ -247,10 +251,9 @@ def test_pictures_in_records_take_no_memory(processor, tmp_path):
 )
 def test_wrong_data_urls_are_bad_records(processor, tmp_path, url, reason):
     loader = make_loader(processor, tmp_path, [record(0, [url]), record(1, [data_url(PICTURES[0])])], tmp_path)
-    assert [each.record_id for each in loader.datasets[0].records] == ["r1"]
+    assert [each.record_id for each in loader.datasets[0].read([0])] == ["r1"]
+    assert len(loader.datasets[0]) == 1
     (skipped,) = loader.datasets[0].skipped
     assert "record 0 (id 'r0'): image data:" in skipped
     assert len(skipped) < 400
-    with pytest.raises(DataError, match=reason) as error:
-        ImageRoot(tmp_path).keep(url)
-    assert ImageRoot(tmp_path).problem(url) == str(error.value)
+    assert re.search(reason, ImageRoot(tmp_path).problem(url) or "")

@@ -225,7 +225,9 @@ def test_lengths_are_counted_from_headers_as_batches_have_them(records, tiled, t
     for limit in (2048, 60):
         loader = loader_of(records, tiled, limit, cache_dir=str(tmp_path / "cache"))
         (dataset,) = loader.datasets
-        counted = {f"set:{r.record_id}": int(n) for r, n in zip(dataset.records, dataset.rows, strict=True)}
+        counted = {
+            f"set:{r.record_id}": int(n) for r, n in zip(dataset.read(range(len(dataset))), dataset.rows, strict=True)
+        }
         assert rows_by_record(loader) == counted
         data = DataConfig(paths=(records,))
         setup = CheckSetup(
@@ -255,7 +257,7 @@ def test_a_picture_without_a_header_is_a_bad_sample(records, tiled, tmp_path):
     with pytest.raises(DataError, match=r"r1.*p0\.jpg cannot be read"):
         loader_of(records, tiled)
     loader = loader_of(records, tiled, on_bad_sample="skip")
-    assert len(loader.datasets[0].records) == 5
+    assert len(loader.datasets[0]) == 5
 
 
 def test_features_from_a_store_make_the_same_batches_as_pixels(records, tiled, tmp_path):

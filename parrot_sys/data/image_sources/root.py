@@ -45,30 +45,23 @@ class ImageRoot:
         remedy: str = REMEDY,
         cache_dir: str | Path | None = None,
         remote: RemoteConfig | None = None,
+        own: Sequence[ImageSource] = (),
     ) -> None:
         """
         Args:
             root: see above.
             allow_outside: also take files whose names lead out of a folder.
             remedy: what to do about a name that leads out of it, for messages.
-            cache_dir: where indexes of archives go that cannot be kept beside them, pictures of data URLs, and copies
-                of what was read of remote files.
+            cache_dir: where indexes of archives go that cannot be kept beside them, and what was read of remote files.
             remote: how remote files are read.
+            own: pictures of the data set itself; the first that has no problem with a name is taken before the root.
 
         Raises:
             DataError: an archive is missing, damaged or of a kind that is not read; names it.
             ConfigError: a package that is needed to read it is not installed.
         """
-        self._urls = DataUrls(cache_dir)
+        self._own, self._urls = own, DataUrls()
         self._source = _open(str(root), allow_outside, remedy, cache_dir, remote)
-
-    def keep(self, name: str) -> str:
-        """A name that takes little memory: a picture that the name itself holds goes to a file on disk.
-
-        Raises:
-            DataError: the name is a data URL that cannot be read.
-        """
-        return self._urls.keep(name) if name.startswith(PREFIX) else name
 
     def problem(self, name: str) -> str | None:
         """Why the picture of this name cannot be used, as far as is known without reading it; None where it can."""
@@ -83,7 +76,8 @@ class ImageRoot:
         self._source.forget()
 
     def _of(self, name: str) -> ImageSource:
-        return self._urls if name.startswith(PREFIX) else self._source
+        own = next((source for source in self._own if source.problem(name) is None), None)
+        return own or (self._urls if name.startswith(PREFIX) else self._source)
 
 
 def _open(

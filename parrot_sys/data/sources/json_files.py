@@ -55,8 +55,11 @@ class JsonRecords(RecordSource):
 
     def scan(self, advance: Advance = ignore_progress) -> Iterator[Place]:
         """Places of all records."""
-        for start, end, _ in scan_records(self.path, _steps(advance)):
+        before = 0
+        for start, end, _ in scan_records(self.path):
             yield start, end
+            advance(end - before)
+            before = end
 
     def records(self, advance: Advance = ignore_progress) -> Iterator[Any]:
         """All raw records, in one pass."""
