@@ -105,6 +105,8 @@ def config_to_hf(
 
 def _describes(hf: Mapping[str, Any], config: ParrotConfig, directory: Path) -> bool:
     """Whether a config.json says all there is to say about a model."""
+    if hf.get("model_type", _UNNAMED) not in RELEASED_TYPES:
+        return False  # of the decoder that the model was put together from
     try:
         return not _difference(config_from_hf(hf, directory), config)
     except CheckpointError:  # the tower's shape is nowhere to be found

@@ -11,21 +11,15 @@ import pytest
 import torch
 
 import parrot_sys
-from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.errors import CheckpointError
 from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import load_tables, make_items
 from parrot_sys.inference.chat import ChatSession
-from parrot_sys.megatron.runtime.initialize import initialize, shutdown
-from parrot_sys.systems.build import build_model
-from parrot_sys.systems.export import export_released
-from parrot_sys.systems.llava.config import LlavaConfig
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.evaluation.tables import picture, write_table
-from tests.megatron.parrot_reference import CONFIG
-
-TOKENIZER = Path(__file__).parents[1] / "fixtures" / "parrot_tiny" / "model"
+from tests.megatron.tiled_models import write_tiled_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,21 +30,7 @@ def _groups() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-NeXT with random weights, exported as training does."""
-    initialize()
-    tokenizer = ParrotProcessor.for_tower(TOKENIZER, "clip", 28).tokenizer
-    model = replace(
-        CONFIG,
-        vision=replace(CONFIG.vision, select_feature="patch"),
-        moe=replace(CONFIG.moe, num_experts=0),
-        llm=replace(CONFIG.llm, vocab_size=len(tokenizer), max_position_embeddings=1024),
-        llava=LlavaConfig(grids=((1, 2), (2, 1), (2, 2))),
-        max_seq_len=1024,
-    )
-    processor = ParrotProcessor(tokenizer, ImageProcessor.for_tower("clip", 28), tiling=model.tiling)
-    path = tmp_path_factory.mktemp("model") / "llava"
-    export_released(build_model(model), path, save_processor=processor.save_pretrained)
-    return path
+    return write_tiled_model(tmp_path_factory.mktemp("model") / "llava")
 
 
 @pytest.fixture(scope="module")

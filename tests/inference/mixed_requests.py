@@ -12,8 +12,12 @@ from torch import Tensor
 
 import parrot_sys
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
+from parrot_sys.data.picture import Picture
 from parrot_sys.inference.model import ParrotForConditionalGeneration
+from parrot_sys.towers import PictureRows
 
+SIZES = ((28, 28), (40, 90), (90, 40))
+"""Height and width of pictures, which are taken in turn."""
 FIRST, LAST = 3, 190
 """Ids of plain text in all fixtures."""
 
@@ -36,16 +40,19 @@ class Mixed:
     fills: bool = False
     """Its prompt is made so long that prompt and answer fill the model's rows."""
 
-    def prompt(self, model: ParrotForConditionalGeneration) -> tuple[Tensor, Tensor]:
-        """Ids [N], and pixels [pictures, 3, h, w]."""
+    def prompt(self, model: ParrotForConditionalGeneration) -> tuple[Tensor, list[Picture]]:
+        """Ids [N], and the pictures, of several sizes where they are cut into tiles."""
         config, generator = model.config, torch.Generator().manual_seed(self.number)
-        room = config.max_rows - self.new_tokens - self.pictures * config.rows_per_image
+        side, tiling, whole = config.vision.image_size, config.tiling, PictureRows.whole(config.rows_per_image)
+        sizes = [SIZES[(self.number + place) % len(SIZES)] for place in range(self.pictures)]
+        rows = [whole if tiling is None else tiling.rows(*size) for size in sizes]
+        room = config.max_rows - self.new_tokens - sum(len(each.source) for each in rows)
         words = room if self.fills else self.length
         ids = torch.randint(FIRST, LAST, (words,), generator=generator).tolist()
         for _ in range(self.pictures):
             ids.insert(int(torch.randint(0, len(ids) + 1, (), generator=generator)), IMAGE_TOKEN_ID)
-        side = config.vision.image_size
-        return torch.tensor(ids), torch.randn(self.pictures, 3, side, side, generator=generator)
+        pictures = [Picture(torch.randn(each.tiles, 3, side, side, generator=generator), each) for each in rows]
+        return torch.tensor(ids), pictures
 
     def continuations(self) -> list[list[int]]:
         """Two of them, of different lengths."""
@@ -80,7 +87,7 @@ def ask(
         place = slice(longest - len(own), None) if left else slice(len(own))
         ids[row, place], mask[row] = own, 0
         mask[row, place] = 1
-    images = torch.cat([pixels for _, pixels in prompts])
+    images = [picture for _, pictures in prompts for picture in pictures]
     settings: dict[str, Any] = {}
     ends = frozenset(range(0, 630, ends_every)) if ends_every else frozenset()
     if sampled:
@@ -98,7 +105,9 @@ def ask(
     )[:, longest:]
     with torch.no_grad():
         logits = model(ids, mask, images).logits
-    lengths = [len(own) + (model.config.rows_per_image - 1) * len(pixels) for own, pixels in prompts]
+    lengths = [
+        len(own) + sum(len(picture.rows.source) - 1 for picture in own_pictures) for own, own_pictures in prompts
+    ]
     return Answers(
         tokens=[_until(row.tolist(), ends, each.new_tokens) for row, each in zip(output, requests, strict=True)],
         scores=model.score(ids, [each.continuations() for each in requests], mask, images),

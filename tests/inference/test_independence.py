@@ -1,4 +1,4 @@
-"""A request gets what it would get alone: whatever stands beside it, however it is padded, in all three systems."""
+"""A request gets what it would get alone: whatever stands beside it, however it is padded, in all systems."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.inference.mixed_requests import Mixed, assert_alone, limited
+from tests.megatron.tiled_models import write_tiled_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-MOST_PICTURES = {"parrot": 2, "wings-paper": 2, "wings-released": 1, "multimodal-gpt": 2}
+MOST_PICTURES = {"parrot": 2, "wings-paper": 2, "wings-released": 1, "multimodal-gpt": 2, "llava": 2}
 """The released rule of Wings knows one picture a sample."""
 
 
@@ -41,6 +42,7 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParrotForCond
         "wings-paper": limited(FIXTURES / "wings_tiny" / "model", compat="paper"),
         "wings-released": limited(FIXTURES / "wings_tiny" / "model", compat="released"),
         "multimodal-gpt": limited(flamingo),
+        "llava": limited(write_tiled_model(tmp_path_factory.mktemp("llava") / "model")),
     }
 
 
