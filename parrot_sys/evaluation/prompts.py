@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable
 
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.languages import MMMB_LANGUAGES, in_order
+from parrot_sys.data.languages import in_order, lookup
 from parrot_sys.data.mcq_prompt import ANSWER_WITH_LETTER, build_mcq_prompt
 from parrot_sys.evaluation.tsv import Question
 
@@ -26,7 +26,7 @@ def question_prompt(question: Question, language: str, *, show_options: bool = T
     table in Japanese keeps its own.
     """
     shown = [question.hint or "", question.question, *question.options.values()]
-    if language in MMMB_LANGUAGES and _CJK.search("".join(shown)):
+    if lookup(language, ANSWER_WITH_LETTER) and _CJK.search("".join(shown)):
         language = "zh"
     if show_options:
         text = build_mcq_prompt(question.question, question.options, language, question.hint)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.data.languages import MMMB_LANGUAGES, OTHER, canonical, in_order
+from parrot_sys.data.languages import OTHER, canonical, in_order
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.routes import RouteSums
@@ -35,9 +35,7 @@ class StepMetrics:
     of `routes` are any texts, so that each rank keeps its own until a record is due.
     """
 
-    def __init__(
-        self, num_experts: int, device: torch.device | str = "cpu", *, languages: Sequence[str] = MMMB_LANGUAGES
-    ) -> None:
+    def __init__(self, num_experts: int, device: torch.device | str = "cpu", *, languages: Sequence[str]) -> None:
         """
         Args:
             num_experts: E.

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.runtime.optimizer import (
     data_parallel_group,
     gradient_norm,
@@ -44,7 +43,7 @@ class StepRunner:
     device: torch.device
     num_experts: int
     num_visual_rows: int
-    languages: Sequence[str] = MMMB_LANGUAGES
+    languages: Sequence[str]
     """Codes that metrics count apart, the same on all ranks."""
     reduction: Literal["global", "micro_batch"] = "global"
     optimizer: Any = None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
@@ -281,6 +282,7 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
         chunks=wrapped,
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
+        languages=MMMB_LANGUAGES,
         num_visual_rows=config.vision.num_visual_rows,
         optimizer=optimizer,
     )

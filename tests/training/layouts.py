@@ -15,6 +15,7 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from megatron.core import parallel_state
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
@@ -243,6 +244,7 @@ def _train(
         chunks=wrapped,
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
+        languages=MMMB_LANGUAGES,
         num_visual_rows=config.vision.num_visual_rows,
         reduction=reduction,
         optimizer=optimizer,

@@ -40,7 +40,7 @@ def _batch() -> PackedBatch:
 
 
 def _reduced(batches: list[PackedBatch], outputs: list[tuple[torch.Tensor, RoutingOutput | None]]) -> StepMetrics:
-    metrics = StepMetrics(E)
+    metrics = StepMetrics(E, languages=("en", "zh"))
     for batch, (losses, routing) in zip(batches, outputs, strict=True):
         metrics.add_losses(batch, losses)
         if routing is not None:
@@ -74,7 +74,7 @@ def test_every_number_of_a_record_says_what_it_is_over() -> None:
     outputs = [(torch.rand(batch.label_rows.numel()), _routing(batch.num_images, False))]
 
     def rank(*_: int) -> dict:
-        steps = StepMetrics(E)
+        steps = StepMetrics(E, languages=("en", "zh"))
         for _step in range(3):
             one = _reduced([batch], outputs)
             one.add_aux_loss(torch.tensor(1.0))
@@ -165,7 +165,7 @@ def test_shares_of_context_parallel_ranks_add_up() -> None:
 
 def test_only_contributing_ranks_count_but_any_may_stop() -> None:
     def rank_of_two(rank: int, size: int) -> tuple[float, float]:
-        metrics = StepMetrics(E)
+        metrics = StepMetrics(E, languages=("en", "zh"))
         metrics.count(labels=3, stop=rank)
         metrics.reduce(contribute=rank == 0)
         return metrics.scalar("labels"), metrics.scalar("stop")
@@ -174,7 +174,7 @@ def test_only_contributing_ranks_count_but_any_may_stop() -> None:
 
 
 def test_one_nan_shows() -> None:
-    metrics = StepMetrics(E)
+    metrics = StepMetrics(E, languages=("en", "zh"))
     assert metrics.is_finite()
     batch = make_batch(MIXED)
     metrics.add_losses(batch, torch.full((batch.label_rows.numel(),), float("nan")))

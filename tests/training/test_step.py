@@ -13,6 +13,7 @@ import torch._dynamo  # every optimizer imports it: once here instead of a secon
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
@@ -79,6 +80,7 @@ def _train(
         chunks=wrapped,
         device=torch.device("cpu"),
         num_experts=config.moe.num_experts,
+        languages=MMMB_LANGUAGES,
         num_visual_rows=V,
         reduction=reduction,
         optimizer=adam,

@@ -5,7 +5,7 @@ published starting points take that away:
 
 * Word vectors by latent semantic analysis (Deerwester et al. 1990): the truncated SVD of how often each token occurs in
   the CLDR names and keywords of each concept, in all languages at once. Tokens of one meaning start close together. A
-  part of its own says how often a token occurs in each language: without it, the six names of one concept start as
+  part of its own says how often a token occurs in each language: without it, the names of one concept start as
   nearly the same vector, which the decoder has to pull apart first.
 * Attention after "Mimetic initialization of self-attention layers" (Trockman and Kolter, arXiv 2305.09828): queries and
   keys start from one orthogonal matrix, values and output from a pair that are each other's inverse, so that a head
