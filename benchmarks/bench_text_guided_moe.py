@@ -21,7 +21,8 @@ from benchmarks.harness import interleaved_times, parse_arguments, ratio, report
 from benchmarks.released_loop import ReleasedLoop
 from benchmarks.shapes import CPU_DENSE, CPU_MANY_SMALL, TEXT_ROWS
 from parrot_kernels.testing import MoEShape, make_spans
-from parrot_sys.modules.text_guided_moe import TextGuidedMoE, TextGuidedMoEConfig, experts_to_released
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoE, experts_to_released
 
 Routing = Literal["dense", "topk"]
 

@@ -39,7 +39,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from parrot_sys import platform
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 
 LANGUAGES, THINGS = 3, 8
 IMAGE = -200

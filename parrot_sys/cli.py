@@ -20,6 +20,7 @@ from parrot_sys.config_values import (
     build,
     config_from_dict,
     config_to_dict,
+    keyed_settings,
     list_settings,
     load_config,
     merge,
@@ -82,6 +83,7 @@ def parse_config(
         for section in optional_sections(cls):
             if any(_names_section(flag, section) for flag in flags):
                 switch_on(values, section)
+        _name_keys(cls, values, flags)
         base = build(cls, values, checked=False, missing=tyro.MISSING)
     except ConfigError as error:
         exit_with(error, prog)
@@ -101,6 +103,21 @@ def parse_config(
 def _names_section(flag: str, section: str) -> bool:
     """Whether a flag sets something in an optional section; `--help` shows all of them."""
     return flag in ("-h", "--help") or flag.replace("_", "-").startswith(f"--{section}.".replace("_", "-"))
+
+
+def _name_keys(cls: type, values: dict[str, Any], flags: Sequence[str]) -> None:
+    """Gives mappings with BY_KEY the keys that flags name, as tyro knows flags of keys that are there."""
+    for name, hint in keyed_settings(cls).items():
+        for flag in flags:
+            _, found, key = flag.partition("=")[0].partition(f"--{name}.")
+            if not found:
+                continue
+            key = key.replace("-", "_")
+            key = key.removeprefix("no_") if hint is bool else key
+            section = values
+            for part in name.split("."):
+                section = section.setdefault(part, {})
+            section.setdefault(key, hint())
 
 
 def list_presets() -> dict[str, Path]:

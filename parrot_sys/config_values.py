@@ -19,6 +19,9 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.files import replace_text
 
 C = TypeVar("C")
+BY_KEY = "by key"
+"""Mark of a mapping whose keys are settings of their own, as `Annotated[dict[str, bool], BY_KEY]`: a later file or flag
+changes only those that it names (`--trainable.llm`)."""
 
 
 def config_from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -143,6 +146,17 @@ def list_settings(cls: type, prefix: str = "") -> set[str]:
     return names
 
 
+def keyed_settings(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of the values, of the mappings below `cls` that are marked with BY_KEY."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if BY_KEY in getattr(hint, "__metadata__", ()):
+            found[prefix + name] = get_args(hint.__origin__)[1]
+        elif (section := section_class(_field_types(cls).get(name))) is not None:
+            found |= keyed_settings(section, f"{prefix}{name}.")
+    return found
+
+
 def _check_names(root: type, cls: type, values: Mapping[Any, Any], prefix: str, where: str) -> None:
     known = _field_types(cls)
     for key in values:
@@ -152,6 +166,8 @@ def _check_names(root: type, cls: type, values: Mapping[Any, Any], prefix: str, 
         same_name = [name for name in every if name.rsplit(".", 1)[-1] == key]
         guess = nearest(str(key), list(known))
         hint = prefix + guess if guess else same_name[0] if same_name else nearest(f"{prefix}{key}", every)
+        if (now := getattr(cls, "renamed", {}).get(key)) is not None:
+            raise ConfigError(f"unknown setting {prefix}{key}{where}: it is {now} now")
         raise ConfigError(f"unknown setting {prefix}{key}{where}" + (f"; the nearest is {hint}" if hint else ""))
 
 
@@ -171,8 +187,9 @@ def without_foreign(cls: type, other: type | None, values: Mapping[str, Any]) ->
 def merge(
     cls: type, into: dict[str, Any], values: Mapping[str, Any], *, where: str, prefix: str = "", root: Any = None
 ) -> None:
-    """Lays `values` over `into`: nested classes key by key, everything else as a whole."""
+    """Lays `values` over `into`: nested classes and mappings with BY_KEY key by key, everything else as a whole."""
     _check_names(root or cls, cls, values, prefix, where)
+    keyed = keyed_settings(cls)
     for name, hint in _field_types(cls).items():
         if name not in values:
             continue
@@ -184,7 +201,8 @@ def merge(
                 into[name] = {}
             merge(section, into[name], value, where=where, prefix=f"{prefix}{name}.", root=root or cls)
         else:
-            into[name] = _convert(hint, value, f"{prefix}{name}", where)
+            value = _convert(hint, value, f"{prefix}{name}", where)
+            into[name] = {**into.get(name, {}), **value} if name in keyed else value
 
 
 def _convert(hint: Any, value: Any, name: str, where: str) -> Any:

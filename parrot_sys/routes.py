@@ -34,7 +34,7 @@ _UNIT = 2.0**32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Information:
-    """What the choice of expert tells of a label."""
+    """Information on a label in the choice of expert."""
 
     bits: float
     """I(expert; label)."""

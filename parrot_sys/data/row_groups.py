@@ -30,7 +30,7 @@ class RowGroups:
         self._access, self._decoding = threading.Lock(), threading.Lock()
 
     def get(self, key: Hashable, name: str, decode: Callable[[MakeRoom], Any]) -> Any:
-        """What `decode` returns for a key, or returned before.
+        """Result of `decode` for a key, as it is or as it was kept.
 
         Args:
             key: of file, content and row group.

@@ -51,7 +51,7 @@ def route_rows(
 
 
 def measure_routes(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the routes of a part tell and how its experts are used.
+    """Information in the routes of a part, and how its experts are used.
 
     Args:
         languages: language -> its result, with the `routes` of `route_rows`.

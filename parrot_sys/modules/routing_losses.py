@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parrot_sys.modules.losses import load_balancing_loss, router_z_loss
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.ops import TopKRouting
 from parrot_sys.parallel import all_gather_rows, gather_counts, reduce_from_group
-
-if TYPE_CHECKING:
-    from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
 
 # n images, E experts, A languages
 
@@ -48,7 +45,7 @@ class RoutingTotals:
 
     @staticmethod
     def of_dense(num_images: Tensor, num_experts: int) -> RoutingTotals:
-        """What is known without a look at the routes: dense routing chooses every expert."""
+        """Totals that need no look at the routes: dense routing chooses every expert."""
         nothing = num_images.new_zeros((0, num_experts), dtype=torch.float64)
         return RoutingTotals(
             num_images=num_images.double(),

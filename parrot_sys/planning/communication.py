@@ -93,7 +93,7 @@ def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> 
     for operation in ("all_gather", "reduce_scatter"):
         yield _message("tensor", operation, payload, calls, size)
     again = forwards - 1
-    gathers = calls * (1 + again + job.trainable.llm)
+    gathers = calls * (1 + again + job.trainable["llm"])
     yield _message("tensor", "all_gather", payload, gathers, size, backward=True)
     yield _message("tensor", "reduce_scatter", payload, calls * (1 + again), size, backward=True)
 
@@ -108,7 +108,7 @@ def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator
         yield _message("tensor", "all_reduce", visual * row, 1, size)
         if first and job.gradient_reaches("projector"):
             yield _message("tensor", "all_reduce", visual * row, 1, size, backward=True)
-        if not first and job.trainable.vision:
+        if not first and job.trainable["vision"]:
             yield _message("tensor", "all_reduce", job.bytes * visual * vision.hidden_size, 1, size, backward=True)
     yield _message("tensor", "all_reduce", batch.rows * row, 1, size)
     if layout.sequence:
@@ -117,7 +117,7 @@ def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator
         features = job.bytes * layout.local_images(batch.images) * vision.num_tower_rows * vision.hidden_size
         calls = 2 * vision.num_layers_run
         yield _message("tensor", "all_reduce", features, calls, size)
-        if job.trainable.vision:
+        if job.trainable["vision"]:
             yield _message("tensor", "all_reduce", features, calls, size, backward=True)
 
 
@@ -224,7 +224,7 @@ def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:
         elements = sum(weight.total for weight in learning if weight.replicated)
         messages.append(_message("tensor", "all_reduce", 4 * elements, 1, layout.tensor, backward=True))
     ends = stage in (0, layout.pipeline - 1)
-    if job.model.llm.tie_word_embeddings and layout.pipeline > 1 and ends and job.trainable.llm:
+    if job.model.llm.tie_word_embeddings and layout.pipeline > 1 and ends and job.trainable["llm"]:
         shared = 4 * job.model.llm.vocab_size // layout.tensor * job.model.llm.hidden_size
         messages.append(_message("pipeline", "all_reduce", shared, 1, 2, backward=True))
     return messages

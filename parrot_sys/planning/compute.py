@@ -50,7 +50,7 @@ def model_flops(job: Job, batch: MicroBatch) -> float:
 
 def _passes(job: Job, component: str) -> int:
     """Forward passes that forward and backward pass together cost."""
-    if job.trainable.as_dict()[component]:
+    if job.trainable[component]:
         return 3
     return 2 if job.gradient_reaches(component) else 1
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+from parrot_sys.config_values import BY_KEY
 from parrot_sys.errors import ConfigError
 from parrot_sys.paths import OUTPUT_FILE
 from parrot_sys.planning.cluster import ClusterConfig
+from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.training.config import TrainableConfig
+from parrot_sys.systems.registry import system_of
+from parrot_sys.training.config import TrainConfig
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -94,10 +97,10 @@ class PlanConfig:
     """Parts of the layout that are decided already."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """A table over numbers of GPUs."""
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    """Which parts learn."""
-    use_moe: bool = True
-    """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
+    trainable: Annotated[dict[str, bool], BY_KEY] = field(default_factory=dict)
+    """Part of the model -> whether it learns; parts that are not named learn, but the vision tower does not."""
+    bypass: tuple[str, ...] = ()
+    """Parts that are kept as they are, frozen, and passed by (see `parrot train --help`)."""
     global_batch_size: int = 128
     """Samples of a step over all ranks and micro-batches."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -108,6 +111,8 @@ class PlanConfig:
     """Print JSON in place of the table and the words."""
     plot: Annotated[str | None, OUTPUT_FILE] = None
     """Also write a figure to this file (.svg, .png or .pdf)."""
+
+    renamed: ClassVar[dict[str, str]] = TrainConfig.renamed
 
     def __post_init__(self) -> None:
         per_node = self.cluster.gpus_per_node
@@ -140,7 +145,10 @@ class PlanConfig:
                 f"model.llm.experts (llm.family {self.model.llm.family}) has no formulas in parrot plan: "
                 "choose a dense decoder"
             )
-        if self.model.vision.tower.transformer is None and self.trainable.vision:
+        system = system_of(self.model)
+        system.check_parts(self.trainable.keys() - {OTHERS}, "trainable")
+        system.check_bypass(self.bypass)
+        if self.model.vision.tower.transformer is None and self.learning()["vision"]:
             raise ConfigError(
                 f"vision.type {self.model.vision.type} can be planned with a frozen tower only, got "
                 "trainable.vision=true: choose a transformer, or freeze it"
@@ -154,4 +162,8 @@ class PlanConfig:
     @property
     def moe_active(self) -> bool:
         """Whether the experts run."""
-        return self.use_moe and self.model.moe.num_experts > 0
+        return "moe" not in self.bypass and self.model.moe.num_experts > 0
+
+    def learning(self) -> dict[str, bool]:
+        """Part of the model -> whether it learns."""
+        return system_of(self.model).learning(self.model, self.trainable, self.bypass)

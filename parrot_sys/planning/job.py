@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from parrot_sys.planning.config import PlanConfig
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.training.config import TrainableConfig
 
 Kernels = Literal["gpu", "cpu"]
 
@@ -17,7 +17,8 @@ class Job:
     """A model as it is trained."""
 
     model: ParrotConfig
-    trainable: TrainableConfig
+    trainable: Mapping[str, bool]
+    """Part -> whether it learns, of all parts of the system."""
     precision: Literal["fp32", "bf16"] = "bf16"
     moe_active: bool = True
     kernels: Kernels = "gpu"
@@ -26,8 +27,12 @@ class Job:
     @staticmethod
     def of(config: PlanConfig) -> Job:
         """The job that a plan is about."""
-        trainable = replace(config.trainable, moe=config.trainable.moe and config.moe_active)
-        return Job(model=config.model, trainable=trainable, precision=config.precision, moe_active=config.moe_active)
+        return Job(
+            model=config.model,
+            trainable=config.learning(),
+            precision=config.precision,
+            moe_active=config.moe_active,
+        )
 
     @property
     def bytes(self) -> int:
@@ -36,7 +41,7 @@ class Job:
 
     def gradient_reaches(self, component: str) -> bool:
         """Whether the backward pass goes through a component: it, or one whose output it reads, learns."""
-        learns = self.trainable.as_dict()
+        learns = self.trainable
         chain = ("vision", "projector", "moe", "llm")
         before = chain[: chain.index(component) + 1]
         # The experts read the word embeddings, which belong to the decoder.

@@ -140,7 +140,7 @@ def layer_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     and up together, silu(gate), and up once more, to which Megatron adds an offset.
     """
     llm, b, tensor = job.model.llm, job.bytes, layout.tensor
-    learns = job.trainable.llm
+    learns = job.trainable["llm"]
     rows, narrow = _rows(layout, batch)
     norms = 2 * (_norm_bytes(job, learns) + (b * llm.hidden_size if learns else 0))
     swiglu = b * llm.ffn_hidden_size / tensor * (5 if learns else 4)
@@ -175,22 +175,22 @@ def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     size, images = model.llm.hidden_size, layout.local_images(batch.images)
     visual = images * model.vision.num_visual_rows
     learns = job.trainable
-    total = 8 * batch.rows if learns.llm else 0.0  # ids of the embedding
+    total = 8 * batch.rows if learns["llm"] else 0.0  # ids of the embedding
     if layout.sequence and job.gradient_reaches("llm") and (job.kernels == "gpu" or b == 4 or layout.recompute):
         # The first layer's input is a view of the rows of all ranks.
         total += b * layout.local_rows(batch.rows) * size * (1 - 1 / layout.tensor)
-    if learns.vision:
+    if learns["vision"]:
         total += _tower_bytes(job, layout, images)
-    if learns.projector:
+    if learns["projector"]:
         total += b * visual * model.vision.hidden_size
     if job.gradient_reaches("projector"):
         # After each layer but the last: what the activation takes, and what it gives to a layer that learns.
         cut = cut_projector_layers(model) // 2
         widths = size * (cut / layout.tensor + model.projector.depth - 1 - cut)
-        total += b * visual * widths * (2 if learns.projector else 1)
+        total += b * visual * widths * (2 if learns["projector"] else 1)
     if job.moe_active and (job.gradient_reaches("moe")):
         total += expert_bytes(job, layout, batch)
-        total += b * batch.guidance_rows * size + (8 * batch.guidance_rows if learns.llm else 0)
+        total += b * batch.guidance_rows * size + (8 * batch.guidance_rows if learns["llm"] else 0)
     if job.gradient_reaches("moe"):
         # Putting visual rows in place keeps them, and two indices.
         total += batch.images * model.vision.num_visual_rows * (b * size + 16)
@@ -232,7 +232,7 @@ def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     """The final norm, and the label rows of the LM head with their targets; no logits."""
     if not job.gradient_reaches("llm"):
         return 0.0
-    size, learns = job.model.llm.hidden_size, job.trainable.llm
+    size, learns = job.model.llm.hidden_size, job.trainable["llm"]
     norm = _norm_bytes(job, learns) * _rows(layout, batch)[1]
     scalars = 8 + 8 + 4 + (16 if layout.tensor > 1 else 1)
     return norm + batch.label_rows / layout.context * (job.bytes * size + scalars)

@@ -129,5 +129,5 @@ def buffer_elements(vision: VisionConfig) -> int:
 
 def trainable_weights(job: Job, weights: list[Weight]) -> list[Weight]:
     """The weights with gradients and optimizer state."""
-    learns = job.trainable.as_dict()
+    learns = job.trainable
     return [weight for weight in weights if learns[weight.component]]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from parrot_sys.config_values import nearest
 from parrot_sys.errors import ConfigError
 from parrot_sys.files import Fields
 from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig, llm_fields
 from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.cost import Cost
 from parrot_sys.towers import VisionConfig
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ class Part:
     marks: tuple[str, ...]
     """Its parameters are those whose names (in `MultimodalModel`) begin with one of these, or hold it after a dot."""
     setting: str | None = None
-    """Setting of `model` without which the model lacks the part."""
+    """Setting without which the model lacks the part: a section of `model`, or a number in it."""
+    learns: bool = True
+    """Whether it learns unless a run says otherwise."""
     may_be_bypassed: bool = False
     """Whether a stage of training may pass it by and keep it as it is."""
 
@@ -37,9 +42,11 @@ class Part:
         return any(name.startswith(mark) if mark[0] != "." else mark in name for mark in self.marks)
 
 
-_LORA = {"lora": Part(description="the low-rank updates", marks=(".lora.",), setting="lora")}
+OTHERS = "others"
+"""Stands for all parts that a run does not name, in the mapping of those that learn."""
+_LORA = {"lora": Part(description="the low-rank updates", marks=(".lora.",), setting="model.lora")}
 _OUTER = {
-    "vision": Part(description="the vision tower", marks=("vision_tower.",)),
+    "vision": Part(description="the vision tower", marks=("vision_tower.",), learns=False),
     "llm": Part(description="the decoder with embeddings, norms and LM head", marks=("decoder.",)),
 }
 PROJECTOR = {"projector": Part(description="the projector", marks=("projector.",))}
@@ -71,7 +78,45 @@ class System(ABC):
 
     def present_parts(self, model: ParrotConfig) -> list[str]:
         """Names of the parts that a model of this configuration has."""
-        return [name for name, part in self.parts.items() if part.setting is None or getattr(model, part.setting)]
+        return [
+            name
+            for name, part in self.parts.items()
+            if part.setting is None or functools.reduce(getattr, part.setting.split(".")[1:], model)
+        ]
+
+    def learning(
+        self, model: ParrotConfig, trainable: Mapping[str, bool], bypass: Collection[str] = ()
+    ) -> dict[str, bool]:
+        """Part -> whether it learns, as a run says or by default; parts that the model lacks or passes by do not.
+
+        Args:
+            model: configuration.
+            trainable: part -> whether it is to learn; OTHERS for those that are not named.
+            bypass: parts that are passed by.
+        """
+        present = set(self.present_parts(model)) - set(bypass)
+        return {
+            name: name in present and trainable.get(name, trainable.get(OTHERS, part.learns))
+            for name, part in self.parts.items()
+        }
+
+    def check_parts(self, names: Iterable[str], where: str) -> None:
+        """Refuses names that are no parts of the system.
+
+        Args:
+            names: to be checked.
+            where: setting that has them.
+
+        Raises:
+            ConfigError: names the parts, and the nearest.
+        """
+        for name in names:
+            if name not in self.parts:
+                guess = nearest(name, list(self.parts))
+                raise ConfigError(
+                    f"{where}.{name}: {self.title} has no such part; its parts are {', '.join(self.parts)}"
+                    + (f"; the nearest is {guess}" if guess else "")
+                )
 
     def check_bypass(self, bypass: Collection[str]) -> None:
         """Refuses to pass by what cannot be passed by.
@@ -110,7 +155,7 @@ class System(ABC):
         return f"{self.name}_{model.llm.family}"
 
     def decoder_fields(self, fields: Fields) -> Fields:
-        """Those fields of a released config.json that describe the decoder."""
+        """Fields of a released config.json that describe the decoder."""
         return fields
 
     def decoder_to_hf(self, llm: LLMConfig) -> dict[str, Any]:
@@ -155,6 +200,19 @@ class System(ABC):
     def usual_name(self, key: str) -> str:
         """Name that `maps` have for a tensor of a checkpoint, which other programs may have named otherwise."""
         return key
+
+    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
+        """Costs of its parts between tower and decoder, in their order.
+
+        Args:
+            model: sizes.
+            bypass: parts that are passed by.
+        """
+        return []
+
+    def layer_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
+        """Costs of its parts inside the decoder's layers, in their order."""
+        return []
 
     def bypassed(self, names: Iterable[str]) -> frozenset[str]:
         """Parts that a checkpoint with these released tensors passes by, because an earlier stage wrote it."""

@@ -9,7 +9,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.paths import INPUT_FOLDER
 from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig

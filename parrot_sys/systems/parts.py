@@ -8,6 +8,7 @@ from torch import nn
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.build import config_of
 from parrot_sys.systems.registry import all_parts, part_of
 
@@ -24,14 +25,15 @@ def part_parameters(model: MultimodalModel | Sequence[MultimodalModel]) -> dict[
 
 
 def set_trainable(model: MultimodalModel | Sequence[MultimodalModel], trainable: Mapping[str, bool]) -> None:
-    """Freeze and unfreeze parts by name; parts that are not named stay as they are.
+    """Freeze and unfreeze parts by name, OTHERS being those that are not named; without it, they stay as they are.
 
     Raises:
         ConfigError: for an unknown name.
     """
     parameters = part_parameters(model)
-    if unknown := set(trainable) - set(parameters):
+    if unknown := set(trainable) - {*parameters, OTHERS}:
         raise ConfigError(f"parts of the model are {', '.join(parameters)}, got {', '.join(sorted(unknown))}")
-    for name, value in trainable.items():
-        for parameter in parameters[name]:
-            parameter.requires_grad_(value)
+    for name, own in parameters.items():
+        if (value := trainable.get(name, trainable.get(OTHERS))) is not None:
+            for parameter in own:
+                parameter.requires_grad_(value)

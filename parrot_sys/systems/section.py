@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar
 
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.towers import Tiling, VisionConfig
 
 Compat = Literal["released", "paper"]

@@ -33,6 +33,8 @@ from parrot_sys.models.checkpoint_files import (
 )
 from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.staging import remove_leftovers
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.registry import saved_bypass, system_of
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.writer import METRICS_FILE
 
@@ -40,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished-"
 _DECIDE = (
-    "use_moe",
-    "use_router",
     "loss_reduction",
     "precision",
     "data.exif",
@@ -82,7 +82,8 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
     Raises:
         ConfigError: the checkpoint belongs to a model or a stage with other settings.
     """
-    saved, own = dict(leaves(read_yaml(folder / "config.yaml"))), dict(leaves(config_to_dict(config)))
+    settings = read_yaml(folder / "config.yaml")
+    saved, own = _deciding(settings, config.model), _deciding(config_to_dict(config), config.model)
     for one, other, verb in ((saved, own, "with"), (own, saved, "without")):
         for name in one.keys() - other.keys():
             is_section = any(key.startswith(f"{name}.") for key in other)  # else only a setting of another version
@@ -92,13 +93,24 @@ def check_same_model(config: TrainConfig, folder: Path) -> None:
                     "with --checkpoint.load-from for a new run"
                 )
     for name, wanted in own.items():
-        decides = name.startswith(("model.", "trainable.")) or name in _DECIDE
+        decides = name.startswith(("model.", "trainable.", "bypass.")) or name in _DECIDE
         if decides and name not in _MAY_CHANGE and name in saved and saved[name] != wanted:
             raise ConfigError(
                 f"{folder} was trained with {name} {saved[name]}, now it is {wanted}; fix: give the same settings, "
                 "or another --output with --checkpoint.load-from for a new run"
             )
     _check_split(saved, config, folder)
+
+
+def _deciding(settings: Mapping[str, Any], model: ParrotConfig) -> dict[str, Any]:
+    """Dotted name -> value of a run's settings; what learns and what is passed by, part by part of the model."""
+    bypass, system = saved_bypass(settings, model), system_of(model)
+    asked = {part: learns for part, learns in settings.get("trainable", {}).items() if part in system.parts}
+    parts = {
+        "trainable": system.learning(model, asked, bypass),
+        "bypass": {part: part in bypass for part in system.present_parts(model)},
+    }
+    return dict(leaves({**settings, **parts}))
 
 
 def _check_split(saved: Mapping[str, Any], config: TrainConfig, folder: Path) -> None:

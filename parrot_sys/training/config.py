@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+from parrot_sys.config_values import BY_KEY
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.parallel import check_experts
 from parrot_sys.paths import INPUT, INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
+from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.registry import all_parts, saved_bypass
-
-_SECTIONS = {
-    "lora": "lora",
-    "visual_learners": "wings",
-    "textual_learners": "wings",
-    "resampler": "flamingo",
-    "cross_attention": "flamingo",
-}
-"""Parts that only some models have -> the section of `model` that brings them."""
+from parrot_sys.systems.registry import all_parts, system_of
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -44,40 +37,21 @@ class OptimizerConfig:
     """Adam's epsilon."""
     clip_grad: float = 1.0
     """Largest norm of all gradients together; 0 does not clip."""
-    vision_lr: float | None = None
-    """Peak learning rate of the vision tower, when it differs from `lr`."""
-    projector_lr: float | None = None
-    """Peak learning rate of the projector, when it differs from `lr`."""
-    moe_lr: float | None = None
-    """Peak learning rate of router and experts, when it differs from `lr`."""
-    llm_lr: float | None = None
-    """Peak learning rate of the decoder with its embeddings, when it differs from `lr`."""
-    lora_lr: float | None = None
-    """Peak learning rate of LoRA, when it differs from `lr`."""
-    visual_learners_lr: float | None = None
-    """Peak learning rate of the visual learners (`model.wings`), when it differs from `lr`."""
-    textual_learners_lr: float | None = None
-    """Peak learning rate of textual learners and routers (`model.wings`), when it differs from `lr`."""
-    resampler_lr: float | None = None
-    """Peak learning rate of the resampler (`model.flamingo`), when it differs from `lr`."""
-    cross_attention_lr: float | None = None
-    """Peak learning rate of the gated blocks (`model.flamingo`), when it differs from `lr`."""
+    lrs: Annotated[dict[str, float], BY_KEY] = field(default_factory=dict)
+    """Part of the model -> its peak learning rate, when it differs from `lr` (`--optimizer.lrs.llm 1e-5`)."""
     distributed: bool = False
     """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
-    def component_lrs(self) -> dict[str, float]:
-        """Component -> its own peak learning rate, for those that have one."""
-        lrs = {name: getattr(self, f"{name}_lr") for name in all_parts()}
-        return {name: lr for name, lr in lrs.items() if lr is not None and lr != self.lr}
+    renamed: ClassVar[dict[str, str]] = {f"{part}_lr": f"lrs.{part}" for part in all_parts()}
 
     def __post_init__(self) -> None:
-        for name in ("lr", *(f"{component}_lr" for component in all_parts())):
-            if (value := getattr(self, name)) is not None and not (value > 0 and math.isfinite(value)):
+        for name, value in {"lr": self.lr, **{f"lrs.{part}": lr for part, lr in self.lrs.items()}}.items():
+            if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(
                     f"optimizer.{name} must be a finite number > 0, got {value}; "
                     "freeze a part with trainable.<part> false"
                 )
-            if value is not None and self.min_lr > value:
+            if self.min_lr > value:
                 raise ConfigError(f"optimizer.min_lr must be <= optimizer.{name}={value}, got {self.min_lr}")
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"optimizer.warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
@@ -90,38 +64,6 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
         if not (self.eps > 0 and math.isfinite(self.eps)):
             raise ConfigError(f"optimizer.eps must be a finite number > 0, got {self.eps}")
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class TrainableConfig:
-    """Which parts learn; frozen ones cost neither gradients nor optimizer state."""
-
-    vision: bool = False
-    """The vision tower (frozen in both of Parrot's stages)."""
-    projector: bool = True
-    """The projector."""
-    moe: bool = True
-    """Router and experts."""
-    llm: bool = True
-    """The decoder with embeddings, norms and LM head."""
-    lora: bool = True
-    """The low-rank updates of `model.lora`, when there are any."""
-    visual_learners: bool = True
-    """The visual learners of `model.wings`, when there are any."""
-    textual_learners: bool = True
-    """The textual learners and the routers of `model.wings`, when there are any."""
-    resampler: bool = True
-    """The resampler of `model.flamingo`, when there is one."""
-    cross_attention: bool = True
-    """The gated blocks of `model.flamingo`, when there are any."""
-
-    def as_dict(self) -> dict[str, bool]:
-        """Component -> whether it learns."""
-        return {name: getattr(self, name) for name in all_parts()}
-
-    def __post_init__(self) -> None:
-        if not any(self.as_dict().values()):
-            raise ConfigError(f"trainable: at least one of {', '.join(all_parts())} must be true, got none")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -258,8 +200,10 @@ class TrainConfig:
     """Layout over the processes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and learning rates."""
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
-    """Which parts learn."""
+    trainable: Annotated[dict[str, bool], BY_KEY] = field(default_factory=dict)
+    """Part of the model -> whether it learns (`--trainable.no-llm`); frozen ones cost neither gradients nor optimizer
+    state. `others` stands for the parts that are not named (`--trainable.lora --trainable.no-others`); without it they
+    learn, but the vision tower does not."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Loss on held-out records."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -268,11 +212,9 @@ class TrainConfig:
     """Steps that go wrong, processes that hang."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Metrics and progress."""
-    use_moe: bool = True
-    """False sends projected rows to the decoder as they are (Parrot's first stage); the experts are kept, frozen."""
-    use_router: bool = True
-    """False adds the visual learners of Wings as they are (its first stage); textual learners and routers are kept,
-    frozen."""
+    bypass: tuple[str, ...] = ()
+    """Parts that are kept as they are, frozen, and passed by: `moe` sends projected rows to the decoder (Parrot's first
+    stage), `textual_learners` adds the visual learners without router (that of Wings)."""
     global_batch_size: int = 128
     """Samples of a step over all ranks and micro-batches."""
     epochs: float = 1.0
@@ -291,10 +233,19 @@ class TrainConfig:
     seed: int = 42
     """Seed of new weights and of everything random but the order of the data, which `data.seed` decides."""
 
-    @property
-    def bypass(self) -> frozenset[str]:
-        """Parts of the model that the run passes by."""
-        return saved_bypass({"use_moe": self.use_moe, "use_router": self.use_router}, self.model)
+    renamed: ClassVar[dict[str, str]] = {
+        "use_moe": "bypass: [moe] for false, nothing for true",
+        "use_router": "bypass: [textual_learners] for false, nothing for true",
+    }
+
+    def learning(self) -> dict[str, bool]:
+        """Part of the model -> whether it learns; those that the model lacks or passes by do not."""
+        return system_of(self.model).learning(self.model, self.trainable, self.bypass)
+
+    def part_lrs(self) -> dict[str, float]:
+        """Part that learns -> its own peak learning rate, for those that have one."""
+        learning = self.learning()
+        return {part: lr for part, lr in self.optimizer.lrs.items() if learning[part] and lr != self.optimizer.lr}
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -317,56 +268,36 @@ class TrainConfig:
                 f"got {self.model.max_seq_len}"
             )
         self._check_parts()
-        self._check_component_lrs()
         self._check_layout()
-        if self.cache_image_features and self.trainable.vision:
+        if self.cache_image_features and self.learning()["vision"]:
             raise ConfigError(
                 "cache_image_features needs a frozen vision tower, got trainable.vision=true: "
                 "set cache_image_features or trainable.vision to false"
             )
 
     def _check_parts(self) -> None:
-        experts = self.model.moe.num_experts
-        active = self.use_moe and experts > 0
-        if self.optimizer.moe_lr is not None and not active:
+        system = system_of(self.model)
+        system.check_parts(self.trainable.keys() - {OTHERS}, "trainable")
+        system.check_parts(self.optimizer.lrs, "optimizer.lrs")
+        system.check_bypass(self.bypass)
+        present, learning = system.present_parts(self.model), self.learning()
+        for part in self.optimizer.lrs:
+            if learning[part]:
+                continue
+            if part not in present:
+                why = f"because the model has none: set {system.parts[part].setting}, or unset it"
+            elif part in self.bypass:
+                why = f"because bypass names {part}: unset one of them"
+            else:
+                why = f"with trainable.{part}=false: unset it, or train that part"
+            raise ConfigError(f"optimizer.lrs.{part} has no effect, {why}")
+        if not any(learning.values()):
+            asked = [part for part, learns in self.trainable.items() if learns and part != OTHERS]
             raise ConfigError(
-                "optimizer.moe_lr has no effect without experts: unset it, or set use_moe and model.moe.num_experts"
+                f"trainable must leave a part to learn, got none: those of this model are {', '.join(present)}"
+                + (f", without those that bypass names ({', '.join(self.bypass)})" if self.bypass else "")
+                + (f"; it lacks {', '.join(set(asked) - set(present))}" if set(asked) - set(present) else "")
             )
-        learns = {name for name, value in self.trainable.as_dict().items() if value}
-        for part, section in _SECTIONS.items():
-            if getattr(self.model, section) is None:
-                if getattr(self.optimizer, f"{part}_lr") is not None:
-                    raise ConfigError(
-                        f"optimizer.{part}_lr has no effect, because model.{section} is not set: unset it, or set "
-                        f"a setting of model.{section}"
-                    )
-                learns.discard(part)
-        if not self.use_router and (lr := self.optimizer.textual_learners_lr) is not None:
-            raise ConfigError(
-                f"optimizer.textual_learners_lr={lr} has no effect with use_router=false: unset it, or set use_router"
-            )
-        if not self.use_router and learns == {"textual_learners"}:
-            raise ConfigError(
-                "trainable.textual_learners is the only part that learns, but use_router=false goes past it: set "
-                "use_router, or train another part"
-            )
-        if not active and learns == {"moe"}:
-            raise ConfigError(
-                f"trainable.moe is the only part that learns, but use_moe={self.use_moe} and "
-                f"model.moe.num_experts={experts}: switch the experts on or train another part"
-            )
-        if not learns:
-            raise ConfigError(
-                "trainable names only parts that the model does not have (see model.lora, model.wings and "
-                "model.flamingo): set one of them, or train another part"
-            )
-
-    def _check_component_lrs(self) -> None:
-        for part, learns in self.trainable.as_dict().items():
-            if not learns and (lr := getattr(self.optimizer, f"{part}_lr")) is not None:
-                raise ConfigError(
-                    f"optimizer.{part}_lr={lr} has no effect with trainable.{part}=false: unset it, or train that part"
-                )
 
     def _check_layout(self) -> None:
         parallel, experts = self.parallel, self.model.llm.experts

@@ -33,7 +33,7 @@ def load_initial_weights(chunks: Sequence[MultimodalModel], config: TrainConfig,
         tower = model.vision_tower
         if settings.load_from is not None:
             load_released(model, settings.load_from, allow_non_finite=settings.allow_non_finite)
-        elif tower is not None and not config.trainable.vision:
+        elif tower is not None and not config.learning()["vision"]:
             group, found = model.tp_group, NonFinite()
             load_tower(tower, config.model.vision, rank=group.rank(), size=group.size(), non_finite=found)
             found.refuse(config.model.vision.path, allow=settings.allow_non_finite)

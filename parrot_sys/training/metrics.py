@@ -12,11 +12,8 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.languages import OTHER, canonical, in_order
-from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.routes import RouteSums
-from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.wings.system import learner_maps
 from parrot_sys.training.routes import DESCRIPTIONS, gather_routes, route_record
 
 # A languages (with "other"), E experts
@@ -214,7 +211,7 @@ _DESCRIPTIONS = {
     "skipped_steps": "Steps whose update was left out, sum over {over}",
     "grad_norm": "Norm of the gradient before clipping, of the last step alone",
     "lr": "Learning rate of the last step",
-    "lr/*": "Learning rate of this component in the last step",
+    "lr/*": "Learning rate of this part in the last step",
     "epoch": "Epoch of the last step",
     "seconds": "Seconds that {over} took",
     "tokens_per_second": "Rows of text and images a second, over {over}",
@@ -250,98 +247,6 @@ def _image_labels(batch: PackedBatch) -> dict[str, list[str]]:
 def counted_languages(stated: Iterable[str]) -> tuple[str, ...]:
     """Languages that metrics count apart, of those that records state: all that are codes, in the order of reports."""
     return tuple(in_order(language for language in stated if canonical(language) == language))
-
-
-class FlopCounter:
-    """Multiply-adds of a step, times two, as models are usually rated: no recomputation, the causal half of attention.
-
-    A trainable part counts three times its forward pass (forward, gradient of inputs, gradient of weights), a frozen
-    part with a trainable one before it twice, a frozen part at the start once.
-    """
-
-    def __init__(self, model: ParrotConfig, trainable: dict[str, bool], *, use_moe: bool) -> None:
-        llm, vision, moe = model.llm, model.vision, model.moe
-        heads, groups, width = llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
-        attention = llm.num_layers * llm.hidden_size * (2 * heads + 2 * groups) * width
-        self._llm_row = 2 * (attention + llm.mlp_weights_per_row)
-        self._llm_pair = 2 * llm.num_layers * heads * width  # causal: half of all pairs, for scores and for values
-        self._label = 2 * llm.hidden_size * llm.vocab_size
-        self._visual_rows = vision.num_visual_rows
-        self._projector_row = 2 * llm.hidden_size * (vision.hidden_size + (model.projector.depth - 1) * llm.hidden_size)
-        experts = moe.topk if moe.routing == "topk" else moe.num_experts
-        self._moe_row = 6 * llm.hidden_size * moe.ffn_hidden_size * experts if use_moe else 0
-        self._image = model.vision.flops
-        updates = llm_lora_maps(llm, model.lora)
-        self._lora_row = 2 * sum(math.prod(shape) for entry in updates for shape in entry.shapes)
-        learners = [] if model.wings is None else learner_maps(model.wings, llm)
-        # Routers cost next to nothing; what both learners of a layer see are the rows that its own attention sees.
-        self._learner_row = 2 * sum(m.shapes[0][0] * m.shapes[0][1] for m in learners if ".router." not in m.name)
-        self._learner_pair = self._llm_pair * len({m.name.split(".learners.")[0] for m in learners}) / llm.num_layers
-        self._media = None if model.flamingo is None else _media_flops(model)
-        absent = {"lora"} if not updates else set()
-        absent |= {"resampler", "cross_attention"} if self._media is None else {"projector", "moe"}
-        gradient = False
-        self._passes = {}
-        for name in (
-            "vision",
-            "resampler",
-            "projector",
-            "moe",
-            "lora",
-            "cross_attention",
-            "llm",
-        ):  # LoRA begins in the first layer
-            learns = name not in absent and trainable[name]
-            self._passes[name] = 3 if learns else 2 if gradient else 1
-            gradient = gradient or learns
-
-    def count(self, batch: PackedBatch) -> float:
-        """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU.
-
-        Of the share of a context-parallel rank, those of that rank.
-        """
-        lengths = batch.cu_seqlens.diff().double()
-        rows = batch.num_images * self._visual_rows
-        llm = batch.num_rows * self._llm_row + lengths.square().sum().item() * self._llm_pair
-        learners = batch.num_rows * self._learner_row + lengths.square().sum().item() * self._learner_pair
-        llm += learners
-        llm /= _context_ranks(batch)
-        flops = self._passes["llm"] * (llm + batch.label_rows.numel() * self._label)
-        flops += self._passes["lora"] * batch.num_rows * self._lora_row / _context_ranks(batch)
-        if self._media is None:
-            flops += rows * (self._passes["projector"] * self._projector_row + self._passes["moe"] * self._moe_row)
-        elif batch.visual_rows.numel():  # text alone passes the gated blocks
-            per_image, per_row = self._media
-            flops += self._passes["resampler"] * batch.num_images * per_image
-            flops += self._passes["cross_attention"] * batch.num_rows * per_row / _context_ranks(batch)
-        if batch.pixel_values is not None:
-            flops += self._passes["vision"] * batch.num_images * self._image
-        return flops
-
-
-def _context_ranks(batch: PackedBatch) -> int:
-    """Ranks that share the rows of a micro-batch."""
-    return 1 if batch.context is None else batch.context.rows.size
-
-
-def _media_flops(model: ParrotConfig) -> tuple[float, float]:
-    """Forward pass of the resampler over one image, and of all gated blocks over one row of text.
-
-    The blocks' keys and values of the latents count to the resampler: they depend on the images only.
-    """
-    flamingo = model.flamingo
-    assert flamingo is not None, "the caller asks for a model with cross-attention"
-    shape, latents, width = flamingo.resampler, flamingo.resampler.num_latents, model.vision.hidden_size
-    rows = model.vision.num_visual_rows + latents
-    inner = shape.num_attention_heads * shape.head_dim
-    # Queries and output of the latents, keys and values of all rows, scores and values, the MLP.
-    block = 4 * latents * width * inner + 4 * rows * width * inner + 4 * latents * rows * inner
-    block += 4 * latents * width * width * shape.ffn_multiplier
-    cross, hidden = flamingo.cross_attention, model.llm.hidden_size
-    blocks = model.llm.num_layers // flamingo.every_n_layers
-    inner = cross.num_attention_heads * cross.head_dim
-    per_row = 4 * hidden * inner + 4 * latents * inner + 4 * hidden * hidden * cross.ffn_multiplier
-    return shape.num_layers * block + blocks * 4 * latents * width * inner, blocks * per_row
 
 
 def peak_flops(device: torch.device) -> float | None:

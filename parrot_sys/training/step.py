@@ -21,8 +21,9 @@ from parrot_sys.megatron.runtime.optimizer import (
 )
 from parrot_sys.megatron.runtime.schedules import forward_backward, optimizer_step
 from parrot_sys.modules.text_guided_moe import RoutingOutput
+from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.training.faults import BadStep, StepGuard
-from parrot_sys.training.metrics import FlopCounter, StepMetrics
+from parrot_sys.training.metrics import StepMetrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from parrot_sys.parallel.agreement import on_first_rank
 from parrot_sys.systems.build import build_chunks
 from parrot_sys.systems.constants import check_constants
 from parrot_sys.systems.export import export_released
+from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.systems.parts import set_trainable
 from parrot_sys.systems.registry import part_of
 from parrot_sys.training.checkpoint import (
@@ -44,7 +45,7 @@ from parrot_sys.training.faults import StepGuard, TrainingError
 from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
 from parrot_sys.training.inputs import load_processor, training_loader, validation_loader
-from parrot_sys.training.metrics import FlopCounter, StepMetrics, counted_languages
+from parrot_sys.training.metrics import StepMetrics, counted_languages
 from parrot_sys.training.schedule import CosineSchedule, RunLength, warmup_steps
 from parrot_sys.training.step import StepRunner, gather_values
 from parrot_sys.training.step_log import StepLog
@@ -130,7 +131,7 @@ class Trainer:
             self.wrapped,
             lr=settings.lr,
             min_lr=settings.min_lr,
-            part_lrs=self._component_lrs(),
+            part_lrs=config.part_lrs(),
             part_of=functools.partial(part_of, model=config.model),
             weight_decay=settings.weight_decay,
             betas=settings.betas,
@@ -162,18 +163,6 @@ class Trainer:
             )
         return latest
 
-    def _trainable(self) -> dict[str, bool]:
-        trainable = self.config.trainable.as_dict()
-        used = {"moe": self._uses_moe(), "textual_learners": self.config.use_router}
-        return trainable | {name: trainable[name] and value for name, value in used.items()}
-
-    def _uses_moe(self) -> bool:
-        return self.config.use_moe and self.config.model.moe.num_experts > 0
-
-    def _component_lrs(self) -> dict[str, float]:
-        trainable = self._trainable()
-        return {name: lr for name, lr in self.config.optimizer.component_lrs().items() if trainable[name]}
-
     def _build_model(self, *, load: bool) -> list[MultimodalModel]:
         """The model of this rank, frozen where it should be; `load` fills it with the weights to start from."""
         config = self.config
@@ -190,9 +179,9 @@ class Trainer:
             load_initial_weights(chunks, config, self.source)
         for model in chunks:
             tower = model.vision_tower
-            set_trainable(model, self._trainable())
+            set_trainable(model, config.learning())
             model.train()
-            if tower is not None and not config.trainable.vision:
+            if tower is not None and not config.learning()["vision"]:
                 tower.eval()
         return chunks
 
@@ -219,7 +208,7 @@ class Trainer:
             languages=self.languages,
             reduction=config.loss_reduction,
             optimizer=self.optimizer,
-            flops=FlopCounter(config.model, self._trainable(), use_moe=self._uses_moe()),
+            flops=FlopCounter(config.model, config.learning(), bypass=config.bypass),
             guard=self.guard,
         )
 
@@ -344,7 +333,7 @@ class Trainer:
     def _learning_rates(self, position: float) -> dict[str, float]:
         """Learning rates applied in the last step; for groups that only other ranks have, the rates applied there."""
         settings = self.config.optimizer
-        peaks = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self._component_lrs().items()}
+        peaks = {"lr": settings.lr} | {f"lr/{name}": lr for name, lr in self.config.part_lrs().items()}
         rates = {name: megatron_optimizer.applied_lr(self.optimizer, peak) for name, peak in peaks.items()}
         computed = {name: self.schedule.lr(position, peak, settings.min_lr) for name, peak in peaks.items()}
         return {name: computed[name] if rate is None else rate for name, rate in rates.items()}

@@ -26,7 +26,7 @@ from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
 from parrot_sys.models.tensor_files import TensorFiles
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import export_released

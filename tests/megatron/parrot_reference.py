@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import VisionConfig
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_model
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.parrot_reference import CONFIG, MIXED, make_batch

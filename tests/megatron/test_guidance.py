@@ -22,7 +22,7 @@ from parrot_sys.megatron import add_text_guidance, packed_sample_ids, text_guida
 from parrot_sys.megatron.attention.context import make_context
 from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.llava import IMAGE, make_llava
 

@@ -20,7 +20,8 @@ from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.modules.text_guided_moe import RoutingOverride, TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import RoutingOverride
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import released_tensors

@@ -33,7 +33,7 @@ from parrot_sys.megatron.state_dict import load_tower, model_tensors
 from parrot_sys.megatron.vision import build_vision_tower
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.llm import llm_config_from_hf
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_model, config_of
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import export_released

@@ -14,7 +14,7 @@ from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron import TextGuidedLayer, add_text_guidance, text_guidance, text_guided_spec
 from parrot_sys.megatron.embed.text_guided import Query
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.llava import IMAGE, SEQ, VOCAB, make_batch, make_llava, tiny_config
 from tests.megatron.parrot_reference import moe_reference

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.models.llm import LLMConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.wings.config import WingsConfig

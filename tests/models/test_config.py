@@ -10,7 +10,7 @@ import torch
 from parrot_sys.config_values import config_from_dict
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.efficientnet import EfficientNetLite0
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import VisionConfig
 

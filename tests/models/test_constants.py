@@ -19,7 +19,7 @@ from parrot_sys.files import read_json
 from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import RopeScaling
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.constants import Difference, check_constants, comparable, find_differences
 from parrot_sys.systems.hf_config import config_from_hf, config_to_hf

@@ -13,7 +13,7 @@ from parrot_sys.models.llm import LLMConfig, llm_maps
 from parrot_sys.models.tensor_map import TensorMap, check_tensors, pack_qkv, unpack_qkv
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.image_rows import projector_maps
 from parrot_sys.systems.maps import is_carried, parrot_maps

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, Qwen2Config, SiglipConfig
 
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.models.llm import LLMConfig, llm_config_from_hf
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import (
     config_from_hf,

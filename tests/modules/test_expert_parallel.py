@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from parrot_kernels.testing import make_spans
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.projector import Projector, ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoE, TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoE
 from parrot_sys.parallel import ExpertGroups, check_experts
 from parrot_sys.testing.distributed import run_distributed
 

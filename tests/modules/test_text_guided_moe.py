@@ -13,10 +13,10 @@ from torch import Tensor
 
 from parrot_kernels.testing import make_spans
 from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.text_guided_moe import (
     RoutingOverride,
     TextGuidedMoE,
-    TextGuidedMoEConfig,
     experts_from_released,
     experts_to_released,
     pack_released,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,15 +23,15 @@ from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.planning.job import Job, MicroBatch
 from parrot_sys.planning.layouts import Layout
 from parrot_sys.systems.build import build_chunks
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.parts import set_trainable
+from parrot_sys.systems.registry import system_of
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.towers import VisionConfig
-from parrot_sys.training.config import TrainableConfig
 from parrot_sys.training.step import StepRunner
 
 # Not looked at while the formulas were written.
@@ -93,12 +93,15 @@ class Case:
     """A layout and how the model is trained in it."""
 
     layout: Layout = field(default_factory=Layout)
-    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    trainable: Mapping[str, bool] = field(default_factory=dict)
     precision: str = "fp32"
     micro_batches: int = 1
 
+    def learning(self, model: ParrotConfig) -> dict[str, bool]:
+        return system_of(model).learning(model, self.trainable)
+
     def job(self, model: ParrotConfig) -> Job:
-        return Job(model=model, trainable=self.trainable, precision=self.precision, kernels="cpu")
+        return Job(model=model, trainable=self.learning(model), precision=self.precision, kernels="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +276,7 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     recompute = "full" if layout.recompute else "none"
     chunks = build_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
-    set_trainable(chunks, case.trainable.as_dict())
+    set_trainable(chunks, case.learning(config))
     if chunks[0].moe is not None and config.moe.routing == "topk":
         balance_routes(chunks[0], batch)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=layout.distributed_optimizer)
@@ -288,7 +291,7 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     )
     buffers = [buffer for chunk in wrapped for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     held = [tensor for chunk in chunks for tensor in [*chunk.parameters(), *chunk.buffers()]]
-    inputs = [] if case.trainable.vision or batch.pixel_values is None else [batch.pixel_values]
+    inputs = [] if case.learning(config)["vision"] or batch.pixel_values is None else [batch.pixel_values]
     saved, recorder = SavedBytes([*held, *inputs]), Recorder()
     with recorder, saved.hooks():
         runner.train([batch] * case.micro_batches, 1)

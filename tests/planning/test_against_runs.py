@@ -13,11 +13,10 @@ from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.training.config import TrainableConfig
 from tests.planning.runs import SHAPES, Case, even_experts, make_batch, run, sizes
 
-ALL = TrainableConfig(vision=True)
-PROJECTOR = TrainableConfig(moe=False, llm=False)
+ALL = {"vision": True}
+PROJECTOR = {"projector": True, "others": False}
 # One line a layout.
 CASES = {
     "one process": Case(),
@@ -71,7 +70,9 @@ EVERY_SHAPE = ("one process", "TP2+SP", "PP2", "EP2", "ETP2", "TP2+SP, EP2")
 def _pairs() -> Iterator[Any]:
     for row, (name, case) in enumerate(CASES.items()):
         # `parrot plan` refuses a trainable EfficientNet.
-        fit = [s for s, c in SHAPES.items() if not (case.trainable.vision and c.vision.type == "efficientnet_lite0")]
+        fit = [
+            s for s, c in SHAPES.items() if not (case.trainable.get("vision") and c.vision.type == "efficientnet_lite0")
+        ]
         for column, shape in enumerate(fit):
             quick = name in EVERY_SHAPE or column == row % len(fit)
             yield pytest.param(shape, name, marks=() if quick else pytest.mark.slow)

@@ -24,9 +24,9 @@ from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import buffer_elements, stage_weights
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.systems.parts import part_parameters
-from parrot_sys.training.config import TrainableConfig
-from parrot_sys.training.metrics import FlopCounter
+from parrot_sys.systems.registry import system_of
 from tests.planning.runs import SHAPES, make_batch, sizes
 
 MODELS = [
@@ -74,13 +74,14 @@ def test_stages_and_cuts_hold_the_whole_model_together(layout: Layout) -> None:
     assert 0 <= extra <= (layout.tensor - 1) * 0.01 * whole
 
 
-@pytest.mark.parametrize("trainable", [TrainableConfig(), TrainableConfig(vision=True), TrainableConfig(llm=False)])
+@pytest.mark.parametrize("trainable", [{}, {"vision": True}, {"llm": False}])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_model_flops_are_those_the_trainer_counts(shape: str, trainable: TrainableConfig) -> None:
+def test_model_flops_are_those_the_trainer_counts(shape: str, trainable: dict[str, bool]) -> None:
     config, batch = SHAPES[shape], make_batch(SHAPES[shape], samples=3)
-    counted = FlopCounter(config, trainable.as_dict(), use_moe=True).count(batch)
-    job = Job(model=config, trainable=trainable)
-    if not trainable.llm:
+    learning = system_of(config).learning(config, trainable)
+    counted = FlopCounter(config, learning).count(batch)
+    job = Job(model=config, trainable=learning)
+    if not learning["llm"]:
         # The counter takes a frozen decoder behind learning parts for two passes, and so does the plan.
         assert job.gradient_reaches("llm")
     assert model_flops(job, sizes(batch)) == pytest.approx(counted, rel=1e-12)

@@ -17,7 +17,7 @@ from parrot_sys.megatron.config import to_transformer_config
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.parallel.image_dispatch import check_experts
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
@@ -25,7 +25,6 @@ from parrot_sys.planning.layouts import Layout, check
 from parrot_sys.planning.report import explain
 from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.training.config import TrainableConfig
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
 MODEL = ParrotConfig(llm=LLMConfig(num_layers=16))
@@ -63,7 +62,7 @@ def test_what_is_fixed_stays() -> None:
 def test_more_memory_never_makes_it_slower_and_less_frozen_costs_more() -> None:
     small, large = (find_layouts(replace(BASE, cluster=replace(NODE, memory_gb=gb)))[0] for gb in (38, 80))
     assert large.step_seconds <= small.step_seconds
-    stage_one = replace(BASE, use_moe=False, trainable=TrainableConfig(moe=False, llm=False))
+    stage_one = replace(BASE, bypass=("moe",), trainable={"llm": False})
     assert find_layouts(stage_one)[0].step_seconds < large.step_seconds
     assert find_layouts(stage_one)[0].memory.optimizer < 1e9
 

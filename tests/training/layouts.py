@@ -22,7 +22,7 @@ from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
 from parrot_sys.modules.rotary import RopeScaling
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.build import build_chunks, build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import export_released, released_tensors

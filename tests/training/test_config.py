@@ -10,7 +10,6 @@ import pytest
 from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.systems.registry import all_parts
 from parrot_sys.training.config import TrainConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -28,24 +27,27 @@ FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", 
         ({"max_steps": 0}, "max_steps"),
         ({"epochs": 0.0}, "epochs"),
         ({"cache_image_features": True, "trainable": {"vision": True}}, "cache_image_features"),
-        ({"optimizer": {"moe_lr": 1e-3}, "use_moe": False}, "moe_lr"),
-        ({"optimizer": {"moe_lr": 1e-3}, "model": {"tokenizer_path": "t", "moe": {"num_experts": 0}}}, "moe_lr"),
-        ({"use_moe": False, "trainable": {"projector": False, "moe": True, "llm": False}}, "trainable.moe"),
+        ({"optimizer": {"lrs": {"moe": 1e-3}}, "bypass": ["moe"]}, "lrs.moe has no effect, because bypass"),
+        ({"optimizer": {"lrs": {"moe": 1e-3}}, "model": {"tokenizer_path": "t", "moe": {"num_experts": 0}}}, "lrs.moe"),
+        ({"bypass": ["moe"], "trainable": {"moe": True, "others": False}}, "without those that bypass names .moe."),
         ({"trainable": {"projector": False, "moe": False, "llm": False}}, "trainable"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr"),
-        ({"optimizer": {"llm_lr": 1e-5, "min_lr": 1.5e-5}}, "min_lr"),
+        ({"optimizer": {"lrs": {"llm": 1e-5}, "min_lr": 1.5e-5}}, "min_lr must be <= optimizer.lrs.llm=1e-05"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "betas"),
         ({"optimizer": {"warmup_fraction": 1.0}}, "warmup_fraction"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last"),
         ({"parallel": {"pipeline_model_parallel_size": 64}}, "pipeline stages"),
         ({"precision": "fp16"}, "precision"),
         ({"optimizer": {"learning_rate": 1.0}}, "learning_rate"),
-        ({"optimizer": {"vision_lr": 1e-5}}, "vision_lr.* has no effect with trainable.vision=false"),
-        ({"optimizer": {"moe_lr": 1e-5}, "trainable": {"moe": False}}, "moe_lr.* has no effect"),
-        *(
-            ({"optimizer": {name: NAN}}, name)
-            for name in ("lr", "llm_lr", "min_lr", "weight_decay", "clip_grad", "eps")
-        ),
+        ({"optimizer": {"lrs": {"vision": 1e-5}}}, "lrs.vision has no effect, with trainable.vision=false"),
+        ({"optimizer": {"lrs": {"moe": 1e-5}}, "trainable": {"moe": False}}, "lrs.moe has no effect"),
+        ({"optimizer": {"lrs": {"proyector": 1e-5}}}, "lrs.proyector: Parrot has no such part.*nearest is projector"),
+        ({"trainable": {"resampler": True}}, "trainable.resampler: Parrot has no such part; its parts are vision, llm"),
+        ({"trainable": {"llms": True}}, "the nearest is llm"),
+        ({"bypass": ["llm"]}, "bypass must name parts of Parrot that can be passed by .moe., got llm"),
+        ({"use_moe": False}, r"unknown setting use_moe: it is bypass: \[moe\] for false"),
+        ({"optimizer": {"moe_lr": 1e-5}}, "unknown setting optimizer.moe_lr: it is lrs.moe now"),
+        *(({"optimizer": {name: NAN}}, name) for name in ("lr", "min_lr", "weight_decay", "clip_grad", "eps")),
         ({"optimizer": {"lr": INFINITY}}, "optimizer.lr"),
         ({"epochs": NAN}, "epochs"),
         ({"epochs": INFINITY}, "epochs"),
@@ -77,15 +79,15 @@ def test_bad_settings_are_named(settings: dict[str, Any], named: str) -> None:
 
 def test_stage_presets_hold_the_papers_hyper_parameters() -> None:
     presets = list_presets()
-    for name, lr, batch, use_moe, trainable in (
-        ("parrot_align", 1e-3, 256, False, {"vision": False, "projector": True, "moe": False, "llm": False}),
-        ("parrot_instruct", 2e-5, 128, True, {"vision": False, "projector": True, "moe": True, "llm": True}),
+    for name, lr, batch, bypass, learning in (
+        ("parrot_align", 1e-3, 256, ("moe",), {"vision": False, "projector": True, "moe": False, "llm": False}),
+        ("parrot_instruct", 2e-5, 128, (), {"vision": False, "projector": True, "moe": True, "llm": True}),
     ):
         config = parse_config(TrainConfig, ["--config", str(presets[name]), *FLAGS])
         assert config.optimizer.lr == lr
         assert config.global_batch_size == batch
-        assert config.use_moe is use_moe
-        assert config.trainable.as_dict().items() >= trainable.items()
+        assert config.bypass == bypass
+        assert config.learning().items() >= learning.items()
         assert (config.optimizer.warmup_fraction, config.optimizer.weight_decay) == (0.03, 0.0)
         assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.clip_grad) == ((0.9, 0.999), 1e-8, 1.0)
         assert config.optimizer.distributed, "the papers used ZeRO"
@@ -99,9 +101,9 @@ def test_flags_win_over_presets() -> None:
     assert config.data.paths == ("a.json",)
 
 
-def test_component_lrs_leave_out_those_equal_to_the_base() -> None:
-    config = config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lr": 1e-3, "moe_lr": 1e-3, "llm_lr": 1e-5}})
-    assert config.optimizer.component_lrs() == {"llm": 1e-5}
+def test_rates_of_parts_leave_out_those_equal_to_the_base() -> None:
+    config = config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lr": 1e-3, "lrs": {"moe": 1e-3, "llm": 1e-5}}})
+    assert config.part_lrs() == {"llm": 1e-5}
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:
@@ -111,10 +113,25 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
 
 
 def test_presets_of_model_and_stage_combine() -> None:
-    argv = ["--config", "parrot_7b", "--config", "parrot_align", *FLAGS, "--trainable.llm"]
+    argv = [
+        "--config",
+        "parrot_7b",
+        "--config",
+        "parrot_align",
+        *FLAGS,
+        "--trainable.llm",
+        "--optimizer.lrs.llm",
+        "3e-5",
+    ]
     config = parse_config(TrainConfig, argv)
     assert config.model.llm.hidden_size == 4096
-    assert (config.use_moe, config.trainable.llm, config.trainable.moe) == (False, True, False)
+    assert (config.bypass, config.learning()) == (
+        ("moe",),
+        {"vision": False, "llm": True, "projector": True, "moe": False, "lora": False},
+    )
+    assert config.part_lrs() == {"llm": 3e-5}
+    frozen = parse_config(TrainConfig, ["--config", "parrot_instruct", *FLAGS, "--trainable.no-llm"])
+    assert frozen.trainable == {"vision": False, "others": True, "llm": False}
 
 
 def test_the_sets_of_multimodal_gpt_with_and_without_short_answers() -> None:
@@ -133,16 +150,16 @@ def test_the_sets_of_multimodal_gpt_with_and_without_short_answers() -> None:
 
 
 def test_lora_needs_something_to_learn() -> None:
-    values = {**NEEDED, "trainable": {name: name == "lora" for name in all_parts()}}
-    with_lora = {**values, "model": {"tokenizer_path": "t", "lora": {"rank": 4}}, "optimizer": {"lora_lr": 1e-3}}
+    values = {**NEEDED, "trainable": {"lora": True, "others": False}}
+    with_lora = {**values, "model": {"tokenizer_path": "t", "lora": {"rank": 4}}, "optimizer": {"lrs": {"lora": 1e-3}}}
     config = config_from_dict(TrainConfig, with_lora)
     assert config.model.lora == LoRAConfig(rank=4)
-    assert config.optimizer.component_lrs() == {"lora": 1e-3}
+    assert config.part_lrs() == {"lora": 1e-3}
     for wrong, message in (
-        (values, r"trainable names only parts that the model does not have \(see model\.lora"),
+        (values, r"trainable must leave a part to learn, got none: .*; it lacks lora"),
         (
-            {**NEEDED, "optimizer": {"lora_lr": 1e-3}},
-            r"optimizer\.lora_lr has no effect, because model\.lora is not set",
+            {**NEEDED, "optimizer": {"lrs": {"lora": 1e-3}}},
+            r"optimizer\.lrs\.lora has no effect, because the model has none: set model\.lora",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -152,5 +169,5 @@ def test_lora_needs_something_to_learn() -> None:
 @pytest.mark.parametrize("model", ["parrot_7b", "wings_qwen1_5_7b", "multimodal_gpt_9b"])
 def test_the_lora_preset_freezes_everything_else(model: str) -> None:
     config = parse_config(TrainConfig, ["--config", model, "--config", "lora_instruct", *FLAGS])
-    assert [name for name, learns in config.trainable.as_dict().items() if learns] == ["lora"]
+    assert [name for name, learns in config.learning().items() if learns] == ["lora"]
     assert config.model.lora == LoRAConfig()

@@ -17,8 +17,9 @@ from parrot_sys.modules.gated_cross_attention import GatedCrossAttention
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.text_guided_moe import RoutingOutput
+from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.metrics import FlopCounter, StepMetrics, counted_languages, describe
+from parrot_sys.training.metrics import StepMetrics, counted_languages, describe
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 from tests.training.layouts import FLAMINGO
 
@@ -157,7 +158,7 @@ def test_shares_of_context_parallel_ranks_add_up() -> None:
         assert record.keys() == one.keys()
         for name, value in one.items():
             assert record[name] == pytest.approx(value), name
-    counter = FlopCounter(CONFIG, dict.fromkeys(("vision", "projector", "moe", "llm"), True), use_moe=True)
+    counter = FlopCounter(CONFIG, dict.fromkeys(("vision", "projector", "moe", "llm"), True))
     pixels = make_batch(MIXED, pixels=True)
     shares = [counter.count(share_of_rank(pixels, rank, 4)) for rank in range(4)]
     assert sum(shares) == pytest.approx(counter.count(pixels))
@@ -202,25 +203,25 @@ def test_flops_of_the_decoder_match_torchs_counter() -> None:
 
     batch = make_batch((Sample(prompt=length - labels, images=0, answer=labels),))
     frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
-    assert FlopCounter(CONFIG, frozen, use_moe=True).count(batch) == expected
-    assert FlopCounter(CONFIG, frozen | {"llm": True}, use_moe=True).count(batch) == 3 * expected
-    assert FlopCounter(CONFIG, frozen | {"projector": True}, use_moe=True).count(batch) == 2 * expected
+    assert FlopCounter(CONFIG, frozen).count(batch) == expected
+    assert FlopCounter(CONFIG, frozen | {"llm": True}).count(batch) == 3 * expected
+    assert FlopCounter(CONFIG, frozen | {"projector": True}).count(batch) == 2 * expected
 
 
 def test_flops_of_lora_beside_a_frozen_decoder() -> None:
     lora = dataclasses.replace(CONFIG, lora=LoRAConfig(rank=3, targets=("q_proj", "down_proj")))
     batch = make_batch((Sample(prompt=5, images=0, answer=2),))
     frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
-    llm = FlopCounter(CONFIG, frozen, use_moe=True).count(batch)
+    llm = FlopCounter(CONFIG, frozen).count(batch)
     size, ffn, layers = CONFIG.llm.hidden_size, CONFIG.llm.ffn_hidden_size, CONFIG.llm.num_layers
     updates = 2 * 7 * layers * 3 * (2 * size + size + ffn)
-    assert FlopCounter(lora, frozen | {"lora": False}, use_moe=True).count(batch) == llm + updates
-    assert FlopCounter(lora, frozen | {"lora": True}, use_moe=True).count(batch) == 2 * llm + 3 * updates
+    assert FlopCounter(lora, frozen | {"lora": False}).count(batch) == llm + updates
+    assert FlopCounter(lora, frozen | {"lora": True}).count(batch) == 2 * llm + 3 * updates
 
 
 def test_flops_of_images_count_projector_experts_and_tower() -> None:
     frozen = dict.fromkeys(("vision", "projector", "moe", "llm"), False)
-    counter, plain = (FlopCounter(CONFIG, frozen, use_moe=moe) for moe in (True, False))
+    counter, plain = (FlopCounter(CONFIG, frozen, bypass=bypass) for bypass in ((), ("moe",)))
     hidden, width, inner = CONFIG.llm.hidden_size, CONFIG.vision.hidden_size, CONFIG.moe.ffn_hidden_size
     samples = (Sample(prompt=3, images=2, answer=2),)
     cached, pixels = make_batch(samples), make_batch(samples, pixels=True)
@@ -233,7 +234,7 @@ def test_flops_of_images_count_projector_experts_and_tower() -> None:
 def test_flops_of_resampler_and_gated_blocks() -> None:
     flamingo = FLAMINGO.flamingo
     frozen = dict.fromkeys(("vision", "projector", "moe", "llm", "lora", "resampler", "cross_attention"), False)
-    counter = FlopCounter(dataclasses.replace(FLAMINGO, lora=None), frozen, use_moe=False)
+    counter = FlopCounter(dataclasses.replace(FLAMINGO, lora=None), frozen)
     batch = make_batch((Sample(prompt=3, images=2, answer=2),), rows_per_image=1)
     text = dataclasses.replace(
         batch, visual_rows=batch.visual_rows[:0], image_sample=batch.image_sample[:0], image_features=None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from parrot_sys.config_values import config_from_dict, read_yaml
+from parrot_sys.systems.registry import all_parts
 from parrot_sys.training.config import TrainConfig
 from tests.training.tiny import losses, run
 
@@ -17,12 +19,20 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints_0_1"
 
 
+def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of version 0.1, in which the rate of each part was a setting of its own."""
+    optimizer = dict(settings["optimizer"])
+    parts = {f"{part}_lr": part for part in all_parts()}
+    lrs = {part: optimizer.pop(name) for name, part in parts.items() if name in optimizer}
+    return {**settings, "optimizer": {**optimizer, "lrs": lrs}}
+
+
 @pytest.mark.parametrize("system", ["parrot", "wings", "multimodal_gpt"])
 def test_the_steps_that_follow_are_those_of_that_version(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)  # the settings name files from there
-    settings = read_yaml(CHECKPOINTS / f"{system}.yaml")
+    settings = with_new_names(read_yaml(CHECKPOINTS / f"{system}.yaml"))
     config = config_from_dict(TrainConfig, {**settings, "output": str(tmp_path)})
     shutil.copytree(CHECKPOINTS / system, tmp_path / "checkpoints")
     (summary,) = run(config)

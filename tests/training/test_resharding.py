@@ -18,12 +18,12 @@ from parrot_sys.models.lora_maps import is_lora
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.perceiver import ResamplerConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.wings.config import WingsConfig
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
+from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
 from parrot_sys.training.writer import read_metrics
 from tests.training.tiny import MODEL, signal_before, tiny_config
@@ -156,7 +156,7 @@ def _goes_on(
             return dataclasses.replace(base, model=dataclasses.replace(base.model, **everything))
         if lora is None:
             return dataclasses.replace(base, model=dataclasses.replace(base.model, wings=wings))
-        frozen = TrainableConfig(projector=False, moe=False, llm=False)
+        frozen = {"others": False}
         return dataclasses.replace(base, model=dataclasses.replace(base.model, lora=lora), trainable=frozen)
 
     _train(dataclasses.replace(config("start"), max_steps=1), 1)

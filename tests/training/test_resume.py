@@ -99,11 +99,16 @@ def test_records_do_not_depend_on_interruptions(tmp_path: Path) -> None:
     ],
 )
 def test_changed_optimizer_settings_take_effect(precision: str, distributed: bool, tmp_path: Path) -> None:
-    first = OptimizerConfig(lr=1e-3, projector_lr=2e-3, weight_decay=0.1, distributed=distributed)
+    first = OptimizerConfig(lr=1e-3, lrs={"projector": 2e-3}, weight_decay=0.1, distributed=distributed)
     config = tiny_config(tmp_path, precision=precision, optimizer=first, max_steps=4)
     run(config, 1, signal_before(2, signal.SIGTERM))
     changed = OptimizerConfig(
-        lr=5e-4, projector_lr=3e-3, moe_lr=1e-4, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, distributed=distributed
+        lr=5e-4,
+        lrs={"projector": 3e-3, "moe": 1e-4},
+        weight_decay=0.3,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+        distributed=distributed,
     )
     again = dataclasses.replace(config, optimizer=changed)
 

@@ -17,14 +17,15 @@ from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.systems.parts import part_parameters, set_trainable
 from parrot_sys.systems.registry import part_of
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.faults import TrainingError
-from parrot_sys.training.metrics import FlopCounter
 from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
 
@@ -84,7 +85,7 @@ def _train(
         num_visual_rows=V,
         reduction=reduction,
         optimizer=adam,
-        flops=FlopCounter(config, trainable, use_moe=True),
+        flops=FlopCounter(config, trainable),
     )
     losses, norms, gradients = [], [], {}
     for step in range(steps):

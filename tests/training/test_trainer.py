@@ -22,7 +22,6 @@ from parrot_sys.training.config import (
     CheckpointConfig,
     LoggingConfig,
     OptimizerConfig,
-    TrainableConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -112,7 +111,7 @@ def test_context_parallel_run_is_that_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_checkpoint_of_two_ranks_goes_on_with_one(distributed: bool, tmp_path: Path) -> None:
-    optimizer = OptimizerConfig(lr=1e-3, moe_lr=5e-4, distributed=distributed)
+    optimizer = OptimizerConfig(lr=1e-3, lrs={"moe": 5e-4}, distributed=distributed)
     whole = tiny_config(tmp_path, output="whole", optimizer=optimizer)
     moved = tiny_config(tmp_path, output="moved", optimizer=optimizer)
     run(whole, 1)
@@ -146,8 +145,8 @@ def test_stages_freeze_bypass_and_follow_each_other(tmp_path: Path) -> None:
         tmp_path,
         output="align",
         max_steps=2,
-        use_moe=False,
-        trainable=TrainableConfig(moe=False, llm=False),
+        bypass=("moe",),
+        trainable={"llm": False},
         optimizer=OptimizerConfig(lr=1e-3),
         checkpoint=CheckpointConfig(load_from=str(MODEL)),
     )
@@ -270,7 +269,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     again = dataclasses.replace(base, checkpoint=CheckpointConfig(load_from=str(MODEL), resume=False))
     (message,) = run_distributed(build, 1, again)
     assert message.startswith("ConfigError: checkpoint.resume is false")
-    frozen = dataclasses.replace(base, max_steps=2, trainable=TrainableConfig(llm=False))
+    frozen = dataclasses.replace(base, max_steps=2, trainable={"llm": False})
     frozen_first = dataclasses.replace(frozen, output=str(tmp_path / "frozen"), max_steps=1)
     run(frozen_first)
     (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))

@@ -12,7 +12,7 @@ from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.systems.hf_config import config_from_hf, read_json
 from parrot_sys.systems.registry import part_of
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainableConfig, TrainConfig
+from parrot_sys.training.config import CheckpointConfig, OptimizerConfig, TrainConfig
 from parrot_sys.training.trainer import Trainer
 from tests.comparisons import differ
 from tests.training.tiny import run, tiny_config
@@ -34,8 +34,8 @@ def _moved(path: Path, before: dict[str, torch.Tensor]) -> set[str]:
 
 def test_stages(tmp_path: Path) -> None:
     released = load_file(RELEASED / "model.safetensors")
-    align = TrainableConfig(projector=True, moe=False, llm=False, visual_learners=True, textual_learners=False)
-    first = _config(tmp_path, "first", RELEASED, trainable=align, use_moe=False, use_router=False)
+    align = {"projector": True, "visual_learners": True, "others": False}
+    first = _config(tmp_path, "first", RELEASED, trainable=align, bypass=("textual_learners",))
     run(first)
     wanted = {name for name in released if "mm_projector" in name or ".attn_pool." in name}
     assert _moved(tmp_path / "first", released) == wanted
@@ -43,9 +43,8 @@ def test_stages(tmp_path: Path) -> None:
         tmp_path,
         "second",
         tmp_path / "first",
-        optimizer=OptimizerConfig(lr=1e-4, projector_lr=1e-3),
+        optimizer=OptimizerConfig(lr=1e-4, lrs={"projector": 1e-3}),
         parallel=ParallelConfig(pipeline_model_parallel_size=2),
-        use_moe=False,
     )
     run(second, 2)
     moved = _moved(tmp_path / "second", load_file(tmp_path / "first" / "hf" / "model.safetensors"))
@@ -53,8 +52,8 @@ def test_stages(tmp_path: Path) -> None:
 
 
 def test_learning_rates_by_part(tmp_path: Path) -> None:
-    settings = OptimizerConfig(lr=1e-4, projector_lr=1e-3, visual_learners_lr=2e-4, textual_learners_lr=3e-4)
-    config = _config(tmp_path, "rates", RELEASED, optimizer=settings, use_moe=False)
+    settings = OptimizerConfig(lr=1e-4, lrs={"projector": 1e-3, "visual_learners": 2e-4, "textual_learners": 3e-4})
+    config = _config(tmp_path, "rates", RELEASED, optimizer=settings)
 
     def rates(rank: int, size: int) -> dict[str, float]:
         trainer = Trainer(config)

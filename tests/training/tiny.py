@@ -59,7 +59,7 @@ def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **setting
         "precision": "fp32",
         "global_batch_size": 8,
         "epochs": 2.0,
-        "optimizer": OptimizerConfig(lr=1e-3, projector_lr=2e-3),
+        "optimizer": OptimizerConfig(lr=1e-3, lrs={"projector": 2e-3}),
         "checkpoint": CheckpointConfig(interval=3, load_from=str(MODEL), export=False),
         "logging": LoggingConfig(interval=1, tensorboard=False, progress=False),
         "validation": ValidationConfig(),

@@ -134,7 +134,7 @@ class Experiment:
     scale: float = 100.0
     """Factor by which the mean of `answers` is multiplied to give the values of `measure`."""
     routes: Callable[[Path], Mapping[str, Any]] | None = None
-    """What the routes of an evaluation tell, part by part, kept and reported beside `measure`."""
+    """Information in the routes of an evaluation, part by part, kept and reported beside `measure`."""
 
 
 def experiment_content(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, Any]:

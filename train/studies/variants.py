@@ -115,7 +115,7 @@ def _text_model(run: Run) -> Step:
     return recipes.train(run.pipeline, PLAIN, PRETRAIN, run.data, name="pretrain", flags=flags)
 
 
-_SLOW = ("--optimizer.llm-lr", "5e-5", "--optimizer.min-lr", "5e-6")
+_SLOW = ("--optimizer.lrs.llm", "5e-5", "--optimizer.min-lr", "5e-6")
 """Rates of the decoder in `tiny_wings_instruct`."""
 FORGETTING = Experiment(
     title="What visual tuning costs in questions about text, and what the learners of Wings keep",

@@ -49,7 +49,7 @@ class StoredFile(Protocol):
         """
 
     def for_arrow(self) -> Any:
-        """What pyarrow opens.
+        """A remote file as pyarrow opens it.
 
         Raises:
             StorageError: as above.

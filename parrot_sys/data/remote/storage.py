@@ -33,7 +33,7 @@ _FINAL = (
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError")
 _WAIT_AND_TRY = (408, 425, 429)
 _CHANGE = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "Last-Modified", "LastModified", "mtime")
-"""What file systems tell of a file's content: another value means another content."""
+"""Facts that file systems state of a file's content: another value means another content."""
 _PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """Protocol -> extra of this package that brings what it needs."""
 
@@ -44,7 +44,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 class RemoteState(NamedTuple):
-    """What tells one content of a file from another."""
+    """Value that tells one content of a file from another."""
 
     size: int
     change: int
@@ -175,7 +175,7 @@ class RemoteStorage:
         return f"{type(error).__name__}: {printable(error)}".rstrip(": ")
 
     def _try(self, url: str, call: Callable[[], T]) -> T:
-        """What a call returns, once it does.
+        """Result of a call, once it has one.
 
         Raises:
             DataError: the file is missing or must not be read.

@@ -38,7 +38,7 @@ ENDING = ".columns.yaml"
 
 @dataclass(frozen=True, slots=True)
 class ColumnMap:
-    """What a file of columns says."""
+    """Mapping that a file of columns states."""
 
     fields: Mapping[str, Any]
 
@@ -112,7 +112,7 @@ class MappedRecords(RecordSource):
         return list(map(self._record, self._rows.read(places)))
 
     def pictures(self) -> ImageSource | None:
-        """Those of the rows."""
+        """Columns of the rows."""
         return self._rows.pictures()
 
     def size(self) -> int:
@@ -146,7 +146,7 @@ def plain_turns(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def look_up(row: Mapping[str, Any], column: str) -> Any:
-    """What a column holds; dots lead into it (`meta.language`, `answers.0`).
+    """Value of a column; dots lead into it (`meta.language`, `answers.0`).
 
     Raises:
         DataError: there is no such column.

@@ -166,7 +166,7 @@ def _folder(path: Path) -> tuple[Path, str]:
 
 
 def _access(row: Mapping[str, Any], field: str) -> Any:
-    """What a field map says: `jpg`, `json[caption]`, `jpg,png` (the first that is there).
+    """Value that a field map names: `jpg`, `json[caption]`, `jpg,png` (the first that is there).
 
     Raises:
         DataError: none is there.

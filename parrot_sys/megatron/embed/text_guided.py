@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.megatron.embed.guidance import TextGuidance, packed_sample_ids, text_guidance
-from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoE, TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import RoutingOutput, TextGuidedMoE
 
 # n images or tiles, V rows of each, G guiding tokens, H hidden_size
 

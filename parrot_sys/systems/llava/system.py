@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +14,11 @@ from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig, llm_fields
 from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.tensor_map import TensorMap, copied
 from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.base import Part, System
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.cost import Cost
+from parrot_sys.systems.image_rows import projector_cost
 from parrot_sys.systems.llava.config import LlavaConfig
 from parrot_sys.towers import RESOLUTIONS, Feature, VisionConfig, resolutions_from_hf, vision_fields
 
@@ -139,6 +141,10 @@ class Llava(System):
         if model.tiling is not None:
             maps.append(copied("newline.row", "image_newline", hidden))
         return maps
+
+    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
+        """Projector, for each tile."""
+        return [projector_cost(model)]
 
     def usual_name(self, key: str) -> str:
         """Name in the published checkpoints, from one of newer versions of transformers too."""

@@ -30,7 +30,7 @@ from parrot_sys.models.tensor_map import check_tensors
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttentionConfig
 from parrot_sys.modules.lora import LoRAConfig, Target
 from parrot_sys.modules.perceiver import ResamplerConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import CONFIG, EXPORTED_TOWER, config_to_hf
 from parrot_sys.systems.maps import parrot_maps

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 from parrot_sys.files import Fields
 from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap
-from parrot_sys.modules.text_guided_moe import TextGuidedMoEConfig, pack_released, released_keys, unpack_released
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 from parrot_sys.systems.base import PROJECTOR, Part, System
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_from_hf
+from parrot_sys.systems.cost import Cost
+from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_cost, projector_from_hf
 from parrot_sys.towers import VisionConfig
 
 _MOE = "model.moe_model."
@@ -27,7 +29,9 @@ class Parrot(System):
     section = None
     own_parts: ClassVar[Mapping[str, Part]] = {
         **PROJECTOR,
-        "moe": Part(description="router and experts", marks=("moe.",), may_be_bypassed=True),
+        "moe": Part(
+            description="router and experts", marks=("moe.",), setting="model.moe.num_experts", may_be_bypassed=True
+        ),
     }
 
     def bridge(self) -> type[Any]:
@@ -35,11 +39,6 @@ class Parrot(System):
         from parrot_sys.systems.parrot.bridge import ParrotBridge
 
         return ParrotBridge
-
-    def present_parts(self, model: ParrotConfig) -> list[str]:
-        """Names of the parts that a model of this configuration has: experts only if their number is not 0."""
-        parts = super().present_parts(model)
-        return parts if model.moe.num_experts else [name for name in parts if name != "moe"]
 
     @property
     def model_types(self) -> Mapping[str, str]:
@@ -93,6 +92,15 @@ class Parrot(System):
     def maps(self, model: ParrotConfig) -> list[TensorMap]:
         """Decoder, projector and experts."""
         return image_rows_maps(model) + (moe_maps(model) if model.moe.num_experts else [])
+
+    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
+        """Projector, and the experts that work on an image."""
+        moe, costs = model.moe, [projector_cost(model)]
+        if moe.num_experts and "moe" not in bypass:
+            chosen = moe.topk if moe.routing == "topk" else moe.num_experts
+            row = 6 * model.llm.hidden_size * moe.ffn_hidden_size * chosen
+            costs.append(Cost(part="moe", image=model.vision.num_visual_rows * row))
+        return costs
 
     def is_carried(self, key: str, model: ParrotConfig) -> bool:
         """Experts of a checkpoint that bypasses them (`use_moe: false`)."""

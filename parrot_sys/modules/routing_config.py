@@ -1,0 +1,78 @@
+"""TextGuidedMoEConfig: settings of the text-guided experts and of what their router learns from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from parrot_sys.errors import ConfigError
+
+_DEFAULT_TOPK = 2
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TextGuidedMoEConfig:
+    """Experts, routing and residual of TextGuidedMoE."""
+
+    num_experts: int = 6
+    """E; 0 builds no MoE at all (plain projector)."""
+    ffn_hidden_size: int = 4096
+    """I, inner width of each SwiGLU expert."""
+    routing: Literal["dense", "topk"] = "dense"
+    """`dense` runs every expert (rule of the released checkpoints), `topk` the `topk` best (paper, eq. 4)."""
+    topk: int = _DEFAULT_TOPK
+    """Experts per image under `routing=topk`."""
+    renormalize: bool = True
+    """Divide the chosen probabilities by their sum (topk only)."""
+    residual: Literal["code", "paper", "none"] = "code"
+    """`code`: MoE(X) + residual_weight * X (released code); `paper`: X + residual_weight * MoE(X) (eq. 5)."""
+    residual_weight: float = 0.1
+    """w of the released code (its default) or alpha of the paper."""
+    guidance: Literal["prompt", "first_turn"] = "prompt"
+    """Guiding tokens: all without a label, as released, or only those up to the first answer (no later turns)."""
+    aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss over the global batch."""
+    z_loss_coeff: float = 0.0
+    """Weight of the router z-loss."""
+    information_coeff: float = 0.0
+    """Weight of minus the information I(expert; language) of the global batch in nats: routes that carry the language
+    of the record. An image whose record states no language has one of its own."""
+    evenness_coeff: float = 0.0
+    """Weight of a pull towards equal use: the gradient of an image's logits is the experts' mean scores over the global
+    batch less equal shares. Unlike that of an entropy it does not vanish for an expert that gets no images."""
+    normalize_guidance: bool = False
+    """Divide each guiding row by its root mean square, and the scores of the rows by H in place of sqrt(H): small
+    embeddings then leave no uniform route. Off as released."""
+    router_scale: float = 1.0
+    """Factor of the router's logits, and so of its learning rate; 1 as released."""
+    recompute: bool = False
+    """Store only X for the backward pass of the experts and compute the rest again."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 0:
+            raise ConfigError(f"moe.num_experts must be >= 0, got {self.num_experts}")
+        # `dense` does not read topk: its default may stay when there is one expert.
+        most = self.num_experts if self.routing == "topk" else max(self.num_experts, _DEFAULT_TOPK)
+        if self.topk < 1 or (self.num_experts and self.topk > most):
+            raise ConfigError(f"moe.topk must be in [1, moe.num_experts={self.num_experts}], got {self.topk}")
+        for name in ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"moe.{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if not (self.router_scale > 0 and math.isfinite(self.router_scale)):
+            raise ConfigError(f"moe.router_scale must be a finite number > 0, got {self.router_scale}")
+        if not math.isfinite(self.residual_weight):
+            raise ConfigError(f"moe.residual_weight must be a finite number, got {self.residual_weight}")
+        if self.ffn_hidden_size < 1:
+            raise ConfigError(f"moe.ffn_hidden_size must be >= 1, got {self.ffn_hidden_size}")
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether routes bear auxiliary losses in training."""
+        return any((self.aux_loss_coeff, self.z_loss_coeff, self.information_coeff, self.evenness_coeff))
+
+    @property
+    def needs_routes_ahead(self) -> bool:
+        """Whether these need the routes of the whole step: dense routing chooses every expert anyway."""
+        balanced = self.aux_loss_coeff and self.routing == "topk"
+        return bool(balanced or self.information_coeff or self.evenness_coeff)
