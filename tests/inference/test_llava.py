@@ -52,11 +52,21 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+}
+SCALED = {
+    "rope_theta": 500.0,
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
 DECODERS: dict[str, dict[str, Any]] = {
-    "llama": TEXT,
+    "llama": {**TEXT, "rope_parameters": SCALED},
     "qwen2": TEXT,
-    "qwen3": {**TEXT, "head_dim": 16},
+    "qwen3": {**TEXT, "head_dim": 8},
     "qwen3_moe": {**TEXT, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 TOWER: dict[str, Any] = {
@@ -76,6 +86,7 @@ CASES = [
     pytest.param("llava", "qwen3", "clip", "full", id="1.5-qwen3-full"),
     pytest.param("llava_next", "qwen3", "clip", "default", id="next-qwen3"),
     pytest.param("llava_next", "llama", "siglip", "full", id="next-llama-siglip"),
+    pytest.param("llava_next", "qwen2", "clip", "default", id="next-qwen2"),
     pytest.param("llava_next", "qwen3_moe", "clip", "default", id="next-qwen3-moe"),
 ]
 SIZES = [(40, 90), (90, 40), (30, 30), (200, 20)]

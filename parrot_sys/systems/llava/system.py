@@ -123,9 +123,8 @@ class Llava(System):
         return fields
 
     def decoder_to_hf(self, llm: LLMConfig) -> dict[str, Any]:
-        """The decoder's fields, which are those of `text_config`."""
-        family = FAMILIES[llm.family]
-        return {"text_config": {"model_type": family.name, **llm_fields(llm)}}
+        """The decoder's fields, which are those of `text_config`; transformers has a width of heads of its own."""
+        return {"text_config": {"model_type": llm.family, **llm_fields(llm), "head_dim": llm.kv_channels}}
 
     def maps(self, model: ParrotConfig) -> list[TensorMap]:
         """Decoder, projector and newline row."""
