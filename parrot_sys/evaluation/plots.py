@@ -21,7 +21,8 @@ from parrot_sys.markdown_tables import fixed
 Intervals = Mapping[str, tuple[float, float] | None]
 _PANELS_IN_A_ROW = 3
 _LANGUAGES_IN_A_PANEL = 8
-_LEGEND_ROWS = 18
+_COLORS = 10
+"""Colours that Matplotlib gives lines before it begins anew."""
 _ROUTING_COLORS = {"model": "#2b6cb0", "off": "#a0aec0", "other-language": "#dd6b20"}
 
 
@@ -82,6 +83,8 @@ def accuracy_by_language(
         ax.set_xticks(np.arange(len(languages)), languages)
         ax.set_title(f"{letters.draw(suite)} {title[suite]}", fontsize=10)
         ax.set_ylim(0, 110)
+        if wide > 1:
+            ax.margins(x=0.01)
     axes[0].set_ylabel("accuracy (%); lines: 95% interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return _save(figure, path, letters)
@@ -119,7 +122,7 @@ def accuracy_by_part(
     title: str,
     path: Path,
 ) -> Mapping[str, str]:
-    """A bar for the mean over languages of each part, a dot for each language.
+    """A bar for the mean over languages of each part, a dot for each language (in its colour, if there are enough).
 
     Args:
         values: part -> language -> percent.
@@ -137,17 +140,19 @@ def accuracy_by_part(
     ends = [intervals.get(part) for part in values]
     _draw_intervals(ax, at.tolist(), means, ends)
     _draw_numbers(ax, at.tolist(), means, ends, digits=1)
-    for language in dict.fromkeys(language for row in values.values() for language in row):
+    languages = list(dict.fromkeys(language for row in values.values() for language in row))
+    alike = len(languages) > _COLORS  # then no colour could name one
+    for number, language in enumerate(languages):
         dots = [row.get(language, np.nan) for row in values.values()]
-        ax.plot(at + 0.18, dots, linestyle="none", marker="o", markersize=4, label=language)
+        style = {"color": "#4a5568", "label": "a language" if number == 0 else None} if alike else {"label": language}
+        ax.plot(at + 0.18, dots, linestyle="none", marker="o", markersize=4, **style)
     for x, part in enumerate(values):
         ax.plot([x - 0.3, x + 0.3], [guessing[part]] * 2, color="black", linewidth=1, linestyle="--")
     ax.set_xticks(at, [letters.draw(part) for part in values])
     ax.set_ylim(0, 110)
     ax.set_ylabel("accuracy (%); dashed: guessing")
     ax.set_title(title, fontsize=10)
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, ncols=math.ceil(len(labels) / _LEGEND_ROWS))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return _save(figure, path, letters)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parrot_sys.evaluation.headlines import measure_of, metric_of
+from parrot_sys.evaluation.language_groups import group_languages, group_table
 from parrot_sys.evaluation.markdown import INTERVAL, is_rotated
 from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.report import load_scores
@@ -58,6 +59,8 @@ def summary(output: Path) -> str:
         counts = _scores(next(iter(routings.values())))
         rows.append(["n rows", *(str(counts[language]["n"]) for language in languages)])
         lines += ["", *language_table([f"{suite}: accuracy in %", *languages], rows)]
+    if groups := group_languages(scores):
+        lines += ["", *group_table(groups, measure.short)]
     kit = "the accuracy that the public kit reports for this set" if measure.public_kit else measure.answers
     return "\n".join([*lines, "", f"Intervals are clustered by picture. * {kit}"])
 
