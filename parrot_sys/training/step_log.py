@@ -62,7 +62,7 @@ class StepLog:
             record["mfu"] = window.scalar("flops") / (seconds * peak * dist.get_world_size())
         if window.steps:
             self.last = record
-            if warning := self._watch.judge(record):
+            if (warning := self._watch.judge(record)) and dist.get_rank() == 0:  # the same on all ranks
                 logger.warning(warning)
         self._begin()
         return record
