@@ -23,6 +23,8 @@ from studies.pipeline import Pipeline, Step
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 EXPERT_PREFIX = "model.moe_model."
 """Names of the experts' tensors in the released layout."""
+_EXPERT_FIELDS = ("num_experts", "moe_hidden_size", "moe_intermediate_size", "use_moe_residual", "moe_weight")
+"""Fields of config.json that describe them."""
 BENCHMARK, DIALOGUES = "benchmark", "iit"
 """Folders of the data set with tables."""
 
@@ -262,6 +264,8 @@ def strip_experts(folder: Path) -> None:
         raise CheckpointError(f"{weights} holds no experts ({EXPERT_PREFIX}*)")
     save_tensors(kept, weights)
     config = json.loads(config_path.read_text(encoding="utf-8"))
+    for key in _EXPERT_FIELDS:  # a file that names experts and says use_moe false describes experts that are bypassed
+        config.pop(key, None)
     config["use_moe"] = False
     config.get("parrot_sys", {}).pop("moe", None)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
