@@ -38,6 +38,7 @@ class PackedBatch:
 
     Shapes and dtypes: docs/architecture.md. At most one of `pixel_values` and `image_features` is set, none when n = 0.
     With `context` set, label rows and images are those of one rank, and `visual_source` counts the images of all ranks.
+    With `dealt_images` set, pixels or features are a part of them until `gather_images` has joined the parts.
     """
 
     input_ids: Tensor  # [T] int64
@@ -58,6 +59,9 @@ class PackedBatch:
     categories: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()
     context: ContextShare | None = None
+    dealt_images: tuple[int, ...] | None = None
+    """Images, of those of this context-parallel rank, that each tensor-parallel rank has read; () where the rank needs
+    none of them; None where the batch has them all."""
 
     @property
     def num_samples(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from parrot_sys.data.batch import ContextShare, PackedBatch
 from parrot_sys.parallel import RowSplit, split_counts
 
@@ -25,14 +27,19 @@ def share_of_rank(batch: PackedBatch, rank: int, size: int, *, multiple_of: int 
     image_counts = split_counts(batch.num_images, size)
     first = sum(image_counts[:rank])
     mine = slice(first, first + image_counts[rank])
-    has_images = image_counts[rank] > 0
+
+    def own(images: Tensor | None) -> Tensor | None:
+        if images is None or batch.dealt_images is not None:  # (the loader has read no others)
+            return images
+        return images[mine] if image_counts[rank] else None
+
     return dataclasses.replace(
         batch,
         label_rows=batch.label_rows[split.owner(batch.label_rows) == rank],
         guidance_start=batch.guidance_start[mine],
         guidance_end=batch.guidance_end[mine],
         image_sample=batch.image_sample[mine],
-        pixel_values=batch.pixel_values[mine] if batch.pixel_values is not None and has_images else None,
-        image_features=batch.image_features[mine] if batch.image_features is not None and has_images else None,
+        pixel_values=own(batch.pixel_values),
+        image_features=own(batch.image_features),
         context=ContextShare(rank=rank, rows=split, image_counts=tuple(image_counts)),
     )

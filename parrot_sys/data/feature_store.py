@@ -182,6 +182,11 @@ class FeatureStore:
                 raise DataError(reason)
         return self.get(keys if tiles is None else tile_keys(keys, tiles))
 
+    def no_features(self) -> Tensor:
+        """Features of no image, [0, V, C]; some must be stored."""
+        shape = next(iter(self._shards.values()))["features"].shape[1:]
+        return torch.empty(0, *shape)
+
     def refresh(self) -> None:
         """Takes in what other processes have written; a damaged file is set aside."""
         for path in sorted(self.directory.glob(_SHARDS)):

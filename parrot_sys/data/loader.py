@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.datasets import RecordDataset, load_dataset
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
+from parrot_sys.data.image_share import ImageShare
 from parrot_sys.data.index.access import IndexPlace
 from parrot_sys.data.mixture import IntArray
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
-from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record
 from parrot_sys.data.sample_order import mix_identity, sample_order
 from parrot_sys.data.skipped import SkippedRecords
-from parrot_sys.errors import ConfigError, DataError, StorageError
+from parrot_sys.data.step_images import ImageReader, StepDraft
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.towers import PictureRows
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,18 @@ class LoaderStatistics:
     """Samples that were longer than max_seq_len rows and were cut."""
     skipped: list[str] = field(default_factory=list)
     """This rank's samples that were left out since an image could not be read: where and why, once for each record."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A step whose bad samples the ranks that have it have not agreed on yet."""
+
+    reader: ImageReader
+    draft: StepDraft
+    numbers: list[int]
+    """Number of each of its samples."""
+    size: int
+    truncated: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,7 @@ class ParrotDataLoader:
         dp_size: int = 1,
         index_dir: str | Path | None = None,
         on_progress: Callable[[], None] = lambda: None,
+        images: ImageShare | None = None,
     ) -> None:
         """Opens all data sets through their indexes, and checks them.
 
@@ -93,6 +111,7 @@ class ParrotDataLoader:
             index_dir: where indexes are kept when neither `data.index_dir` nor `data.cache_dir` says so; None keeps
                 none, and every process builds its own.
             on_progress: called now and then while an index is built or waited for.
+            images: images that this process reads, where others have the same samples; all when not given.
 
         Raises:
             ConfigError: settings contradict each other.
@@ -113,6 +132,7 @@ class ParrotDataLoader:
         self._processor.tokenizer = copy.deepcopy(processor.tokenizer)
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size, self._dp_rank, self._dp_size = global_batch_size, dp_rank, dp_size
+        self._images = images or ImageShare()
         self._feature_store: FeatureStore | None = None
         self._skipped_file: SkippedRecords | None = None
         self.datasets = [
@@ -223,7 +243,7 @@ class ParrotDataLoader:
         order = self._order.epoch(self._epoch)[self._samples :]
         size = self._global_batch_size
         waiting = iter([order[i : i + size] for i in range(0, len(order), size)])
-        pending: deque[Future[_Step]] = deque()
+        pending: deque[Future[_Draft]] = deque()
         with (
             ThreadPoolExecutor(self.config.num_workers, "parrot-images") as images,
             ThreadPoolExecutor(1, "parrot-loader") as background,
@@ -234,7 +254,7 @@ class ParrotDataLoader:
                         pending.append(background.submit(self._prepare, samples, images))
                     if not pending:
                         return
-                    step = pending.popleft().result()
+                    step = self._finish(pending.popleft().result(), images)
                     self._count(step)
                     yield step.batches
             finally:
@@ -254,28 +274,53 @@ class ParrotDataLoader:
             if self._skipped_file is not None:
                 self._skipped_file.add(data_set, [reason])
 
-    def _prepare(self, samples: IntArray, images: ThreadPoolExecutor) -> _Step:
-        """Packs this rank's part of a global batch."""
+    def _prepare(self, samples: IntArray, images: ThreadPoolExecutor) -> _Draft:
+        """Packs this rank's part of a global batch, and reads the images that are its own to read."""
         plan = plan_micro_batches(self._rows[samples], self._capacity, self._dp_size)[self._dp_rank]
         numbers = [int(samples[i]) for each in plan for i in each]
-        loaded = dict(
-            zip([i for each in plan for i in each], images.map(self._load_images, self._tokenize(numbers)), strict=True)
-        )
-        batches = [
-            pack_samples(
-                [sample for i in each if isinstance(sample := loaded[i], Sample)],
+        ends = np.cumsum([0, *map(len, plan)]).tolist()
+        draft = StepDraft([list(range(a, b)) for a, b in itertools.pairwise(ends)])
+        reader = self._reader(numbers)
+        for place, (number, sample) in enumerate(self._tokenize(numbers)):
+            dataset, index = self._locate(number)
+            draft.add(reader, place, sample, dataset.pictures(index))
+        reader.read_own(draft, images.map)
+        return _Draft(reader, draft, numbers, len(samples), int(self._is_long[samples].sum()))
+
+    def _finish(self, made: _Draft, images: ThreadPoolExecutor) -> _Step:
+        """The step, once all ranks that have its samples have said which of them are bad."""
+        batches, bad = made.reader.finish(made.draft, images.map)
+        skipped = [(self._locate(made.numbers[i])[0].source.name, reason) for i, reason in bad.items()]
+        return _Step(batches, made.size, made.truncated, skipped)
+
+    def _reader(self, numbers: Sequence[int]) -> ImageReader:
+        store, processor = self._feature_store, self._processor
+
+        def features(picture: ImageFile, rows: PictureRows | None) -> Tensor:
+            assert store is not None, "the name says so"
+            return store.features_of([picture], None if rows is None else [rows.tiles])
+
+        def describe(place: int) -> str:
+            dataset, index = self._locate(numbers[place])
+            return dataset.describe(index)
+
+        return ImageReader(
+            share=self._images,
+            name="pixel_values" if store is None else "image_features",
+            read=features if store is not None else lambda picture, _: processor.pictures([picture])[0].pixel_values,
+            empty=processor.no_pixels if store is None else store.no_features,
+            tiles=None
+            if processor.tiling is None
+            else partial(processor.rows_of, num_visual_rows=self._num_visual_rows),
+            describe=describe,
+            pack=partial(
+                pack_samples,
                 num_visual_rows=self._num_visual_rows,
                 guidance=self._guidance,
                 max_seq_len=self._max_seq_len,
-            )
-            for each in plan
-        ]
-        skipped = [
-            (self._locate(number)[0].source.name, str(sample))
-            for number, sample in zip(numbers, loaded.values(), strict=True)
-            if isinstance(sample, DataError)
-        ]
-        return _Step(batches, len(samples), int(self._is_long[samples].sum()), skipped)
+            ),
+            skips_bad=self.config.on_bad_sample == "skip",
+        )
 
     def _locate(self, number: int) -> tuple[RecordDataset, int]:
         """Data set and place in it of a sample number."""
@@ -304,33 +349,6 @@ class ParrotDataLoader:
             )
             for number, (dataset, _), (input_ids, labels) in zip(numbers, places, encoded, strict=True)
         ]
-
-    def _load_images(self, numbered: tuple[int, Sample]) -> Sample | DataError:
-        """The sample with its images; the reason why it has to be left out when they cannot be read.
-
-        Raises:
-            DataError: that reason, under `on_bad_sample=error`.
-        """
-        number, sample = numbered
-        dataset, index = self._locate(number)
-        if not (pictures := dataset.pictures(index)):
-            return sample
-        try:
-            if self._feature_store is None:
-                pixels, rows = join_pictures(self._processor.pictures(pictures))
-                return replace(sample, pixel_values=pixels, pictures=rows)
-            if self._processor.tiling is None:
-                return replace(sample, image_features=self._feature_store.features_of(pictures))
-            rows = tuple(self._processor.rows_of(picture, self._num_visual_rows) for picture in pictures)
-            features = self._feature_store.features_of(pictures, [picture.tiles for picture in rows])
-            return replace(sample, image_features=features, pictures=rows)
-        except StorageError:
-            raise
-        except DataError as error:
-            located = DataError(f"{dataset.describe(index)}: {error}")
-            if self.config.on_bad_sample == "skip":
-                return located
-            raise located from error
 
     def _identity(self) -> dict[str, Any]:
         """Everything that decides the order of samples."""

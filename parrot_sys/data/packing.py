@@ -39,6 +39,8 @@ class Sample:
     """float32 [k, 3, h, w] of its k images (pictures, or tiles of pictures one picture after the other), or ..."""
     image_features: Tensor | None = None
     """... float32 [k, V, C], outputs of the frozen tower."""
+    image_count: int = 0
+    """k, where neither of them is at hand yet."""
     pictures: tuple[PictureRows, ...] | None = None
     """Rows of each picture that is cut into tiles; None: each picture is one image, and all of its rows are read."""
     language: str = ""
@@ -238,7 +240,7 @@ def _check_images(sample: Sample, markers: int, num_visual_rows: int) -> Sequenc
     given = [t for t in (sample.pixel_values, sample.image_features) if t is not None]
     if len(given) > 1:
         raise DataError(f"sample {sample.record_id!r} must have pixel_values or image_features, got both")
-    count = given[0].shape[0] if given else 0
+    count = given[0].shape[0] if given else sample.image_count
     pictures = sample.pictures
     if pictures is None:
         pictures = (PictureRows.whole(num_visual_rows),) * markers

@@ -238,6 +238,10 @@ class ParrotProcessor:
             pictures.append(Picture(torch.from_numpy(pixels), self.tiling.rows(*size)))
         return pictures
 
+    def no_pixels(self) -> Tensor:
+        """`pixel_values` of no picture, [0, 3, h, w]."""
+        return torch.empty(0, 3, self.image_processor.height, self.image_processor.width)
+
     def rows_of(self, image: ImageInput, num_visual_rows: int) -> PictureRows:
         """Rows of a picture that `pictures` would give, from its size alone; a whole one has `num_visual_rows`.
 
@@ -261,8 +265,7 @@ class ParrotProcessor:
         """
         if self.tiling is not None:
             raise ConfigError("this model cuts pictures into tiles: use processor.pictures, not processor.images")
-        shape = (0, 3, self.image_processor.height, self.image_processor.width)
-        return torch.cat([torch.empty(shape), *(picture.pixel_values for picture in self.pictures(images))])
+        return torch.cat([self.no_pixels(), *(picture.pixel_values for picture in self.pictures(images))])
 
 
 def _fields(file: Path) -> Fields:

@@ -34,14 +34,22 @@ class FlopCounter:
     part with a trainable one before it twice, a frozen part at the start once.
     """
 
-    def __init__(self, model: ParrotConfig, learning: Mapping[str, bool], *, bypass: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: ParrotConfig,
+        learning: Mapping[str, bool],
+        *,
+        bypass: Collection[str] = (),
+        cached_features: bool = False,
+    ) -> None:
         """
         Args:
             model: sizes.
             learning: part -> whether it learns.
             bypass: parts that are passed by.
+            cached_features: images come as features, so that the vision tower does not run.
         """
-        self._image = model.vision.flops
+        self._image = 0.0 if cached_features else model.vision.flops
         gradient = learning["vision"]
         self._tower_passes = 3 if gradient else 1
         self._costs: list[tuple[int, Cost]] = []
@@ -62,6 +70,6 @@ class FlopCounter:
                 continue
             shared = (batch.num_rows * cost.row + squares * cost.pair) / ranks
             flops += passes * (shared + batch.label_rows.numel() * cost.label + batch.num_images * cost.image)
-        if batch.pixel_values is not None:
+        if batch.image_features is None:  # (later pipeline stages have neither pixels nor features)
             flops += self._tower_passes * batch.num_images * self._image
         return flops

@@ -9,6 +9,7 @@ from pathlib import Path
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.megatron.image_gather import image_share
 from parrot_sys.megatron.runtime.optimizer import data_parallel_rank, data_parallel_world_size
 from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.training.config import TrainConfig
@@ -80,4 +81,5 @@ def _loader(
         dp_size=data_parallel_world_size(),
         index_dir=Path(config.output) / "index",
         on_progress=on_progress,
+        images=image_share(),
     )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
+from parrot_sys.megatron.image_gather import gather_images
 from parrot_sys.megatron.runtime.optimizer import (
     data_parallel_group,
     gradient_norm,
@@ -114,7 +115,7 @@ class StepRunner:
                 if loss is not None:
                     metrics.add_aux_loss(loss.detach() / copies)
 
-        on_device = [batch.to(self.device, non_blocking=True) for batch in batches]
+        on_device = self._on_device(batches)
         # A lone micro-batch is the rank's whole step: the model itself gathers its counts, and its losses come out the
         # same on every rank (their gradients are each rank's share). Otherwise they are the micro-batch's share.
         copies = dist.get_world_size(replica_group())
@@ -127,6 +128,11 @@ class StepRunner:
             forward_backward(self.chunks, on_device, loss_function, on_routing=on_routing, backward=backward)
         metrics.reduce(contribute=tensor_parallel_rank() == 0)
         return metrics
+
+    def _on_device(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """Shares of this rank where the model is, with all the images that they need."""
+        group = self.chunks[0].module.pg_collection.tp
+        return [gather_images(batch.to(self.device, non_blocking=True), group) for batch in batches]
 
     def _weights(self, batches: Sequence[PackedBatch]) -> list[float]:
         """Factor of each micro-batch's summed loss; needs the number of labels, or of micro-batches, on all ranks."""
@@ -149,7 +155,7 @@ class StepRunner:
             bad.extend(batch.record_ids[i] if batch.record_ids else f"sample {i}" for i in owners)
             return losses.sum(), None
 
-        shares = [self.chunks[0].module.share_of_rank(batch).to(self.device) for batch in batches]
+        shares = self._on_device([self.chunks[0].module.share_of_rank(batch) for batch in batches])
         forward_backward(self.chunks, shares, find, backward=False)
         return gather_values(bad)
 

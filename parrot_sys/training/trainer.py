@@ -208,7 +208,12 @@ class Trainer:
             languages=self.languages,
             reduction=config.loss_reduction,
             optimizer=self.optimizer,
-            flops=FlopCounter(config.model, config.learning(), bypass=config.bypass),
+            flops=FlopCounter(
+                config.model,
+                config.learning(),
+                bypass=config.bypass,
+                cached_features=config.cache_image_features,
+            ),
             guard=self.guard,
         )
 
