@@ -32,7 +32,7 @@ KILLS = 3
 
 _SYSTEMS: dict[str, dict[str, Any]] = {
     "parrot": {},
-    "wings": {"wings": WingsConfig(rank=4, router_positions=512)},
+    "wings": {"wings": WingsConfig(rank=4, router_positions=512), "moe": TextGuidedMoEConfig(num_experts=0)},
     "multimodal_gpt": {
         "flamingo": FlamingoConfig(
             resampler=ResamplerConfig(num_latents=4, num_layers=1, num_attention_heads=2, head_dim=8),

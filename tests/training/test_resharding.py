@@ -154,9 +154,12 @@ def _goes_on(
         base = _config(tmp_path, output, parallel, distributed=distributed)
         if everything is not None:
             return dataclasses.replace(base, model=dataclasses.replace(base.model, **everything))
+        if wings is not None:
+            plain = dataclasses.replace(base.model.moe, num_experts=0)
+            return dataclasses.replace(base, model=dataclasses.replace(base.model, moe=plain, wings=wings))
         if lora is None:
-            return dataclasses.replace(base, model=dataclasses.replace(base.model, wings=wings))
-        frozen = {"others": False}
+            return base
+        frozen = {"lora": True, "others": False}
         return dataclasses.replace(base, model=dataclasses.replace(base.model, lora=lora), trainable=frozen)
 
     _train(dataclasses.replace(config("start"), max_steps=1), 1)

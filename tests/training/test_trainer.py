@@ -275,7 +275,8 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     (message,) = run_distributed(build, 1, dataclasses.replace(base, output=frozen_first.output))
     assert message.startswith("ConfigError")
     assert "was trained with trainable.llm False, now it is True" in message
-    wings = dataclasses.replace(base.model, wings=WingsConfig(rank=4, router_positions=512))
+    plain = dataclasses.replace(base.model.moe, num_experts=0)
+    wings = dataclasses.replace(base.model, moe=plain, wings=WingsConfig(rank=4, router_positions=512))
     (message,) = run_distributed(build, 1, dataclasses.replace(base, model=wings))
     assert message.startswith("ConfigError: this run is with model.wings, unlike")
     paper = dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, residual="paper"))
