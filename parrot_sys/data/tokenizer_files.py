@@ -91,8 +91,8 @@ class MissingTokenizer:
         )
 
 
-def with_flamingo_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase | None:
-    """LLaMA's tokenizer with OpenFlamingo's tokens (and `<PAD>`, if it has no padding) after its own.
+def with_added_tokens(path: str | Path, tokens: Sequence[str]) -> PreTrainedTokenizerBase | None:
+    """A tokenizer with more tokens (and `<PAD>`, if it has no padding) after its own.
 
     Args:
         path: directory; the result is None when it holds no tokenizer.

@@ -136,14 +136,14 @@ def _check_sources(config: ConvertConfig) -> None:
 
 def _assemble(config: ConvertConfig, output: Path) -> None:
     """MultiModal-GPT's files as one directory."""
-    from parrot_sys.data.tokenizer_files import with_flamingo_tokens
+    from parrot_sys.data.tokenizer_files import with_added_tokens
     from parrot_sys.systems.multimodal_gpt.assemble import ADDED_TOKENS, MultimodalGptFiles, assemble
 
     assert config.llm is not None, "checked"
     assert config.flamingo is not None, "checked"
     assert config.vision is not None, "checked"
     files = MultimodalGptFiles(llm=config.llm, flamingo=config.flamingo, lora=config.lora, vision=config.vision)
-    tokenizer = with_flamingo_tokens(config.llm, ADDED_TOKENS)
+    tokenizer = with_added_tokens(config.llm, ADDED_TOKENS)
     settings: dict[str, Any] = {"image_token_id": config.image_token_id}
     if tokenizer is not None:
         settings = {

@@ -50,9 +50,9 @@ class GatedCrossAttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "head_dim", "ffn_multiplier"):
             if (size := getattr(self, name)) < 1:
-                raise ConfigError(f"flamingo.cross_attention.{name} must be >= 1, got {size}")
+                raise ConfigError(f"cross_attention.{name} must be >= 1, got {size}")
         if not math.isfinite(self.initial_gate):
-            raise ConfigError(f"flamingo.cross_attention.initial_gate must be a finite number, got {self.initial_gate}")
+            raise ConfigError(f"cross_attention.initial_gate must be a finite number, got {self.initial_gate}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

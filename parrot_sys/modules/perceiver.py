@@ -35,9 +35,9 @@ class ResamplerConfig:
     def __post_init__(self) -> None:
         for name in ("num_latents", "num_attention_heads", "head_dim", "ffn_multiplier"):
             if (size := getattr(self, name)) < 1:
-                raise ConfigError(f"flamingo.resampler.{name} must be >= 1, got {size}")
+                raise ConfigError(f"resampler.{name} must be >= 1, got {size}")
         if self.num_layers < 0:
-            raise ConfigError(f"flamingo.resampler.num_layers must be >= 0, got {self.num_layers}")
+            raise ConfigError(f"resampler.num_layers must be >= 0, got {self.num_layers}")
 
 
 class PerceiverAttention(nn.Module):
