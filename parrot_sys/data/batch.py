@@ -55,6 +55,7 @@ class PackedBatch:
     image_sample: Tensor  # [n] int64
     pixel_values: Tensor | None = None  # [n, 3, h, w]
     image_features: Tensor | None = None  # [n, V, C]
+    image_rows: Tensor | None = None  # [rows, W], what the decoder gets of the images, where that is known already
     languages: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     record_ids: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ _DIGEST_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureRows:
+class PictureSpan:
     """Rows of a request that hold a picture, or that read one."""
 
     start: int
@@ -61,7 +61,7 @@ def root_hash(model: bytes, salt: bytes = b"") -> BlockHash:
 
 
 def block_hashes(
-    parent: BlockHash, ids: Sequence[int], pictures: Sequence[PictureRows], block_size: int, *, first: int = 0
+    parent: BlockHash, ids: Sequence[int], pictures: Sequence[PictureSpan], block_size: int, *, first: int = 0
 ) -> Iterator[BlockHash]:
     """Identities of the whole blocks of a request, in order; ends where rows cannot be known again.
 

@@ -1,4 +1,4 @@
-"""Results computed of pictures, kept for requests that bring them again: tower features, and rows after routing.
+"""Results of the encoders of pictures, kept for requests that bring them again: tower features, and rows after routing.
 
 Tower features follow from the picture alone. What the decoder gets of it may follow from the prompt as well (Parrot's
 experts), so it is kept by picture and guidance. Both have digests of contents, never names: two pictures of equal bytes

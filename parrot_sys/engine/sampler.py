@@ -42,7 +42,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not _is_positive(self.temperature):
             raise ConfigError(
-                f"temperature must be >= 0 (0: the most likely token) and a finite float32, got {self.temperature}"
+                f"temperature must be > 0 and a finite float32, or 0 for the most likely token, got {self.temperature}"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k must be >= 0 (0: all tokens), got {self.top_k}")

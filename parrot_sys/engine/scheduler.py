@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
-from parrot_sys.engine.blocks import BlockHash, BlockPool, PictureRows, block_hashes
+from parrot_sys.engine.blocks import BlockHash, BlockPool, PictureSpan, block_hashes
 from parrot_sys.errors import BusyError, ConfigError, DataError
 
 
@@ -96,7 +96,7 @@ class ScheduledRequest:
     """Longest answer; 0 for a prompt that is only read."""
     root: BlockHash
     """Parent of its first block."""
-    pictures: tuple[PictureRows, ...] = ()
+    pictures: tuple[PictureSpan, ...] = ()
     """Rows that hold or read pictures, ascending."""
     logits_from: int
     """First row whose logits are still wanted."""

@@ -155,8 +155,8 @@ def main(argv: Sequence[str]) -> int:
 def load_predictor(config: EvalConfig) -> ModelPredictor:
     """The checkpoint, ready to answer."""
     # Imported late: Megatron takes seconds, and a wrong command line should not.
+    from parrot_sys.engine.lockstep import check_processes
     from parrot_sys.evaluation.predictor import ModelPredictor
-    from parrot_sys.inference.lockstep import check_processes
     from parrot_sys.inference.pretrained import load_pretrained
 
     check_processes(config.parallel, platform.launch().world_size)

@@ -16,13 +16,14 @@ from parrot_sys import platform
 from parrot_sys.data.decoding import PictureNotes
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.evaluation.digest import checkpoint_digest
 from parrot_sys.evaluation.items import Item, Mode, Prediction, Routing
 from parrot_sys.evaluation.scoring import most_likely
-from parrot_sys.inference.generation import continuation_log_probs, generate_tokens, prefill
+from parrot_sys.inference.generation import generate_tokens, next_logits, score_continuations
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.inference.requests import Request, check_rows, free_rows
+from parrot_sys.inference.requests import check_rows, free_rows
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.towers import PictureRows
@@ -138,17 +139,17 @@ class ModelPredictor:
     def logit_change(self, items: Sequence[Item], routing: Routing) -> float:
         """Largest change of any next-token logit when the images are routed by `routing` and not by the model."""
         samples = self.samples(items)
-        own, _, _ = prefill(self.lockstep, samples)
-        changed, _, _ = prefill(self.lockstep, samples, routing_override=self._override(items, routing))
+        own, _ = next_logits(self.lockstep, samples)
+        changed, _ = next_logits(self.lockstep, samples, self._override(items, routing))
         return (own - changed).abs().max().item()
 
-    def _request(self, sample: Sample) -> Request:
+    def _request(self, sample: Sample) -> EngineRequest:
         """A greedy answer, as long as asked for or as the prompt leaves room for."""
         room = max(1, free_rows(self.config, sample))
-        return Request(sample=sample, max_new_tokens=min(self.max_new_tokens, room), eos_token_ids=self.eos_token_ids)
+        return EngineRequest(sample=sample, max_new_tokens=min(self.max_new_tokens, room), stop_ids=self.eos_token_ids)
 
     def _by_letter(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
-        logits, _, routes = prefill(self.lockstep, self.samples(items), routing_override=override)
+        logits, routes = next_logits(self.lockstep, self.samples(items), override)
         log_probs = logits.log_softmax(-1).cpu()
         predictions = []
         for item, row, experts in zip(items, log_probs, self._experts(routes, items), strict=True):
@@ -160,10 +161,11 @@ class ModelPredictor:
     def _by_text(self, items: Sequence[Item], override: RoutingOverride | None) -> list[Prediction]:
         """Summed log-probability of each option's text and of the end of the turn after it."""
         answers = [list(self._answers(item).values()) for item in items]
-        sums, routes = continuation_log_probs(self.lockstep, self.samples(items), answers, override)
+        found, routes = score_continuations(self.lockstep, self.samples(items), answers, override)
+        sums = [[sum(token.logprob for token in text) for text in own] for own in found]
         return [
             replace(
-                _most_likely(dict(zip(item.question.options, scores.tolist(), strict=True)), experts),
+                _most_likely(dict(zip(item.question.options, scores, strict=True)), experts),
                 option_tokens=dict(zip(item.question.options, map(len, texts), strict=True)),
             )
             for item, texts, scores, experts in zip(items, answers, sums, self._experts(routes, items), strict=True)
@@ -188,7 +190,7 @@ class ModelPredictor:
         assert self.has_experts, "main.evaluate asks for other routes with experts only"
         if routing == "off":
             return RoutingOverride(mode="off")
-        _, _, routes = prefill(self.lockstep, self.samples(items, guidance=True))
+        _, routes = next_logits(self.lockstep, self.samples(items, guidance=True))
         return None if routes is None else RoutingOverride(probs=routes.probs)  # None: no item has a picture
 
     def samples(self, items: Sequence[Item], *, guidance: bool = False) -> list[Sample]:

@@ -195,7 +195,7 @@ def _talk(session: ChatSession, config: ChatConfig) -> int:
 
 def _open_session(config: ChatConfig) -> ChatSession:
     # Imported late: Megatron takes seconds, and a wrong command line should not.
-    from parrot_sys.inference.lockstep import check_processes
+    from parrot_sys.engine.lockstep import check_processes
     from parrot_sys.inference.pretrained import load_pretrained
 
     check_processes(config.parallel, platform.launch().world_size)

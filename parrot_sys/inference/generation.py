@@ -1,23 +1,26 @@
-"""Decoding with a KV cache: one packed prefill, then one row a request and step. Routes are fixed by the prefill."""
+"""Batches of requests on the engine: answers, and log-probabilities of given texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from parrot_sys.data.batch import PackedBatch
-from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.data.packing import Sample
+from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.lockstep import Lockstep
+from parrot_sys.engine.requests import Delta, EngineRequest, RequestImage, merge_routes, not_finite, num_images
+from parrot_sys.engine.sampler import TokenLogprob
+from parrot_sys.engine.scheduler import SchedulerConfig
 from parrot_sys.errors import CheckpointError, DataError
-from parrot_sys.inference.lockstep import CachedRequests, Lockstep
-from parrot_sys.inference.requests import Request, check_rows, num_rows, request_name
-from parrot_sys.inference.sampling import next_tokens
-from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.inference.requests import check_rows, num_rows, request_name
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+
+_BLOCK_SIZE = 16
+_ROWS_PER_STEP = 4096
 
 
 class Streamer(Protocol):
@@ -30,97 +33,92 @@ class Streamer(Protocol):
         """No more tokens."""
 
 
-class WholeRequests:
-    """Stand-in for a KV cache where none can be used: every step runs the whole requests again."""
+class _Batch:
+    """Requests that are submitted together to an engine of their own, which has room for all of them."""
 
     def __init__(
-        self, samples: Sequence[Sample], routing_override: RoutingOverride | None = None, *, together: bool = True
+        self,
+        model: Lockstep,
+        requests: Sequence[EngineRequest],
+        names: Sequence[str],
+        override: RoutingOverride | None,
+        *,
+        use_cache: bool = True,
     ) -> None:
         """
         Args:
-            samples: prompts.
-            routing_override: replaces the routes.
-            together: run all in one pack. False where rows of a pack depend on its other samples: each runs alone.
+            model: in evaluation mode.
+            requests: what is asked.
+            names: of the requests, for error messages.
+            override: replaces the routes; `probs` has a row for each image of all requests.
+            use_cache: False computes whole requests with every step.
         """
-        self._together = together
-        self._ids = [torch.as_tensor(sample.input_ids).cpu() for sample in samples]
-        self._samples = list(samples)
-        self._routing_override = routing_override
+        config = model.config
+        rows = [num_rows(config, own.sample) + len(own.given) + own.max_new_tokens for own in requests]
+        blocks = sum(-(-count // _BLOCK_SIZE) for count in rows)
+        count = len(requests)
+        sizes = SchedulerConfig(max_running=count, max_queue=count, max_rows_per_step=max(_ROWS_PER_STEP, count))
+        # (One block more for each: requests are admitted only while all running ones may grow.)
+        engine_config = EngineConfig(num_blocks=blocks + count + 1, block_size=_BLOCK_SIZE, scheduler=sizes)
+        self._engine = Engine(model, engine_config, use_cache=use_cache)
+        self._places: dict[int, int] = {}
+        self._names = names
+        self.images: list[tuple[RequestImage, ...]] = []
+        """Of each request; with routes once its prompt has run."""
+        seen = 0
+        for place, request in enumerate(requests):
+            count = num_images(request.sample)
+            number = self._engine.submit(replace(request, routing_override=_part(override, seen, count)))
+            seen += count
+            self._places[number] = place
+            self.images.append(self._engine.images(number))
 
-    def keep(self, samples: Tensor) -> None:
-        """Keep only these requests, in this order: int64 [S']."""
-        places = samples.tolist()
-        self._ids = [self._ids[place] for place in places]
-        self._samples = [self._samples[place] for place in places]
+    def steps(self) -> Iterator[list[tuple[int, Delta]]]:
+        """Deltas of each step, with the places of their requests.
 
-    def append(self, tokens: Tensor) -> None:
-        """One more token for each request: int64 [S]."""
-        self._ids = [torch.cat((ids, token[None])) for ids, token in zip(self._ids, tokens.cpu(), strict=True)]
+        Raises:
+            CheckpointError: a logit is not finite; names the first such request.
+        """
+        while self._engine.has_requests:
+            deltas = [(self._places[delta.number], delta) for delta in self._engine.step()]
+            failed = {place: delta.error for place, delta in deltas if delta.error is not None}
+            if failed:
+                first = min(failed)
+                prompts = {self._names[place] for place in failed}
+                raise CheckpointError(_named(self._names[first], len(prompts) - 1, failed[first]))
+            yield deltas
 
-    def run(self, model: Lockstep) -> tuple[Tensor, RoutingOutput | None]:
-        """Logits of the rows after each request, float32 [S, vocabulary], and the routes of the images."""
-        samples = [replace(sample, input_ids=ids) for sample, ids in zip(self._samples, self._ids, strict=True)]
-        if self._together:
-            return self._run(model, samples)
-        results = [self._run(model, [sample]) for sample in samples]
-        return torch.cat([logits for logits, _ in results]), None
-
-    def _run(self, model: Lockstep, samples: Sequence[Sample]) -> tuple[Tensor, RoutingOutput | None]:
-        batch = model.pack(samples)
-        output = model.forward(
-            batch, logits_rows=batch.cu_seqlens[1:].long() - 1, routing_override=self._routing_override
-        )
-        assert output.logits is not None, "logits come back to every rank"
-        return output.logits.float(), output.routing
+    def routes(self) -> RoutingOutput | None:
+        """Routes of the images of all requests."""
+        return merge_routes([image for images in self.images for image in images])
 
 
-Requests = CachedRequests | WholeRequests
+def _part(override: RoutingOverride | None, start: int, count: int) -> RoutingOverride | None:
+    if override is None or override.probs is None:
+        return override
+    return RoutingOverride(probs=override.probs[start : start + count])
 
 
-def prefill(
-    model: Lockstep,
-    samples: Sequence[Sample],
-    new_tokens: Sequence[int] | None = None,
-    routing_override: RoutingOverride | None = None,
-    *,
-    use_cache: bool = True,
-) -> tuple[Tensor, Requests, RoutingOutput | None]:
-    """Run the prompts.
-
-    Args:
-        model: in evaluation mode.
-        samples: S prompts without labels, so that all their text guides routing.
-        new_tokens: rows to leave room for after each prompt; None leaves none.
-        routing_override: replaces the routes.
-        use_cache: False runs the whole requests at every step, as models must that let a row read later ones.
-
-    Returns:
-        Logits of the rows after each prompt, float32 [S, vocabulary]; the filled cache, or its replacement; the
-        routes of the images.
+def next_logits(
+    model: Lockstep, samples: Sequence[Sample], routing_override: RoutingOverride | None = None
+) -> tuple[Tensor, RoutingOutput | None]:
+    """Logits of the rows after each of S prompts, float32 [S, vocabulary], and the routes of the images.
 
     Raises:
-        DataError: a request is too long for the model, see `check_rows`.
+        DataError: a prompt is too long for the model.
         CheckpointError: a logit is not finite.
     """
-    parrot = model.config
-    room = [0] * len(samples) if new_tokens is None else list(new_tokens)
-    check_rows(parrot, samples, room)
-    names = [request_name(index, sample) for index, sample in enumerate(samples)]
-    takes_cache = model.model.bridge.takes_cache
-    if not (use_cache and takes_cache):
-        requests = WholeRequests(samples, routing_override, together=takes_cache)
-        logits, routing = requests.run(model)
-        check_finite(logits, names)
-        return logits, requests, routing
-    batch = model.pack(samples)
-    capacity = max(num_rows(parrot, sample) + new for sample, new in zip(samples, room, strict=True))
-    cached = CachedRequests(KVCache(len(samples), capacity, device=model.device))
-    last_rows = batch.cu_seqlens[1:].long() - 1
-    output = model.forward(batch, logits_rows=last_rows, routing_override=routing_override, requests=cached)
-    assert output.logits is not None, "logits come back to every rank"
-    logits = output.logits.float()
-    check_finite(logits, names)
-    return logits, cached, output.routing
+    check_rows(model.config, samples, [0] * len(samples))
+    groups = [samples] if model.takes_cache else [[sample] for sample in samples]  # else rows depend on other samples
+    outputs = []
+    for group in groups:
+        batch = model.pack(group)
+        outputs.append(
+            model.forward(batch, logits_rows=batch.cu_seqlens[1:].long() - 1, routing_override=routing_override)
+        )
+    logits = torch.cat([output.logits.float() for output in outputs if output.logits is not None])
+    check_finite(logits, [request_name(place, sample) for place, sample in enumerate(samples)])
+    return logits, outputs[0].routing if len(outputs) == 1 else None
 
 
 def check_finite(logits: Tensor, names: Sequence[str]) -> None:
@@ -133,86 +131,19 @@ def check_finite(logits: Tensor, names: Sequence[str]) -> None:
     Raises:
         CheckpointError: a logit is NaN or infinite; names the first such request.
     """
-    finite = logits.isfinite()
-    if bool(finite.all()):
-        return
-    wrong = (~finite).sum(1).tolist()
-    place = next(place for place, count in enumerate(wrong) if count)
-    others = sum(map(bool, wrong)) - 1
-    more = f" and {others} more" if others else ""
-    raise CheckpointError(
-        f"{names[place]}{more}: {wrong[place]} of {logits.shape[1]} logits are NaN or infinite, so that no token is "
-        "the most likely one: the checkpoint's weights are damaged, or its numbers are too large for the dtype (try "
-        "dtype float32)"
-    )
+    finite = logits.isfinite().all(1).tolist()
+    if not all(finite):
+        place, others = finite.index(False), finite.count(False) - 1
+        raise CheckpointError(_named(names[place], others, not_finite(logits[place : place + 1])))
 
 
-def decode(model: Lockstep, tokens: Tensor, requests: Requests, names: Sequence[str]) -> Tensor:
-    """Append one token to each request: int64 [S] -> logits after it, float32 [S, vocabulary].
-
-    Args:
-        model: as for `prefill`.
-        tokens: int64 [S].
-        requests: from `prefill`.
-        names: of the S requests, for error messages.
-
-    Raises:
-        CheckpointError: a logit is not finite.
-    """
-    if isinstance(requests, WholeRequests):
-        requests.append(tokens)
-        logits = requests.run(model)[0]
-    else:
-        output = model.forward(_step_batch(tokens, requests.cache.lengths), requests=requests)
-        assert output.logits is not None, "logits come back to every rank"
-        logits = output.logits.float()
-    check_finite(logits, names)
-    return logits
-
-
-def _step_batch(tokens: Tensor, positions: Tensor) -> PackedBatch:
-    count, device = tokens.numel(), tokens.device
-    no_rows = torch.empty(0, dtype=torch.int64, device=device)
-    no_spans = torch.empty(0, dtype=torch.int32, device=device)
-    return PackedBatch(
-        input_ids=tokens,
-        labels=torch.full_like(tokens, IGNORE_ID),
-        label_rows=no_rows,
-        position_ids=positions,
-        cu_seqlens=torch.arange(count + 1, dtype=torch.int32, device=device),
-        max_seqlen=1,
-        visual_rows=no_rows,
-        visual_source=no_rows,
-        guidance_rows=no_rows,
-        guidance_start=no_spans,
-        guidance_end=no_spans,
-        image_sample=no_rows,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A request that is being answered."""
-
-    place: int
-    """In the batch, and in the answers."""
-    request: Request
-    generator: torch.Generator | None
-    """Its own random numbers; None when nothing is drawn."""
-
-    @property
-    def name(self) -> str:
-        """For error messages."""
-        return request_name(self.place, self.request.sample)
-
-    def goes_on(self, token: int, count: int) -> bool:
-        """Whether the answer goes on after its `count`-th token."""
-        return token not in self.request.eos_token_ids and count < self.request.max_new_tokens
+def _named(name: str, others: int, error: Exception) -> str:
+    return f"{name}{f' and {others} more' if others else ''}: {error}"
 
 
 def generate_tokens(
     model: Lockstep,
-    requests: Sequence[Request],
+    requests: Sequence[EngineRequest],
     *,
     pad_token_id: int,
     streamer: Streamer | None = None,
@@ -221,80 +152,43 @@ def generate_tokens(
 ) -> tuple[Tensor, RoutingOutput | None]:
     """Answers of all requests, int64 [S, M] on the CPU, and the routes of the images.
 
-    Each is what the request would get alone. It ends with the first of its `eos_token_ids`, which is kept, or after its
-    `max_new_tokens`; `pad_token_id` fills the row after it up to the longest answer, M. Finished requests leave the
-    cache, so that they cost nothing more.
+    Each is what the request would get alone. It ends with the first of its `stop_ids`, which is kept, or after its
+    `max_new_tokens`; `pad_token_id` fills the row after it up to the longest answer, M.
 
     Raises:
         DataError: a request is too long for the model.
         CheckpointError: a logit is not finite.
     """
     samples = [request.sample for request in requests]
-    room = [request.max_new_tokens for request in requests]
-    logits, cache, routing = prefill(model, samples, room, routing_override, use_cache=use_cache)
-    running = [_Running(place, each, _generator(each, logits.device)) for place, each in enumerate(requests)]
-    penalizes = any(request.sampling.repetition_penalty != 1 for request in requests)
-    seen = _seen_tokens(samples, logits) if penalizes else None
-    steps: list[Tensor] = []
-    while True:
-        tokens = _choose(logits, running, seen)
-        host_tokens = tokens.tolist()
-        step = torch.full((len(requests),), pad_token_id)
-        step[[each.place for each in running]] = torch.tensor(host_tokens)
-        steps.append(step)
-        if streamer is not None:
-            streamer.put(step)
-        going = [p for p, each in enumerate(running) if each.goes_on(host_tokens[p], len(steps))]
-        if not going:
-            return torch.stack(steps, dim=1), routing
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        if len(going) < len(running):
-            kept = torch.tensor(going, device=tokens.device)
-            cache.keep(kept)
-            tokens = tokens.index_select(0, kept)
-            seen = None if seen is None else seen.index_select(0, kept)
-            running = [running[place] for place in going]
-        logits = decode(model, tokens, cache, [each.name for each in running])
+    check_rows(model.config, samples, [request.max_new_tokens for request in requests])
+    names = [request_name(index, sample) for index, sample in enumerate(samples)]
+    batch = _Batch(model, requests, names, routing_override, use_cache=use_cache)
+    answers: list[list[int]] = [[] for _ in requests]
+    ended = [False] * len(requests)
+    shown = 0
+    for deltas in batch.steps():
+        for place, delta in deltas:
+            answers[place] += delta.tokens
+            ended[place] = delta.finish_reason is not None
+        ready = min(
+            (len(own) for own, end in zip(answers, ended, strict=True) if not end), default=max(map(len, answers))
+        )
+        for column in range(shown, ready if streamer is not None else shown):
+            assert streamer is not None, "columns are for it"
+            streamer.put(torch.tensor([own[column] if column < len(own) else pad_token_id for own in answers]))
+        shown = ready
+    longest = max(map(len, answers))
+    rows = [own + [pad_token_id] * (longest - len(own)) for own in answers]
+    return torch.tensor(rows), batch.routes()
 
 
-def _generator(request: Request, device: torch.device) -> torch.Generator | None:
-    if not request.sampling.do_sample:
-        return None
-    seed = int(torch.randint(2**62, ())) if request.seed is None else request.seed
-    return torch.Generator(device).manual_seed(seed)
-
-
-def _choose(logits: Tensor, running: Sequence[_Running], seen: Tensor | None) -> Tensor:
-    """Next token of each request, int64 [S]: all in one go that take the most likely one alike, drawn ones one by one,
-    so that no draw depends on how many others there are."""
-    groups: dict[object, list[int]] = {}
-    for place, each in enumerate(running):
-        groups.setdefault(place if each.generator is not None else each.request.sampling, []).append(place)
-    tokens = torch.empty(len(running), dtype=torch.int64, device=logits.device)
-    for places in groups.values():
-        first, rows = running[places[0]], torch.tensor(places, device=logits.device)
-        own = None if seen is None else seen.index_select(0, rows)
-        tokens[rows] = next_tokens(logits.index_select(0, rows), first.request.sampling, own, first.generator)
-    return tokens
-
-
-def _seen_tokens(samples: Sequence[Sample], logits: Tensor) -> Tensor:
-    """bool like `logits`: tokens in each prompt, image markers left out."""
-    seen = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, sample in zip(seen, samples, strict=True):
-        ids = torch.as_tensor(sample.input_ids)
-        row[ids[ids >= 0]] = True
-    return seen.to(logits.device)
-
-
-def continuation_log_probs(
+def score_continuations(
     model: Lockstep,
     samples: Sequence[Sample],
     continuations: Sequence[Sequence[Sequence[int]]],
     routing_override: RoutingOverride | None = None,
-) -> tuple[list[Tensor], RoutingOutput | None]:
-    """Summed log-probabilities of given continuations; each prompt runs once for all of its own.
+) -> tuple[list[list[list[TokenLogprob]]], RoutingOutput | None]:
+    """Log-probabilities of the tokens of given continuations; all of a prompt's run in one pass and share its rows.
 
     Args:
         model: in evaluation mode.
@@ -303,7 +197,7 @@ def continuation_log_probs(
         routing_override: replaces the routes.
 
     Returns:
-        float32 [K_s] on the CPU for each prompt, and the routes of the images.
+        For each prompt, each continuation and each token its log-probability; and the routes of the images.
 
     Raises:
         DataError: no continuations for a prompt, an empty one, or one that is too long for the model.
@@ -316,26 +210,32 @@ def continuation_log_probs(
             raise DataError(
                 f"prompt {index} needs at least one continuation and each at least one token, got {list(options)}"
             )
-    counts = [len(options) for options in continuations]
-    requests = [list(option) for options in continuations for option in options]
-    longest = [max(map(len, options)) for options in continuations]
-    names = [request_name(i, sample) for i, sample in enumerate(samples) for _ in range(counts[i])]
-    logits, cache, routes = prefill(model, samples, longest, routing_override)
-    sums = torch.zeros(len(requests))
-    prompts = torch.arange(len(samples), device=logits.device)
-    rows = prompts.repeat_interleave(torch.tensor(counts, device=logits.device))
-    logits = logits.index_select(0, rows)
-    running = list(range(len(requests)))
-    for step in range(max(longest)):
-        tokens = torch.tensor([requests[r][step] for r in running], device=logits.device)
-        chosen = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        sums[running] += chosen.cpu()
-        going = [place for place, r in enumerate(running) if len(requests[r]) > step + 1]
-        if not going:
-            break
-        kept = torch.tensor(going, device=logits.device)
-        cache.keep(rows.index_select(0, kept))
-        rows = torch.arange(len(going), device=logits.device)  # from now on one cache entry for each request
-        running = [running[place] for place in going]
-        logits = decode(model, tokens.index_select(0, kept), cache, [names[r] for r in running])
-    return list(sums.split(counts)), routes
+    check_rows(model.config, samples, [max(map(len, options)) for options in continuations])
+    owners = [index for index, options in enumerate(continuations) for _ in options]
+    requests = [
+        EngineRequest(sample=samples[index], max_new_tokens=0, given=tuple(option))
+        for index, options in enumerate(continuations)
+        for option in options
+    ]
+    if routing_override is not None and routing_override.probs is not None:
+        routing_override = RoutingOverride(probs=_repeated(routing_override.probs, samples, continuations))
+    names = [request_name(index, samples[index]) for index in owners]
+    batch = _Batch(model, requests, names, routing_override)
+    found: list[list[TokenLogprob]] = [[] for _ in requests]
+    for deltas in batch.steps():
+        for place, delta in deltas:
+            found[place] += delta.scored
+    by_prompt: list[list[list[TokenLogprob]]] = [[] for _ in samples]
+    for index, own in zip(owners, found, strict=True):
+        by_prompt[index].append(own)
+    firsts = [owners.index(index) for index in range(len(samples))]
+    return by_prompt, merge_routes([image for first in firsts for image in batch.images[first]])
+
+
+def _repeated(probs: Tensor, samples: Sequence[Sample], continuations: Sequence[Sequence[object]]) -> Tensor:
+    """Routes [n, E] of the images of all prompts, those of a prompt once for each of its continuations."""
+    counts = [num_images(sample) for sample in samples]
+    parts = [
+        part for part, options in zip(probs.split(counts), continuations, strict=True) for part in [part] * len(options)
+    ]
+    return torch.cat(parts)

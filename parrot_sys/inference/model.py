@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
+from parrot_sys.engine.lockstep import Lockstep
+from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.sampler import SamplingParams, TokenLogprob
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.inference.generation import Streamer, continuation_log_probs, generate_tokens
+from parrot_sys.inference.generation import Streamer, generate_tokens, score_continuations
 from parrot_sys.inference.inputs import Images, pad_rows, padding_mask, split_batch
-from parrot_sys.inference.lockstep import Lockstep
-from parrot_sys.inference.requests import Request, check_rows, free_rows
-from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.inference.requests import check_rows, free_rows
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.systems.build import config_of
@@ -173,7 +174,8 @@ class ParrotForConditionalGeneration(nn.Module):
             attention_mask: as in `forward`.
             images: as in `forward`.
             max_new_tokens: longest answer, of all or of each; None: 512, or as many as there is room for.
-            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingConfig`; None takes its default.
+            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingParams`; None takes its
+                default, and a temperature of 1.
             num_beams: 1 only, for calls written for the released code.
             use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
@@ -193,14 +195,15 @@ class ParrotForConditionalGeneration(nn.Module):
         """
         if num_beams != 1:
             raise ConfigError(f"num_beams must be 1, got {num_beams}")
+        if do_sample and temperature == 0:
+            raise ConfigError("temperature must be > 0 to draw, got 0; for the most likely token set do_sample=False")
         given = {
-            "temperature": temperature if do_sample else None,
+            "temperature": (1.0 if temperature is None else temperature) if do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
             "repetition_penalty": repetition_penalty,
         }
-        chosen = {name: value for name, value in given.items() if value is not None}
-        sampling = SamplingConfig(do_sample=do_sample, **chosen)  # type: ignore[arg-type]
+        sampling = SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
         ends = self._eos(eos_token_id)
         pad = self.pad_token_id if pad_token_id is None else pad_token_id
         samples = self._split(input_ids, attention_mask, images, pad_token_id=pad)
@@ -209,7 +212,9 @@ class ParrotForConditionalGeneration(nn.Module):
         if max_new_tokens is None:
             max_new_tokens = [min(_LONGEST_ANSWER, max(1, free_rows(self.config, sample))) for sample in samples]
         requests = [
-            Request(sample=sample, max_new_tokens=new, eos_token_ids=ends, sampling=sampling, seed=own_seed)
+            EngineRequest(
+                sample=sample, max_new_tokens=_positive(new), stop_ids=ends, sampling=replace(sampling, seed=own_seed)
+            )
             for sample, new, own_seed in zip(
                 samples,
                 _each(max_new_tokens, len(samples), "max_new_tokens"),
@@ -238,24 +243,30 @@ class ParrotForConditionalGeneration(nn.Module):
         attention_mask: Tensor | None = None,
         images: Images = None,
         routing_override: RoutingOverride | None = None,
-    ) -> list[Tensor]:
-        """Summed log-probability of each continuation after its prompt; a prompt runs once for all of its own.
+        return_tokens: bool = False,
+    ) -> list[Tensor] | list[list[list[TokenLogprob]]]:
+        """Log-probabilities of continuations after their prompts; all of a prompt's run in one pass and share its rows.
 
         Args:
             input_ids: int64 [B, N] prompts.
             continuations: for each prompt the token ids of its K_b continuations.
             attention_mask, images: as in `forward`.
             routing_override: replaces the routes.
+            return_tokens: log-probabilities of each token in the place of sums.
 
         Returns:
-            For each prompt float32 [K_b] on the CPU.
+            For each prompt float32 [K_b] on the CPU, summed over the tokens; with `return_tokens` for each prompt and
+            continuation a list of its tokens, with log-probability and whether each is the most likely one.
 
         Raises:
             DataError: ids, mask, images and continuations do not fit together, or a prompt with one is too long.
             CheckpointError: the model's logits are not finite.
         """
         samples = self._split(input_ids, attention_mask, images)
-        return continuation_log_probs(self.lockstep, samples, continuations, routing_override)[0]
+        scores, _ = score_continuations(self.lockstep, samples, continuations, routing_override)
+        if return_tokens:
+            return scores
+        return [torch.tensor([sum(token.logprob for token in own) for own in options]) for options in scores]
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """Everything that an export holds, by its released name."""
@@ -295,6 +306,12 @@ class ParrotForConditionalGeneration(nn.Module):
         if eos_token_id is None:
             return frozenset(self.eos_token_ids)
         return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _positive(count: int) -> int:
+    if count < 1:
+        raise ConfigError(f"max_new_tokens must be >= 1, got {count}")
+    return count
 
 
 def _each(value: int | Sequence[int] | None, count: int, name: str) -> list[Any]:

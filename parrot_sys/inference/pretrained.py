@@ -179,7 +179,7 @@ def _load_training(
 
 
 def _initialize(parallel: ParallelConfig | None) -> ParallelConfig:
-    from parrot_sys.inference.lockstep import inference_layout
+    from parrot_sys.engine.lockstep import inference_layout
     from parrot_sys.megatron.runtime.initialize import initialize
 
     return initialize(inference_layout(parallel))

@@ -1,35 +1,14 @@
-"""Requests: each prompt with everything that decides its answer, so that no request's answer depends on another's."""
+"""Lengths of requests, and their names in error messages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from parrot_sys.data.packing import Sample, expanded_lengths, rows_of_pictures
-from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.inference.sampling import SamplingConfig
+from parrot_sys.errors import DataError
 from parrot_sys.systems.config import ParrotConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """A prompt without labels (all its text guides the routing), and how it is answered."""
-
-    sample: Sample
-    max_new_tokens: int
-    """Longest answer; the prompt must leave room for it (`check_rows`)."""
-    eos_token_ids: frozenset[int] = frozenset()
-    """Ids that end the answer, the id itself included."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How tokens are chosen."""
-    seed: int | None = None
-    """Of the request's own random numbers; None takes a new one from torch's state."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
 
 def request_name(index: int, sample: Sample) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,28 +16,11 @@ from torch.distributed import ProcessGroup
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.towers import VisionConfig
-
-
-class RequestState(Protocol):
-    """Facts of a system about S requests since their prefill; frozen. A forward pass takes one and gives the next."""
-
-    def select(self, requests: Tensor) -> RequestState:
-        """Facts about these requests, in this order: int64 [S']."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """Memory that the layers read in a micro-batch, and state of its requests; the same on every pipeline stage."""
-
-    memory: MemoryPlan | None = None
-    """Size of the memory and who sees what of it; None where the layers read nothing else."""
-    state: RequestState | None = None
-    """Of the requests after this micro-batch, with a KV cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,11 +84,6 @@ class Bridge:
         return True
 
     @property
-    def keeps_state(self) -> bool:
-        """Whether it remembers more of requests than a KV cache holds (`RequestState`)."""
-        return False
-
-    @property
     def layers_differ(self) -> bool:
         """Whether some layers have parts that others lack."""
         return False
@@ -131,23 +109,46 @@ class Bridge:
     def plan(
         self,
         batch: PackedBatch,
-        cache: KVCache | None = None,
-        state: RequestState | None = None,
+        paged: PagedRows | None = None,
         *,
         output_router_weights: bool = False,
-    ) -> Planned:
-        """Memory that the layers read, and what to remember of the requests; on every pipeline stage.
+    ) -> MemoryPlan | None:
+        """Memory that the layers read besides their rows, on every pipeline stage; None where they read nothing else.
 
         Args:
             batch: whole micro-batch, or one rank's share under context parallelism.
-            cache: of the requests, before its use.
-            state: of the requests, from their last forward pass; None at the prefill.
+            paged: places of the rows, where keys and values are in a paged cache.
             output_router_weights: keep what the routers inside the layers decide, for `router_weights`.
 
         Raises:
-            ConfigError, DataError: batch, model and cache do not fit together.
+            ConfigError, DataError: batch and model do not fit together.
         """
-        return Planned()
+        return None
+
+    def image_readers(self, places: Sequence[range]) -> list[range]:
+        """Rows of a request whose keys and values depend directly on each of its pictures: those that hold it, or that
+        read it.
+
+        Args:
+            places: rows that take the place of each picture, ascending.
+        """
+        return list(places)
+
+    def encode_images(
+        self, decoder: Any, batch: PackedBatch, counts: Sequence[int], override: RoutingOverride | None
+    ) -> tuple[list[Tensor], RoutingOutput | None]:
+        """Rows [R', W] that the decoder gets of each picture, and the routes of images; on the first pipeline stage.
+
+        Args:
+            decoder: has the word embeddings.
+            batch: images, sources of the rows of their pictures, and the text that guides their routes.
+            counts: rows that take the place of each picture.
+            override: replaces the routes.
+
+        Raises:
+            DataError: the model reads text alone.
+        """
+        raise DataError("the model reads text alone, got images")
 
     def embed(
         self,
@@ -156,7 +157,7 @@ class Bridge:
         plan: MemoryPlan | None,
         override: RoutingOverride | None,
         *,
-        decoding: bool,
+        paged: bool,
     ) -> Embedded:
         """Input of the decoder, on the first pipeline stage.
 
@@ -165,7 +166,7 @@ class Bridge:
             batch: micro-batch.
             plan: from `plan`.
             override: replaces the routes of the images.
-            decoding: the micro-batch is after the prefill of its requests, so that it has no images on any rank.
+            paged: the rows are those of a step over a paged cache, whose images were encoded before.
         """
         return Embedded(rows=decoder.embed(batch.input_ids))
 
@@ -197,7 +198,8 @@ class Bridge:
             DataError: there are pixel values and no tower, or cached features and a tower that learns.
         """
         vision, dtype = self.vision, self.config.params_dtype
-        trainable = self.tower is not None and any(p.requires_grad for p in self.tower.parameters())
+        learns = self.tower is not None and any(p.requires_grad for p in self.tower.parameters())
+        trainable = learns and torch.is_grad_enabled()
         if batch.image_features is not None:
             if trainable:
                 raise DataError(
@@ -211,5 +213,5 @@ class Bridge:
         pixels = batch.pixel_values
         if pixels is None:
             pixels = batch.input_ids.new_empty((0, 3, vision.image_size, vision.image_size), dtype=dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trainable):
+        with torch.set_grad_enabled(trainable):
             return self.tower(pixels.to(dtype)).to(dtype)

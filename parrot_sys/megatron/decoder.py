@@ -33,8 +33,8 @@ from torch import Tensor
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext, make_context
 from parrot_sys.megatron.attention.core import CoreAttention
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.megatron.embed.moe_layer import moe_layer_spec
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.norms import Norm
@@ -199,7 +199,7 @@ class Decoder(GPTModel):
         label_rows: Tensor | None = None,
         targets: Tensor | None = None,
         logits_rows: Tensor | None = None,
-        cache: KVCache | None = None,
+        paged: PagedRows | None = None,
         split: RowSplit | None = None,
         memory: Tensor | None = None,
         memory_plan: MemoryPlan | None = None,
@@ -216,7 +216,7 @@ class Decoder(GPTModel):
             label_rows: int64 [L], rows whose losses are wanted; all on this rank when there is a `split`.
             targets: int64 [L].
             logits_rows: int64 rows whose logits are wanted; all rows when None.
-            cache: keys and values of earlier rows; written to and moved on.
+            paged: places of the rows in a paged cache, which is written to.
             split: how the rows are dealt over the context-parallel ranks; None without them.
             memory: [M, W] on the first pipeline stage, whole on each tensor-parallel rank; None on the others. Layers
                 get it as `context`.
@@ -229,7 +229,7 @@ class Decoder(GPTModel):
         Raises:
             ConfigError: logits or a cache are asked for under context parallelism.
         """
-        self._check_split(split, wants_losses=targets is not None, cached=cache is not None)
+        self._check_split(split, wants_losses=targets is not None, cached=paged is not None)
         num_rows = position_ids.numel()
         if padding := self._padding(num_rows) if split is None else split.padding:
             position_ids = F.pad(position_ids, (0, padding))
@@ -237,13 +237,11 @@ class Decoder(GPTModel):
             max_seqlen = max(max_seqlen, padding)
         if memory_plan is not None:
             memory_plan = memory_plan.padded(padding)
-        context = self._context(position_ids, cu_seqlens, max_seqlen, cache, split, memory_plan)
+        context = self._context(position_ids, cu_seqlens, max_seqlen, paged, split, memory_plan)
         hidden, message = self._inputs(embeddings, memory, memory_plan, padding, split)
         # (Layers may not change it: what they return in its place is not looked at.)
         memory = None if message is None or memory_plan is None else self._memory.unpack(message, memory_plan)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, context=memory, packed_seq_params=context)
-        if cache is not None:
-            cache.advance(cu_seqlens.diff().long(), max_seqlen)
         if not self.post_process:
             return hidden if message is None else self._memory.append(hidden, message)
         return self._head(hidden, num_rows, label_rows if targets is not None else logits_rows, targets, split)
@@ -318,7 +316,7 @@ class Decoder(GPTModel):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        cache: KVCache | None,
+        paged: PagedRows | None,
         split: RowSplit | None,
         memory: MemoryPlan | None,
     ) -> AttentionContext:
@@ -335,7 +333,7 @@ class Decoder(GPTModel):
             max_seqlen,
             dtype=dtype,
             rotary=rotary,
-            cache=cache,
+            paged=paged,
             shared=shared,
             memory=memory,
             positions=position_ids,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.context_share import share_of_rank
-from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.bridge import Bridge, Embedded, PreparedStep, RequestState
+from parrot_sys.errors import DataError
+from parrot_sys.megatron.attention.paged import PagedRows
+from parrot_sys.megatron.bridge import Bridge, Embedded, PreparedStep
 from parrot_sys.megatron.decoder import Decoder, layer_spec
 from parrot_sys.megatron.experts import mark_token_experts
 from parrot_sys.megatron.runtime import backends
@@ -38,8 +38,6 @@ class ParrotOutput:
     router_weights: dict[int, Tensor] | None = None
     """When asked for: what the routers inside this rank's layers decided, number of the layer, from 1 -> float32
     [T, 2] (of this rank's rows, where they are dealt); None where the layers have no routers."""
-    state: RequestState | None = None
-    """Of the requests after this pass, with a KV cache: the next pass wants it."""
 
 
 class MultimodalModel(MegatronModule):
@@ -136,8 +134,7 @@ class MultimodalModel(MegatronModule):
         mode: Literal["loss", "logits"] = "loss",
         logits_rows: Tensor | None = None,
         routing_override: RoutingOverride | None = None,
-        kv_cache: KVCache | None = None,
-        state: RequestState | None = None,
+        paged: PagedRows | None = None,
         output_router_weights: bool = False,
     ) -> ParrotOutput:
         """
@@ -147,26 +144,17 @@ class MultimodalModel(MegatronModule):
             mode: `loss` gives one loss per label row, `logits` the logits of `logits_rows`.
             logits_rows: int64 rows of the pack; all rows when None.
             routing_override: replaces the routes of the images (evaluation only).
-            kv_cache: cache of the samples of this batch; its first use is the prefill, then one row a sample.
-            state: of the requests in the cache, from the output of their last pass; None at the prefill.
+            paged: places of the rows in a paged cache; images then come as `image_rows` of the batch.
             output_router_weights: also return what the routers inside the layers decide.
 
         Raises:
-            ConfigError, DataError: if batch and model or cache do not fit together.
+            ConfigError, DataError: if batch and model do not fit together.
         """
         self._check_share(batch)
-        if kv_cache is not None:
-            kv_cache.check(batch.num_samples, batch.num_rows, batch.max_seqlen)
-            if self.bridge.keeps_state and kv_cache.max_length and state is None:
-                raise ConfigError(
-                    "a KV cache in use needs the state of its requests, got none: pass `state` of the last output"
-                )
-        planned = self.bridge.plan(batch, kv_cache, state, output_router_weights=output_router_weights)
+        plan = self.bridge.plan(batch, paged, output_router_weights=output_router_weights)
         embedded: Embedded | None = None
         if self.pre_process:
-            # (Rows after the prefill are text, on every rank.)
-            decoding = kv_cache is not None and kv_cache.max_length > 0
-            embedded = self.bridge.embed(self.decoder, batch, planned.memory, routing_override, decoding=decoding)
+            embedded = self.bridge.embed(self.decoder, batch, plan, routing_override, paged=paged is not None)
         routing = None if embedded is None else embedded.routing
         rows = None if embedded is None else embedded.rows
         if rows is not None and routing is not None and mode == "loss":
@@ -181,16 +169,15 @@ class MultimodalModel(MegatronModule):
             label_rows=batch.label_rows,
             targets=batch.labels.index_select(0, batch.label_rows) if mode == "loss" else None,
             logits_rows=logits_rows,
-            cache=kv_cache,
+            paged=paged,
             split=None if batch.context is None else batch.context.rows,
             memory=None if embedded is None else embedded.memory,
-            memory_plan=planned.memory,
+            memory_plan=plan,
         )
         name = "hidden" if not self.post_process else "losses" if mode == "loss" else "logits"
         return ParrotOutput(
             routing=routing,
-            router_weights=self.bridge.router_weights(planned.memory),
-            state=planned.state,
+            router_weights=self.bridge.router_weights(plan),
             **{name: output},
         )
 

@@ -129,7 +129,11 @@ class LorraLearner(nn.Module):
         """
         start, end = (bound.contiguous() for bound in segments.unbind(1))
         out, _ = segment_attention(query, key, value, start, end, scale=self.head_dim**-0.5)
-        return F.linear(out.flatten(1), self.o_down)
+        return self.read(out)
+
+    def read(self, attended: Tensor) -> Tensor:
+        """This rank's part of what rows read, [T, r], from what its heads' attention gave, [T, n, d]."""
+        return F.linear(attended.flatten(1), self.o_down)
 
     def _project(self, rows: Tensor, name: str) -> Tensor:
         # Each rank uses the whole `down` for its own heads.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,16 @@ class ImageRowsBridge(SystemBridge):
         """Whether images of other ranks may come here, so that a rank without any has to take part as well."""
         return False
 
+    def encode_images(
+        self, decoder: Any, batch: PackedBatch, counts: Sequence[int], override: RoutingOverride | None
+    ) -> tuple[list[Tensor], RoutingOutput | None]:
+        """See `Bridge.encode_images`."""
+        assert self.projector is not None, "the first stage holds the projector"
+        features = self.projector(self.image_features(batch))
+        features, routing = self.route(features, decoder.embed(batch.input_ids), batch, override)
+        rows = self.image_rows(features).index_select(0, batch.visual_source)
+        return list(rows.split(list(counts))), routing
+
     def route(
         self, features: Tensor, embeddings: Tensor, batch: PackedBatch, override: RoutingOverride | None
     ) -> tuple[Tensor, RoutingOutput | None]:
@@ -103,12 +113,15 @@ class ImageRowsBridge(SystemBridge):
         plan: MemoryPlan | None,
         override: RoutingOverride | None,
         *,
-        decoding: bool,
+        paged: bool,
     ) -> Embedded:
         """See `Bridge.embed`."""
         embeddings = decoder.embed(batch.input_ids)
+        if batch.image_rows is not None:
+            visual = batch.image_rows.index_select(0, batch.visual_source)
+            return Embedded(rows=embeddings.index_copy(0, batch.visual_rows, visual.to(embeddings.dtype)))
         all_images = batch.num_images if batch.context is None else sum(batch.context.image_counts)
-        if all_images == 0 and not torch.is_grad_enabled() and not (self.wanted_by_others and not decoding):
+        if all_images == 0 and not torch.is_grad_enabled() and not (self.wanted_by_others and not paged):
             return Embedded(rows=embeddings)
         # In training the same modules run with zero rows when there is no image: every parameter hook fires everywhere.
         # So they do whenever the experts of this rank may be wanted by another.

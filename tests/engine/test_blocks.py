@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from parrot_sys.engine.blocks import BlockPool, PictureRows, block_hashes, digest, ids_digest, root_hash
+from parrot_sys.engine.blocks import BlockPool, PictureSpan, block_hashes, digest, ids_digest, root_hash
 from parrot_sys.errors import ConfigError
 
 SIZE = 4
 ROOT = root_hash(b"model")
-PICTURE = PictureRows(start=3, stop=9, image=b"cat", guidance=b"question")
+PICTURE = PictureSpan(start=3, stop=9, image=b"cat", guidance=b"question")
 
 
-def hashes(ids: list[int], *pictures: PictureRows, root: bytes = ROOT) -> list[bytes]:
+def hashes(ids: list[int], *pictures: PictureSpan, root: bytes = ROOT) -> list[bytes]:
     return list(block_hashes(root, ids, pictures, SIZE))
 
 
@@ -46,7 +46,7 @@ def test_model_and_salt_are_part_of_the_identity() -> None:
 
 
 def test_nothing_is_known_again_from_a_picture_without_digest_on() -> None:
-    without = PictureRows(start=5, stop=7, image=None)
+    without = PictureSpan(start=5, stop=7, image=None)
     assert hashes([*range(20)], without) == hashes([*range(20)])[:1]
 
 

@@ -124,6 +124,34 @@ def test_equals_the_processors_of_transformers(params: list[SamplingParams], see
         torch.testing.assert_close(actual.softmax(-1), expected.softmax(-1))
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    logits=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=12),
+    params=st.builds(
+        SamplingParams,
+        temperature=st.just(0.0) | st.floats(1e-37, 1e37),
+        top_k=st.integers(0, 13),
+        top_p=st.floats(1e-9, 1),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(1e-37, 1e37),
+        presence_penalty=st.floats(-1e38, 1e38),
+        frequency_penalty=st.floats(-1e38, 1e38),
+        seed=st.just(0),
+    ),
+    seen=st.booleans(),
+)
+def test_some_token_is_chosen_whatever_the_settings(logits: list[float], params: SamplingParams, seen: bool) -> None:
+    """No temperature and no penalty makes numbers of which none is the largest."""
+    sampler = RequestSampler(params, range(len(logits)) if seen else [], len(logits))
+    for _ in range(3 * seen):
+        sampler.note(0)
+    token = int(next_tokens(torch.tensor([logits]), [sampler]))
+    if params.temperature < 1e-6 and not seen:
+        assert logits[token] == max(logits)
+    else:
+        assert 0 <= token < len(logits)
+
+
 def test_draws_follow_the_probabilities() -> None:
     probs = torch.tensor([0.5, 0.3, 0.2])
     sampler = RequestSampler(SamplingParams(temperature=1.0, seed=1), [], 3)
@@ -163,9 +191,9 @@ def test_logprobs(seed: int, asked: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -0.1}, r"temperature must be >= 0 .* got -0\.1"),
-        ({"temperature": float("nan")}, "temperature must be >= 0"),
-        ({"temperature": 1e-60}, "temperature must be >= 0"),
+        ({"temperature": -0.1}, r"temperature must be > 0 .*, or 0 .* got -0\.1"),
+        ({"temperature": float("nan")}, "temperature must be > 0"),
+        ({"temperature": 1e-60}, "temperature must be > 0"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 1.1}, r"min_p must be in \[0, 1\]"),

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from parrot_sys.engine import scheduler as scheduler_module
-from parrot_sys.engine.blocks import BlockPool, PictureRows, block_hashes, root_hash
+from parrot_sys.engine.blocks import BlockPool, PictureSpan, block_hashes, root_hash
 from parrot_sys.engine.scheduler import (
     AdmissionLimits,
     EndReason,
@@ -96,10 +96,10 @@ class Serving(RuleBasedStateMachine):
         patience=st.none() | st.integers(0, 8),
     )
     def submit(self, ids: list[int], new: int, picture: Any, wants_all: bool, patience: int | None) -> None:
-        pictures: tuple[PictureRows, ...] = ()
+        pictures: tuple[PictureSpan, ...] = ()
         if picture is not None:
             image, guidance = picture
-            pictures = (PictureRows(start=1, stop=3, image=image, guidance=guidance),)
+            pictures = (PictureSpan(start=1, stop=3, image=image, guidance=guidance),)
         logits_from = 0 if wants_all else len(ids) - 1
         deadline = None if patience is None else self.now + patience
         request = make_request(self.number, ids, new, pictures=pictures, logits_from=logits_from, deadline=deadline)

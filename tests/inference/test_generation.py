@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 import parrot_sys
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.model import ParrotForConditionalGeneration
-from parrot_sys.inference.sampling import SamplingConfig, filter_logits, next_tokens, penalize_repetition
 from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from tests.comparisons import differ
@@ -224,54 +221,6 @@ def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
             tiny.generate(ids, **setting)
     with pytest.raises(DataError, match="600 new tokens it exceeds the 512 positions"):
         tiny.generate(ids, max_new_tokens=600)
-
-
-def test_filter_logits() -> None:
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    kept = [
-        (filter_logits(logits, k, p)[0] > -torch.inf).tolist()
-        for k, p in ((0, 1.0), (2, 1.0), (0, 0.65), (0, 0.7001), (9, 0.01))
-    ]
-    assert kept == [
-        [True] * 4,
-        [True, True, False, False],
-        [True, True, False, False],
-        [True, True, True, False],
-        [True, False, False, False],
-    ]
-
-
-def test_penalty_and_draws() -> None:
-    logits = torch.tensor([[2.0, -2.0, 2.0]])
-    seen = torch.tensor([[True, True, False]])
-    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0]]
-    probs = torch.tensor([0.5, 0.3, 0.2])
-    generator = torch.Generator().manual_seed(0)
-    draws = next_tokens(probs.log().expand(20_000, 3), SamplingConfig(do_sample=True), torch.zeros(0), generator)
-    assert (draws.bincount() / 20_000 - probs).abs().max() < 0.015
-
-
-@given(
-    logits=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=12),
-    config=st.builds(
-        SamplingConfig,
-        do_sample=st.booleans(),
-        temperature=st.floats(1e-37, 1e37),
-        top_k=st.integers(0, 13),
-        top_p=st.floats(1e-9, 1),
-        repetition_penalty=st.floats(1e-37, 1e37),
-    ),
-    seen=st.booleans(),
-)
-def test_any_settings_choose_a_token(logits: list[float], config: SamplingConfig, seen: bool) -> None:
-    """No temperature and no penalty makes numbers of which none is the largest."""
-    rows = torch.tensor([logits])
-    generator = torch.Generator().manual_seed(0)
-    token = int(next_tokens(rows, config, torch.full(rows.shape, seen), generator))
-    if config.temperature < 1e-6 and not seen:
-        assert logits[token] == max(logits)
-    else:
-        assert 0 <= token < len(logits)
 
 
 def test_first_turn_guides_alike_in_training_and_in_a_later_turn(pixels: Tensor) -> None:

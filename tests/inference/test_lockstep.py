@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import parrot_sys
+from parrot_sys.engine.lockstep import check_processes, inference_layout
 from parrot_sys.errors import ConfigError
-from parrot_sys.inference.lockstep import check_processes, inference_layout
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.testing.distributed import run_distributed
 

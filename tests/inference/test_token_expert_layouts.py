@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parrot_sys.inference.lockstep import inference_layout
+from parrot_sys.engine.lockstep import inference_layout
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.models.llm import TokenExpertsConfig

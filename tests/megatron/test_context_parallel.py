@@ -11,11 +11,11 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.systems.build import build_model
 from parrot_sys.testing.distributed import run_distributed
+from tests.megatron.pages import Pages
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, make_batch
 
 BATCHES = {
@@ -86,7 +86,7 @@ def test_what_it_cannot_do_is_an_error() -> None:
         with pytest.raises(ConfigError, match="losses for training only, got context_parallel_size=2 for logits"):
             model(share, mode="logits")
         with pytest.raises(ConfigError, match="for a KV cache"):
-            model(share, kv_cache=KVCache(batch.num_samples, batch.max_seqlen))
+            model(share, paged=Pages(batch.num_samples, batch.max_seqlen).rows(batch.cu_seqlens.diff().tolist()))
         with pytest.raises(ConfigError, match="dealt over 2 context-parallel ranks, got a whole pack"):
             model.decoder(None, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         parallel_state.destroy_model_parallel()

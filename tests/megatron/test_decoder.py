@@ -13,14 +13,13 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.config import Recompute, to_transformer_config
 from parrot_sys.megatron.decoder import Decoder
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.testing.distributed import run_distributed
 from tests.megatron.decoder_reference import LLAMA, QWEN3, TINY, build_reference, copy_weights, megatron_tensors
+from tests.megatron.pages import Pages
 
 LENGTHS = [5, 9, 1, 17, 3]
 
@@ -169,7 +168,7 @@ def test_decoding_with_cache_equals_full_recomputation(variant: str) -> None:
     decoder, steps, lengths = _decoder(llm).eval(), 6, [4, 9, 1]
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(0, llm.vocab_size, (n + steps,), generator=generator) for n in lengths]
-    cache = KVCache(len(lengths), max(lengths) + steps)
+    pages = Pages(len(lengths), max(lengths) + steps)
     with torch.no_grad():
         wanted = [
             decoder(decoder.embed(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)]).int(), len(ids))
@@ -178,29 +177,41 @@ def test_decoding_with_cache_equals_full_recomputation(variant: str) -> None:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         prompt = torch.cat([ids[:n] for ids, n in zip(samples, lengths, strict=True)])
         positions = torch.cat([torch.arange(n) for n in lengths])
-        decoder(decoder.embed(prompt), positions, cu_seqlens, max(lengths), cache=cache)
+        decoder(decoder.embed(prompt), positions, cu_seqlens, max(lengths), paged=pages.rows(lengths))
         alive = [0, 1, 2]
         for step in range(steps):
             if step == 3:  # the first request is done
                 alive = [1, 2]
-                cache.keep(torch.tensor(alive))
+                pages.keep(alive)
             ids = torch.stack([samples[s][lengths[s] + step] for s in alive])
             cu_seqlens = torch.arange(len(alive) + 1, dtype=torch.int32)
-            logits = decoder(decoder.embed(ids), cache.lengths, cu_seqlens, 1, cache=cache)
+            positions = pages.lengths
+            logits = decoder(decoder.embed(ids), positions, cu_seqlens, 1, paged=pages.rows([1] * len(alive)))
             for row, s in enumerate(alive):
                 assert _relative(logits[row], wanted[s][lengths[s] + step]) < 1e-5
-        assert cache.lengths.tolist() == [9 + steps, 1 + steps]
 
 
-def test_cache_refuses_what_does_not_fit() -> None:
-    cache = KVCache(2, capacity=8)
-    with pytest.raises(ConfigError, match=r"holds 2 requests, .* got 3"):
-        cache.check(num_samples=3, num_rows=6, max_seqlen=2)
-    with pytest.raises(ConfigError, match="capacity of the KV cache must be >= 9 rows, got 8"):
-        cache.check(num_samples=2, num_rows=18, max_seqlen=9)
-    cache.advance(torch.tensor([3, 2]), 3)
-    with pytest.raises(ConfigError, match="one row a step"):
-        cache.check(num_samples=2, num_rows=3, max_seqlen=2)
+@pytest.mark.parametrize("variant", ["grouped", "llama"])
+def test_prompts_in_pieces_beside_answers(variant: str) -> None:
+    """Rows of requests in any pieces, several requests in a step, are rows of the whole requests."""
+    decoder, lengths = _decoder(VARIANTS[variant]).eval(), [7, 12, 5]
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(0, VARIANTS[variant].vocab_size, (n,), generator=generator) for n in lengths]
+    pages, done = Pages(3, 12), [0, 0, 0]
+    with torch.no_grad():
+        wanted = [
+            decoder(decoder.embed(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)]).int(), len(ids))
+            for ids in samples
+        ]
+        for counts in ([3, 1, 5], [1, 4, 0], [3, 7, 0]):
+            ids = torch.cat([own[start : start + n] for own, start, n in zip(samples, done, counts, strict=True)])
+            positions = torch.cat([torch.arange(start, start + n) for start, n in zip(done, counts, strict=True)])
+            bounds = torch.tensor([0, *counts]).cumsum(0).int()
+            logits = decoder(decoder.embed(ids), positions, bounds, max(counts), paged=pages.rows(counts))
+            for s, (start, n) in enumerate(zip(done, counts, strict=True)):
+                if n:
+                    assert _relative(logits[bounds[s] : bounds[s + 1]], wanted[s][start : start + n]) < 1e-5
+            done = [start + n for start, n in zip(done, counts, strict=True)]
 
 
 def test_bfloat16_is_close_to_float32() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize, shutdown
 from parrot_sys.models.llm import LLMConfig
@@ -29,6 +28,7 @@ from parrot_sys.systems.parts import part_parameters, set_trainable
 from parrot_sys.testing.distributed import run_distributed
 from tests.comparisons import differ
 from tests.megatron.decoder_reference import build_reference, copy_weights, megatron_tensors
+from tests.megatron.pages import prompts, step_batch
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch, reference_logits
 
 BATCHES = {
@@ -168,20 +168,14 @@ def test_generation_with_cache_equals_full_recomputation() -> None:
     batch = make_batch(MIXED)
     generator = torch.Generator().manual_seed(2)
     answers = torch.randint(0, CONFIG.llm.vocab_size, (steps, batch.num_samples), generator=generator)
-    cache = KVCache(batch.num_samples, batch.max_seqlen + steps)
     last = batch.cu_seqlens[1:].long() - 1
     with torch.no_grad():
-        prefill = model(batch, mode="logits", logits_rows=last, kv_cache=cache)
-        assert _relative(prefill.logits, model(batch, mode="logits").logits[last]) < 1e-5
+        pages, prompt, rows = prompts(model, batch, steps)
+        first = model(prompt, mode="logits", logits_rows=last, paged=rows)
+        assert _relative(first.logits, model(batch, mode="logits").logits[last]) < 1e-5
         for step in range(steps):
-            one = dataclasses.replace(
-                PackedBatch.empty(),
-                input_ids=answers[step],
-                position_ids=cache.lengths,
-                cu_seqlens=torch.arange(batch.num_samples + 1, dtype=torch.int32),
-                max_seqlen=1,
-            )
-            logits = model(one, mode="logits", kv_cache=cache).logits
+            one = step_batch(answers[step], pages.lengths)
+            logits = model(one, mode="logits", paged=pages.rows([1] * batch.num_samples)).logits
             longer = _append(batch, answers[: step + 1])
             wanted = model(longer, mode="logits", logits_rows=longer.cu_seqlens[1:].long() - 1).logits
             assert _relative(logits, wanted) < 1e-5

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from parrot_sys.data.packing import Sample, pack_samples
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.modules.rotary import RopeScaling
@@ -20,6 +19,7 @@ from parrot_sys.systems.build import build_model, config_of
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.export import released_tensors
 from tests.comparisons import differ
+from tests.megatron.pages import Pages, prompts, step_batch
 from tests.megatron.wings_models import QWEN, assert_close, build
 from tests.megatron.wings_reference import Sequence, WingsReference
 
@@ -140,24 +140,19 @@ def test_router_weights_sum_to_one() -> None:
 def test_cached_decoding_is_whole_decoding() -> None:
     model, samples = build(LLAMA), make((ONE, TEXT, TWO))
     batch = pack_samples(samples, num_visual_rows=V)
-    cache = KVCache(3, batch.max_seqlen + 4)
     steps = torch.tensor([[7, 8, 9, 10], [1, 2, 3, 4], [50, 51, 52, 0]])
     with torch.no_grad():
-        state = model(batch, mode="logits", logits_rows=batch.cu_seqlens[1:].long() - 1, kv_cache=cache).state
-        kept = torch.tensor([2, 0])
+        pages, prompt, rows = prompts(model, batch, 4)
+        model(prompt, mode="logits", logits_rows=batch.cu_seqlens[1:].long() - 1, paged=rows)
+        kept = [2, 0]
         for step in range(4):
             if step == 2:
-                cache.keep(kept)
-                state = state.select(kept)
+                pages.keep(kept)
             tokens = steps[:, step] if step < 2 else steps[kept, step]
-            one = pack_samples([Sample(input_ids=token[None]) for token in tokens], num_visual_rows=V)
-            one = replace(one, position_ids=cache.lengths.clone())
-            with pytest.raises(ConfigError, match="state of its requests"):
-                model(one, mode="logits", kv_cache=cache)
-            output = model(one, mode="logits", kv_cache=cache, state=state)
-            logits, state = output.logits, output.state
+            one = step_batch(tokens, pages.lengths)
+            logits = model(one, mode="logits", paged=pages.rows([1] * len(tokens))).logits
     longer = [replace(s, input_ids=torch.cat((s.input_ids, steps[i]))) for i, s in enumerate(samples)]
-    assert_close(list(logits), [run(model, longer)[int(place)][-1] for place in kept])
+    assert_close(list(logits), [run(model, longer)[place][-1] for place in kept])
 
 
 def test_refusals() -> None:
@@ -168,7 +163,7 @@ def test_refusals() -> None:
     batch = pack_samples(make((ONE,)), num_visual_rows=V)
     released = build(QWEN.with_compat("released"))
     with pytest.raises(ConfigError, match="use_cache=False"):
-        released(batch, mode="logits", kv_cache=KVCache(1, 40))
+        released(batch, mode="logits", paged=Pages(1, 40).rows([batch.num_rows]))
     with pytest.raises(ConfigError, match=r"model.wings.layers must be in 0 .. 2"):
         replace(QWEN, wings=replace(QWEN.wings, layers=(1, 3)))
 

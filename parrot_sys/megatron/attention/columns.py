@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parrot_sys.megatron.attention.context import AttentionContext, ColumnSum
-from parrot_sys.ops import router_attention, router_attention_parts
+from parrot_sys.ops import router_attention
 from parrot_sys.parallel import context_attention
 
 
@@ -17,7 +17,7 @@ def with_columns(
     """Causal attention of a pack that also answers a `ColumnSum`.
 
     Args:
-        query: [T, n, d], rotated; key, value: [T, g, d], or the cache's buffers [S, capacity, g, d] when decoding.
+        query: [T, n, d], rotated; key, value: [T, g, d].
         context: of the micro-batch.
         asked: gets its `sums`.
         scale: factor of the scores.
@@ -33,27 +33,6 @@ def with_columns(
         output = context_attention(*wide, context.shared, scale=scale)
         asked.sums = output[..., -2:].float().sum(1)
         return output[..., :-2]
-    if key.dim() == 4:  # decoding: one row for each request
-        assert context.cached is not None, "buffers come from a cache"
-        cache = context.cached.cache
-        longest = cache.max_length + 1
-        ends = torch.arange(0, (len(query) + 1) * longest, longest, dtype=torch.int32, device=query.device)
-        # (Keys after a request's last row are masked by their positions.)
-        places = torch.stack((cache.lengths, torch.zeros_like(cache.lengths)), dim=1).to(torch.int32)
-        output, sums, _ = router_attention_parts(
-            query,
-            key[:, :longest].flatten(0, 1),
-            value[:, :longest].flatten(0, 1),
-            asked.columns,
-            context.cu_seqlens,
-            ends,
-            max_seqlen_q=1,
-            max_seqlen_kv=longest,
-            scale=scale,
-            positions=places,
-        )
-        asked.sums = sums.sum(0)
-        return output
     lengths, longest = (context.cu_seqlens, context.cu_seqlens), context.max_seqlen
     output, asked.sums, _ = router_attention(
         query, key, value, asked.columns, *lengths, max_seqlen_q=longest, max_seqlen_kv=longest, scale=scale

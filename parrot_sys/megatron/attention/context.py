@@ -8,9 +8,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.attention.packed import SegmentPlan, plan_segments, supports_varlen
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.parallel import SharedPack
 
 
@@ -25,15 +25,6 @@ class ColumnSum:
     sums: Tensor | None = None  # [T, 2] float32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CachedRows:
-    """A KV cache and the places of this micro-batch's T rows in it."""
-
-    cache: KVCache
-    samples: Tensor  # [T] int64, request of each row
-    positions: Tensor  # [T] int64, place of each row in its request
-
-
 @dataclass(kw_only=True)
 class AttentionContext(PackedSeqParams):
     """Facts about a packed micro-batch that every attention layer needs; handed down as `packed_seq_params`.
@@ -45,7 +36,7 @@ class AttentionContext(PackedSeqParams):
     max_seqlen: int
     plan: SegmentPlan | None  # None where it is not needed
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
-    cached: CachedRows | None = None
+    paged: PagedRows | None = None  # rows of requests whose keys and values are in a paged cache
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
     memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
     router: ColumnSum | None = None  # set by layers whose router reads their attention
@@ -58,7 +49,7 @@ def make_context(
     *,
     dtype: torch.dtype,
     rotary: tuple[Tensor, Tensor] | None = None,
-    cache: KVCache | None = None,
+    paged: PagedRows | None = None,
     shared: SharedPack | None = None,
     memory: MemoryPlan | None = None,
     positions: Tensor | None = None,
@@ -70,14 +61,13 @@ def make_context(
         max_seqlen: longest sample.
         dtype: of queries, keys and values.
         rotary: from `rotary_cos_sin`.
-        cache: keys and values of earlier rows.
+        paged: rows of requests whose keys and values are in a paged cache.
         shared: from `share_pack` under context parallelism.
         memory: for layers that read one, with the padded pack's rows of this rank.
         positions: int64 [T], place of each row in its sample; for `ColumnSum` under context parallelism.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
-    decoding = cache is not None and cache.max_length > 0
-    planned = not (varlen or decoding or shared is not None)
+    planned = not (varlen or paged is not None or shared is not None)
     return AttentionContext(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
@@ -86,14 +76,5 @@ def make_context(
         shared=shared,
         memory=memory,
         positions=positions,
-        cached=None if cache is None else _cached_rows(cu_seqlens, cache, rotary),
+        paged=paged,
     )
-
-
-def _cached_rows(cu_seqlens: Tensor, cache: KVCache, rotary: tuple[Tensor, Tensor] | None) -> CachedRows:
-    samples = torch.arange(cache.num_samples, device=cu_seqlens.device)
-    # With the number of rows at hand the device need not tell it.
-    num_rows = None if rotary is None else rotary[0].shape[0]
-    samples = samples.repeat_interleave(cu_seqlens.diff().long(), output_size=num_rows)
-    offsets = torch.arange(samples.numel(), device=cu_seqlens.device) - cu_seqlens[samples]
-    return CachedRows(cache=cache, samples=samples, positions=cache.lengths[samples] + offsets)

@@ -1,4 +1,4 @@
-"""Core attention by ModuleSpec: packed samples, grouped-query heads, rotary positions and a KV cache, on CPU and GPU.
+"""Core attention by ModuleSpec: packed samples, grouped-query heads, rotary positions, a paged cache; CPU and GPU.
 
 Megatron's own needs Transformer Engine for packed samples, and its rotary embedding for them loops over samples in
 Python. Ours takes the rotation of each row from the context, computed once for all layers.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.columns import with_columns
 from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.packed import dense_attention, planned_attention, varlen_attention
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.modules.rotary import rotate
 from parrot_sys.parallel import context_attention
 
@@ -87,31 +87,27 @@ class CoreAttention(nn.Module):
         return self._packed(query, key, value, context).flatten(1).unflatten(0, (batch, -1)).transpose(0, 1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        cached = context.cached
+        if context.paged is not None:
+            return self._from_pages(query, key, value, context, context.paged)
         if context.router is not None:
-            keys_values = (key, value)
-            if cached is not None:
-                keys_values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
-                if not cached.cache.max_length:
-                    keys_values = (key, value)
-            return with_columns(query, *keys_values, context, context.router, self.scale)
+            return with_columns(query, key, value, context, context.router, self.scale)
         if context.shared is not None:
             return context_attention(query, key, value, context.shared, scale=self.scale)
-        if cached is not None:
-            keys, values = cached.cache.append(self.layer_number, key, value, cached.samples, cached.positions)
-            if cached.cache.max_length > 0:
-                longest = cached.cache.max_length + 1
-                seen = torch.arange(longest, device=query.device) <= cached.positions[:, None]
-                return dense_attention(
-                    query.unsqueeze(1),
-                    keys[:, :longest],
-                    values[:, :longest],
-                    scale=self.scale,
-                    causal=False,
-                    mask=seen[:, None, None, :],
-                ).squeeze(1)
         if context.plan is None:
             return varlen_attention(
                 query, key, value, context.cu_seqlens, context.max_seqlen, scale=self.scale, causal=self.causal
             )
         return planned_attention(query, key, value, context.plan, scale=self.scale, causal=self.causal)
+
+    def _from_pages(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, paged: PagedRows
+    ) -> Tensor:
+        buffers = paged.write(self.layer_number, key, value)
+        asked = context.router
+        columns = None if asked is None else asked.columns
+        output, sums = paged.attend(
+            query, buffers, context.cu_seqlens, context.max_seqlen, scale=self.scale, columns=columns
+        )
+        if asked is not None:
+            asked.sums = sums
+        return output

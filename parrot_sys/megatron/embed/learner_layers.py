@@ -232,14 +232,16 @@ class Learners(MegatronModule):
         query = rotate(learner.query(rows), *rotary[0])
         if kind == 1 and plan.uniform is not None:
             query = torch.where(plan.uniform[:, None, None], 0.0, query)
-        if plan.places is not None:
-            assert context.cached is not None, "places are those of a cache"
-            samples, indices = plan.places[kind]
-            buffers = context.cached.cache.append(
-                (self.layer_number, KINDS[kind]), key, value, samples, indices, plan.capacities[kind]
+        if context.paged is not None:
+            buffers = context.paged.write(
+                (self.layer_number, KINDS[kind]), key, value, plan.source.split(plan.kinds)[kind]
             )
-            if plan.decoding:
-                key, value = (buffer.flatten(0, 1) for buffer in buffers)
+            visible = context.paged.cache.mask(KINDS[kind])
+            scale = learner.head_dim**-0.5
+            out, _ = context.paged.attend(
+                query, buffers, context.cu_seqlens, context.max_seqlen, scale=scale, visible=visible
+            )
+            return learner.read(out)
         return learner.attend(query, key, value, plan.segments[:, kind])
 
     def _rotary(self, context: AttentionContext) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, Tensor]]]:

@@ -36,12 +36,6 @@ class LearnerPlan(MemoryPlan):
     """Whether `source` names rows of an all-zero image."""
     routed: bool = True
     """False: visual learners alone, added as they are (first stage)."""
-    decoding: bool = False
-    """Keys come from the cache: segments count in its buffers, one after the other."""
-    places: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    """With a cache: request and place of the memory rows of each kind."""
-    capacities: tuple[int | None, int | None] = (None, None)
-    """With a cache: rows of a request's buffers of each kind."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """Results that layers compute once for all."""
     weights: dict[int, Tensor] | None = None

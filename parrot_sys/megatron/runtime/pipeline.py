@@ -11,8 +11,7 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError
-from parrot_sys.megatron.attention.kv_cache import KVCache
-from parrot_sys.megatron.bridge import RequestState
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.megatron.model import MultimodalModel, ParrotOutput
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
@@ -23,8 +22,7 @@ def forward_logits(
     *,
     logits_rows: Tensor | None = None,
     routing_override: RoutingOverride | None = None,
-    kv_cache: KVCache | None = None,
-    state: RequestState | None = None,
+    paged: PagedRows | None = None,
     output_router_weights: bool = False,
 ) -> ParrotOutput:
     """`model(batch, mode="logits", ...)` for one micro-batch; all ranks of one copy of the model call it alike.
@@ -34,8 +32,8 @@ def forward_logits(
     Args:
         model: the part of this rank.
         batch: the same on every rank, on the device of the model.
-        logits_rows, routing_override, kv_cache, state, output_router_weights: see `MultimodalModel.forward`; each
-            stage has the state of its own calls, and the router weights of its own layers.
+        logits_rows, routing_override, paged, output_router_weights: see `MultimodalModel.forward`;
+            each stage has the router weights of its own layers.
 
     Raises:
         ConfigError: gradients are wanted of a model in stages.
@@ -44,8 +42,7 @@ def forward_logits(
     inputs = {
         "logits_rows": logits_rows,
         "routing_override": routing_override,
-        "kv_cache": kv_cache,
-        "state": state,
+        "paged": paged,
         "output_router_weights": output_router_weights,
     }
     if stages.size() == 1:
@@ -58,7 +55,7 @@ def forward_logits(
         )
     device, dtype = batch.input_ids.device, model.config.params_dtype
     if not model.pre_process:
-        plan = model.bridge.plan(batch, kv_cache, state).memory
+        plan = model.bridge.plan(batch, paged)
         hidden = torch.empty(model.decoder.hidden_shape(batch.num_rows, plan), dtype=dtype, device=device)
         dist.recv(hidden, group=stages, group_src=stages.rank() - 1)
         model.set_input_tensor(hidden)
@@ -71,18 +68,19 @@ def forward_logits(
         logits = torch.empty(num_rows, model.bridge.llm.vocab_size, dtype=dtype, device=device)
     logits = logits.contiguous()
     dist.broadcast(logits, group=stages, group_src=stages.size() - 1)
-    routing = _routes_of_first_stage(output.routing, batch, model)
+    # (Images of a paged step were routed before it.)
+    routing = share_routes(output.routing, model) if batch.num_images and paged is None else output.routing
     return dataclasses.replace(output, logits=logits, hidden=None, routing=routing)
 
 
-def _routes_of_first_stage(
-    routing: RoutingOutput | None, batch: PackedBatch, model: MultimodalModel
-) -> RoutingOutput | None:
-    if not batch.num_images:
+def share_routes(routing: RoutingOutput | None, model: MultimodalModel) -> RoutingOutput | None:
+    """Routes of the first pipeline stage on all stages, on this rank's device; every stage calls it."""
+    stages = model.pg_collection.pp
+    if stages.size() == 1:
         return routing
     routes = [None if routing is None else _moved(routing, torch.device("cpu"))]
-    dist.broadcast_object_list(routes, group=model.pg_collection.pp, group_src=0)
-    return None if routes[0] is None else _moved(routes[0], batch.input_ids.device)
+    dist.broadcast_object_list(routes, group=stages, group_src=0)
+    return None if routes[0] is None else _moved(routes[0], next(model.parameters()).device)
 
 
 def _moved(routing: RoutingOutput, device: torch.device) -> RoutingOutput:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, cast
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
-from parrot_sys.megatron.bridge import Embedded, Planned, RequestState
+from parrot_sys.megatron.attention.paged import PagedRows
+from parrot_sys.megatron.bridge import Embedded
 from parrot_sys.modules.gated_cross_attention import MediaSpans, media_spans
 from parrot_sys.modules.perceiver import PerceiverResampler
-from parrot_sys.modules.text_guided_moe import RoutingOverride
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.parallel import all_gather_rows
 from parrot_sys.systems.bridge import SystemBridge
 from parrot_sys.systems.config import ParrotConfig
@@ -26,10 +27,7 @@ from parrot_sys.systems.multimodal_gpt.layers import flamingo_layer_spec
 
 
 class MultimodalGptBridge(SystemBridge):
-    """Latents of the images beside the text, and gated blocks in front of layers (arXiv 2305.04790).
-
-    The state of requests is what their next rows read: spans of the latents of all images of the prefill.
-    """
+    """Latents of the images beside the text, and gated blocks in front of layers (arXiv 2305.04790)."""
 
     def __init__(
         self,
@@ -55,11 +53,6 @@ class MultimodalGptBridge(SystemBridge):
         return self.model.flamingo
 
     @property
-    def keeps_state(self) -> bool:
-        """True: which latents the next rows read."""
-        return True
-
-    @property
     def layers_differ(self) -> bool:
         """True: layers with and without a gated block."""
         return True
@@ -75,23 +68,42 @@ class MultimodalGptBridge(SystemBridge):
     def plan(
         self,
         batch: PackedBatch,
-        cache: KVCache | None = None,
-        state: RequestState | None = None,
+        paged: PagedRows | None = None,
         *,
         output_router_weights: bool = False,
-    ) -> Planned:
-        """Spans of latents that rows read; after the prefill nothing is sent: the cache has their keys and values."""
-        if state is not None:
-            return Planned(memory=self._memory_plan(cast(MediaSpans, state), 0), state=state)
-        flamingo = self.flamingo
-        latents = flamingo.resampler.num_latents
+    ) -> MemoryPlan | None:
+        """Spans of latents that rows read: of the images of the micro-batch, or of those of a step's requests."""
+        if paged is not None:
+            return self._memory_plan(self._paged_spans(paged), batch.num_images * self.num_latents)
+        flamingo, latents = self.flamingo, self.num_latents
         spans = media_spans(batch.visual_rows, batch.cu_seqlens, batch.num_rows, latents, flamingo.media_rule)
-        after = None
-        if cache is not None:
-            after = spans.select(batch.cu_seqlens[1:].long() - 1)
-            if flamingo.media_rule == "next":  # the next rows are text: no image comes after them
-                after = after.reading_nothing()
-        return Planned(memory=self._memory_plan(spans, batch.visual_rows.numel() * latents), state=after)
+        return self._memory_plan(spans, batch.visual_rows.numel() * latents)
+
+    @property
+    def num_latents(self) -> int:
+        """Latents of an image."""
+        return self.flamingo.resampler.num_latents
+
+    def image_readers(self, places: Sequence[range]) -> list[range]:
+        """Rows that read each image: by the rule `next` those since the image before it, else those up to the next."""
+        starts = [place.start for place in places]
+        if self.flamingo.media_rule == "next":
+            return [range(last + 1, start + 1) for last, start in zip([-1, *starts], starts, strict=False)]
+        return [range(start, after) for start, after in zip(starts, [*starts[1:], sys.maxsize], strict=False)]
+
+    def encode_images(
+        self, decoder: Any, batch: PackedBatch, counts: Sequence[int], override: RoutingOverride | None
+    ) -> tuple[list[Tensor], RoutingOutput | None]:
+        """Latents [L, C] of each image; nothing is routed."""
+        assert self.resampler is not None, "the first stage has the resampler"
+        return list(self.resampler(self.image_features(batch))), None
+
+    def _paged_spans(self, paged: PagedRows) -> MediaSpans:
+        """Latents that each row of a step reads, among those of the step's images."""
+        reads = paged.image_of_row >= 0
+        start = torch.where(reads, paged.image_of_row * self.num_latents, 0)
+        end = torch.where(reads, start + self.num_latents, start)
+        return MediaSpans(start=start.int(), end=end.int(), active=paged.has_images)
 
     def _memory_plan(self, spans: MediaSpans, rows: int) -> MemoryPlan:
         segments = torch.stack((spans.start, spans.end), dim=-1).unsqueeze(1)
@@ -104,13 +116,15 @@ class MultimodalGptBridge(SystemBridge):
         plan: MemoryPlan | None,
         override: RoutingOverride | None,
         *,
-        decoding: bool,
+        paged: bool,
     ) -> Embedded:
         """Rows [T, H], with that of the image token for images, and their latents [M, C]; None when none are read."""
         assert plan is not None, "there is a plan for every micro-batch"
         assert self.resampler is not None, "the first stage has the resampler"
         ids = batch.input_ids
         rows = decoder.embed(torch.where(ids < 0, self.flamingo.image_token_id, ids))
+        if batch.image_rows is not None:
+            return Embedded(rows=rows, memory=batch.image_rows.to(rows.dtype))
         if plan.rows == 0 and not torch.is_grad_enabled():
             return Embedded(rows=rows)
         latents = self.resampler(self.image_features(batch))  # [n, L, C]

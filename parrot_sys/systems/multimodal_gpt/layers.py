@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext
+from parrot_sys.megatron.attention.memory import MemoryPlan
 from parrot_sys.megatron.lora import with_lora
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans
@@ -97,13 +98,7 @@ class FlamingoLayer(TransformerLayer):
         """Rows [T, 1, H] (under sequence parallelism this rank's part of them) after the block."""
         block, plan = self.gated_cross_attention, context.memory
         assert plan is not None, "the decoder gets a plan for every micro-batch"
-        cache = None if context.cached is None else context.cached.cache
-        if cache is not None and cache.max_length:
-            stored = cache.memory.get(self.layer_number)
-        else:
-            stored = block.attention.keys_values(latents) if latents is not None and plan.rows else None
-            if cache is not None and stored is not None:
-                cache.memory[self.layer_number] = stored
+        stored = self._stored(latents, context, plan)
         if stored is None:
             return block.passed(hidden)
         start, end = plan.segments[:, 0].unbind(-1)
@@ -112,6 +107,20 @@ class FlamingoLayer(TransformerLayer):
         if self.config.sequence_parallel:
             active = active.chunk(self.tp_group.size())[self.tp_group.rank()]
         return block(hidden, *stored, spans, active)
+
+    def _stored(
+        self, latents: Tensor | None, context: AttentionContext, plan: MemoryPlan
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the latents that rows may read; None where no request has an image."""
+        attention = self.gated_cross_attention.attention
+        if context.paged is not None:
+            if not context.paged.any_images:
+                return None
+            # Where nobody reads an image in this step, the rest of the block is still for all rows beside one.
+            if latents is None:
+                latents = context.paged.lengths.new_empty(0, plan.width, dtype=self.config.params_dtype)
+            return attention.keys_values(latents)
+        return attention.keys_values(latents) if latents is not None and plan.rows else None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

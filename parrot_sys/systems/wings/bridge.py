@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
 from parrot_sys.megatron.attention.memory import MemoryPlan
-from parrot_sys.megatron.bridge import Embedded, Planned, RequestState
+from parrot_sys.megatron.attention.paged import PagedRows
+from parrot_sys.megatron.bridge import Embedded
 from parrot_sys.megatron.embed.learner_layers import with_learners
 from parrot_sys.megatron.embed.learner_memory import LearnerPlan, gather_memory
 from parrot_sys.modules.text_guided_moe import RoutingOverride
 from parrot_sys.systems.bridge import ImageRowsBridge
 from parrot_sys.systems.wings.config import WingsConfig
-from parrot_sys.systems.wings.plan import WingsState, plan_memory
+from parrot_sys.systems.wings.plan import plan_memory
 
 TEXTUAL_LEARNERS = "textual_learners"
 """Part of textual learners and routers, which the first stage passes by."""
@@ -39,11 +39,6 @@ class WingsBridge(ImageRowsBridge):
         return self.wings.rule == "paper"
 
     @property
-    def keeps_state(self) -> bool:
-        """True: which rows the learners read of each request."""
-        return True
-
-    @property
     def layers_differ(self) -> bool:
         """Whether only some layers have learners."""
         return self.wings.layers is not None
@@ -55,23 +50,20 @@ class WingsBridge(ImageRowsBridge):
     def plan(
         self,
         batch: PackedBatch,
-        cache: KVCache | None = None,
-        state: RequestState | None = None,
+        paged: PagedRows | None = None,
         *,
         output_router_weights: bool = False,
-    ) -> Planned:
+    ) -> MemoryPlan | None:
         """See `Bridge.plan`."""
-        memory, after = plan_memory(
+        return plan_memory(
             batch,
             self.wings,
             width=self.llm.hidden_size,
             rows_per_image=self.model.rows_per_image,
             routed=TEXTUAL_LEARNERS not in self.bypass,
-            cache=cache,
-            state=cast(WingsState | None, state),
+            paged=paged,
             weights={} if output_router_weights else None,
         )
-        return Planned(memory=memory, state=after)
 
     def embed(
         self,
@@ -80,11 +72,11 @@ class WingsBridge(ImageRowsBridge):
         plan: MemoryPlan | None,
         override: RoutingOverride | None,
         *,
-        decoding: bool,
+        paged: bool,
     ) -> Embedded:
         """Rows with images in place, and the memory that the learners read."""
         assert isinstance(plan, LearnerPlan), "the plan is that of a model with learners"
-        embedded = super().embed(decoder, batch, plan, override, decoding=decoding)
+        embedded = super().embed(decoder, batch, plan, override, paged=paged)
         memory = gather_memory(embedded.rows, plan, self._blank_rows() if plan.needs_blank else None)
         return Embedded(rows=embedded.rows, memory=memory, routing=embedded.routing)
 

@@ -1,12 +1,12 @@
-"""Memory of the learners of Wings, by the paper's rule and the public code's, in training and beside a KV cache.
+"""Memory of the learners of Wings, by the paper's rule and the public code's, in training and beside a paged cache.
 
 T rows of a pack, S samples, R visual rows, N rows of the longest sample, V rows of an image, M rows of the memory
-(`learner_memory`). Nothing is read from the device, but the longest run of visual rows when a cache is filled.
+(`learner_memory`). Nothing is read from the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.megatron.attention.kv_cache import KVCache
+from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.megatron.embed.learner_memory import (
+    KINDS,
     LearnerPlan,
     check_length,
     counts_before,
@@ -27,26 +28,6 @@ from parrot_sys.megatron.embed.learner_memory import (
 from parrot_sys.systems.wings.config import WingsConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WingsState:
-    """Facts about S requests since their prefill."""
-
-    visual_rows: Tensor
-    """int64 [S], visual rows of each."""
-    first_text: Tensor
-    """int64 [S], first text row that the textual learners read, among the text rows."""
-    visual_capacity: int
-    """Most visual rows of a request, for buffers that hold nothing else."""
-
-    def select(self, requests: Tensor) -> WingsState:
-        """Facts about these requests, in this order: int64 [S']."""
-        return replace(
-            self,
-            visual_rows=self.visual_rows.index_select(0, requests),
-            first_text=self.first_text.index_select(0, requests),
-        )
-
-
 def plan_memory(
     batch: PackedBatch,
     wings: WingsConfig,
@@ -54,10 +35,9 @@ def plan_memory(
     width: int,
     rows_per_image: int,
     routed: bool = True,
-    cache: KVCache | None = None,
-    state: WingsState | None = None,
+    paged: PagedRows | None = None,
     weights: dict[int, Tensor] | None = None,
-) -> tuple[LearnerPlan, WingsState | None]:
+) -> LearnerPlan:
     """Plan of a micro-batch, the same on every rank that works on it.
 
     Args:
@@ -66,73 +46,46 @@ def plan_memory(
         width: H.
         rows_per_image: V.
         routed: whether router and textual learners take part.
-        cache: of the requests, for decoding.
-        state: of the requests after their prefill; None before.
+        paged: places of the rows in a paged cache, which holds the memory of their requests as well.
         weights: filled with the router's weights, layer by layer.
-
-    Returns:
-        The plan and, with a cache, the state of the requests.
 
     Raises:
         DataError: a sample is longer than the router's positions, or has images that the released rule does not know.
         ConfigError: the released rule is asked to decode with a cache.
     """
-    check_length(wings, batch.max_seqlen + (0 if cache is None else cache.max_length))
+    if paged is None:  # (the engine knows how long its requests may become)
+        check_length(wings, batch.max_seqlen)
     common: dict[str, Any] = {"width": width, "routed": routed, "weights": weights}
     if wings.rule == "released":
-        if cache is not None:
+        if paged is not None:
             raise ConfigError(
                 "the released rule of Wings lets earlier rows read later ones, which a KV cache cannot follow: "
                 'generate with use_cache=False, or take the paper\'s rule (compat="paper")'
             )
-        return _released(batch, wings, rows_per_image, common), None
-    if cache is not None and state is not None:
-        return _decoding(batch, cache, state, common), state
-    plan = papers_plan(batch.cu_seqlens, batch.visual_rows, batch.position_ids, wings, **common)
-    return (plan, None) if cache is None else _filling(plan, batch, wings)
+        return _released(batch, wings, rows_per_image, common)
+    if paged is not None:
+        return _paged(batch, wings, paged, common)
+    return papers_plan(batch.cu_seqlens, batch.visual_rows, batch.position_ids, wings, **common)
 
 
-def _filling(plan: LearnerPlan, batch: PackedBatch, wings: WingsConfig) -> tuple[LearnerPlan, WingsState]:
-    """The plan of a prefill, which puts the memory into the cache too."""
-    bounds = batch.cu_seqlens.long()
-    before = counts_before(row_flags(batch.visual_rows, batch.num_rows))
-    visual = before[bounds[1:]] - before[bounds[:-1]]  # [S]
-    skipped = torch.minimum(bounds[:-1] + wings.system_prompt_length, bounds[1:])
-    first_text = torch.where(visual > 0, skipped - bounds[:-1] - (before[skipped] - before[bounds[:-1]]), 0)
-    owner = sample_of(plan.source, batch.cu_seqlens)
-    own_rows = plan.source - bounds[owner]
-    seen = before[plan.source] - before[bounds[owner]]
-    num_visual = plan.kinds[0]
-    places = (
-        (owner[:num_visual], seen[:num_visual]),
-        (owner[num_visual:], (own_rows - seen)[num_visual:]),
-    )
-    longest = max(1, int(visual.max()) if visual.numel() else 0)
-    state = WingsState(visual_rows=visual, first_text=first_text, visual_capacity=longest)
-    return replace(plan, places=places, capacities=(longest, None)), state
-
-
-def _decoding(batch: PackedBatch, cache: KVCache, state: WingsState, common: dict[str, Any]) -> LearnerPlan:
-    """One new text row for each request, which reads all that the cache holds of it."""
-    device, count = batch.input_ids.device, batch.num_rows
-    requests = torch.arange(count, device=device)
-    visual, first_text, longest = state.visual_rows, state.first_text, state.visual_capacity
-    text = cache.lengths - visual
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    first, all_text = requests * longest, requests * cache.capacity
-    segments = memory_segments((first, first + visual), (all_text + first_text, all_text + text + 1))
+def _paged(batch: PackedBatch, wings: WingsConfig, paged: PagedRows, common: dict[str, Any]) -> LearnerPlan:
+    """The memory of a step's own rows, which the layers put into the cache; masks there tell the kinds apart."""
+    device, count, num_visual = batch.input_ids.device, batch.num_rows, batch.visual_rows.numel()
+    is_visual = row_flags(batch.visual_rows, count)
+    skipped = paged.has_images & (batch.position_ids < wings.system_prompt_length)
+    for kind, rows in zip(KINDS, (is_visual, ~(is_visual | skipped)), strict=True):
+        paged.set_mask(kind, rows)
+    text_rows = torch.argsort(is_visual, stable=True)[: count - num_visual]
+    source = torch.cat((batch.visual_rows, text_rows))
     return LearnerPlan(
         **common,
         rows=count,
-        kinds=(0, count),
-        source=requests,
-        positions=batch.position_ids,
-        segments=segments,
-        active=visual > 0,
+        kinds=(num_visual, count - num_visual),
+        source=source,
+        positions=batch.position_ids[source],
+        segments=torch.zeros(count, 2, 2, dtype=torch.int32, device=device),
+        active=paged.has_images,
         factors=torch.ones(count, 2, device=device),
-        decoding=True,
-        places=((none, none), (requests, text)),
-        capacities=(longest, None),
     )
 
 

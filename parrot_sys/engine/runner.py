@@ -1,0 +1,176 @@
+"""One rank's part of the model, as the engine calls it: pictures, and steps over a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.constants import IGNORE_ID
+from parrot_sys.data.packing import Guidance
+from parrot_sys.engine.inputs import StepInputs
+from parrot_sys.engine.requests import ImageReaders
+from parrot_sys.megatron.attention.paged import PagedCache, PagedRows
+from parrot_sys.megatron.model import MultimodalModel
+from parrot_sys.megatron.runtime.pipeline import forward_logits, share_routes
+from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
+from parrot_sys.systems.build import config_of
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.towers import NEWLINE
+
+_CPU = torch.device("cpu")
+
+
+class RankModel:
+    """The part of a model that this rank has. All ranks of a layout call it alike, with the same arguments."""
+
+    def __init__(self, model: MultimodalModel) -> None:
+        self.model = model
+        self._cache: PagedCache | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def config(self) -> ParrotConfig:
+        """Sizes and options of the model."""
+        return config_of(self.model)
+
+    @property
+    def identity(self) -> bytes:
+        """Tells its keys and values from those of other models; an engine has one model."""
+        return b""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.model.bridge.llm.vocab_size
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that take the place of an image."""
+        return self.config.rows_per_image
+
+    @property
+    def guidance(self) -> Guidance:
+        """Which text guides routes."""
+        return self.config.moe.guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether text guides routes at all."""
+        return self.model.bridge.num_routed_experts > 0
+
+    @property
+    def readers(self) -> ImageReaders:
+        """Which rows hold or read an image."""
+        return self.model.bridge.image_readers
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether keys and values can be kept: not where earlier rows read later ones."""
+        return self.model.bridge.takes_cache
+
+    def open_cache(self, num_blocks: int, block_size: int) -> None:
+        """Makes an empty cache, in the place of the last one."""
+        self._cache = PagedCache(num_blocks, block_size, device=self.device)
+
+    def encode(self, pixels: Tensor) -> Tensor | None:
+        """Features [n, V, C] of images [n, 3, h, w]; None where the vision tower is not."""
+        tower = self.model.vision_tower
+        if tower is None:
+            return None
+        features: Tensor = tower(pixels.to(self.device, self.model.config.params_dtype))
+        return features
+
+    def image_rows(
+        self,
+        features: Tensor | None,
+        sources: Sequence[Tensor],
+        guidance_ids: Tensor,
+        lengths: Sequence[int],
+        override: RoutingOverride | None,
+    ) -> tuple[list[Tensor] | None, RoutingOutput | None]:
+        """See `PictureModel.image_rows`; every rank gets the routes."""
+        model = self.model
+        if not model.pre_process:
+            return None, share_routes(None, model)
+        assert features is not None, "the first stage has the features"
+        device = self.device
+        ends = torch.tensor(lengths, device=device).cumsum(0)
+        rows = torch.arange(len(guidance_ids), device=device)
+        none, source = rows[:0], torch.cat(list(sources)).to(device)
+        batch = PackedBatch(
+            input_ids=guidance_ids.to(device),
+            labels=torch.full_like(rows, IGNORE_ID),
+            label_rows=none,
+            position_ids=rows,
+            cu_seqlens=torch.tensor([0, len(rows)], dtype=torch.int32, device=device),
+            max_seqlen=len(rows),
+            visual_rows=none,
+            visual_source=torch.where(source == NEWLINE, len(lengths) * self.rows_per_image, source),
+            guidance_rows=rows,
+            guidance_start=(ends - torch.tensor(lengths, device=device)).int(),
+            guidance_end=ends.int(),
+            image_sample=torch.zeros(len(lengths), dtype=torch.int64, device=device),
+            image_features=features.to(device),
+        )
+        made, routing = model.bridge.encode_images(model.decoder, batch, [len(own) for own in sources], override)
+        return made, share_routes(routing, model)
+
+    def run_step(self, inputs: StepInputs) -> Tensor:
+        """See `ModelRunner.run_step`; every rank gets the logits."""
+        batch, logits_rows = self._batch(inputs), inputs.logits_rows.to(self.device)
+        output = forward_logits(self.model, batch, logits_rows=logits_rows, paged=self._paged(inputs))
+        assert output.logits is not None, "logits come back to every rank"
+        return output.logits.float()
+
+    def run_whole(self, inputs: StepInputs) -> Tensor:
+        """See `ModelRunner.run_whole`; every rank gets the logits."""
+        batch, logits_rows = self._batch(inputs), inputs.logits_rows.to(self.device)
+        output = forward_logits(self.model, batch, logits_rows=logits_rows)
+        assert output.logits is not None, "logits come back to every rank"
+        return output.logits.float()
+
+    def _paged(self, inputs: StepInputs) -> PagedRows:
+        assert self._cache is not None, "the cache is opened before the first step"
+        device, size = self.device, self._cache.block_size
+        counts = inputs.bounds.diff()
+        request = torch.repeat_interleave(counts)
+        tables = inputs.block_tables.view(len(counts), -1)
+        blocks = tables[request, inputs.position_ids // size]
+        has_images = inputs.has_images.bool()
+        return PagedRows(
+            cache=self._cache,
+            blocks=blocks.to(device),
+            offsets=(inputs.position_ids % size).to(device),
+            block_tables=tables.int().to(device),
+            lengths=inputs.lengths.int().to(device),
+            has_images=has_images[request].to(device),
+            image_of_row=inputs.image_of_row.to(device),
+            any_images=bool(has_images.any()),
+        )
+
+    def _batch(self, inputs: StepInputs) -> PackedBatch:
+        device = self.device
+        none = inputs.bounds[:0].to(device)
+        spans = torch.zeros(len(inputs.image_sample), dtype=torch.int32, device=device)
+        return PackedBatch(
+            input_ids=inputs.input_ids.to(device),
+            labels=torch.full_like(inputs.input_ids, IGNORE_ID).to(device),
+            label_rows=none,
+            position_ids=inputs.position_ids.to(device),
+            cu_seqlens=inputs.bounds.int().to(device),
+            max_seqlen=int(inputs.bounds.diff().max()),
+            visual_rows=inputs.visual_rows.to(device),
+            visual_source=inputs.visual_source.to(device),
+            guidance_rows=none,
+            guidance_start=spans,
+            guidance_end=spans,
+            image_sample=inputs.image_sample.to(device),
+            image_rows=None if inputs.image_rows is None else inputs.image_rows.to(device),
+        )

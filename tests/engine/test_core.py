@@ -1,0 +1,358 @@
+"""The engine on real models: under any schedule each request gets the tokens of a plain loop over `forward`.
+
+Schedules differ in sizes of blocks and steps, arrivals, cancellations, preemptions and shared prefixes; requests in
+pictures (none, one, two), prompts about the same picture, and lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import parrot_sys
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.data.packing import Sample
+from parrot_sys.engine import requests as engine_requests
+from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.sampler import SamplingParams
+from parrot_sys.engine.scheduler import AdmissionLimits, SchedulerConfig
+from parrot_sys.errors import ConfigError, DataError
+from parrot_sys.inference.convert import ConvertConfig, convert
+from parrot_sys.inference.model import ParrotForConditionalGeneration
+from parrot_sys.megatron.runtime.initialize import shutdown
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+NEW_TOKENS = 6
+SYSTEMS = ("parrot", "wings-paper", "multimodal-gpt", "multimodal-gpt-paper")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids, -1 - i for picture i of three."""
+
+    ids: tuple[int, ...]
+
+
+# Words before and behind a picture alike and not; the same picture, asked otherwise; two of the same; text alone.
+OPENING = (5, 9, 14, 30, 31, 7, 8, 11)
+PROMPTS = (
+    Prompt((*OPENING, -1, 40, 41, 42)),
+    Prompt((*OPENING, -1, 50, 51)),
+    Prompt((*OPENING, -2, 40, 41, 42)),
+    Prompt((*OPENING, -1, 40, 41, -2, 60)),
+    Prompt((*OPENING, 40, 41, 42)),
+    Prompt((-1, -1, 20)),
+    Prompt((70,)),
+    Prompt((*range(90, 121), -3)),
+)
+
+
+@dataclass
+class Served:
+    """A model, its pictures, and what a plain loop answers."""
+
+    model: ParrotForConditionalGeneration
+    pixels: Tensor
+    known: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    def sample(self, number: int) -> Sample:
+        ids = PROMPTS[number].ids
+        pictures = [self.pixels[-1 - own] for own in ids if own < 0]
+        return Sample(
+            input_ids=[IMAGE_TOKEN_ID if own < 0 else own for own in ids],
+            pixel_values=torch.stack(pictures) if pictures else None,
+        )
+
+    @torch.no_grad()
+    def answer(self, number: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens and their log-probabilities, by running everything again for each token."""
+        if number not in self.known:
+            sample, tokens, values = self.sample(number), [], []
+            for _ in range(NEW_TOKENS):
+                # (What has a label guides no route.)
+                ids = torch.tensor([[*sample.input_ids, *tokens]])
+                labels = torch.tensor([[IGNORE_ID] * len(sample.input_ids) + tokens])
+                logits = self.model(ids, images=sample.pixel_values, labels=labels).logits[0, -1]
+                best = logits.log_softmax(-1).topk(2)
+                assert best.values[0] - best.values[1] > 1e-4, f"prompt {number} has no clear answer: take other ids"
+                tokens.append(int(best.indices[0]))
+                values.append(float(best.values[0]))
+            self.known[number] = tokens, values
+        return self.known[number]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    source, flamingo = FIXTURES / "mmgpt_tiny", tmp_path_factory.mktemp("mmgpt") / "model"
+    parts: dict[str, Any] = {
+        "llm": source / "llama",
+        "flamingo": source / "open_flamingo.pt",
+        "lora": source / "mmgpt-lora.pt",
+        "vision": source / "clip-vit-tiny",
+    }
+    convert(ConvertConfig(source_format="multimodal_gpt", output=flamingo, **parts))
+    found = {}
+    for name, path, options in (
+        ("parrot", FIXTURES / "parrot_tiny" / "model", {}),
+        ("wings-paper", FIXTURES / "wings_tiny" / "model", {"compat": "paper"}),
+        ("wings-released", FIXTURES / "wings_tiny" / "model", {"compat": "released"}),
+        ("multimodal-gpt", flamingo, {}),
+        ("multimodal-gpt-paper", flamingo, {"compat": "paper"}),
+    ):
+        model, _ = parrot_sys.load_pretrained(path, **options)
+        side = model.config.vision.image_size
+        pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+        found[name] = Served(model, pixels)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How requests come and go, and how much room there is."""
+
+    requests: list[tuple[int, int, int, int | None]]
+    """Prompt, tokens, step of its arrival, and after how many steps it is cancelled."""
+    block_size: int
+    spare_blocks: int
+    rows: int
+    running: int
+    feature_bytes: int = 2**20
+
+    def run(self, served: Served, **options: Any) -> Engine:
+        """Runs it and compares each answer."""
+        model = served.model.lockstep
+        longest = max(len(p.ids) + sum(own < 0 for own in p.ids) * model.rows_per_image for p in PROMPTS) + NEW_TOKENS
+        sizes = SchedulerConfig(max_rows_per_step=max(self.rows, self.running), max_running=self.running)
+        config = EngineConfig(
+            num_blocks=-(-longest // self.block_size) + self.spare_blocks,
+            block_size=self.block_size,
+            feature_bytes=self.feature_bytes,
+            routed_bytes=self.feature_bytes,
+            scheduler=sizes,
+        )
+        engine = Engine(model, config, **options)
+        waiting = sorted(enumerate(self.requests), key=lambda each: each[1][2])
+        numbers: dict[int, tuple[int, int]] = {}
+        tokens: dict[int, list[int]] = {}
+        reasons: dict[int, str] = {}
+        cancels: dict[int, int] = {}
+        step = 0
+        while waiting or engine.has_requests:
+            while waiting and waiting[0][1][2] <= step:
+                _, (prompt, count, _, patience) = waiting.pop(0)
+                request = EngineRequest(sample=served.sample(prompt), max_new_tokens=count, logprobs=0)
+                number = engine.submit(request)
+                numbers[number], tokens[number] = (prompt, count), []
+                if patience is not None:
+                    cancels[number] = step + patience
+            for number in [number for number, when in cancels.items() if when <= step]:
+                engine.cancel(number)
+                del cancels[number]
+            for delta in engine.step():
+                self._compare(served, numbers[delta.number][0], tokens[delta.number], delta)
+                if delta.finish_reason is not None:
+                    reasons[delta.number] = delta.finish_reason
+            step += 1
+        assert engine.pool.num_free == config.num_blocks
+        for number, (_, count) in numbers.items():
+            if reasons[number] != "cancelled":
+                assert (reasons[number], len(tokens[number])) == ("length", count)
+        return engine
+
+    def _compare(self, served: Served, prompt: int, tokens: list[int], delta: Any) -> None:
+        wanted, values = served.answer(prompt)
+        for token, found in zip(delta.tokens, delta.logprobs, strict=True):
+            assert found.logprob == pytest.approx(values[len(tokens)], abs=1e-4), f"prompt {prompt}"
+            assert token == wanted[len(tokens)], f"prompt {prompt}"
+            tokens.append(token)
+
+
+SCHEDULES = st.builds(
+    Schedule,
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, len(PROMPTS) - 1),
+            st.integers(1, NEW_TOKENS),
+            st.integers(0, 8),
+            st.none() | st.none() | st.integers(0, 6),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    block_size=st.integers(1, 20),
+    spare_blocks=st.integers(0, 12),
+    rows=st.sampled_from([1, 3, 7, 20, 64, 1000]),
+    running=st.integers(1, 6),
+    feature_bytes=st.sampled_from([0, 2**14, 2**20]),
+)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@settings(max_examples=12, deadline=None)
+@given(schedule=SCHEDULES)
+def test_any_schedule_gives_the_tokens_of_single_requests(
+    served: dict[str, Served], system: str, schedule: Schedule
+) -> None:
+    schedule.run(served[system])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schedule=SCHEDULES)
+def test_a_long_walk_over_schedules(served: dict[str, Served], system: str, schedule: Schedule) -> None:
+    schedule.run(served[system])
+
+
+@pytest.mark.parametrize(("system", "use_cache"), [("wings-released", True), ("parrot", False), ("wings-paper", False)])
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_whole_requests_where_nothing_can_be_kept(
+    served: dict[str, Served], system: str, use_cache: bool, data: st.DataObject
+) -> None:
+    schedule = data.draw(SCHEDULES)
+    if system == "wings-released":  # which knows one picture a request
+        single = [own for own in schedule.requests if sum(i < 0 for i in PROMPTS[own[0]].ids) <= 1]
+        schedule = Schedule(**{**vars(schedule), "requests": single})
+    schedule.run(served[system], use_cache=use_cache)
+
+
+@pytest.mark.parametrize("left_out", ["guidance", "image"])
+def test_blocks_that_do_not_know_their_pictures_are_found_out(monkeypatch, served, left_out: str) -> None:
+    """Without what a picture is and what guided it, requests would get the rows of another one."""
+    own = {"image": lambda self: self.image, "guidance": lambda self: self.guidance} | {left_out: lambda self: b""}
+
+    def forgetful(self: Any) -> Any:
+        rows = self.readers
+        return engine_requests.PictureSpan(
+            start=rows.start, stop=rows.stop, image=own["image"](self), guidance=own["guidance"](self)
+        )
+
+    monkeypatch.setattr(engine_requests.RequestImage, "span", forgetful)
+
+    @settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate], database=None)
+    @given(schedule=SCHEDULES)
+    def walk(schedule: Schedule) -> None:
+        schedule.run(served["parrot"])
+
+    with pytest.raises(AssertionError, match="prompt"):
+        walk()
+
+
+def test_prefixes_pictures_and_preemption_are_met(served: dict[str, Served]) -> None:
+    """What the schedules are for: a second question about a picture takes its rows, and runs no tower."""
+    one = Schedule(
+        requests=[(0, 6, 0, None), (0, 6, 2, None), (1, 6, 4, None)], block_size=4, spare_blocks=99, rows=99, running=4
+    )
+    engine = one.run(served["parrot"])
+    assert engine.pool.hits > 0
+    assert engine.cache.pictures_encoded == 1
+    assert engine.cache.routed.counts.misses == 2  # two prompts ask about it
+    tight = Schedule(
+        requests=[(7, 6, 0, None), (7, 6, 0, None), (6, 6, 0, None)], block_size=1, spare_blocks=4, rows=99, running=4
+    )
+    engine = tight.run(served["parrot"])
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_continuations_share_their_prompt_in_one_pass(served: dict[str, Served]) -> None:
+    own = served["parrot"]
+    engine = Engine(own.model.lockstep, EngineConfig(num_blocks=64, block_size=4))
+    wanted, values = own.answer(0)
+    options = [wanted[:3], [9, 8, 7, 6], wanted[:1]]
+    for option in options:
+        engine.submit(EngineRequest(sample=own.sample(0), max_new_tokens=0, given=tuple(option)))
+    deltas = {delta.number: delta for delta in engine.step()}
+    assert not engine.has_requests
+    for number, count in ((0, 3), (2, 1)):
+        assert [token.logprob for token in deltas[number].scored] == pytest.approx(values[:count], abs=1e-4)
+        assert all(token.is_greedy for token in deltas[number].scored)
+    assert [token.token for token in deltas[1].scored] == options[1]
+    assert not all(token.is_greedy for token in deltas[1].scored)
+
+
+def test_echo_scores_the_prompt_and_goes_on(served: dict[str, Served]) -> None:
+    own = served["parrot"]
+    sample = own.sample(4)
+    request = EngineRequest(sample=sample, max_new_tokens=2, prompt_logprobs=2, logprobs=1)
+    engine = Engine(own.model.lockstep, EngineConfig(num_blocks=64, block_size=4))
+    engine.submit(request)
+    deltas = engine.step() + engine.step()
+    with torch.no_grad():
+        exact = own.model(torch.tensor([sample.input_ids])).logits[0].log_softmax(-1)
+    rows = range(1, len(sample.input_ids))
+    found = deltas[0].scored
+    assert [token.token for token in found] == sample.input_ids[1:]
+    assert [token.logprob for token in found] == pytest.approx(
+        [float(exact[row - 1, sample.input_ids[row]]) for row in rows], abs=1e-4
+    )
+    assert all(len(token.top) == 2 for token in found)
+    assert [token for delta in deltas for token in delta.tokens] == own.answer(4)[0][:2]
+    assert deltas[1].finish_reason == "length"
+    assert deltas[1].scored == ()
+
+
+class Words:
+    """A tokenizer with a word for each id."""
+
+    def decode(self, token_ids: list[int], **_: bool) -> str:
+        return "".join(f" w{token}" for token in token_ids)
+
+
+def test_stop_strings_ids_and_deadlines(served: dict[str, Served]) -> None:
+    own = served["parrot"]
+    wanted = own.answer(0)[0]
+    now = [0.0]
+    engine = Engine(own.model.lockstep, EngineConfig(), tokenizer=Words(), clock=lambda: now[0])
+    sample, words = own.sample(0), Words()
+    stops = {
+        engine.submit(EngineRequest(sample=sample, max_new_tokens=6, **options)): options
+        for options in (
+            {"stop_strings": (words.decode(wanted[1:3]),)},
+            {"stop_ids": frozenset([wanted[2]])},
+            {"deadline": 2.5},
+            {"sampling": SamplingParams(temperature=1.0, seed=1)},
+        )
+    }
+    texts, tokens, reasons = dict.fromkeys(stops, ""), {own: [] for own in stops}, {}
+    while engine.has_requests:
+        now[0] += 1
+        for delta in engine.step():
+            texts[delta.number] += delta.text
+            tokens[delta.number] += delta.tokens
+            reasons[delta.number] = delta.finish_reason
+    assert [reasons[number] for number in stops] == ["stop", "stop", "expired", "length"]
+    first = wanted.index(wanted[2])
+    assert texts[0] == words.decode(wanted[:1])
+    assert tokens[1] == wanted[: first + 1]
+    assert tokens[2] == wanted[:2]
+    assert texts[3] == words.decode(tokens[3])
+
+
+def test_requests_that_are_refused(served: dict[str, Served]) -> None:
+    model = served["parrot"].model.lockstep
+    with pytest.raises(ConfigError, match="max_new_tokens must be >= 1 where nothing is scored"):
+        EngineRequest(sample=Sample(input_ids=[1]), max_new_tokens=0)
+    engine = Engine(model, EngineConfig(num_blocks=2, block_size=4, limits=AdmissionLimits(max_prompt_rows=7)))
+    with pytest.raises(DataError, match=r"at most 7 rows with its images \(max_prompt_rows\), got 8"):
+        engine.submit(EngineRequest(sample=Sample(input_ids=[1] * 8), max_new_tokens=1))
+    with pytest.raises(DataError, match="may come to have 13 rows, the cache holds 8"):
+        engine.submit(EngineRequest(sample=Sample(input_ids=[1] * 4), max_new_tokens=9))
+    with pytest.raises(ConfigError, match="stop strings need an engine with a tokenizer"):
+        engine.submit(EngineRequest(sample=Sample(input_ids=[1]), max_new_tokens=1, stop_strings=("a",)))
+    assert not engine.has_requests
