@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cheapest, launch
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cdiv, cheapest, next_power_of_2
 
 # Tiles are [M, D] of query rows and [N, D] of key rows; WIDTH <= D is the width of a head. COLUMNS: there are two more
 # value columns, which cost a sum along the rows of p each; widening v would cost a tensor-core tile.
@@ -43,7 +44,7 @@ def why_not(*args: object) -> str | None:
 
 def tile_width(width: int) -> int:
     """Columns of the tiles for heads of `width`: a power of two, and what the tensor cores need at least."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -105,7 +106,7 @@ def _launch(
 ) -> Callable[..., None]:
     width, processors = tile_width(query.shape[2]), triton_support.num_processors(query.device)
     tile = cheapest(tiles, lambda tile: attention_cost(tile, *sizes, math.prod(others), width, processors))
-    return launch(kernel, tile, tiles, (triton.cdiv(sizes[1], tile[sizes[0]]), *others))
+    return launch(kernel, (cdiv(sizes[1], tile[sizes[0]]), *others), tile, tiles)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.driver import driver
 
 import parrot_kernels
@@ -72,34 +73,57 @@ class _Utils(_Anything):
     # Shared memory without end, so that a kernel that needs too much is reported with its figures.
     _properties: ClassVar = {"max_shared_mem": 1 << 30, "multiprocessor_count": 132, "warpSize": 32}
 
-    def load_binary(self, *args: object) -> tuple[None, None, int, int, int]:
-        return None, None, 0, 0, 1024
+    def load_binary(self, *args: object) -> tuple[object, object, int, int, int]:
+        return object(), object(), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return self._properties
 
 
-class _CompileOnlyDriver(_Anything):
+class SilentLauncher(CudaLauncher):
+    """Triton's launcher without CUDA; memory that a kernel asks the host for is allocated as ever."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.num_ctas = getattr(metadata, "num_ctas", 1)
+        self.launch = lambda *args: None
+        for kind in ("global", "profile"):
+            for what in ("size", "align"):
+                setattr(self, f"{kind}_scratch_{what}", getattr(metadata, f"{kind}_scratch_{what}"))
+        self.launch_cooperative_grid, self.launch_pdl = metadata.launch_cooperative_grid, metadata.launch_pdl
+
+
+class CompileOnlyDriver(_Anything):
     """Says that there is a GPU of `arch` and launches nothing."""
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
         self.utils = _Utils()
-        self.launcher_cls = lambda source, metadata: lambda *args, **kwargs: None
+        self.launcher_cls: Any = SilentLauncher
+
+    # (The methods are those that Triton asks a driver for.)
 
     def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        """The architecture."""
         return self._target
 
     def get_active_torch_device(self) -> torch.device:
+        """Where tensors are."""
         return torch.device("meta")
 
     def get_benchmarker(self) -> Callable[..., list[float]]:
+        """Refuses."""
         raise AssertionError("a launch must choose its tile without timing anything: see tile_choice.py")
 
     def map_python_to_cpp_type(self, kind: str) -> str:
+        """As for CUDA."""
         from triton.backends.nvidia.driver import ty_to_cpp
 
         return ty_to_cpp(kind)
@@ -246,7 +270,7 @@ def write_figures(op: str, arch: int, figures: Figures) -> None:
 
 def compile_ops(ops: list[str], arch: int, compile_all: bool, update: bool) -> list[str]:
     """Compiles the cases of `ops` for one architecture; returns what is wrong."""
-    driver.set_active(_CompileOnlyDriver(arch))
+    driver.set_active(CompileOnlyDriver(arch))
     content = read_figures()
     compare = content.get("triton") == triton.__version__ and not update
     problems = []

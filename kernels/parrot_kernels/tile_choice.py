@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from parrot_kernels import env
 
@@ -24,9 +23,12 @@ _EXPONENTIALS = 16
 _START = 1500  # until the first products of a tile, and from the last ones to the next tile
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Tile:
-    """One choice of a kernel's block sizes, with the warps and pipeline stages that go with it."""
+    """One choice of a kernel's block sizes, with the warps and pipeline stages that go with it.
+
+    Equal to itself only, which makes it a quick key.
+    """
 
     sizes: Mapping[str, int]
     warps: int = 4
@@ -42,6 +44,16 @@ class Tile:
 
 
 Tiles = tuple[Tile, ...]
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` takes ten times as long on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is not less than n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def product_tile(rows: int, columns: int, depth: int, *, warps: int, stages: int) -> Tile:
@@ -98,26 +110,3 @@ def attention_cost(
     pairs = tile[own] * tile[other]
     step = 2 * pairs * width / _PRODUCTS + pairs / _EXPONENTIALS
     return waves * resident * (_START + math.ceil(other_rows / tile[other]) * step)
-
-
-_compiled: set[Any] = set()
-
-
-def launch(kernel: Any, tile: Tile, tiles: Tiles, grid: tuple[int, ...]) -> Callable[..., None]:
-    """`kernel` at one of `tiles`, to be called with its arguments.
-
-    The first launch for some dtypes and widths compiles the other tiles too: a later shape that takes another tile must
-    not wait for the compiler, least of all while a graph is captured.
-    """
-
-    def call(*args: Any, **constants: Any) -> None:
-        compiled = kernel[grid](*args, **constants, **tile.options)
-        if len(tiles) == 1 or _INTERPRETING or compiled in _compiled:
-            return
-        for other in tiles:
-            own = compiled if other is tile else kernel.warmup(*args, **constants, **other.options, grid=grid)
-            if own is not None:  # None: a compile hook skipped it
-                own.run  # noqa: B018 - loads the code onto the device, which Triton puts off until a launch
-                _compiled.add(own)
-
-    return call

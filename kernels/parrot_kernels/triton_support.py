@@ -18,6 +18,8 @@ from triton.runtime import interpreter
 from parrot_kernels import env
 
 INTERPRETING = env.triton_interpret()
+DEVICE = "cpu" if INTERPRETING else "cuda"
+_HINT = "TRITON_INTERPRET=1 is set" if INTERPRETING else "TRITON_INTERPRET=1 runs it on CPU tensors, for tests"
 # What launches are planned for where there is no GPU to ask: an H100 or H200 when compiling only; in the interpreter a
 # few, since its programs run one after the other.
 _COMPILE_ONLY_PROCESSORS, _INTERPRETER_PROCESSORS = 132, 4
@@ -29,16 +31,16 @@ def why_not(*args: object) -> str | None:
     They take CUDA tensors where there is a GPU, and CPU tensors in the interpreter. (The registry adds that `auto`
     never picks Triton for CPU tensors.) Kernels accumulate in float32, so float64 is refused.
     """
-    wanted = "cpu" if INTERPRETING else "cuda"
-    hint = "TRITON_INTERPRET=1 is set" if INTERPRETING else "TRITON_INTERPRET=1 runs it on CPU tensors, for tests"
+    fits = INTERPRETING
     for tensor in args:
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.device.type != wanted:
-            return f"it needs {wanted} tensors, got {tensor.device.type} ({hint})"
+        if tensor.device.type != DEVICE:
+            return f"it needs {DEVICE} tensors, got {tensor.device.type} ({_HINT})"
         if tensor.dtype == torch.float64:
             return "it computes in float32, got float64"
-    return None if INTERPRETING or torch.cuda.is_available() else f"it needs a CUDA device ({hint})"
+        fits = True
+    return None if fits or torch.cuda.is_available() else f"it needs a CUDA device ({_HINT})"
 
 
 @functools.cache

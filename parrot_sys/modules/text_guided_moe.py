@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from parrot_sys.errors import CheckpointError, ConfigError
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.routing_losses import RoutingTotals, auxiliary_losses, routing_rows
-from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_routing, topk_routing
+from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_experts, text_guided_routing, topk_routing
 from parrot_sys.parallel import ExpertGroups, check_experts, dispatch_images
 
 # n images, V visual rows an image (row 0 is the CLS row), H hidden_size, E num_experts, I ffn_hidden_size, K topk,
@@ -99,6 +99,7 @@ class TextGuidedMoE(nn.Module):
         self.hidden_size = hidden_size
         self.statistics_group = statistics_group
         self.groups = groups or ExpertGroups()
+        self._alone = self.groups == ExpertGroups()
         self._step_totals: RoutingTotals | None = None
         check_experts(config.num_experts, config.ffn_hidden_size, self.groups.ep_size, self.groups.etp_size)
         num_local, ffn_size = config.num_experts // self.groups.ep_size, config.ffn_hidden_size // self.groups.etp_size
@@ -177,6 +178,8 @@ class TextGuidedMoE(nn.Module):
             unrouted = features.new_zeros((features.shape[0], self.config.num_experts), dtype=torch.float32)
             return features, RoutingOutput(logits=unrouted, probs=unrouted)
         config = self.config
+        if override is None and self._fusable():
+            return self._run_fused(features, query, text, guidance_start, guidance_end)
         query = features[:, 0] if query is None else query
         logits, routing = self._route(query, text, guidance_start, guidance_end)
         sparse = config.routing == "topk"
@@ -196,31 +199,42 @@ class TextGuidedMoE(nn.Module):
         indices = routing.topk_indices if plan is not None else None
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices, aux_loss=aux_loss, z_loss=z_loss)
 
+    def _fusable(self) -> bool:
+        """Whether nothing is needed between router and experts: no other rank, and no loss of the routes."""
+        config = self.config
+        losses = config.aux_loss_coeff or config.z_loss_coeff or config.information_coeff or config.evenness_coeff
+        return self._alone and config.router_scale == 1.0 and not (losses and torch.is_grad_enabled())
+
+    def _guidance(self, text: Tensor) -> tuple[Tensor, float]:
+        """The rows that guide, and the factor of the scores."""
+        if self.config.normalize_guidance:
+            return nn.functional.rms_norm(text, text.shape[1:], eps=_EPS), 1 / self.hidden_size
+        return text, 1 / math.sqrt(self.hidden_size)
+
+    def _run_fused(
+        self, features: Tensor, query: Tensor | None, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
+    ) -> tuple[Tensor, RoutingOutput]:
+        """`forward` where it is `_fusable`."""
+        config = self.config
+        sparse = config.routing == "topk"
+        weights = self.router_weight, self.w_gate_up, self.w_down
+        text, scale = self._guidance(text)
+        output, logits, probs, indices = text_guided_experts(
+            features, text, guidance_start, guidance_end, *weights, scale=scale, query=query,
+            topk=config.topk if sparse else None, renormalize=sparse and config.renormalize,
+            recompute=config.recompute, **_residual_scales(config),
+        )  # fmt: skip
+        return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices)
+
     def _run_experts(self, features: Tensor, probs: Tensor, plan: TopKRouting | None) -> Tensor:
         """[n, V, H], the experts' weighted sum with the residual."""
-        residual_scale, output_scale = _residual_scales(self.config)
-        recompute = self.config.recompute
-        if self.groups == ExpertGroups():
-            return expert_mlp(
-                features,
-                self.w_gate_up,
-                self.w_down,
-                probs,
-                plan=plan,
-                residual_scale=residual_scale,
-                output_scale=output_scale,
-                recompute=recompute,
-            )
+        scales, recompute = _residual_scales(self.config), self.config.recompute
+        weights = self.w_gate_up, self.w_down
+        if self._alone:
+            return expert_mlp(features, *weights, probs, plan=plan, recompute=recompute, **scales)
         sent = dispatch_images(features, probs, plan, self.groups)
-        output = expert_mlp(
-            sent.images,
-            self.w_gate_up,
-            self.w_down,
-            sent.probs,
-            plan=sent.plan,
-            output_scale=output_scale,
-            recompute=recompute,
-        )
+        residual_scale = scales.pop("residual_scale")
+        output = expert_mlp(sent.images, *weights, sent.probs, plan=sent.plan, recompute=recompute, **scales)
         return sent.combine(output, residual_scale=residual_scale)
 
     def _route(
@@ -228,9 +242,7 @@ class TextGuidedMoE(nn.Module):
     ) -> tuple[Tensor, TopKRouting]:
         """Router logits [n, E] of the images with CLS rows [n, H], and what they choose."""
         config = self.config
-        scale = 1 / math.sqrt(self.hidden_size)
-        if config.normalize_guidance:
-            text, scale = nn.functional.rms_norm(text, text.shape[1:], eps=_EPS), 1 / self.hidden_size
+        text, scale = self._guidance(text)
         logits, _ = text_guided_routing(cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=scale)
         if config.router_scale != 1.0:
             logits = logits * config.router_scale
@@ -263,13 +275,13 @@ class TextGuidedMoE(nn.Module):
             self._step_totals = None
 
 
-def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:
-    """Factors of the features and of the experts' output in the result."""
+def _residual_scales(config: TextGuidedMoEConfig) -> dict[str, float]:
+    """Factors of the features and of the experts' output in the result, as the ops name them."""
     if config.residual == "code":
-        return config.residual_weight, 1.0
+        return {"residual_scale": config.residual_weight, "output_scale": 1.0}
     if config.residual == "paper":
-        return 1.0, config.residual_weight
-    return 0.0, 1.0
+        return {"residual_scale": 1.0, "output_scale": config.residual_weight}
+    return {"residual_scale": 0.0, "output_scale": 1.0}
 
 
 def released_keys(num_experts: int) -> dict[str, tuple[str, ...]]:

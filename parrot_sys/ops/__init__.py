@@ -1,4 +1,4 @@
-"""Differentiable ops: custom_op + fake + autograd over the launchers of parrot_kernels, with choice of back end."""
+"""Differentiable ops: operator + fake + autograd over the launchers of parrot_kernels, with choice of back end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from parrot_sys.ops.registry import force_backend
 from parrot_sys.ops.router_attention import router_attention, router_attention_parts
 from parrot_sys.ops.segment_attention import segment_attention
 from parrot_sys.ops.swiglu import swiglu
+from parrot_sys.ops.text_guided_experts import text_guided_experts
 from parrot_sys.ops.text_guided_routing import text_guided_routing
 from parrot_sys.ops.topk_routing import TopKRouting, topk_routing
 
@@ -30,6 +31,7 @@ __all__ = [
     "router_attention_parts",
     "segment_attention",
     "swiglu",
+    "text_guided_experts",
     "text_guided_routing",
     "topk_routing",
     "unpermute",

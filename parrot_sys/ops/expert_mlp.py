@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 from parrot_sys.ops.topk_routing import TopKRouting
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk
@@ -24,7 +25,7 @@ class ExpertPlan(NamedTuple):
     plan: Tensor  # [J <= n * K] int64, positions image * K + slot sorted by expert, ascending within an expert
 
 
-@torch.library.custom_op("parrot::expert_mlp_dense", mutates_args=())
+@operator("expert_mlp_dense")
 def _dense_fwd(
     x: Tensor,
     w_gate_up: Tensor,
@@ -53,7 +54,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(z_shape)
 
 
-@torch.library.custom_op("parrot::expert_mlp_dense_bwd", mutates_args=())
+@operator("expert_mlp_dense_bwd")
 def _dense_bwd(
     grad: Tensor,
     x: Tensor,
@@ -75,7 +76,7 @@ def _(grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor,
     return _fake_grads((x, w_gate_up, w_down, probs), needs=rest[-1])
 
 
-@torch.library.custom_op("parrot::expert_mlp_topk", mutates_args=())
+@operator("expert_mlp_topk")
 def _topk_fwd(
     x: Tensor,
     w_gate_up: Tensor,
@@ -110,7 +111,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(z_shape)
 
 
-@torch.library.custom_op("parrot::expert_mlp_topk_bwd", mutates_args=())
+@operator("expert_mlp_topk_bwd")
 def _topk_bwd(
     grad: Tensor,
     x: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 # G groups, J segments, V rows a segment, S segments before the gather, N and K widths, I inner width
 
@@ -17,7 +18,7 @@ def _count(x: Tensor, plan: Tensor | None) -> int:
     return len(x) if plan is None else len(plan)
 
 
-@torch.library.custom_op("parrot::m_grouped_gemm", mutates_args=())
+@operator("m_grouped_gemm")
 def _gemm_fwd(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:
     args = (x, w, offsets, plan, topk, trans_w)
     return registry.select("grouped_gemm", *args).m_grouped_gemm(*args)
@@ -28,7 +29,7 @@ def _(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, tra
     return x.new_empty(_count(x, plan), x.shape[1], w.shape[1] if trans_w else w.shape[2])
 
 
-@torch.library.custom_op("parrot::m_grouped_gemm_bwd", mutates_args=())
+@operator("m_grouped_gemm_bwd")
 def _gemm_bwd(
     grad: Tensor,
     x: Tensor,
@@ -63,7 +64,7 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _gemm_fwd.register_autograd(_gemm_backward, setup_context=_gemm_context)
 
 
-@torch.library.custom_op("parrot::m_grouped_swiglu", mutates_args=())
+@operator("m_grouped_swiglu")
 def _swiglu_fwd(
     x: Tensor, w_gate_up: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, weights: Tensor | None, save_z: bool
 ) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ def _(
     return x.new_empty(*rows, width), x.new_empty((*rows, 2, width) if save_z else (0,))
 
 
-@torch.library.custom_op("parrot::m_grouped_swiglu_bwd", mutates_args=())
+@operator("m_grouped_swiglu_bwd")
 def _swiglu_bwd(
     grad: Tensor,
     x: Tensor,
@@ -130,7 +131,7 @@ def _swiglu_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
 _swiglu_fwd.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
 
 
-@torch.library.custom_op("parrot::k_grouped_gemm", mutates_args=())
+@operator("k_grouped_gemm")
 def _k_fwd(a: Tensor, b: Tensor, offsets: Tensor, plan: Tensor | None, topk: int) -> Tensor:
     args = (a, b, offsets, plan, topk)
     return registry.select("grouped_gemm", *args).k_grouped_gemm(*args)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 
-@torch.library.custom_op("parrot::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _fwd(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     args = (hidden, weight, targets, vocab_start)
     return registry.select("linear_cross_entropy", *args).linear_cross_entropy_fwd(*args)
@@ -23,7 +23,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tupl
     return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(hidden.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("parrot::linear_cross_entropy_bwd", mutates_args=())
+@operator("linear_cross_entropy_bwd")
 def _bwd(
     grad_lse: Tensor,
     grad_target_logits: Tensor,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype
+from parrot_sys.ops._operator import operator
 
 
-@torch.library.custom_op("parrot::paged_attention", mutates_args=())
+@operator("paged_attention")
 def _fwd(
     query: Tensor,
     key_cache: Tensor,

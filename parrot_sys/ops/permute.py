@@ -9,11 +9,12 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 # T rows, K topk, R places in the plan, W columns
 
 
-@torch.library.custom_op("parrot::permute", mutates_args=())
+@operator("permute")
 def _permute_fwd(x: Tensor, probs: Tensor | None, plan: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return registry.select("permute", x, probs, plan, topk).permute_fwd(x, probs, plan, topk)
 
@@ -24,7 +25,7 @@ def _(x: Tensor, probs: Tensor | None, plan: Tensor, topk: int) -> tuple[Tensor,
     return x.new_empty(len(plan), x.shape[1]), row_probs
 
 
-@torch.library.custom_op("parrot::permute_bwd", mutates_args=())
+@operator("permute_bwd")
 def _permute_bwd(
     grad_rows: Tensor | None, grad_row_probs: Tensor | None, plan: Tensor, topk: int, num_rows: int
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def _permute_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, .
 _permute_fwd.register_autograd(_permute_backward, setup_context=_permute_context)
 
 
-@torch.library.custom_op("parrot::unpermute", mutates_args=())
+@operator("unpermute")
 def _unpermute_fwd(rows: Tensor, probs: Tensor | None, plan: Tensor, topk: int, num_rows: int) -> Tensor:
     return registry.select("permute", rows, probs, plan, topk).unpermute_fwd(rows, probs, plan, topk, num_rows)
 
@@ -70,7 +71,7 @@ def _(rows: Tensor, probs: Tensor | None, plan: Tensor, topk: int, num_rows: int
     return rows.new_empty(num_rows, rows.shape[1])
 
 
-@torch.library.custom_op("parrot::unpermute_bwd", mutates_args=())
+@operator("unpermute_bwd")
 def _unpermute_bwd(
     grad: Tensor, rows: Tensor, probs: Tensor | None, plan: Tensor, topk: int, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:

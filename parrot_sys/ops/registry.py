@@ -63,12 +63,11 @@ def select(op: str, *args: object) -> ModuleType:
         NotImplementedError: a forced back end (`force_backend`, PARROT_BACKEND) cannot run; the message has the reason.
         ValueError: PARROT_BACKEND names no back end.
     """
-    forced = _forced[-1] if _forced else env.backend()
-    if forced != "auto":
-        if reason := _why_not(op, forced, args):
+    name = _forced[-1] if _forced else env.backend()
+    if name != "auto":
+        if reason := _why_not(op, name, args):
             # Forcing is for comparing back ends: going on with another one would compare a back end with itself.
-            raise NotImplementedError(f"{op}: the forced back end {forced!r} cannot run: {reason}")
-        name = forced
+            raise NotImplementedError(f"{op}: the forced back end {name!r} cannot run: {reason}")
     else:
         names = BACKENDS if _on_cuda(args) else ("cpu", "reference")
         name = next(name for name in names if _why_not(op, name, args) is None)

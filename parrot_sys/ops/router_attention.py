@@ -9,9 +9,10 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 
-@torch.library.custom_op("parrot::router_attention", mutates_args=())
+@operator("router_attention")
 def _fwd(
     query: Tensor,
     key: Tensor,
@@ -46,7 +47,7 @@ def _(
     return query.new_empty(query.shape), lse.new_empty(*lse.shape, 2), lse
 
 
-@torch.library.custom_op("parrot::router_attention_bwd", mutates_args=())
+@operator("router_attention_bwd")
 def _bwd(
     grad_out: Tensor,
     grad_extra: Tensor | None,

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 
-@torch.library.custom_op("parrot::segment_attention", mutates_args=())
+@operator("segment_attention")
 def _fwd(
     query: Tensor, key: Tensor, value: Tensor, kv_start: Tensor, kv_end: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def _(
     return query.new_empty(query.shape), query.new_empty(num_heads, num_rows, dtype=accumulate_dtype(query.dtype))
 
 
-@torch.library.custom_op("parrot::segment_attention_bwd", mutates_args=())
+@operator("segment_attention_bwd")
 def _bwd(
     grad_out: Tensor,
     grad_lse: Tensor | None,

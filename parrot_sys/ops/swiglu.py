@@ -9,11 +9,12 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, or_none
+from parrot_sys.ops._operator import operator
 
 # J segments, V rows a segment, I inner width
 
 
-@torch.library.custom_op("parrot::swiglu", mutates_args=())
+@operator("swiglu")
 def _fwd(z: Tensor, weights: Tensor | None) -> Tensor:
     return registry.select("swiglu", z, weights).swiglu_fwd(z, weights)
 
@@ -23,7 +24,7 @@ def _(z: Tensor, weights: Tensor | None) -> Tensor:
     return z.new_empty(*z.shape[:2], z.shape[-1])
 
 
-@torch.library.custom_op("parrot::swiglu_bwd", mutates_args=())
+@operator("swiglu_bwd")
 def _bwd(grad: Tensor, z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     return registry.select("swiglu", z, weights).swiglu_bwd(grad.contiguous(), z, weights)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype, like_or_empty, or_none
+from parrot_sys.ops._operator import operator
 
 
-@torch.library.custom_op("parrot::text_guided_routing", mutates_args=())
+@operator("text_guided_routing")
 def _fwd(
     query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, router_weight: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def _(
     return query.new_empty((num_images, router_weight.shape[0]), dtype=dtype), query.new_empty(num_images, dtype=dtype)
 
 
-@torch.library.custom_op("parrot::text_guided_routing_bwd", mutates_args=())
+@operator("text_guided_routing_bwd")
 def _bwd(
     grad_logits: Tensor,
     grad_lse: Tensor | None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parrot_sys.ops import registry
 from parrot_sys.ops._common import accumulate_dtype
+from parrot_sys.ops._operator import operator
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -27,7 +28,7 @@ class TopKRouting(NamedTuple):
     plan: Tensor  # [n * K] int64, positions row * K + slot sorted by expert
 
 
-@torch.library.custom_op("parrot::topk_routing", mutates_args=())
+@operator("topk_routing")
 def _fwd(
     logits: Tensor,
     topk: int,
@@ -59,7 +60,7 @@ def _(logits: Tensor, topk: int, *_: Any) -> _Outputs:
     )
 
 
-@torch.library.custom_op("parrot::topk_routing_bwd", mutates_args=())
+@operator("topk_routing_bwd")
 def _bwd(
     grad_probs: Tensor | None,
     grad_scores: Tensor | None,

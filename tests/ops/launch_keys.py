@@ -126,6 +126,6 @@ def lines(names: list[str], numbers: list[int]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    driver.set_active(compile_only._CompileOnlyDriver(90))
+    driver.set_active(compile_only.CompileOnlyDriver(90))
     for line in lines(list(CALLS), [int(number) for number in sys.argv[1:]]):
         print(line, flush=True)

@@ -33,6 +33,7 @@ GROUPS: dict[str, Any] = {
     "expert_bias": torch.linspace(0, 1, 6),
 }
 EXPERTS = {"x": (3, 2, 8), "w_gate_up": (4, 2, 5, 8), "w_down": (4, 5, 8), "probs": (3, 4)}
+ROUTED = {"x": (3, 2, 8), "text": (9, 8), "router_weight": (4, 8), "w_gate_up": (4, 2, 5, 8), "w_down": (4, 5, 8)}
 NO_IMAGE = EXPERTS | {"x": (0, 2, 8), "probs": (0, 4)}
 HEADS = {"query": (9, 2, 4), "key": (9, 1, 4), "value": (9, 1, 4)}
 NO_HEADS = {name: (0, *size[1:]) for name, size in HEADS.items()}
@@ -109,6 +110,24 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     "text_guided_routing-no_text": (
         lambda query, text, weight: ops.text_guided_routing(query, text, *NO_SPANS, weight, scale=0.3),
         {"query": (3, 8), "text": (0, 8), "router_weight": (4, 8)},
+    ),
+    "text_guided_experts": (
+        lambda x, *t: ops.text_guided_experts(x, t[0], *SPANS, *t[1:], scale=0.3),
+        ROUTED,
+    ),
+    "text_guided_experts-topk": (
+        lambda x, *t: ops.text_guided_experts(x, t[0], *SPANS, *t[1:], scale=0.3, topk=2, renormalize=True),
+        ROUTED,
+    ),
+    "text_guided_experts-query": (
+        lambda x, *t: ops.text_guided_experts(
+            x, t[0], *SPANS, *t[1:4], scale=0.3, query=t[4], residual_scale=0.1, recompute=True
+        ),
+        ROUTED | {"query": (3, 8)},
+    ),
+    "text_guided_experts-no_image": (
+        lambda x, *t: ops.text_guided_experts(x, t[0], *(s[:0] for s in SPANS), *t[1:], scale=0.3, topk=2),
+        ROUTED | {"x": (0, 2, 8)},
     ),
     "topk_routing": (lambda logits: ops.topk_routing(logits, 2, renormalize=True), {"logits": (7, 6)}),
     "topk_routing-no_row": (lambda logits: ops.topk_routing(logits, 2, renormalize=False), {"logits": (0, 6)}),

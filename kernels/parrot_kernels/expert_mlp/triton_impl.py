@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.grouped_gemm import tiles
+from parrot_kernels.grouped_gemm import product_tiles, tiles
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 from parrot_kernels.grouped_gemm.tiles import (
     load_plane,
@@ -29,8 +29,9 @@ from parrot_kernels.grouped_gemm.tiles import (
     plane_descriptor,
     tile_position,
 )
+from parrot_kernels.launches import launch
 from parrot_kernels.permute.triton_impl import combine_rows
-from parrot_kernels.tile_choice import Tile, cheapest, launch, product_cost, product_tile
+from parrot_kernels.tile_choice import cdiv, next_power_of_2, product_tile
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk,
 # J segments: at most n * K, or E * n (dense)
@@ -49,18 +50,40 @@ def why_not(*args: object) -> str | None:
 
 
 @triton.jit(do_not_specialize=["segments"])
-def _route_kernel(
-    plan_ptr, topk_indices_ptr, probs_ptr, places_ptr, targets_ptr, weights_ptr,
-    segments, topk, num_experts, scale, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """For each place of the plan: where its weight stands in probs, the weight times scale, and the plan's inverse."""
+def _places_kernel(plan_ptr, places_ptr, segments, BLOCK: tl.constexpr):
+    """The inverse of the plan."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < segments
     position = tl.load(plan_ptr + place, mask=mask, other=0)
-    target = position // topk * num_experts + tl.load(topk_indices_ptr + position, mask=mask, other=0)
-    tl.store(targets_ptr + place, target, mask=mask)
-    tl.store(weights_ptr + place, scale * tl.load(probs_ptr + target, mask=mask, other=0.0), mask=mask)
     tl.store(places_ptr + position, place.to(tl.int64), mask=mask)
+
+
+@triton.jit(do_not_specialize=["images", "segments", "rows"])
+def _grad_probs_kernel(
+    sums_ptr, places_ptr, experts_ptr, grad_ptr, scale, images, segments, rows, blocks, topk, num_experts,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """grad[i, e] = scale * the sum of sums [blocks, segments, rows] of the segment of image i and expert e; else 0."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image, expert = pair // num_experts, pair % num_experts
+    mask = image < images
+    if places_ptr is None:
+        place = expert * images + image
+    else:
+        place = tl.full([BLOCK], -1, tl.int64)
+        for k in range(topk):
+            choice = image * topk + k
+            own = tl.load(places_ptr + choice, mask=mask, other=-1)
+            chosen = tl.load(experts_ptr + choice, mask=mask, other=-1) == expert
+            place = tl.where(chosen & (own >= 0), own, place)
+    total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    for block in range(blocks):
+        at = (tl.cast(block, tl.int64) * segments + place) * rows
+        for row in range(0, rows, BLOCK_V):
+            cols = row + tl.arange(0, BLOCK_V)
+            own_mask = (mask & (place >= 0))[:, None] & (cols < rows)[None, :]
+            total += tl.load(sums_ptr + at[:, None] + cols[None, :], mask=own_mask, other=0.0)
+    tl.store(grad_ptr + pair, scale * tl.sum(total, axis=1), mask=mask)
 
 
 @triton.jit
@@ -131,8 +154,10 @@ _TILES = tiles.product_tiles(
 class _Route:
     """Which expert runs on which image, by segment: chosen pairs in the order of the plan, or E times all images."""
 
-    weights: Tensor
-    """[J] float32, times output_scale."""
+    probs: Tensor
+    """[n, E] float32."""
+    scale: float
+    """Factor of `probs`."""
     offsets: Tensor | None = None
     """[E + 1]; None in the dense form, as all that follow."""
     plan: Tensor | None = None
@@ -141,39 +166,47 @@ class _Route:
     """[n * K], the inverse of the plan; -1 at positions that it lacks."""
     experts: Tensor | None = None
     """[n, K]"""
-    targets: Tensor | None = None
-    """[J], where in the flattened probs each segment's weight stands."""
     topk: int
 
 
 def _dense_route(probs: Tensor, scale: float) -> _Route:
-    return _Route(weights=(probs * scale).T.contiguous().flatten(), topk=probs.shape[1])
+    return _Route(probs=probs, scale=scale, topk=probs.shape[1])
 
 
 def _topk_route(probs: Tensor, topk_indices: Tensor, offsets: Tensor, plan: Tensor, scale: float) -> _Route:
-    segments, topk = len(plan), topk_indices.shape[1]
-    targets = torch.empty_like(plan)
-    places = targets.new_empty(topk_indices.numel())
+    segments, topk = plan.shape[0], topk_indices.shape[1]
+    places = plan.new_empty(topk_indices.numel())
     if segments < len(places):
         places.fill_(-1)
-    weights = probs.new_empty(segments)
     if segments:
-        _route_kernel[(triton.cdiv(segments, 128),)](
-            plan, topk_indices, probs, places, targets, weights, segments, topk, probs.shape[1], scale, BLOCK=128
-        )
-    return _Route(
-        weights=weights, offsets=offsets, plan=plan, places=places, experts=topk_indices, targets=targets, topk=topk
-    )
+        launch(_places_kernel, (cdiv(segments, 128),))(plan, places, segments, BLOCK=128)
+    return _Route(probs=probs, scale=scale, offsets=offsets, plan=plan, places=places, experts=topk_indices, topk=topk)
+
+
+def _grad_probs(sums: Tensor, route: _Route) -> Tensor:
+    """Gradient of probs [n, E] from the sums [B, J, V] that `swiglu_bwd_of_product` gives."""
+    probs, grad = route.probs, torch.empty_like(route.probs)
+    blocks, segments, rows = sums.shape
+    block_v = min(next_power_of_2(max(rows, 1)), 1024)
+    block = 1024 // block_v
+    if grad.numel():
+        launch(_grad_probs_kernel, (cdiv(grad.numel(), block),))(
+            sums, route.places, route.experts, grad, route.scale, probs.shape[0], segments, rows, blocks, route.topk,
+            probs.shape[1], BLOCK=block, BLOCK_V=block_v,
+        )  # fmt: skip
+    return grad
 
 
 def _up(x: Tensor, w_gate_up: Tensor, route: _Route, save_z: bool) -> tuple[Tensor, Tensor | None]:
     """Weighted h [J, V, I], and z [J, V, 2, I] or None."""
-    rows = (len(route.weights), x.shape[1])
+    segments = route.probs.numel() if route.plan is None else route.plan.shape[0]
+    rows = (segments, x.shape[1])
     h = x.new_empty(*rows, w_gate_up.shape[2])
     z = x.new_empty(*rows, *w_gate_up.shape[1:3]) if save_z else None
     grouped.launch_m_grouped(
         x, w_gate_up, (h, z, None, None), offsets=route.offsets, plan=route.plan, topk=route.topk,
-        weights=route.weights, rows_per_segment=x.shape[1], epilogue=grouped.SWIGLU.value, trans_w=True,
+        weights=route.probs, weight_scale=route.scale, route=True, rows_per_segment=x.shape[1],
+        epilogue=grouped.SWIGLU.value, trans_w=True,
     )  # fmt: skip
     return h, z
 
@@ -197,16 +230,12 @@ def _combine_experts(a: Tensor, w: Tensor, route: _Route, residual: Tensor, resi
     processors = triton_support.num_processors(a.device)
     experts, depth, columns = w.shape
 
-    def count(tile: Tile) -> int:
-        return images * triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"])
-
-    def cost(tile: Tile) -> float:
-        return product_cost(tile, count(tile), route.topk * depth, processors, element_size=a.element_size())
-
-    tile = cheapest(_TILES[kind], cost)
-    launch(_combine_kernel, tile, _TILES[kind], (min(processors, count(tile)),))(
+    tile, programs = product_tiles.combine_tile(
+        _TILES[kind], images, rows, columns, route.topk * depth, a.element_size(), processors
+    )  # fmt: skip
+    launch(_combine_kernel, (programs,), tile, _TILES[kind])(
         a, w, route.places, route.experts, residual, y,
-        residual_scale, images, rows, len(a), route.topk, experts, columns, depth, TMA=kind == "tma",
+        residual_scale, images, rows, a.shape[0], route.topk, experts, columns, depth, TMA=kind == "tma",
     )  # fmt: skip
     return y
 
@@ -229,14 +258,21 @@ def _bwd(
     residual_scale: float,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first three gradients, and the sums [J] that make that of probs; `z` as `_fwd` returned it."""
+    """The first three gradients, and the sums that make that of probs; `z` as `_fwd` returned it."""
     needs_x, needs_gate_up, needs_down, _ = needs
     none = x.new_empty(0)  # cloned for each use: outputs of an op must not alias
     # By the kernel of the forward pass, so that the gradients are the same to the last bit.
     own_z = z if z.dim() > 1 else _up(x, w_gate_up, route, save_z=True)[1]
     assert own_z is not None, "save_z was set"
     weighted_h, grad_z, sums = grouped.swiglu_bwd_of_product(
-        grad, w_down, own_z, offsets=route.offsets, plan=route.plan, topk=route.topk, weights=route.weights
+        grad,
+        w_down,
+        own_z,
+        offsets=route.offsets,
+        plan=route.plan,
+        topk=route.topk,
+        probs=route.probs,
+        scale=route.scale,
     )
     grad_z = grad_z.flatten(2)
     w = w_gate_up.flatten(1, 2)
@@ -259,7 +295,7 @@ def expert_mlp_dense_fwd(
     """See the contract in the package docstring."""
     residual_scale, output_scale = scales
     y, z = _fwd(x, w_gate_up, w_down, _dense_route(probs, output_scale), residual_scale, save_z)
-    return y, z.view(len(w_down), *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else z
+    return y, z.view(w_down.shape[0], *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else z
 
 
 def expert_mlp_dense_bwd(
@@ -270,7 +306,7 @@ def expert_mlp_dense_bwd(
     route = _dense_route(probs, output_scale)
     z = z.flatten(0, 1) if z.dim() > 1 else z
     *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
-    grad_probs = (sums.view(probs.shape[1], -1).T * output_scale).contiguous() if needs[3] else probs.new_empty(0)
+    grad_probs = _grad_probs(sums, route) if needs[3] else probs.new_empty(0)
     return grads[0], grads[1], grads[2], grad_probs
 
 
@@ -308,8 +344,5 @@ def expert_mlp_topk_bwd(
     residual_scale, output_scale = scales
     route = _topk_route(probs, topk_indices, expert_offsets, plan, output_scale)
     *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
-    grad_probs = probs.new_empty(0)
-    if needs[3]:
-        assert route.targets is not None, "a top-k route has targets"
-        grad_probs = torch.zeros_like(probs).flatten().scatter_(0, route.targets, sums * output_scale).view_as(probs)
+    grad_probs = _grad_probs(sums, route) if needs[3] else probs.new_empty(0)
     return grads[0], grads[1], grads[2], grad_probs

@@ -6,7 +6,8 @@ all groups once and finds the group of each of its tiles by comparing with the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,27 +159,29 @@ def _aligned(width: int) -> bool:
     return width % 8 == 0
 
 
+@functools.cache
+def _has_tma(device: int) -> bool:
+    """Whether the current device, of this number, has TMA (the interpreter has)."""
+    return triton_support.INTERPRETING or driver.active.get_current_target().arch >= 90
+
+
 def use_tma(*matrices: Tensor) -> bool:
     """Whether TMA can read these row-major tensors: the hardware has it, two bytes an element, rows aligned to 16."""
-    if not triton_support.INTERPRETING and driver.active.get_current_target().arch < 90:
-        return False
     # (float32 products run without tensor cores; TMA would gain nothing.)
-    return all(
-        t.element_size() == 2
-        and _aligned(t.shape[-1])
-        and t.numel() > 0
-        and (t.device.type == "meta" or t.data_ptr() % 16 == 0)
-        for t in matrices
-    )
+    for t in matrices:
+        if t.element_size() != 2 or t.shape[-1] % 8 or not t.numel() or t.data_ptr() % 16:
+            return False
+    return triton_support.INTERPRETING or _has_tma(driver.active.get_current_device())
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[int, int, Any], Tensor]:
+    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
 
 
 def set_tma_allocator(device: torch.device) -> None:
     """Descriptors that a kernel makes need scratch memory, which Triton asks of the host at each launch."""
-
-    def allocate(size: int, alignment: int, stream: Any) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    triton.set_allocator(allocate)
+    triton.set_allocator(_allocator(device))
 
 
 def tile_kind(*matrices: Tensor) -> str:
@@ -194,8 +197,9 @@ def product_kind(out_width: int, *matrices: Tensor) -> str:
     Single elements are moved then, each with an address of its own: large tiles would need too many registers.
     """
     kind = tile_kind(*matrices)
-    aligned = all(map(_aligned, (out_width, *(t.shape[-1] for t in matrices))))
-    return kind if aligned or kind == "fp32" else "unaligned"
+    if kind == "pointer" and not (_aligned(out_width) and all(_aligned(t.shape[-1]) for t in matrices)):
+        return "unaligned"
+    return "unaligned" if kind == "tma" and not _aligned(out_width) else kind
 
 
 def product_tiles(choices: Mapping[str, Sequence[Tile]]) -> dict[str, Tiles]:

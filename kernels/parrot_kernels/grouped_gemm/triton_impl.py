@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parrot_kernels import tile_choice, triton_support
-from parrot_kernels.grouped_gemm import tiles
+from parrot_kernels import triton_support
+from parrot_kernels.grouped_gemm import product_tiles, tiles
 from parrot_kernels.grouped_gemm.backward import Parts
 from parrot_kernels.grouped_gemm.tiles import (
     EVERY_ROW,
@@ -31,9 +31,10 @@ from parrot_kernels.grouped_gemm.tiles import (
     source_rows,
     tile_position,
 )
+from parrot_kernels.launches import launch
 from parrot_kernels.permute import triton_impl as permute
 from parrot_kernels.swiglu import triton_impl as swiglu
-from parrot_kernels.tile_choice import Tile, cheapest, launch, product_cost, product_tile
+from parrot_kernels.tile_choice import cdiv, next_power_of_2, product_tile
 
 # G groups, J segments, V rows a segment, S segments before the gather, N and K widths, I inner width
 
@@ -86,13 +87,14 @@ def _store_swiglu_bwd(grad, weight, cols, row_mask, z_ptr, h_ptr, grad_z_ptr, wi
 @triton.jit(do_not_specialize=["rows", "x_rows"])
 def _m_grouped_kernel(
     x_ptr, w_ptr, offsets_ptr, plan_ptr, weights_ptr, out_ptr, z_ptr, grad_z_ptr, sums_ptr,
-    rows, x_rows, num_groups, N, K, rows_per_segment, topk,
-    SOURCE: tl.constexpr, EPILOGUE: tl.constexpr, TRANS_W: tl.constexpr, TMA: tl.constexpr,
+    rows, x_rows, num_groups, N, K, rows_per_segment, topk, weight_scale,
+    SOURCE: tl.constexpr, EPILOGUE: tl.constexpr, TRANS_W: tl.constexpr, TMA: tl.constexpr, ROUTE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[r] = epilogue(x[source(r)] @ w[group(r)]), one output tile after the other.
 
-    w is [G, N, K] with TRANS_W, [G, K, N] without, and [2 * G, N, K] for SWIGLU. sums is [tiles along N, rows].
+    w is [G, N, K] with TRANS_W, [G, K, N] without, and [2 * G, N, K] for SWIGLU. sums is [tiles along N, rows]. The
+    weight of a segment is its own, or with ROUTE that of the segment of x that it comes from for its group: [S, G].
     """
     X_TMA: tl.constexpr = TMA and SOURCE != PLANNED
     PLANES: tl.constexpr = 2 if EPILOGUE == SWIGLU else 1
@@ -142,7 +144,8 @@ def _m_grouped_kernel(
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if weights_ptr is not None:
             weighted = row_mask & (group < num_groups)
-            weight = tl.load(weights_ptr + own_rows // rows_per_segment, mask=weighted, other=0.0)
+            at = from_rows // rows_per_segment * num_groups + group if ROUTE else own_rows // rows_per_segment
+            weight = weight_scale * tl.load(weights_ptr + at, mask=weighted, other=0.0)
         if EPILOGUE == SWIGLU:
             z = z_ptr + 2 * row * N if z_ptr is not None else None
             _store_swiglu(acc, up, weight, cols, row_mask, z, out, N, BLOCK_M)
@@ -224,14 +227,9 @@ _M_TILES = {
 _K_TILES = tiles.product_tiles({"tma": _TMA, **_PLAIN})
 
 
-def _m_tiles_of(tile: Tile, rows: int, columns: int, groups: int, segments: int, every_row: bool) -> int:
-    """Output tiles, as far as the host can know: the sizes of the groups are on the device."""
-    blocks = (
-        groups * triton.cdiv(rows // groups, tile["BLOCK_M"])
-        if every_row
-        else tile_choice.ragged_blocks(rows, groups, segments, tile["BLOCK_M"])
-    )
-    return blocks * triton.cdiv(columns, tile["BLOCK_N"])
+def _rows(matrix: Tensor) -> int:
+    """Rows of [..., width]."""
+    return matrix.numel() // matrix.shape[-1]
 
 
 def launch_m_grouped(
@@ -243,6 +241,8 @@ def launch_m_grouped(
     plan: Tensor | None,
     topk: int,
     weights: Tensor | None,
+    weight_scale: float = 1.0,
+    route: bool = False,
     rows_per_segment: int,
     epilogue: int,
     trans_w: bool,
@@ -256,13 +256,15 @@ def launch_m_grouped(
         offsets: None: each group takes every row of x.
         plan: None: rows are in place.
         topk: divisor of `plan`.
-        weights: [J] float32 or None.
+        weights: [J] float32, of each segment of x and group [S, G] with `route`, or None.
+        weight_scale: factor of `weights`.
+        route: see `weights`.
         rows_per_segment: V.
         epilogue: STORE, SWIGLU or SWIGLU_BWD.
         trans_w: layout of w.
     """
     out, z, grad_z, sums = outputs
-    rows, num_groups, x_rows = out[..., 0].numel(), w.shape[0], x[..., 0].numel()
+    num_groups, rows, x_rows = w.shape[0], _rows(out), _rows(x)
     if not rows:
         return
     columns, depth = out.shape[-1], x.shape[-1]
@@ -271,19 +273,15 @@ def launch_m_grouped(
     tiles.set_tma_allocator(x.device)
     processors = triton_support.num_processors(x.device)
     choices, results = _M_TILES[epilogue][kind], 2 if epilogue == SWIGLU.value else 1
-
-    def cost(tile: Tile) -> float:
-        count = _m_tiles_of(tile, rows, columns, num_groups, rows // rows_per_segment, offsets is None)
-        return product_cost(tile, count, depth, processors, element_size=x.element_size(), results=results)
-
-    tile = cheapest(choices, cost)
-    # An upper bound: each group, the padding too, ends with at most one tile row that is cut.
-    most = (rows // tile["BLOCK_M"] + num_groups + 1) * triton.cdiv(columns, tile["BLOCK_N"])
-    launch(_m_grouped_kernel, tile, choices, (min(processors, most),))(
+    segment = None if offsets is None else rows_per_segment
+    tile, programs = product_tiles.m_tile(
+        choices, rows, columns, depth, num_groups, segment, x.element_size(), results, processors
+    )  # fmt: skip
+    launch(_m_grouped_kernel, (programs,), tile, choices)(
         x, w, offsets, plan, weights, out, z, grad_z, sums,
-        rows, x_rows, num_groups, columns, depth, rows_per_segment, topk,
-        SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind == "tma",
-        BLOCK_G=triton.next_power_of_2(num_groups + 1),
+        rows, x_rows, num_groups, columns, depth, rows_per_segment, topk, weight_scale,
+        SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind == "tma", ROUTE=route,
+        BLOCK_G=next_power_of_2(num_groups + 1),
     )  # fmt: skip
 
 
@@ -292,22 +290,14 @@ def launch_k_grouped(
 ) -> None:
     """Runs `_k_grouped_kernel`: out [G, N, K] from a [..., N] and b [..., K]; `offsets` and `plan` as above."""
     num_groups, columns, depth = out.shape
-    rows, x_rows = a[..., 0].numel(), b[..., 0].numel()
+    rows, x_rows = _rows(a), _rows(b)
     source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
     kind = tiles.product_kind(depth, a, b)
     tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
     choices = _K_TILES[kind]
-
-    def count(tile: Tile) -> int:
-        return num_groups * triton.cdiv(columns, tile["BLOCK_M"]) * triton.cdiv(depth, tile["BLOCK_N"])
-
-    def cost(tile: Tile) -> float:
-        mean_rows = triton.cdiv(rows, max(1, num_groups))
-        return product_cost(tile, count(tile), mean_rows, processors, element_size=a.element_size())
-
-    tile = cheapest(choices, cost)
-    launch(_k_grouped_kernel, tile, choices, (min(processors, count(tile)),))(
+    tile, programs = product_tiles.k_tile(choices, rows, columns, depth, num_groups, a.element_size(), processors)
+    launch(_k_grouped_kernel, (programs,), tile, choices)(
         a, b, offsets, plan, out, rows, x_rows, num_groups, columns, depth, rows_per_segment, topk,
         SOURCE=source, TMA=kind == "tma",
     )  # fmt: skip
@@ -321,22 +311,26 @@ def swiglu_bwd_of_product(
     offsets: Tensor | None,
     plan: Tensor | None,
     topk: int,
-    weights: Tensor,
+    probs: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass of `weights * swiglu(z)` whose incoming gradient is a product: grad [S, V, H] @ w [G, I, H].T.
 
+    The weights are scale * probs [S, G].
+
     Returns:
-        weights * swiglu(z) [J, V, I], the gradient of z [J, V, 2, I], and that of the weights [J] float32.
+        weights * swiglu(z) [J, V, I], the gradient of z [J, V, 2, I], and sums [B, J, V] float32, which make the
+        gradient of the weights: over B and V.
     """
     segments, rows, _, width = z.shape
     h, grad_z = z.new_empty(segments, rows, width), torch.empty_like(z)
     block = _M_TILES[SWIGLU_BWD.value][tiles.product_kind(width, grad, w)][0]["BLOCK_N"]
-    sums = weights.new_empty(triton.cdiv(width, block), segments, rows)
+    sums = probs.new_empty(cdiv(width, block), segments, rows)
     launch_m_grouped(
-        grad, w, (h, z, grad_z, sums), offsets=offsets, plan=plan, topk=topk, weights=weights,
-        rows_per_segment=rows, epilogue=SWIGLU_BWD.value, trans_w=True,
+        grad, w, (h, z, grad_z, sums), offsets=offsets, plan=plan, topk=topk, weights=probs,
+        weight_scale=scale, route=True, rows_per_segment=rows, epilogue=SWIGLU_BWD.value, trans_w=True,
     )  # fmt: skip
-    return h, grad_z, sums.sum((0, 2))
+    return h, grad_z, sums
 
 
 def m_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:

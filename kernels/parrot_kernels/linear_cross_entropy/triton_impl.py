@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from parrot_kernels import triton_support
 from parrot_kernels.grouped_gemm.tiles import set_tma_allocator, tile_kind
+from parrot_kernels.launches import launch
 from parrot_kernels.linear_cross_entropy import kernels
-from parrot_kernels.tile_choice import Tile, Tiles, cheapest, launch, product_cost, product_tile, tables
+from parrot_kernels.tile_choice import Tile, Tiles, cdiv, cheapest, product_cost, product_tile, tables
 
 # L label rows, H hidden_size, N vocabulary rows held here, B columns of a chunk
 
@@ -66,13 +66,13 @@ def _launch(kernel: Any, choices: Tiles, like: Tensor, rows: int, columns: int, 
     processors = triton_support.num_processors(like.device)
 
     def count(tile: Tile) -> int:
-        return triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"])
+        return cdiv(rows, tile["BLOCK_M"]) * cdiv(columns, tile["BLOCK_N"])
 
     def cost(tile: Tile) -> float:
         return product_cost(tile, count(tile), depth, processors, element_size=like.element_size())
 
     tile = cheapest(choices, cost)
-    return launch(kernel, tile, choices, (min(processors, count(tile)),))
+    return launch(kernel, (min(processors, count(tile)),), tile, choices)
 
 
 def linear_cross_entropy_fwd(
@@ -87,7 +87,7 @@ def linear_cross_entropy_fwd(
         return lse, target_logits
     hidden, weight = hidden.contiguous(), weight.contiguous()
     kind = tile_kind(hidden, weight)
-    num_tiles = triton.cdiv(num_columns, _FWD_TILES[kind][0]["BLOCK_N"])
+    num_tiles = cdiv(num_columns, _FWD_TILES[kind][0]["BLOCK_N"])
     tops, totals = lse.new_empty(num_tiles, num_rows), lse.new_empty(num_tiles, num_rows)
     set_tma_allocator(hidden.device)
     _launch(kernels.fwd_kernel, _FWD_TILES[kind], hidden, num_rows, num_columns, width)(
@@ -95,7 +95,7 @@ def linear_cross_entropy_fwd(
         TMA=kind == "tma",
     )  # fmt: skip
     rows, tiles = 32, 64
-    kernels.combine_kernel[(triton.cdiv(num_rows, rows),)](
+    launch(kernels.combine_kernel, (cdiv(num_rows, rows),))(
         tops, totals, lse, num_rows, num_tiles, ROWS=rows, TILES=tiles
     )
     return lse, target_logits
@@ -130,7 +130,7 @@ def linear_cross_entropy_bwd(
     grad_lse, grad_target_logits = grad_lse.contiguous(), grad_target_logits.contiguous()
     chunks = list(_chunks(num_rows, weight.shape[0], hidden.element_size()))
     # Rows as long as 16 bytes allow, which is what TMA reads.
-    buffer = hidden.new_empty(num_rows, triton.cdiv(chunks[0][1], 8) * 8)
+    buffer = hidden.new_empty(num_rows, cdiv(chunks[0][1], 8) * 8)
     stride = buffer.shape[1]
     kind = tile_kind(hidden, weight)
     tma = kind == "tma"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from parrot_kernels import attention_tiles as tiles
 from parrot_kernels import triton_support
-from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cheapest, launch
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cdiv, cheapest
 
 # n query heads in groups of GROUP that share a key head; N rows of a block, at least 16 for the tensor cores.
 # In kernels: M rows of a tile, row i of it is head i % GROUP of query row i // GROUP; WIDTH <= D columns of a head.
@@ -127,7 +128,7 @@ def paged_attention(
             return attention_cost(both, "M", rows, "N", keys, groups * requests, sizes["D"], processors)
 
         tile = cheapest(_TILES, cost)
-        launch(_paged_kernel, tile, _TILES, (triton.cdiv(rows, tile["M"]), groups, requests))(
+        launch(_paged_kernel, (cdiv(rows, tile["M"]), groups, requests), tile, _TILES)(
             query, key_cache, value_cache, block_tables.contiguous(), cu_seqlens_q, kv_lengths,
             None if columns is None else columns.contiguous(), None if visible is None else visible.view(torch.uint8),
             out, extra, *query.stride()[:2], key_cache.stride(0), table_width, num_rows,

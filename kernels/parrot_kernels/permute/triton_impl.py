@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
 
 # T rows, K topk, R places in the plan, W columns
 
@@ -80,7 +82,7 @@ def _unpermute_bwd_kernel(
 
 def _block(width: int, most: int = 4096) -> int:
     """Columns that one program moves at a time."""
-    return min(triton.next_power_of_2(max(width, 16)), 64 if triton_support.INTERPRETING else most)
+    return min(next_power_of_2(max(width, 16)), 64 if triton_support.INTERPRETING else most)
 
 
 def places_of(plan: Tensor, positions: int) -> Tensor:
@@ -97,8 +99,8 @@ def combine_rows(
     if not y.numel():
         return
     block = _block(width)
-    grid = (num_rows, triton.cdiv(width, block))
-    _unpermute_kernel[grid](rows, probs, places, residual, y, scale, width, topk, BLOCK_W=block, num_warps=8)
+    grid = (num_rows, cdiv(width, block))
+    launch(_unpermute_kernel, grid)(rows, probs, places, residual, y, scale, width, topk, BLOCK_W=block, num_warps=8)
 
 
 def permute_fwd(x: Tensor, probs: Tensor | None, plan: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -108,8 +110,8 @@ def permute_fwd(x: Tensor, probs: Tensor | None, plan: Tensor, topk: int) -> tup
     row_probs = x.new_empty(0 if probs is None else places, dtype=torch.float32)
     if places:
         block = _block(width)
-        grid = (places, max(triton.cdiv(width, block), 1))
-        _permute_kernel[grid](x, probs, plan, rows, row_probs, width, topk, BLOCK_W=block, num_warps=8)
+        grid = (places, max(cdiv(width, block), 1))
+        launch(_permute_kernel, grid)(x, probs, plan, rows, row_probs, width, topk, BLOCK_W=block, num_warps=8)
     return rows, row_probs
 
 
@@ -142,9 +144,9 @@ def unpermute_bwd(
     grad_rows = torch.empty_like(rows) if needs_rows else None
     grad_probs = rows.new_empty(num_rows, topk, dtype=torch.float32) if needs_probs else None
     if num_rows and (needs_rows or needs_probs):
-        _unpermute_bwd_kernel[(num_rows,)](
+        launch(_unpermute_bwd_kernel, (num_rows,))(
             grad, rows, probs, places_of(plan, num_rows * topk), grad_rows, grad_probs, width, topk,
-            BLOCK_K=triton.next_power_of_2(topk), BLOCK_W=_block(width, 2048), num_warps=8,
+            BLOCK_K=next_power_of_2(topk), BLOCK_W=_block(width, 2048), num_warps=8,
         )  # fmt: skip
     return (
         rows.new_empty(0) if grad_rows is None else grad_rows,

@@ -11,11 +11,12 @@ sum_c grad_extra[h, i, c] * extra[h, i, c], which is why `extra` stays apart by 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from parrot_kernels import attention_tiles as tiles
+from parrot_kernels.launches import launch
 from parrot_kernels.router_attention import kernels
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
 
 # T query rows, M key rows, S samples, n query heads, g key/value heads, d head width, P positions
 
@@ -123,7 +124,7 @@ def router_attention_bwd(
         )
     grad_columns = columns.new_empty(columns.shape) if needs[3] else None
     if partial is not None and columns.shape[0]:
-        kernels.column_bwd_kernel[(triton.cdiv(columns.shape[0], _POSITIONS),)](
+        launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
             partial,
             *inputs[4:],
             grad_columns,
@@ -131,7 +132,7 @@ def router_attention_bwd(
             num_keys,
             columns.shape[0],
             KV_HEADS=kv_heads,
-            HEADS=triton.next_power_of_2(kv_heads),
+            HEADS=next_power_of_2(kv_heads),
             P=_POSITIONS,
         )
     grads = (grad_query, grad_key, grad_value, grad_columns)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from parrot_kernels import triton_support
 from parrot_kernels.grouped_gemm.tiles import sigmoid
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
 
 # J segments, V rows a segment, I inner width
 
@@ -58,7 +60,7 @@ def _swiglu_bwd_kernel(
 
 
 def _block(width: int) -> int:
-    return min(triton.next_power_of_2(max(width, 16)), 64 if triton_support.INTERPRETING else 2048)
+    return min(next_power_of_2(max(width, 16)), 64 if triton_support.INTERPRETING else 2048)
 
 
 def swiglu_fwd(z: Tensor, weights: Tensor | None) -> Tensor:
@@ -67,7 +69,7 @@ def swiglu_fwd(z: Tensor, weights: Tensor | None) -> Tensor:
     h = z.new_empty(segments, rows, width)
     if h.numel():
         block = _block(width)
-        _swiglu_fwd_kernel[segments * rows, triton.cdiv(width, block)](z, weights, h, rows, width, BLOCK=block)
+        launch(_swiglu_fwd_kernel, (segments * rows, cdiv(width, block)))(z, weights, h, rows, width, BLOCK=block)
     return h
 
 
@@ -77,5 +79,5 @@ def swiglu_bwd(grad: Tensor, z: Tensor, weights: Tensor | None) -> tuple[Tensor,
     grad_z = torch.empty_like(z)
     sums = None if weights is None else weights.new_empty(segments, rows)
     if grad.numel():
-        _swiglu_bwd_kernel[segments * rows,](grad, z, weights, grad_z, sums, rows, width, BLOCK=_block(width))
+        launch(_swiglu_bwd_kernel, (segments * rows,))(grad, z, weights, grad_z, sums, rows, width, BLOCK=_block(width))
     return grad_z, z.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(1)

@@ -16,10 +16,10 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.launches import launch
 from parrot_kernels.semaphores import semaphores
 from parrot_kernels.text_guided_routing.kernels import (
     bwd_images_kernel,
@@ -27,7 +27,7 @@ from parrot_kernels.text_guided_routing.kernels import (
     bwd_text_kernel,
     fwd_kernel,
 )
-from parrot_kernels.tile_choice import Tile, Tiles, cheapest, launch, tables
+from parrot_kernels.tile_choice import Tile, Tiles, cdiv, cheapest, next_power_of_2, tables
 
 # S images, T text rows, H hidden_size, E experts
 
@@ -76,28 +76,42 @@ def _text_tiles(block_e: int, element_size: int) -> Tiles:
     return (tile(16), tile(64)) if block_e <= 32 else (tile(16),)
 
 
-def _sizes(query: Tensor, text: Tensor, router_weight: Tensor) -> tuple[int, dict[str, Any], Tile, Tiles]:
-    """Number of text blocks, the sizes that the kernels are compiled for, and the tile of the text among its choices.
+@functools.cache
+def _bwd_text_tiles(choices: Tiles, element_size: int) -> Tiles:
+    """Those of the text's gradient, for each of `choices`: as many columns as the registers take."""
+    widths = {16: 128, 64: 128 // element_size}
+    rows = [tile["BLOCK_T"] for tile in choices]
+    return tuple(Tile(sizes={"BLOCK_T": own, "BLOCK_H": widths[own]}) for own in rows)
+
+
+@functools.cache
+def _sizes(num_experts: int, hidden: int, element_size: int, long: bool) -> tuple[dict[str, Any], Tile, Tiles]:
+    """The sizes that the kernels are compiled for, and the tile of the text among its choices.
 
     Short texts are split finely, so that more programs share them; long ones coarsely, so that queries and router are
     read less often.
     """
-    num_experts, hidden = router_weight.shape
-    block_e = max(16, triton.next_power_of_2(num_experts))
-    choices = _text_tiles(block_e, text.element_size())
-    long = text.shape[0] > 4 * 16 * triton_support.num_processors(text.device)
-    tile = choices[-1] if long else choices[0]
+    block_e = max(16, next_power_of_2(num_experts))
+    choices = _text_tiles(block_e, element_size)
     constants = {"H": hidden, "E": num_experts, "BLOCK_E": block_e, "BLOCK_S": _BLOCK_S, "SCAN": 128}
-    return triton.cdiv(text.shape[0], tile["BLOCK_T"]), constants, tile, choices
+    return constants, choices[-1] if long else choices[0], choices
 
 
-def _image_tile(num_groups: int, hidden: int, text: Tensor, choices: Tiles) -> Tile:
+def _sizes_of(text: Tensor, router_weight: Tensor) -> tuple[int, dict[str, Any], Tile, Tiles]:
+    """Number of text blocks, and `_sizes`."""
+    rows = text.shape[0]
+    long = rows > 4 * 16 * triton_support.num_processors(text.device)
+    constants, tile, choices = _sizes(*router_weight.shape, text.element_size(), long)
+    return cdiv(rows, tile["BLOCK_T"]), constants, tile, choices
+
+
+@functools.lru_cache(1024)
+def _image_tile(num_groups: int, hidden: int, processors: int, choices: Tiles) -> Tile:
     """The one with the fewer columns a processor, in whole waves."""
-    processors = triton_support.num_processors(text.device)
 
     def cost(tile: Tile) -> int:
-        programs = num_groups * triton.cdiv(hidden, tile["BLOCK_H"])
-        return triton.cdiv(programs, processors) * tile["BLOCK_H"]
+        programs = num_groups * cdiv(hidden, tile["BLOCK_H"])
+        return cdiv(programs, processors) * tile["BLOCK_H"]
 
     return cheapest(choices, cost)
 
@@ -111,10 +125,10 @@ def text_guided_routing_fwd(
     logits = query.new_empty((num_images, num_experts), dtype=torch.float32)
     lse = query.new_empty(num_images, dtype=torch.float32)
     if num_images:
-        num_blocks, constants, tile, choices = _sizes(query, text, router_weight)
+        num_blocks, constants, tile, choices = _sizes_of(text, router_weight)
         num_blocks = max(1, num_blocks)  # without text there are still logits to clear
         parts = query.new_empty((num_images, num_blocks, num_experts + 2), dtype=torch.float32)
-        launch(fwd_kernel, tile, choices, (num_blocks,))(
+        launch(fwd_kernel, (num_blocks,), tile, choices)(
             query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts,
             semaphores(num_images, query.device), logits, lse,
             num_images, text.shape[0], query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
@@ -146,7 +160,7 @@ def text_guided_routing_bwd(
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     grad_logits, grad_lse = grad_logits.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     spans = text_start.contiguous(), text_end.contiguous()
-    num_blocks, constants, tile, choices = _sizes(query, text, router_weight)
+    num_blocks, constants, tile, choices = _sizes_of(text, router_weight)
     num_experts, hidden = router_weight.shape
 
     def scratch(*sizes: int) -> Tensor:
@@ -155,35 +169,31 @@ def text_guided_routing_bwd(
     # Of the scores only those inside a span are ever touched.
     scores, grad_attention = scratch(2, num_images, num_rows).unbind()
     stats, parts = scratch(num_images, 3), scratch(num_images, num_blocks, 3)
-    launch(bwd_scores_kernel, tile, choices, (num_blocks,))(
+    launch(bwd_scores_kernel, (num_blocks,), tile, choices)(
         query, text, *spans, router_weight, grad_logits, grad_lse, scores, grad_attention, parts,
         semaphores(num_images, query.device), stats,
         num_images, num_rows, query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
     )  # fmt: skip
     # Three TF32 products make one of float32 accuracy to half a bfloat16 bit and far beyond; float32 gets the real one.
-    constants["PRECISION"] = "ieee" if query.dtype == torch.float32 else "tf32x3"
+    precision = "ieee" if query.dtype == torch.float32 else "tf32x3"
     pairs = scores, grad_attention, stats
     if needs[1]:
-        # As many columns as the registers take.
-        widths = {16: 128, 64: 128 // query.element_size()}
-        blocks = tuple(
-            Tile(sizes={"BLOCK_T": rows, "BLOCK_H": widths[rows]}) for rows in (own["BLOCK_T"] for own in choices)
-        )
+        blocks = _bwd_text_tiles(choices, query.element_size())
         block = blocks[choices.index(tile)]
-        launch(bwd_text_kernel, block, blocks, (num_blocks, triton.cdiv(hidden, block["BLOCK_H"])))(
+        launch(bwd_text_kernel, (num_blocks, cdiv(hidden, block["BLOCK_H"])), block, blocks)(
             query, *spans, router_weight, grad_logits, *pairs, grads[1],
-            num_images, num_rows, query.stride(0), router_weight.stride(0), scale, **constants,
+            num_images, num_rows, query.stride(0), router_weight.stride(0), scale, **constants, PRECISION=precision,
         )  # fmt: skip
     if needs[0] or needs[2]:
-        del constants["SCAN"]
-        num_groups = triton.cdiv(num_images, _BLOCK_S)
+        images_constants = {name: value for name, value in constants.items() if name != "SCAN"}
+        num_groups = cdiv(num_images, _BLOCK_S)
         parts = scratch(num_groups if needs[2] else 0, num_experts, hidden)
         choices = _IMAGE_TILES["fp32" if query.dtype == torch.float32 else "products"]
-        tile = _image_tile(num_groups, hidden, text, choices)
-        launch(bwd_images_kernel, tile, choices, (triton.cdiv(hidden, tile["BLOCK_H"]), num_groups))(
+        tile = _image_tile(num_groups, hidden, triton_support.num_processors(text.device), choices)
+        launch(bwd_images_kernel, (cdiv(hidden, tile["BLOCK_H"]), num_groups), tile, choices)(
             text, *spans, grad_logits, *pairs, grads[0], parts,
-            semaphores(triton.cdiv(hidden, 32), query.device), grads[2],
+            semaphores(cdiv(hidden, 32), query.device), grads[2],
             num_images, num_rows, text.stride(0), scale,
-            **constants, NEEDS_QUERY=needs[0], NEEDS_ROUTER=needs[2],
+            **images_constants, PRECISION=precision, NEEDS_QUERY=needs[0], NEEDS_ROUTER=needs[2],
         )  # fmt: skip
     return grads  # type: ignore[return-value]

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
 
 # n rows, E experts, K topk; C columns: E padded
 
@@ -45,7 +47,7 @@ def why_not(*args: object) -> str | None:
 
 def _columns(num_experts: int, num_groups: int) -> tuple[int, int]:
     """Groups and experts of a group, both padded to powers of two."""
-    return triton.next_power_of_2(num_groups), triton.next_power_of_2(num_experts // num_groups)
+    return next_power_of_2(num_groups), next_power_of_2(num_experts // num_groups)
 
 
 @triton.jit
@@ -327,8 +329,8 @@ def topk_routing_fwd(
     block_n = max(1, _TILE // (block_g * block_i))
     single = rows * block_g * block_i <= _ONE_PROGRAM
     most = 1 if single else 4 * triton_support.num_processors(logits.device)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, most), block_n) * block_n
-    num_programs = 1 if single else triton.cdiv(rows, rows_per_program)
+    rows_per_program = cdiv(cdiv(rows, most), block_n) * block_n
+    num_programs = 1 if single else cdiv(rows, rows_per_program)
 
     def floats(*sizes: int) -> Tensor:
         return logits.new_empty(sizes, dtype=torch.float32)
@@ -345,8 +347,8 @@ def topk_routing_fwd(
     else:
         sums = integers(num_programs, num_experts), floats(num_programs, num_experts), floats(num_programs)
     bias = None if expert_bias is None else expert_bias.contiguous()
-    sizes: dict[str, Any] = {"E": num_experts, "K": topk, "BLOCK_E": triton.next_power_of_2(num_experts), "BLOCK": 512}
-    _fwd_kernel[(num_programs,)](
+    sizes: dict[str, Any] = {"E": num_experts, "K": topk, "BLOCK_E": next_power_of_2(num_experts), "BLOCK": 512}
+    launch(_fwd_kernel, (num_programs,))(
         logits, bias, probs, scores, lse, indices, ranks, *sums, offsets, plan, rows, rows_per_program, stride,
         scaling_factor, **sizes, G=num_groups, TOPK_GROUPS=topk_groups, SIGMOID=score_function == "sigmoid",
         RENORMALIZE=renormalize, SINGLE=single, BLOCK_G=block_g, BLOCK_I=block_i, BLOCK_N=block_n,
@@ -354,10 +356,10 @@ def topk_routing_fwd(
     )  # fmt: skip
     if not single:
         block_e = min(16, sizes["BLOCK_E"])
-        _totals_kernel[(triton.cdiv(num_experts, block_e),)](
+        launch(_totals_kernel, (cdiv(num_experts, block_e),))(
             *sums, tokens, score_sums, z_sum, num_programs, E=num_experts, BLOCK_E=block_e, BLOCK_P=128
         )
-        _plan_kernel[(num_programs,)](
+        launch(_plan_kernel, (num_programs,))(
             indices, ranks, sums[0], tokens, offsets, plan, rows, rows_per_program, **sizes
         )  # fmt: skip
     return probs, scores, lse, score_sums, z_sum, indices, tokens, offsets, plan
@@ -379,11 +381,11 @@ def topk_routing_bwd(
     logits, stride = _row_stride(logits)
     rows, num_experts = logits.shape
     grad_logits = logits.new_empty((rows, num_experts))
-    columns = triton.next_power_of_2(num_experts)
+    columns = next_power_of_2(num_experts)
     block_n = max(1, _TILE // columns)
     grads = (grad_probs, grad_scores, grad_lse, grad_score_sums, grad_z_sum)
     if rows:
-        _bwd_kernel[(triton.cdiv(rows, block_n),)](
+        launch(_bwd_kernel, (cdiv(rows, block_n),))(
             *(None if grad is None else grad.contiguous() for grad in grads),
             logits, topk_indices, grad_logits, rows, stride, scaling_factor,
             E=num_experts, K=topk_indices.shape[1], SIGMOID=score_function == "sigmoid", RENORMALIZE=renormalize,

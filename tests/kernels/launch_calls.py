@@ -1,0 +1,83 @@
+"""Launches a small kernel several ways and prints what reached the launcher; a program, since it compiles for sm_90.
+
+Each call is made twice: the first one goes through Triton, the second one straight to the compiled code.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.driver import driver
+
+from parrot_kernels import compile_only, launches
+from parrot_kernels.tile_choice import Tile
+
+SEEN: list[list[str]] = []
+
+
+class Launcher(compile_only.SilentLauncher):
+    """Notes grid, code, and arguments."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        super().__init__(source, metadata)
+
+        def note(*args: Any) -> None:
+            grid, function, flags, (enter, _), arguments = args[:3], args[4], args[5:10], args[11:13], args[13:]
+            if enter is not None:
+                enter(args[10])
+            named = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
+            SEEN.append(list(map(repr, (grid, function, flags, *named))))
+
+        self.launch = note
+
+
+@triton.jit(do_not_specialize=["rows"])
+def kernel(x_ptr, y_ptr, rows, width, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+    if y_ptr is not None:
+        tl.store(y_ptr + at, scale * tl.load(x_ptr + at, mask=at < rows, other=0.0), mask=at < rows)
+    if WIDE:
+        tl.store(x_ptr + at, 0.0, mask=at < rows)
+
+
+def main() -> None:
+    silent = compile_only.CompileOnlyDriver(90)
+    silent.launcher_cls = Launcher
+    driver.set_active(silent)
+    x, half, odd = torch.zeros(64), torch.zeros(64, dtype=torch.float16), torch.zeros(65)[1:]
+    tiles = (Tile(sizes={"BLOCK": 16}, warps=1), Tile(sizes={"BLOCK": 32}))
+    calls = {
+        "plain": ((x, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "other rows": ((x, x, 16, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "many rows": ((x, x, 2**31, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "width of 1": ((x, x, 7, 1, 0.5), {"WIDE": False}, tiles[0]),
+        "odd width": ((x, x, 7, 47, 0.5), {"WIDE": False}, tiles[0]),
+        "no y": ((x, None, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "other dtype": ((half, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "other address": ((odd, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
+        "other constant": ((x, x, 7, 48, 0.5), {"WIDE": True}, tiles[0]),
+        "other tile": ((x, x, 7, 48, 0.5), {"WIDE": False}, tiles[1]),
+    }
+    for name, (args, constants, tile) in calls.items():
+        # What Triton itself launches, what the first launch launches, and the second, which compiles nothing.
+        kernel[(3, 2)](*args, **constants, **tile.options)
+        wanted = SEEN.pop()
+        before = len(launches._ready)
+        for _ in range(2):
+            launches.launch(kernel, (3, 2), tile, tiles)(*args, **constants)
+        heard: list[Any] = []
+        knobs.runtime.launch_enter_hook.add(heard.append)
+        launches.launch(kernel, (3, 2), tile, tiles)(*args, **constants)
+        knobs.runtime.launch_enter_hook.remove(heard.append)
+        row = {"name": name, "wanted": wanted, "seen": SEEN[:], "kept": len(launches._ready) - before}
+        print(json.dumps({**row, "hooks": len(heard)}), flush=True)
+        SEEN.clear()
+
+
+if __name__ == "__main__":
+    main()
