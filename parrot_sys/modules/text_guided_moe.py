@@ -179,7 +179,7 @@ class TextGuidedMoE(nn.Module):
             return features, RoutingOutput(logits=unrouted, probs=unrouted)
         config = self.config
         if override is None and self._fusable():
-            return self._run_fused(features, query, text, guidance_start, guidance_end)
+            return self._fused(features, query, text, guidance_start, guidance_end)
         query = features[:, 0] if query is None else query
         logits, routing = self._route(query, text, guidance_start, guidance_end)
         sparse = config.routing == "topk"
@@ -187,9 +187,8 @@ class TextGuidedMoE(nn.Module):
         if override is not None:
             # Overridden weights may be anything, so all experts run.
             plan = None
-            probs = (
-                torch.full_like(probs, 1 / config.num_experts) if override.probs is None else override.probs.to(probs)
-            )
+            even = torch.full_like(probs, 1 / config.num_experts)
+            probs = even if override.probs is None else override.probs.to(probs)
         output = self._run_experts(features, probs, plan)
         aux_loss = z_loss = None
         if torch.is_grad_enabled():  # their statistics need every rank of the group: only training brings all of them
@@ -211,39 +210,32 @@ class TextGuidedMoE(nn.Module):
             return nn.functional.rms_norm(text, text.shape[1:], eps=_EPS), 1 / self.hidden_size
         return text, 1 / math.sqrt(self.hidden_size)
 
-    def _run_fused(
-        self, features: Tensor, query: Tensor | None, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
-    ) -> tuple[Tensor, RoutingOutput]:
+    def _fused(self, x: Tensor, query: Tensor | None, text: Tensor, *spans: Tensor) -> tuple[Tensor, RoutingOutput]:
         """`forward` where it is `_fusable`."""
-        config = self.config
-        sparse = config.routing == "topk"
-        weights = self.router_weight, self.w_gate_up, self.w_down
-        text, scale = self._guidance(text)
+        config, (text, scale) = self.config, self._guidance(text)
+        topk = config.topk if config.routing == "topk" else None
         output, logits, probs, indices = text_guided_experts(
-            features, text, guidance_start, guidance_end, *weights, scale=scale, query=query,
-            topk=config.topk if sparse else None, renormalize=sparse and config.renormalize,
-            recompute=config.recompute, **_residual_scales(config),
+            x, text, *spans, self.router_weight, self.w_gate_up, self.w_down, scale=scale, query=query, topk=topk,
+            renormalize=config.renormalize and topk is not None, recompute=config.recompute, **_residual_scales(config),
         )  # fmt: skip
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices)
 
     def _run_experts(self, features: Tensor, probs: Tensor, plan: TopKRouting | None) -> Tensor:
         """[n, V, H], the experts' weighted sum with the residual."""
-        scales, recompute = _residual_scales(self.config), self.config.recompute
-        weights = self.w_gate_up, self.w_down
+        scales, recompute, weights = _residual_scales(self.config), self.config.recompute, (self.w_gate_up, self.w_down)
         if self._alone:
             return expert_mlp(features, *weights, probs, plan=plan, recompute=recompute, **scales)
         sent = dispatch_images(features, probs, plan, self.groups)
-        residual_scale = scales.pop("residual_scale")
-        output = expert_mlp(sent.images, *weights, sent.probs, plan=sent.plan, recompute=recompute, **scales)
-        return sent.combine(output, residual_scale=residual_scale)
+        own = {"output_scale": scales["output_scale"], "plan": sent.plan, "recompute": recompute}
+        return sent.combine(
+            expert_mlp(sent.images, *weights, sent.probs, **own), residual_scale=scales["residual_scale"]
+        )
 
-    def _route(
-        self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
-    ) -> tuple[Tensor, TopKRouting]:
+    def _route(self, cls_rows: Tensor, text: Tensor, *spans: Tensor) -> tuple[Tensor, TopKRouting]:
         """Router logits [n, E] of the images with CLS rows [n, H], and what they choose."""
         config = self.config
         text, scale = self._guidance(text)
-        logits, _ = text_guided_routing(cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=scale)
+        logits, _ = text_guided_routing(cls_rows, text, *spans, self.router_weight, scale=scale)
         if config.router_scale != 1.0:
             logits = logits * config.router_scale
         sparse = config.routing == "topk"
