@@ -210,32 +210,66 @@ class TextGuidedMoE(nn.Module):
             return nn.functional.rms_norm(text, text.shape[1:], eps=_EPS), 1 / self.hidden_size
         return text, 1 / math.sqrt(self.hidden_size)
 
-    def _fused(self, x: Tensor, query: Tensor | None, text: Tensor, *spans: Tensor) -> tuple[Tensor, RoutingOutput]:
+    def _fused(
+        self, features: Tensor, query: Tensor | None, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
+    ) -> tuple[Tensor, RoutingOutput]:
         """`forward` where it is `_fusable`."""
-        config, (text, scale) = self.config, self._guidance(text)
-        topk = config.topk if config.routing == "topk" else None
+        config = self.config
+        text, scale = self._guidance(text)
+        sparse = config.routing == "topk"
+        residual_scale, output_scale = _residual_scales(config)
         output, logits, probs, indices = text_guided_experts(
-            x, text, *spans, self.router_weight, self.w_gate_up, self.w_down, scale=scale, query=query, topk=topk,
-            renormalize=config.renormalize and topk is not None, recompute=config.recompute, **_residual_scales(config),
-        )  # fmt: skip
+            features,
+            text,
+            guidance_start,
+            guidance_end,
+            self.router_weight,
+            self.w_gate_up,
+            self.w_down,
+            scale=scale,
+            query=query,
+            topk=config.topk if sparse else None,
+            renormalize=sparse and config.renormalize,
+            residual_scale=residual_scale,
+            output_scale=output_scale,
+            recompute=config.recompute,
+        )
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices)
 
     def _run_experts(self, features: Tensor, probs: Tensor, plan: TopKRouting | None) -> Tensor:
         """[n, V, H], the experts' weighted sum with the residual."""
-        scales, recompute, weights = _residual_scales(self.config), self.config.recompute, (self.w_gate_up, self.w_down)
+        residual_scale, output_scale = _residual_scales(self.config)
+        recompute = self.config.recompute
         if self._alone:
-            return expert_mlp(features, *weights, probs, plan=plan, recompute=recompute, **scales)
+            return expert_mlp(
+                features,
+                self.w_gate_up,
+                self.w_down,
+                probs,
+                plan=plan,
+                residual_scale=residual_scale,
+                output_scale=output_scale,
+                recompute=recompute,
+            )
         sent = dispatch_images(features, probs, plan, self.groups)
-        own = {"output_scale": scales["output_scale"], "plan": sent.plan, "recompute": recompute}
-        return sent.combine(
-            expert_mlp(sent.images, *weights, sent.probs, **own), residual_scale=scales["residual_scale"]
+        output = expert_mlp(
+            sent.images,
+            self.w_gate_up,
+            self.w_down,
+            sent.probs,
+            plan=sent.plan,
+            output_scale=output_scale,
+            recompute=recompute,
         )
+        return sent.combine(output, residual_scale=residual_scale)
 
-    def _route(self, cls_rows: Tensor, text: Tensor, *spans: Tensor) -> tuple[Tensor, TopKRouting]:
+    def _route(
+        self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor
+    ) -> tuple[Tensor, TopKRouting]:
         """Router logits [n, E] of the images with CLS rows [n, H], and what they choose."""
         config = self.config
         text, scale = self._guidance(text)
-        logits, _ = text_guided_routing(cls_rows, text, *spans, self.router_weight, scale=scale)
+        logits, _ = text_guided_routing(cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=scale)
         if config.router_scale != 1.0:
             logits = logits * config.router_scale
         sparse = config.routing == "topk"
@@ -267,13 +301,13 @@ class TextGuidedMoE(nn.Module):
             self._step_totals = None
 
 
-def _residual_scales(config: TextGuidedMoEConfig) -> dict[str, float]:
-    """Factors of the features and of the experts' output in the result, as the ops name them."""
+def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:
+    """Factors of the features and of the experts' output in the result."""
     if config.residual == "code":
-        return {"residual_scale": config.residual_weight, "output_scale": 1.0}
+        return config.residual_weight, 1.0
     if config.residual == "paper":
-        return {"residual_scale": 1.0, "output_scale": config.residual_weight}
-    return {"residual_scale": 0.0, "output_scale": 1.0}
+        return 1.0, config.residual_weight
+    return 0.0, 1.0
 
 
 def released_keys(num_experts: int) -> dict[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 _LIBRARY = torch.library.Library("parrot", "FRAGMENT")
 
@@ -78,7 +79,7 @@ class Operator:
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """What runs inside is not for torch.compile, also where it only compiles parts of the caller."""
-    disabled = torch._disable_dynamo(function)
+    disabled: Callable[..., Any] = _disable_dynamo(function)
 
     def call(*args: Any) -> Any:
         return disabled(*args) if "torch._dynamo" in sys.modules else function(*args)
