@@ -78,7 +78,7 @@ class Operator:
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What runs inside is not for torch.compile, also where it only compiles parts of the caller."""
+    """`function` out of sight of torch.compile, also where it only compiles parts of the caller."""
     disabled: Callable[..., Any] = _disable_dynamo(function)
 
     def call(*args: Any) -> Any:
