@@ -1,8 +1,8 @@
 """Generated training records of any number, for the benchmarks of the data path.
 
-Texts are words of the vendored vocabulary (six languages) in sentences whose lengths are log-normal, about 100 tokens a
-record with its template; 85% of the records have a picture, out of a small set that they name again and again. A record
-depends on the seed and its number only.
+Texts are words of the vendored vocabulary (six languages), as often as Zipf's law says, in sentences whose lengths are
+log-normal, about 100 tokens a record with its template; 85% of the records have a picture, out of a small set that they
+name again and again. A record depends on the seed and its number only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ LANGUAGES = {"en": 0.5, "zh": 0.14, "pt": 0.12, "ar": 0.08, "tr": 0.08, "ru": 0.
 """Share of the records in each language."""
 WITH_PICTURE = 0.85
 _PICTURES_IN_FOLDER = 1000
-_WORDS = 11.0  # median of the words of a turn
+_WORDS = 4.5  # median of the words of a turn
 _SPREAD = 0.75  # standard deviation of their logarithm
+_Words = tuple[list[str], list[float]]
 _BLOCK = 4096  # records whose sizes are drawn at once
 _TOKENIZER_RECORDS = 20_000
 
@@ -40,9 +41,15 @@ def vocabulary() -> dict[str, list[str]]:
     return {language: sorted(known) for language, known in words.items()}
 
 
+def _weighted(words: Sequence[str]) -> _Words:
+    """The words in an order of their own, with cumulative weights: the second comes half as often as the first."""
+    order = random.Random(0).sample(words, len(words))
+    return order, list(itertools.accumulate(1 / rank for rank in range(1, len(order) + 1)))
+
+
 def records(count: int, *, pictures: int, seed: int = 0, start: int = 0) -> Iterator[dict[str, Any]]:
     """LLaVA records; number `start` onwards, a multiple of the block."""
-    words = vocabulary()
+    words = {language: _weighted(known) for language, known in vocabulary().items()}
     names, shares = list(LANGUAGES), list(LANGUAGES.values())
     for first in range(start, start + count, _BLOCK):
         generator = random.Random(f"{seed}:{first}")
@@ -55,12 +62,13 @@ def records(count: int, *, pictures: int, seed: int = 0, start: int = 0) -> Iter
 
 
 def _record(
-    number: int, language: str, words: Sequence[str], sizes: Any, picture: int | None, generator: random.Random
+    number: int, language: str, words: _Words, sizes: Any, picture: int | None, generator: random.Random
 ) -> dict[str, Any]:
     separator = "" if language == "zh" else " "
     turns = []
     for turn, size in enumerate(sizes.tolist()):
-        text = separator.join(generator.choices(words, k=1 + int(size * (2.5 if turn % 2 else 1.0))))
+        count = 1 + int(size * (2.5 if turn % 2 else 1.0))  # answers are longer than questions
+        text = separator.join(generator.choices(words[0], cum_weights=words[1], k=count))
         if turn % 2:
             turns.append({"from": "gpt", "value": f"{text}."})
         else:

@@ -84,7 +84,7 @@ COMMANDS = {
 }
 
 
-_MODULES = {"data check": "parrot_sys.training.data_check"}
+_MODULES = {"data check": "parrot_sys.training.data_check", "data index": "parrot_sys.training.data_index"}
 """Commands of two words that do not belong to the module of the first."""
 
 

@@ -31,6 +31,8 @@ _HELP = """usage: parrot data COMMAND [options]
              $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
   languages
            list the languages that the default data set can be made in
+  index    read, check and tokenise data sets once, so that training starts at once with little memory
+             $ parrot data index a.json b.jsonl --output data/index --config parrot_7b --model.tokenizer-path qwen
   vendor   make the vendored names and drawings again from their public sources (for maintainers)
 """
 

@@ -14,21 +14,17 @@ import tyro
 from tqdm import tqdm
 
 from parrot_sys.cli import parse_config
-from parrot_sys.config_values import load_config
 from parrot_sys.data.check import CheckSetup, Pictures, check_files
 from parrot_sys.data.check_report import CheckReport, FileReport, render
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.mixture import Group, mixed
-from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import ConfigError, ParrotError
-from parrot_sys.files import read_json
-from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
-from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER
+from parrot_sys.paths import INPUT_FILE
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.hf_config import config_from_hf
-from parrot_sys.training.checkpoint import find_checkpoint
 from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.record_setup import StartConfig, model_and_processor
 
 DESCRIPTION = """Reads record files once and reports what is in them and what training would stop at, leave out or
 change: wrong records, markers, pictures, answers lost to max_seq_len, control tokens in texts, ids beyond the
@@ -40,15 +36,6 @@ that do not matter here are left out. Without a tokenizer lengths and ids are no
 
 parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
 parrot data check a.json --checkpoint.load-from runs/first/hf --data.on-bad-sample skip --json > report.json"""
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class StartConfig:
-    """Weights that training starts from."""
-
-    load_from: Annotated[str | None, INPUT_FOLDER] = None
-    """Checkpoint whose tokenizer is used when model.tokenizer_path is not set, and whose model when no setting of
-    `model` is."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -88,7 +75,7 @@ def check(config: DataCheckConfig) -> CheckReport:
     """The report on the files of a configuration."""
     data = replace(config.data, paths=tuple(map(str, config.files))) if config.files else config.data
     setup, problems = _setup(config, data)
-    total = sum(source.path.stat().st_size for source in data.sources() if source.path.is_file())
+    total = sum(_size(source.path) for source in data.sources())
     with tqdm(total=total, desc="check", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
 
         def advance(read: int) -> None:
@@ -105,23 +92,20 @@ def check(config: DataCheckConfig) -> CheckReport:
     return report
 
 
+def _size(path: Path) -> int:
+    """Bytes of a data set; 0 where it is missing, which the report says."""
+    try:
+        return open_source(path).size()
+    except ParrotError:
+        return 0
+
+
 def _setup(config: DataCheckConfig, data: DataConfig) -> tuple[CheckSetup, list[str]]:
     """Settings to check against, and faults already found on the model's side."""
     model, start = config.model, config.checkpoint.load_from
     processor, problems = None, []
     try:
-        folder = Path(start or "")
-        if start is not None:
-            training = find_checkpoint(start)
-            if model == ParrotConfig():
-                model = _model_of(training, folder)
-            folder = training / PROCESSOR if training is not None else folder
-        if model.tokenizer_path is not None:
-            processor = ParrotProcessor.for_tower(
-                model.tokenizer_path, model.vision.type, model.vision.image_size, model.template
-            )
-        elif start is not None:
-            processor = ParrotProcessor.from_pretrained(folder, model.template)
+        model, processor = model_and_processor(model, start)
         if processor is not None:
             processor = processor.with_data_config(data).with_tiling(model.tiling)
             processor.encode_text("")  # a checkpoint may hold no tokenizer
@@ -140,12 +124,6 @@ def _setup(config: DataCheckConfig, data: DataConfig) -> tuple[CheckSetup, list[
         pictures=config.pictures,
     )
     return setup, problems
-
-
-def _model_of(training: Path | None, directory: Path) -> ParrotConfig:
-    if training is not None:
-        return load_config(ParrotConfig, training / MODEL_CONFIG)
-    return config_from_hf(read_json(directory / "config.json"), directory)
 
 
 def _reasons(report: CheckReport, setup: CheckSetup) -> Iterator[str]:

@@ -172,6 +172,7 @@ def test_others_wait_for_the_one_that_builds(tmp_path, processor, pictures, monk
 
     monkeypatch.setattr(build, "write_block", slow)
     monkeypatch.setattr(build, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(build, "_LOG_SECONDS", 0.0)
     monkeypatch.setattr("parrot_sys.data.index.waiting._POLL_SECONDS", 0.02)
     monkeypatch.setattr("parrot_sys.data.index.waiting._SAY_SECONDS", 0.0)
 
@@ -190,6 +191,7 @@ def test_others_wait_for_the_one_that_builds(tmp_path, processor, pictures, monk
     assert len(builds) == 4
     assert len(set(builds)) == 1
     assert len(set(beats)) == 3  # the watchdog of each hears of it
+    assert "index set.json: 6 of about 12 records" in caplog.text
     for done in ("3 of about 12 records (25%)", "9 of about 12 records (75%)"):
         assert f"has indexed {done}" in caplog.text
 

@@ -201,9 +201,11 @@ class _Progress:
             return
         self._last = now
         # (How many records there are is known at the end of the scan: until then it is an estimate.)
-        self._bar.total = max(self.scanned, int(self.scanned * self.size / max(self._bytes, 1)))
-        write_progress(self._parts, self._done, self._bar.total)
-        if self._bar.disable and now - self._logged > _LOG_SECONDS:
+        total = max(self.scanned, int(self.scanned * self.size / max(self._bytes, 1)))
+        write_progress(self._parts, self._done, total)
+        if not self._bar.disable:
+            self._bar.total = total
+        elif now - self._logged > _LOG_SECONDS:
             self._logged = now
-            logger.info("%s: %s of about %s records", self._bar.desc, f"{self._done:,}", f"{self._bar.total:,}")
+            logger.info("index %s: %s of about %s records", self._source.path.name, f"{self._done:,}", f"{total:,}")
         self._on_progress()

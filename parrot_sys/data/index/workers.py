@@ -6,6 +6,7 @@ the process that started it is gone.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -85,6 +86,7 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
     indexer: Indexer = pickle.load(requests)
+    gc.freeze()  # (libraries are most of what the collector would look through, again and again)
     while True:
         try:
             places, first, part = pickle.load(requests)
