@@ -28,6 +28,7 @@ from parrot_sys.data.packing import expanded_lengths, remaining_labels
 from parrot_sys.data.parts import moves_images, turn_parts
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record, content_digest, describe_record, parse_record
+from parrot_sys.data.sources.base import RecordSource
 from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.templates import TEMPLATES
 from parrot_sys.errors import DataError, StorageError
@@ -100,13 +101,15 @@ class _FileCheck:
         """Reads the file; one that breaks off, and a damaged archive of images, are problems of its report."""
         data = self.setup.data
         try:
+            source = open_source(self.source.path)
             self.images = ImageRoot(
                 self.source.image_root,
                 allow_outside=data.allow_outside_root,
                 cache_dir=data.cache_dir,
                 remote=data.remote,
+                own=list(filter(None, [source.pictures()])),
             )
-            for block in _blocks(self._records(on_progress), _BLOCK):
+            for block in _blocks(self._records(source, on_progress), _BLOCK):
                 self._check_block(block)
                 digests.extend(map(content_digest, block))
                 numbers.extend(record.index for record in block)
@@ -114,10 +117,10 @@ class _FileCheck:
             self.report.unreadable = str(error)
         self.report.pictures.notes = self.notes.counts()
 
-    def _records(self, on_progress: Callable[[int], None]) -> Iterator[Record]:
+    def _records(self, source: RecordSource, on_progress: Callable[[int], None]) -> Iterator[Record]:
         """The records that can be parsed; the others go into the report."""
         report = self.report
-        for index, raw in enumerate(open_source(self.source.path).records(on_progress)):
+        for index, raw in enumerate(source.records(on_progress)):
             report.records += 1
             if isinstance(raw, Mapping):
                 report.layouts.add(layout_name(raw))

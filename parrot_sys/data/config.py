@@ -14,7 +14,7 @@ from parrot_sys.data.parts import ControlTokens, ImagePosition
 from parrot_sys.data.remote.config import RemoteConfig
 from parrot_sys.data.remote.storage import is_remote
 from parrot_sys.errors import ConfigError
-from parrot_sys.paths import INPUT, INPUT_FILE, OUTPUT_FOLDER
+from parrot_sys.paths import INPUT, OUTPUT_FOLDER
 
 T = TypeVar("T")
 
@@ -34,11 +34,11 @@ class DataSource:
 class DataConfig:
     """Lists hold one value for each of `paths`, or none for the default; all but `names` may hold one value for all."""
 
-    paths: Annotated[tuple[str, ...], INPUT_FILE] = ()
-    """Data sets: a JSON list (.json) or one record a line (.jsonl), in LLaVA/Parrot format or another one of
-    docs/data.md."""
+    paths: Annotated[tuple[str, ...], INPUT] = ()
+    """Data sets: JSON lists, JSON lines, Parquet or Arrow files, Hugging Face data sets, WebDataset shards or energon
+    folders; records in LLaVA/Parrot format or another one of docs/data.md."""
     image_roots: Annotated[tuple[str, ...], INPUT] = ()
-    """Base of the records' image names (default: the directory of each file): a directory, a tar or
+    """Base of the records' image names (default: the directory of each data set): a directory, a tar or
     Parquet file, a directory of those, a pattern such as 'shards/*.tar', or an address of one of these that fsspec
     opens (s3://, gs://, https://)."""
     allow_outside_root: bool = False
@@ -135,7 +135,7 @@ class DataConfig:
         """The data sets with their settings."""
         paths = [Path(path) for path in self.paths]
         given: tuple[str | Path, ...] = tuple(root if is_remote(root) else Path(root) for root in self.image_roots)
-        beside: list[str | Path] = [path.parent for path in paths]
+        beside: list[str | Path] = [path if path.is_dir() else path.parent for path in paths]
         roots = _spread(given, beside)
         names = self.names or tuple(path.stem for path in paths)
         languages = _spread(self.languages, [""] * len(paths))
