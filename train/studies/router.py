@@ -20,10 +20,6 @@ _RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coef
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector only": ("no experts", None),
     "released": ("the released rule: dense, logits as they come, no auxiliary loss", _RELEASED),
-    "top-1, balanced": (
-        "one expert an image, not renormalised, load-balancing loss 0.02",
-        {**_RELEASED, "routing": "topk", "topk": 1, "renormalize": False, "aux-loss-coeff": 0.02},
-    ),
     "default": ("the demo's default: dense, scaled, information loss", {}),
 }
 """Variant -> description, and settings of `model.moe` that differ from the default's."""
@@ -69,7 +65,7 @@ ROUTERS = Experiment(
     comparisons=(
         ("default - projector only", "default", "projector only"),
         ("default - released", "default", "released"),
-        ("default - top-1, balanced", "default", "top-1, balanced"),
+        ("released - projector only", "released", "projector only"),
     ),
     file="routers.json",
     routes=routes_of,
