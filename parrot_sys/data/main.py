@@ -18,22 +18,22 @@ from parrot_sys.markdown_tables import table
 
 _HELP = """usage: parrot data COMMAND [options]
 
-  build    make the default data set: pictures, conversations in each language, tokenizer, benchmark tables
-             $ parrot data build --output data/default
-             $ parrot data build --output data/eight --languages en zh de hi ja sw he zh-Hant
-             $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
-  import   turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize, xGQA,
-           MaXM, CVQA, M3Exam, Kaleidoscope, xMMMU) into records to train on, or multiple-choice ones into tables
-             $ parrot data import --source cvqa --input test-00000-of-00005.parquet --output data/cvqa.tsv
-             $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
-               --output data/mmgpt/aokvqa.json
-  check    read record files once and say whether training would start with them
-             $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
-  languages
-           list the languages that the default data set can be made in
-  index    read, check and tokenise data sets once, so that training starts at once with little memory
-             $ parrot data index a.json b.jsonl --output data/index --config parrot_7b --model.tokenizer-path qwen
-  vendor   make the vendored names and drawings again from their public sources (for maintainers)
+  build      make the default data set: pictures, conversations in each language, tokenizer, benchmark tables
+               $ parrot data build --output data/default
+               $ parrot data build --output data/eight --languages en zh de hi ja sw he zh-Hant
+               $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
+  import     turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize,
+             xGQA, MaXM, CVQA, M3Exam, Kaleidoscope, xMMMU) into records to train on, or questions into tables
+               $ parrot data import --source cvqa --input test-00000-of-00005.parquet --output data/cvqa.tsv
+               $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
+                 --output data/mmgpt/aokvqa.json
+  check      read record files once and say whether training would start with them
+               $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct
+                 --model.tokenizer-path qwen
+  languages  list the languages that the default data set can be made in
+  index      read, check and tokenise data sets once, so that training starts at once with little memory
+               $ parrot data index a.json b.jsonl --output data/index --config parrot_7b --model.tokenizer-path qwen
+  vendor     make the vendored names and drawings again from their public sources (for maintainers)
 """
 
 

@@ -53,7 +53,7 @@ class DataImportConfig:
     output: Annotated[Path, NEW_FILE]
     """File to write: records (.json), or tables (.tsv): `cvqa.tsv` becomes a `cvqa_LANGUAGE.tsv` for each language."""
     language: str = ""
-    """Language (BCP 47) of rows that do not say theirs. When not given, that of the set or of the name of the file."""
+    """Language (BCP 47) of rows that do not say theirs. When not given, the set's, or the end of the input's name."""
     limit: int | None = None
     """Take so many rows, drawn at random, instead of all."""
     seed: int = 42
