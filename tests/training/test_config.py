@@ -171,3 +171,20 @@ def test_the_lora_preset_freezes_everything_else(model: str) -> None:
     config = parse_config(TrainConfig, ["--config", model, "--config", "lora_instruct", *FLAGS])
     assert [name for name, learns in config.learning().items() if learns] == ["lora"]
     assert config.model.lora == LoRAConfig()
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "learning"),
+    [
+        ("llava_next_qwen3_8b", "llava_align", {"projector"}),
+        ("llava_next_qwen3_8b", "llava_instruct", {"vision", "projector", "llm"}),
+        ("llava_tiny_cpu", "tiny_pretrain", {"llm"}),
+        ("llava_tiny_cpu", "tiny_llava_align", {"projector"}),
+        ("llava_tiny_cpu", "tiny_instruct", {"projector", "llm"}),
+    ],
+)
+def test_stages_of_llava_train_the_parts_that_they_are_for(model: str, stage: str, learning: set[str]) -> None:
+    presets = list_presets()
+    config = parse_config(TrainConfig, ["--config", str(presets[model]), "--config", str(presets[stage]), *FLAGS])
+    assert {part for part, learns in config.learning().items() if learns} == learning
+    assert config.part_lrs() == ({"vision": 2e-6} if stage == "llava_instruct" else {})

@@ -83,7 +83,12 @@ MULTIMODAL_GPT = System(
         replace(INSTRUCT, preset="tiny_multimodal_gpt_instruct"),
     ),
 )
-LLAVA = System(name="llava", title="LLaVA", model="llava_tiny_cpu", stages=(PRETRAIN, ALIGN, INSTRUCT))
+LLAVA = System(
+    name="llava",
+    title="LLaVA",
+    model="llava_tiny_cpu",
+    stages=(PRETRAIN, replace(ALIGN, preset="tiny_llava_align"), INSTRUCT),
+)
 SYSTEMS: Mapping[str, System] = {system.name: system for system in (PARROT, WINGS, MULTIMODAL_GPT, LLAVA)}
 
 
