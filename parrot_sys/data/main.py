@@ -23,7 +23,7 @@ _HELP = """usage: parrot data COMMAND [options]
                $ parrot data build --output data/eight --languages en zh de hi ja sw he zh-Hant
                $ parrot data build --output data/english_heavy --mix zh=0.1,pt=0.1,ar=0.1,tr=0.1,ru=0.1
   import     turn a public data set (LLaVA, A-OKVQA, MiniGPT-4, COCO captions, OCR-VQA, VQAv2, Dolly, Alpaca, Baize,
-             xGQA, MaXM, CVQA, M3Exam, Kaleidoscope, xMMMU) into records to train on, or questions into tables
+             xGQA, MaXM, CVQA, M3Exam, Kaleidoscope, xMMMU, MaRVL) into records to train on, or questions into tables
                $ parrot data import --source cvqa --input test-00000-of-00005.parquet --output data/cvqa.tsv
                $ parrot data import --source aokvqa --input aokvqa_v1p0_train.json --images coco --limit 5000
                  --output data/mmgpt/aokvqa.json

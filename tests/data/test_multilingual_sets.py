@@ -318,6 +318,19 @@ def test_xmmmu(tmp_path: Path) -> None:
     ]
 
 
+def test_marvl(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "<image>\nபடத்தில் இரண்டு நாய்கள் உள்ளன"}, {"from": "gpt", "value": "False"}]
+    rows = [{"id": "ta-1", "image": hub(png()), "conversations": said}]
+    rows.append({**rows[0], "conversations": [said[0], {"from": "gpt", "value": "maybe"}]})
+    path = write_rows(tmp_path / "rows.parquet", rows)
+    (question,) = tables_of("marvl", path, language="ta", on_bad_row="skip")["ta"].questions
+    assert (question.question, question.answer) == ("படத்தில் இரண்டு நாய்கள் உள்ளன", "B")
+    assert question.options == {"A": "True", "B": "False"}
+    (records, report) = records_of("marvl", path, language="ta", on_bad_row="skip")
+    assert turns(records[0])[1] == "B"
+    assert "record 1: its answer must be true or false, got 'maybe'" in report.bad[0]
+
+
 def test_every_set_has_a_test_here() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     assert all(f'"{source}", ' in text for source in set(SOURCES) - set(INSTRUCTIONS))

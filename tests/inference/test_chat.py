@@ -21,7 +21,7 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.chat import ChatConfig, ChatSession, _handle, _loop, routing_table
-from parrot_sys.inference.chat_texts import TEXTS
+from parrot_sys.inference.chat_texts import TEXTS, texts_in
 from parrot_sys.megatron.runtime.initialize import shutdown
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
@@ -245,3 +245,10 @@ def _read_until(descriptor: int, end: str, seconds: float) -> str:
         assert ready, f"waited {seconds} s for {end!r}, got {text!r}"
         text += os.read(descriptor, 4096).decode(errors="replace")
     return text
+
+
+def test_the_help_is_in_the_language_of_any_variant_of_a_code() -> None:
+    assert texts_in("pt-BR") is texts_in("PT") is TEXTS["pt"]
+    for code, message in (("de", "one that the help is written in"), ("zh-Hant", "written in"), ("deutsch", "BCP 47")):
+        with pytest.raises(ConfigError, match=message):
+            texts_in(code)

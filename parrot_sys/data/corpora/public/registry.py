@@ -11,6 +11,7 @@ from parrot_sys.data.corpora.public.cvqa import CVQA
 from parrot_sys.data.corpora.public.instructions import INSTRUCTIONS
 from parrot_sys.data.corpora.public.kaleidoscope import KALEIDOSCOPE
 from parrot_sys.data.corpora.public.m3exam import M3EXAM
+from parrot_sys.data.corpora.public.marvl import MARVL
 from parrot_sys.data.corpora.public.maxm import MAXM
 from parrot_sys.data.corpora.public.xgqa import XGQA
 from parrot_sys.data.corpora.public.xmmmu import XMMMU
@@ -24,6 +25,7 @@ SOURCES: Mapping[str, Source] = {
     "m3exam": M3EXAM,
     "kaleidoscope": KALEIDOSCOPE,
     "xmmmu": XMMMU,
+    "marvl": MARVL,
 }
 if TYPE_CHECKING:
     SourceName: TypeAlias = str
