@@ -46,7 +46,7 @@ def test_quick_demo_and_its_second_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["wings", "multimodal_gpt"])
+@pytest.mark.parametrize("model", ["wings", "multimodal_gpt", "llava"])
 def test_quick_demo_of_the_other_systems(tmp_path: Path, model: str) -> None:
     output = run(tmp_path, model)
     root = tmp_path / "runs" / f"demo-{model}-quick"
