@@ -152,6 +152,7 @@ class RankModel:
             lengths=inputs.lengths.int().to(device),
             has_images=has_images[request].to(device),
             image_of_row=inputs.image_of_row.to(device),
+            fresh=not bool(inputs.position_ids[inputs.bounds[:-1]].any()),
             any_images=bool(has_images.any()),
         )
 

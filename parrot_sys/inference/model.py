@@ -244,6 +244,7 @@ class ParrotForConditionalGeneration(nn.Module):
         images: Images = None,
         routing_override: RoutingOverride | None = None,
         return_tokens: bool = False,
+        prefix_token_id: int | None = None,
     ) -> list[Tensor] | list[list[list[TokenLogprob]]]:
         """Log-probabilities of continuations after their prompts; all of a prompt's run in one pass and share its rows.
 
@@ -253,6 +254,8 @@ class ParrotForConditionalGeneration(nn.Module):
             attention_mask, images: as in `forward`.
             routing_override: replaces the routes.
             return_tokens: log-probabilities of each token in the place of sums.
+            prefix_token_id: id that stands in for an empty prompt, as something has to come before the first token; the
+                checkpoint's first end of an answer when None.
 
         Returns:
             For each prompt float32 [K_b] on the CPU, summed over the tokens; with `return_tokens` for each prompt and
@@ -262,11 +265,28 @@ class ParrotForConditionalGeneration(nn.Module):
             DataError: ids, mask, images and continuations do not fit together, or a prompt with one is too long.
             CheckpointError: the model's logits are not finite.
         """
+        input_ids, attention_mask = self._without_empty(input_ids, attention_mask, prefix_token_id)
         samples = self._split(input_ids, attention_mask, images)
         scores, _ = score_continuations(self.lockstep, samples, continuations, routing_override)
         if return_tokens:
             return scores
         return [torch.tensor([sum(token.logprob for token in own) for own in options]) for options in scores]
+
+    def _without_empty(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prefix_token_id: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The batch with a token in each prompt that has none."""
+        if input_ids.dim() != 2 or (input_ids.shape[1] and attention_mask is None):
+            return input_ids, attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        empty = ~mask.bool().any(1) if mask.shape == input_ids.shape else torch.zeros(len(input_ids), dtype=torch.bool)
+        if not bool(empty.any()):
+            return input_ids, attention_mask
+        prefix = next(iter(self.eos_token_ids), None) if prefix_token_id is None else prefix_token_id
+        if prefix is None:
+            raise DataError("an empty prompt needs prefix_token_id: the checkpoint names no token that ends an answer")
+        column = torch.full_like(input_ids[:, :1] if input_ids.shape[1] else empty[:, None].long(), prefix)
+        return torch.cat((column.to(input_ids), input_ids), dim=1), torch.cat((empty[:, None].to(mask), mask), dim=1)
 
     def hf_state_dict(self) -> dict[str, Tensor]:
         """Everything that an export holds, by its released name."""

@@ -81,7 +81,8 @@ class Served:
                 # (What has a label guides no route.)
                 ids = torch.tensor([[*sample.input_ids, *tokens]])
                 labels = torch.tensor([[IGNORE_ID] * len(sample.input_ids) + tokens])
-                logits = self.model(ids, images=sample.pixel_values, labels=labels).logits[0, -1]
+                mask = torch.ones_like(ids)  # an answer may hold the id of the padding
+                logits = self.model(ids, mask, sample.pixel_values, labels).logits[0, -1]
                 best = logits.log_softmax(-1).topk(2)
                 assert best.values[0] - best.values[1] > 1e-4, f"prompt {number} has no clear answer: take other ids"
                 tokens.append(int(best.indices[0]))

@@ -200,6 +200,25 @@ def test_option_scores(tiny: ParrotForConditionalGeneration, cases: list[dict[st
         tiny.score(ids, [[[1]], [], [[2]]], mask, _images(cases[:3], pixels))
 
 
+def test_scores_of_tokens_and_of_empty_prompts(tiny: ParrotForConditionalGeneration) -> None:
+    ids, mask = torch.tensor([[5, 6, 7], [1, 1, 1]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    options = [[[8, 9], [10]], [[8, 9], [10, 11, 12]]]
+    tokens = tiny.score(ids, options, mask, return_tokens=True, prefix_token_id=30)
+    sums = tiny.score(ids, options, mask, prefix_token_id=30)
+    with torch.no_grad():
+        for row, prompt in enumerate(([5, 6, 7], [30])):
+            for own, found, total in zip(options[row], tokens[row], sums[row], strict=True):
+                exact = tiny(torch.tensor([prompt + own])).logits[0].log_softmax(-1)
+                for place, token in enumerate(own, start=len(prompt) - 1):
+                    assert abs(found[place - len(prompt) + 1].logprob - float(exact[place, token])) < 1e-4
+                    assert found[place - len(prompt) + 1].is_greedy == (int(exact[place].argmax()) == token)
+                assert abs(float(total) - sum(each.logprob for each in found)) < 1e-5
+    nothing = torch.zeros(1, 0, dtype=torch.int64)
+    alone = tiny.score(nothing, [[[8, 9]]], prefix_token_id=30)
+    assert abs(float(alone[0][0]) - float(sums[1][0])) < 1e-5
+    assert tiny.score(nothing, [[[8]]])[0].shape == (1,)  # after the token that ends answers
+
+
 def test_settings_are_checked(tiny: ParrotForConditionalGeneration) -> None:
     ids = torch.tensor([[1, 2, 3]])
     for setting, match in (

@@ -35,6 +35,7 @@ class Pages:
         request = torch.repeat_interleave(own)
         starts = (own.cumsum(0) - own)[request]
         position = self.lengths[request] + torch.arange(len(request)) - starts
+        fresh = not bool(self.lengths.any())
         self.lengths = self.lengths + own
         size = self._cache.block_size
         return PagedRows(
@@ -45,6 +46,7 @@ class Pages:
             lengths=self.lengths.int(),
             has_images=self.has_images[request],
             image_of_row=torch.full_like(request, -1) if images is None else images,
+            fresh=fresh,
             any_images=bool(self.has_images.any()),
         )
 

@@ -67,7 +67,7 @@ def make_context(
         positions: int64 [T], place of each row in its sample; for `ColumnSum` under context parallelism.
     """
     varlen = supports_varlen(dtype, cu_seqlens.device)
-    planned = not (varlen or paged is not None or shared is not None)
+    planned = not (varlen or (paged is not None and not paged.fresh) or shared is not None)
     return AttentionContext(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,

@@ -88,7 +88,9 @@ class CoreAttention(nn.Module):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
         if context.paged is not None:
-            return self._from_pages(query, key, value, context, context.paged)
+            buffers = context.paged.write(self.layer_number, key, value)
+            if not context.paged.fresh:
+                return self._from_pages(query, buffers, context, context.paged)
         if context.router is not None:
             return with_columns(query, key, value, context, context.router, self.scale)
         if context.shared is not None:
@@ -100,14 +102,12 @@ class CoreAttention(nn.Module):
         return planned_attention(query, key, value, context.plan, scale=self.scale, causal=self.causal)
 
     def _from_pages(
-        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, paged: PagedRows
+        self, query: Tensor, buffers: tuple[Tensor, Tensor], context: AttentionContext, paged: PagedRows
     ) -> Tensor:
-        buffers = paged.write(self.layer_number, key, value)
         asked = context.router
         columns = None if asked is None else asked.columns
-        output, sums = paged.attend(
-            query, buffers, context.cu_seqlens, context.max_seqlen, scale=self.scale, columns=columns
-        )
+        bounds, longest = context.cu_seqlens, context.max_seqlen
+        output, sums = paged.attend(query, buffers, bounds, longest, scale=self.scale, columns=columns)
         if asked is not None:
             asked.sums = sums
         return output

@@ -71,6 +71,8 @@ class PagedRows:
     """bool [T]: whether the row's request has an image anywhere."""
     image_of_row: Tensor
     """int64 [T]: image of the batch that each row holds or reads; -1 where there is none."""
+    fresh: bool
+    """Whether no request has rows in the cache but these, so that keys and values are all at hand."""
     any_images: bool
     """Whether any of the requests has an image, known without asking the device."""
 
