@@ -53,9 +53,8 @@ def records_of(source: str, path: Path, **settings: Any) -> tuple[list[dict[str,
         parsed = parse_record(record, index, output)
         root = ImageRoot(settings.get("images") or path.parent)
         for name in parsed.images:
-            kept = root.keep(name)
-            assert root.problem(kept) is None
-            load_image(root.picture(kept))
+            assert root.problem(name) is None
+            load_image(root.picture(name))
     return records, report
 
 
