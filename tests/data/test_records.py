@@ -37,6 +37,11 @@ def test_a_record_with_everything():
     assert parsed.turns == tuple(record()["conversations"])
 
 
+@pytest.mark.parametrize(("stated", "category"), [("faces", "faces"), (..., ""), (None, ""), (7, ""), (["a"], "")])
+def test_a_category_is_a_text_and_anything_else_is_somebody_elses(stated, category):
+    assert parse_record(record(category=stated), 0, PATH).category == category
+
+
 def test_defaults():
     parsed = parse_record(
         record(id=..., image=..., lang=..., conversations=turns(("human", "Hi"), ("gpt", "Hello"))),

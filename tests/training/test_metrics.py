@@ -41,7 +41,15 @@ def _batch() -> PackedBatch:
 
 
 def _reduced(batches: list[PackedBatch], outputs: list[tuple[torch.Tensor, RoutingOutput | None]]) -> StepMetrics:
-    metrics = StepMetrics(E, languages=("en", "zh"))
+    return _with_languages(("en", "zh"), batches, outputs)
+
+
+def _with_languages(
+    languages: tuple[str, ...],
+    batches: list[PackedBatch],
+    outputs: list[tuple[torch.Tensor, RoutingOutput | None]],
+) -> StepMetrics:
+    metrics = StepMetrics(E, languages=languages)
     for batch, (losses, routing) in zip(batches, outputs, strict=True):
         metrics.add_losses(batch, losses)
         if routing is not None:
@@ -122,6 +130,33 @@ def test_languages_are_those_of_the_data_and_sums_survive_a_change_of_them(befor
     for name, value in restored.items():
         if name.startswith(("loss/", "experts/")):
             assert value == pytest.approx(both[name]), name
+
+
+def test_routes_are_counted_by_any_language_and_category_on_any_rank() -> None:
+    """Three images: one of a sample in zh, two of one in en; ranks and a restart between them change nothing."""
+    batch = dataclasses.replace(_batch(), languages=("qaa-x-one", "ko", "pt-BR"), categories=("food", "", "tools"))
+    probs = torch.eye(E)[[0, 1, 1]]
+    routing = RoutingOutput(logits=probs.log(), probs=probs)
+    losses = torch.rand(batch.label_rows.numel())
+
+    def rank_of_two(rank: int, size: int) -> list[dict]:
+        records = []
+        for restart in (False, True):
+            steps = StepMetrics(E, languages=("en",))
+            steps.merge(_with_languages(("en",), [batch], [(losses, routing)]))
+            if restart:
+                saved, steps = steps.state_dict(), StepMetrics(E, languages=("en",))
+                steps.load_state_dict(saved)
+            steps.merge(_with_languages(("en",), [batch], [(losses, routing)]))
+            records.append(steps.record())
+        return records
+
+    for one, other in run_distributed(rank_of_two, 2):
+        assert one == other
+        for kind in ("language", "category"):
+            assert one[f"routes/{kind}_bits"] == pytest.approx(0.9183, abs=1e-4)  # entropy of 1 : 2
+        assert one["routes/shares"][:2] == pytest.approx([1 / 3, 2 / 3])
+        assert one["routes/dead_experts"] == E - 2
 
 
 def test_ranks_and_steps_add_up() -> None:
