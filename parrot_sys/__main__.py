@@ -84,7 +84,11 @@ COMMANDS = {
 }
 
 
-_MODULES = {"data check": "parrot_sys.training.data_check", "data index": "parrot_sys.training.data_index"}
+_MODULES = {
+    "data check": "parrot_sys.training.data_check",
+    "data describe": "parrot_sys.training.data_describe",
+    "data index": "parrot_sys.training.data_index",
+}
 """Commands of two words that do not belong to the module of the first."""
 
 

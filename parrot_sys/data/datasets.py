@@ -59,6 +59,11 @@ class RecordDataset:
         return self.index.digest
 
     @property
+    def picture_counts(self) -> npt.NDArray[Any]:
+        """[n] pictures of each record."""
+        return self.index.picture_counts[self.numbers]
+
+    @property
     def has_images(self) -> npt.NDArray[np.bool_]:
         """[n] whether a record has an image."""
         return self.index.picture_counts[self.numbers] > 0

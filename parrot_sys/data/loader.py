@@ -23,6 +23,7 @@ from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
 from parrot_sys.data.image_share import ImageShare
 from parrot_sys.data.index.access import IndexPlace
+from parrot_sys.data.mix_report import MixRow, realised_mix
 from parrot_sys.data.mixture import IntArray
 from parrot_sys.data.packing import Guidance, Sample, pack_samples, plan_micro_batches
 from parrot_sys.data.processor import ParrotProcessor
@@ -186,6 +187,10 @@ class ParrotDataLoader:
         """Name -> file of all images of all data sets, each once, sorted: what a feature store has to hold."""
         pictures = (picture for dataset in self.datasets for picture in dataset.all_pictures())
         return dict(sorted({str(picture): picture for picture in pictures}.items()))
+
+    def mix(self) -> list[MixRow]:
+        """Samples, tokens and pictures that each data set and language really gives."""
+        return realised_mix(self.config, self.datasets, self._order)
 
     def use_features(self, store: FeatureStore) -> None:
         """From the next iteration on, batches hold `image_features` from `store` instead of `pixel_values`.

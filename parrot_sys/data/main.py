@@ -30,6 +30,9 @@ _HELP = """usage: parrot data COMMAND [options]
   check      read record files once and say whether training would start with them
                $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct
                  --model.tokenizer-path qwen
+  describe   print the mix that training would see: samples, tokens and pictures of each data set and language
+               $ parrot data describe a.json b.jsonl --model.tokenizer-path qwen --data.language-alpha 0.3
+                 --plot mix.svg
   languages  list the languages that the default data set can be made in
   index      read, check and tokenise data sets once, so that training starts at once with little memory
                $ parrot data index a.json b.jsonl --output data/index --config parrot_7b --model.tokenizer-path qwen

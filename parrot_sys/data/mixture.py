@@ -102,6 +102,10 @@ class SampleOrder:
         ]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def first_round(self, stage: int) -> IntArray:
+        """Sample numbers of the first round of a stage."""
+        return self._of_stage(stage, 0, self._lengths[stage])
+
     def _of_stage(self, stage: int, start: int, end: int) -> IntArray:
         """Samples `start` to `end` of a stage, counted from its beginning."""
         length, groups = self._lengths[stage], self._stages[stage][1]
