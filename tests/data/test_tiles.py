@@ -289,6 +289,23 @@ def test_pictures_go_from_the_processor_to_samples(tiled):
         tiled.images([noise(4, 4)])
 
 
+def test_files_of_transformers_bring_their_tiles(processor, tmp_path):
+    pinpoints = [list(resolution) for resolution in SMALL.resolutions]
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    reference = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=pinpoints)
+    reference.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    vision = {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
+    config = {"model_type": "llava_next", "vision_config": vision, "image_grid_pinpoints": pinpoints}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = ParrotProcessor.from_pretrained(tmp_path)
+    assert read.tiling == SMALL
+    image = noise(40, 100)
+    (picture,) = read.pictures([image])
+    assert np.array_equal(picture.pixel_values.numpy(), reference(image, return_tensors="np")["pixel_values"][0])
+    assert len(picture.rows.source) == len(SMALL.rows(40, 100).source)
+
+
 def test_a_processor_keeps_its_tiles_and_one_of_another_model_is_refused(tiled, processor, tmp_path):
     tiled.save_pretrained(tmp_path)
     again = ParrotProcessor.from_pretrained(tmp_path)

@@ -295,19 +295,51 @@ def test_what_is_not_done_here_is_refused_by_name(changes: dict[str, Any], messa
         config_from_hf(hf, tmp_path)
 
 
-def test_a_published_file_leaves_out_what_transformers_knows(tmp_path: Path) -> None:
-    text = {"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-    hf = {
-        "model_type": "llava_next",
-        "image_token_index": 32000,
-        "text_config": text,
-        "vision_config": {**TOWER, "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
-    }
+PUBLISHED: dict[str, Any] = {  # fields of llava-hf/llava-1.5-7b-hf
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_a_published_file_leaves_out_what_transformers_knows(kind: str, tmp_path: Path) -> None:
+    hf = {**PUBLISHED, "model_type": kind}
     config = config_from_hf(hf, tmp_path)
     llm = config.llm
-    assert (llm.hidden_size, llm.num_layers, llm.num_query_groups, llm.ffn_hidden_size) == (4096, 32, 32, 11008)
-    assert (config.max_seq_len, config.llava.image_token_id) == (4096, 32000)
-    assert config.llava.grids == ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    assert (llm.family, llm.hidden_size, llm.num_layers, llm.num_query_groups) == ("llama", 4096, 32, 32)
+    assert (llm.ffn_hidden_size, llm.vocab_size, llm.norm_eps, llm.rope_base) == (11008, 32064, 1e-5, 10_000.0)
+    assert (config.max_seq_len, config.llava.image_token_id, config.rows_per_image) == (4096, 32000, 576)
+    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    assert config.llava.grids == (grids if kind == "llava_next" else ())
     assert config_to_hf(config, hf, tmp_path) == hf
 
 
