@@ -65,7 +65,7 @@ SCALED = {
 }
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {**TEXT, "rope_parameters": SCALED},
-    "qwen2": TEXT,
+    "qwen2": {**TEXT, "tie_word_embeddings": True},
     "qwen3": {**TEXT, "head_dim": 8},
     "qwen3_moe": {**TEXT, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
@@ -86,7 +86,7 @@ CASES = [
     pytest.param("llava", "qwen3", "clip", "full", id="1.5-qwen3-full"),
     pytest.param("llava_next", "qwen3", "clip", "default", id="next-qwen3"),
     pytest.param("llava_next", "llama", "siglip", "full", id="next-llama-siglip"),
-    pytest.param("llava_next", "qwen2", "clip", "default", id="next-qwen2"),
+    pytest.param("llava", "qwen2", "siglip", "full", id="1.5-qwen2-tied-siglip"),
     pytest.param("llava_next", "qwen3_moe", "clip", "default", id="next-qwen3-moe"),
 ]
 SIZES = [(40, 90), (90, 40), (30, 30), (200, 20)]
