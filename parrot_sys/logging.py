@@ -35,6 +35,8 @@ def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: Tex
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    # Advice to take another class than GPTModel, of which Megatron-Core 0.16 has none.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -7,7 +7,6 @@ which has to happen first. The names in `__all__` are for other people's Megatro
 from __future__ import annotations
 
 import importlib
-import logging
 import warnings
 from typing import Any
 
@@ -40,8 +39,6 @@ warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", categ
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning, module="megatron")
 if not platform.cuda_available():
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning, module="megatron")
-# The decoder is built on GPTModel: Megatron-Core 0.16 has no other.
-logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 cpu_layer.install()
 if cpu_layer.is_installed():
     # Advice for a GPU, at every layer.

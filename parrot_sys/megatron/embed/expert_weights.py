@@ -13,6 +13,8 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from parrot_sys import platform
+
 # N experts of this rank, H hidden_size, I inner width of an expert, a part of it on each expert tensor parallel rank
 
 _Groups = tuple[ProcessGroup, ProcessGroup, ProcessGroup]
@@ -22,7 +24,7 @@ def allocate(
     config: TransformerConfig, num_experts: int, ffn_size: int, hidden_size: int, tensor_parallel: int
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Uninitialised `w_gate_up` [N, 2, I, H] and `w_down` [N, H, I], where Megatron would allocate them."""
-    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    device = None if config.use_cpu_initialization else platform.device()
     part = ffn_size // tensor_parallel
     gate_up = torch.empty(num_experts, 2, part, hidden_size, dtype=config.params_dtype, device=device)
     down = torch.empty(num_experts, hidden_size, part, dtype=config.params_dtype, device=device)

@@ -245,7 +245,8 @@ def _check_experts(config: TransformerConfig, ffn_size: int, tensor_parallel: in
         "activation_func_clamp_value": None,
     }
     for name, value in wanted.items():
-        if (got := getattr(config, name, value)) != value:
+        got = getattr(config, name, value)
+        if got != value and (got or value):  # (programs also say False for None)
             raise ConfigError(f"GroupedExperts need {name}={value}, got {got}: change it or keep Megatron's experts")
     if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         raise ConfigError(f"moe_apply_probs_on_input needs moe_router_topk=1, got {config.moe_router_topk}")

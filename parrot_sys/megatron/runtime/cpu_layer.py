@@ -30,7 +30,8 @@ from parrot_sys.megatron.runtime import compat
 _log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_MEGATRON = "megatron.core"
+_PACKAGES = ["megatron.core"]
+"""Packages whose modules are adapted; `widen` adds to them."""
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "linspace", "ones", "ones_like"),
     *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
@@ -189,12 +190,16 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MEGATRON and not fullname.startswith(_MEGATRON + "."):
+        if not _is_adapted(fullname):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
             spec.loader = _Loader(fullname, spec.loader.path, self)
         return spec
+
+    def stand_in(self, real: ModuleType) -> ModuleType:
+        """Module that Megatron sees in the place of a real one."""
+        return self._stand_ins[id(real)]
 
     def adapt(self, module: ModuleType) -> None:
         for name, value in list(vars(module).items()):
@@ -218,7 +223,7 @@ def _for_megatron(real: Callable[..., Any], redirected: Callable[..., Any]) -> C
 
     def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return (redirected if caller.startswith(_MEGATRON) else real)(self, *args, **kwargs)
+        return (redirected if _is_adapted(caller) else real)(self, *args, **kwargs)
 
     return method
 
@@ -232,6 +237,11 @@ def _cuda_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _itself(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor
+
+
+def _is_adapted(name: str) -> bool:
+    """Whether a module is of a package that the layer adapts."""
+    return any(name == package or name.startswith(f"{package}.") for package in _PACKAGES)
 
 
 def is_installed() -> bool:
@@ -260,5 +270,29 @@ def install() -> None:
     ):
         setattr(torch.Tensor, method, _for_megatron(getattr(torch.Tensor, method), redirected))
     for name, module in list(sys.modules.items()):
-        if name == _MEGATRON or name.startswith(_MEGATRON + "."):
+        if _is_adapted(name):
+            finder.adapt(module)
+
+
+def widen() -> None:
+    """Adapts all of `megatron`, not its core alone, and answers as if there were a GPU for each process.
+
+    For whole programs of Megatron-LM (`parrot_sys.megatron.run`): they ask for devices before they train. Nothing where
+    the layer is not installed.
+    """
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+    if finder is None:
+        return
+    _PACKAGES.append("megatron")
+    cuda: Any = finder.stand_in(torch.cuda)
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: platform.launch().world_size
+    cuda.set_device = _nothing
+    cuda.get_device_capability = lambda *_: (10, 0)
+    cuda.get_device_properties = lambda *_: SimpleNamespace(major=10, minor=0, total_memory=0, name="cpu")
+    for owner in (torch.nn.Module, torch.Tensor):  # the program itself, which nobody adapts, calls them as well
+        changed: Any = owner
+        changed.cuda = _itself
+    for name, module in list(sys.modules.items()):
+        if _is_adapted(name):
             finder.adapt(module)

@@ -1,0 +1,62 @@
+"""Layer specs for the option `--spec` of Megatron-LM's programs: `--spec parrot_sys.megatron.specs NAME`.
+
+| Megatron-LM | takes | names |
+|---|---|---|
+| 0.16 to 0.18 | an object | `layer`, `layer_norms` (inside a program) |
+| from 0.19 | a function of the model's configuration | `gpt_moe`, `gpt_moe_norms` |
+
+Each has our router and experts in every MoE layer; those with `norms` also have norms that run without Transformer
+Engine and apex, as tensor and sequence parallelism on the CPU need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from parrot_sys.megatron import with_grouped_experts, with_norms
+
+
+def _layers_of_this_stage() -> int | None:
+    """Layers that the running program of Megatron-LM builds here, from its arguments; None without one."""
+    try:
+        from megatron.training import get_args
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        arguments = get_args()
+    except (ImportError, AssertionError):
+        return None
+    layers: int = get_num_layers_to_build(core_transformer_config_from_args(arguments))
+    return layers
+
+
+layer = with_grouped_experts(get_gpt_layer_local_spec(num_experts=1, normalization="RMSNorm"))
+"""Spec of a layer, with our router and experts."""
+if (_layers := _layers_of_this_stage()) is not None:
+    layer_norms = with_norms(layer, _layers)
+    """Specs of a stage's layers, with norms that need neither Transformer Engine nor apex as well."""
+
+
+def gpt_moe(config: Any, vp_stage: int | None = None) -> Any:
+    """Specs of a model's layers, with our router and experts.
+
+    Args:
+        config: the model's, whose `transformer` is a TransformerConfig.
+        vp_stage: chunk number under the interleaved pipeline schedule.
+    """
+    transformer = config.transformer
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    return with_grouped_experts(block)
+
+
+def gpt_moe_norms(config: Any, vp_stage: int | None = None) -> Any:
+    """The same with norms that need neither Transformer Engine nor apex."""
+    return with_norms(gpt_moe(config, vp_stage), 0)
