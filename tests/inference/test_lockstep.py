@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import parrot_sys
 from parrot_sys.engine.lockstep import check_processes, inference_layout
@@ -74,6 +75,32 @@ def test_greedy_tokens_are_those_of_one_process(name: str, leads: bool) -> None:
         assert torch.equal(got[0], wanted[0])
         for ours, theirs in zip(got[1:], wanted[1:], strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_answers_are_sent_without_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long an answer is, as many messages of Python objects: those of the prompt."""
+
+    def on_rank(rank: int, size: int) -> list[int]:
+        parallel = ParallelConfig(tensor_model_parallel_size=size)
+        model, _ = parrot_sys.load_pretrained(FIXTURE / "model", parallel=parallel)
+        sent, counts = [], []
+        send = dist.broadcast_object_list
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **where: (sent.append(box), send(box, **where)))
+
+        def program() -> int:
+            for length in (1, 9):
+                before = len(sent)
+                model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=length, eos_token_id=[])
+                counts.append(len(sent) - before)
+            return 0
+
+        with torch.no_grad():
+            model.lockstep.run(program)
+        return counts
+
+    counts, followers = run_distributed(on_rank, 2)
+    assert counts[0] == counts[1] > 0
+    assert followers == []
 
 
 def test_chat_under_torchrun() -> None:
