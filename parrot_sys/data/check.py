@@ -28,6 +28,7 @@ from parrot_sys.data.packing import expanded_lengths, remaining_labels
 from parrot_sys.data.parts import moves_images, turn_parts
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record, content_digest, describe_record, parse_record
+from parrot_sys.data.remote.storage import RemoteStorage
 from parrot_sys.data.sources.base import RecordSource
 from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.templates import TEMPLATES
@@ -101,6 +102,7 @@ class _FileCheck:
         """Reads the file; one that breaks off, and a damaged archive of images, are problems of its report."""
         data = self.setup.data
         try:
+            self.source.fetch(RemoteStorage(data.remote, data.cache_dir))
             source = open_source(self.source.path)
             self.images = ImageRoot(
                 self.source.image_root,

@@ -11,8 +11,10 @@ from parrot_sys.data.decoding import Exif, ImageLimits, Transparency
 from parrot_sys.data.languages import canonical_keys
 from parrot_sys.data.mix_config import Mix, MixStage, check_curriculum, check_mix
 from parrot_sys.data.parts import ControlTokens, ImagePosition
+from parrot_sys.data.record_files import LINE_SUFFIXES
 from parrot_sys.data.remote.config import RemoteConfig
-from parrot_sys.data.remote.storage import is_remote
+from parrot_sys.data.remote.copies import copy_records, place_of_copy
+from parrot_sys.data.remote.storage import RemoteStorage, is_remote
 from parrot_sys.errors import ConfigError
 from parrot_sys.paths import INPUT, OUTPUT_FOLDER
 
@@ -24,10 +26,23 @@ class DataSource:
     """One data set of the mix, with every default filled in."""
 
     path: Path
+    """Where it is on this machine; of a remote one, where its copy is."""
     image_root: str | Path
     name: str
     language: str
     weight: float
+    address: str = ""
+    """Of a remote data set."""
+
+    def fetch(self, storage: RemoteStorage) -> None:
+        """Copies a remote data set to this machine, as far as it is not here yet.
+
+        Raises:
+            DataError: there is none.
+            StorageError: the storage does not answer.
+        """
+        if self.address:
+            copy_records(self.address, self.path, storage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,16 +148,25 @@ class DataConfig:
 
     def sources(self) -> tuple[DataSource, ...]:
         """The data sets with their settings."""
-        paths = [Path(path) for path in self.paths]
-        given: tuple[str | Path, ...] = tuple(root if is_remote(root) else Path(root) for root in self.image_roots)
-        beside: list[str | Path] = [path if path.is_dir() else path.parent for path in paths]
-        roots = _spread(given, beside)
+        paths = [place_of_copy(path, self.cache_dir) if is_remote(path) else Path(path) for path in self.paths]
+        chosen: tuple[str | Path, ...] = tuple(root if is_remote(root) else Path(root) for root in self.image_roots)
+        beside = [_folder_of(given, path) for given, path in zip(self.paths, paths, strict=True)]
+        roots = _spread(chosen, beside)
         names = self.names or tuple(path.stem for path in paths)
         languages = _spread(self.languages, [""] * len(paths))
         weights = _spread(self.weights, [1.0] * len(paths))
         return tuple(
-            DataSource(path=path, image_root=root, name=name, language=language, weight=weight)
-            for path, root, name, language, weight in zip(paths, roots, names, languages, weights, strict=True)
+            DataSource(
+                path=path,
+                image_root=root,
+                name=name,
+                language=language,
+                weight=weight,
+                address=given if is_remote(given) else "",
+            )
+            for given, path, root, name, language, weight in zip(
+                self.paths, paths, roots, names, languages, weights, strict=True
+            )
         )
 
     def mixes(self) -> tuple[tuple[int, Mix], ...]:
@@ -164,6 +188,14 @@ class DataConfig:
             )
             stages.append((stage.from_step, mix))
         return tuple(stages)
+
+
+def _folder_of(given: str, path: Path) -> str | Path:
+    """The folder of a data set; of remote JSON, which is copied without its pictures, the remote one."""
+    if is_remote(given) and given.lower().endswith((".json", *LINE_SUFFIXES)):
+        return given.rsplit("/", 1)[0]
+    is_folder = path.is_dir() or (is_remote(given) and not path.suffix)  # (its copy may not be here yet)
+    return path if is_folder else path.parent
 
 
 def _spread(values: tuple[T, ...], default: list[T]) -> list[T]:

@@ -24,6 +24,7 @@ from parrot_sys.data.index.record_index import RecordIndex
 from parrot_sys.data.languages import canonical
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.records import Record, content_digest, describe_record, parse_record
+from parrot_sys.data.remote.storage import RemoteStorage
 from parrot_sys.data.skipped import SKIPPED_FILE
 from parrot_sys.data.sources.base import RecordSource
 from parrot_sys.data.sources.registry import open_source
@@ -162,6 +163,7 @@ def load_dataset(
             an image missing; under `on_long_sample=error` a sample is too long. Names file, record and reason.
         ConfigError: the index that was chosen is of another tokenizer or template.
     """
+    source.fetch(RemoteStorage(config.remote, config.cache_dir))
     records = open_source(source.path)
     index = load_index(records, processor, place, on_progress=on_progress)
     images = ImageRoot(

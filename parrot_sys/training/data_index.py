@@ -13,6 +13,7 @@ import tyro
 from parrot_sys.cli import parse_config
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.index.access import IndexPlace, load_index
+from parrot_sys.data.remote.storage import RemoteStorage
 from parrot_sys.data.sources.registry import open_source
 from parrot_sys.errors import ConfigError
 from parrot_sys.logging import setup_logging
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = IndexPlace(folder=Path(config.output or data.index_dir or ""), is_chosen=True)
     for source in data.sources():
         start = time.monotonic()
+        source.fetch(RemoteStorage(data.remote, data.cache_dir))
         index = load_index(open_source(source.path), processor, place, workers=config.workers)
         print(
             f"{index.folder}: {len(index):,} records of {source.path}, {len(index.problem_numbers):,} of them wrong "

@@ -149,7 +149,14 @@ class RemoteStorage:
     def find(self, pattern: str) -> list[str]:
         """Addresses of the files that a pattern (`s3://bucket/shards/*.tar`) matches, sorted."""
         fs, path = self._open(pattern)
-        return sorted(map(fs.unstrip_protocol, self._try(pattern, lambda: self._call(fs, "glob", path))))
+        try:
+            found = self._try(pattern, lambda: self._call(fs, "glob", path, detail=True))
+        except StorageError:
+            raise
+        except DataError:
+            return []
+        files = (name for name, info in found.items() if info.get("type") != "directory")
+        return sorted(map(fs.unstrip_protocol, files))
 
     def _open(self, url: str) -> tuple[Any, str]:
         """The file system of an address (one for each process and thread), and the path there."""
