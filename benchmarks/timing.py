@@ -35,19 +35,17 @@ def _on_cpu(runs: Runs, seconds: float) -> dict[str, Any]:
 
 
 def _on_gpu(runs: Runs, seconds: float) -> dict[str, Any]:
-    # Writing twice the L2 leaves nothing of the inputs in it.
-    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flushed = torch.empty(2 * l2, dtype=torch.int8, device="cuda")
-    host, estimate, flush = _single_times(runs[0], flushed)
+    flush = Flush(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, "cuda")
+    host, estimate, each_flush = _single_times(runs[0], flush)
     # As many flushes as it takes the host to enqueue one run: the GPU never waits for the host, and what is timed is
     # what a busy training step sees. (A run that itself waits for the GPU is timed with its waiting.)
-    backlog = min(_MAX_BACKLOG, 1 + int(1.5 * host / flush))
-    each = max(host, estimate + backlog * flush)
+    backlog = min(_MAX_BACKLOG, 1 + int(1.5 * host / each_flush))
+    each = max(host, estimate + backlog * each_flush)
     rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(seconds / each)))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for number, (start, end) in enumerate(events):
         for _ in range(backlog):
-            flushed.zero_()
+            flush()
         start.record()
         runs[number % len(runs)]()
         end.record()
@@ -55,9 +53,24 @@ def _on_gpu(runs: Runs, seconds: float) -> dict[str, Any]:
     return {**_summary([start.elapsed_time(end) for start, end in events], runs), "host_ms": 1e3 * host}
 
 
-def _single_times(run: Callable[[], object], flushed: torch.Tensor) -> tuple[float, float, float]:
+class Flush:
+    """Leaves nothing of the inputs in a cache of `size` bytes, by reading twice as many.
+
+    Written bytes would still have to go to memory while the next run is timed.
+    """
+
+    def __init__(self, size: int, device: str) -> None:
+        self._read = torch.zeros(2 * size // 4, dtype=torch.int32, device=device)
+        self._largest = torch.zeros((), dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        """Enqueues the reading."""
+        torch.amax(self._read, 0, out=self._largest)
+
+
+def _single_times(run: Callable[[], object], flush: Flush) -> tuple[float, float, float]:
     """Seconds that the host takes to enqueue `run`, that it takes in all, and that one flush takes."""
-    flushed.zero_()
+    flush()
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
@@ -66,7 +79,7 @@ def _single_times(run: Callable[[], object], flushed: torch.Tensor) -> tuple[flo
     whole = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(10):
-        flushed.zero_()
+        flush()
     torch.cuda.synchronize()
     return host, whole, (time.perf_counter() - start) / 10
 

@@ -26,7 +26,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.ge
 # cuBLAS is deterministic with it, which the correctness stage asks of every result.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from benchmarks.gpu_suite import accelerators, bench, correctness, machine, profile, render, sanitize, wheels  # noqa: E402
+from benchmarks.gpu_suite import (  # noqa: E402
+    accelerators,
+    bench,
+    correctness,
+    end_to_end,
+    machine,
+    profile,
+    render,
+    sanitize,
+    wheels,
+)
 from benchmarks.gpu_suite.crew import Row, run_rows  # noqa: E402
 from benchmarks.gpu_suite.store import OtherRun, Store  # noqa: E402
 
@@ -36,6 +46,7 @@ STAGES: dict[str, ModuleType] = {
     "bench": bench,
     "profile": profile,
     "accelerators": accelerators,
+    "end_to_end": end_to_end,
 }
 FAILED, INCOMPLETE = 1, 3
 BENCH_SHARE = 1 / 3  # of the budget of `first`, kept for its bench rows
