@@ -76,6 +76,7 @@ def test_specs_have_our_router_and_experts() -> None:
         add_bias_linear=False,
         normalization="RMSNorm",
         use_cpu_initialization=True,
+        transformer_impl="local",
         fp8=False,  # as programs say that read it from a flag
     )
     blocks = [
