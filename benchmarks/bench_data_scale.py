@@ -279,8 +279,7 @@ def _tokens(folder: Path) -> int:
 def _losses(output: Path) -> list[float]:
     from parrot_sys.training.writer import read_metrics
 
-    records = read_metrics(output) if (output / "metrics.jsonl").exists() else []
-    return [record["loss"] for record in records if "loss" in record and "step" in record]
+    return [record["loss"] for record in read_metrics(output, "train")]
 
 
 def _digest(path: Path) -> str:
