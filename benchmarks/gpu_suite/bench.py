@@ -42,9 +42,9 @@ ROW_SECONDS = 150
 DECISIVE = (
     "moe_layer/parrot_7b_b4_dense/auto",
     "moe_layer/parrot_7b_b4_dense/released_loop",
-    "expert_mlp/parrot_7b_b4_dense/triton",
+    "expert_mlp/parrot_7b_b4_dense/cuda",
     "expert_mlp/parrot_7b_b4_dense/cublas_bound",
-    "expert_mlp/parrot_7b_b4_top2/triton",
+    "expert_mlp/parrot_7b_b4_dense/triton",
     "grouped_gemm/parrot_7b_b4_top2_up/cuda",
     "text_guided_routing/parrot_7b_b4_q128/cuda",
     "topk_routing/qwen3_30b_a3b/cuda",

@@ -282,6 +282,7 @@ CASES = [
     _case("expert_mlp", "dense_parrot", _expert_mlp(2, 577, 512, 6, 384), large=True),
     _case("expert_mlp", "top2_primes", _expert_mlp(5, 7, 13, 5, 11, topk=2)),
     _case("expert_mlp", "top1_unused_experts", _expert_mlp(2, 9, 16, 6, 40, topk=1)),
+    _case("expert_mlp", "top2_images", _expert_mlp(3, 70, 72, 5, 40, topk=2)),
     _case("expert_mlp", "all_chosen", _expert_mlp(3, 1, 16, 4, 8, topk=4)),
     _case("expert_mlp", "top2_no_image", _expert_mlp(0, 7, 16, 4, 8, topk=2)),
     _case("expert_mlp", "top2_parrot", _expert_mlp(4, 577, 512, 6, 384, topk=2), large=True),

@@ -7,6 +7,7 @@
 #include "async_emulator.h"
 #else
 #include "hopper_async.cuh"
+#include "hopper_products.cuh"
 #endif
 
 namespace parrot::cuda {
@@ -20,27 +21,20 @@ __device__ __forceinline__ uint64_t descriptor(const void* shared, int box_bytes
          static_cast<uint64_t>(box_bytes >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | kSwizzle128 << 62;
 }
 
-template <typename T, bool kTransposedA, bool kTransposedB>
-struct WarpGroupProduct;
+template <bool kTransposedA, bool kTransposedB, int kCount>
+__device__ __forceinline__ void wgmma(float (&c)[kCount], uint64_t a, uint64_t b, const BFloat16*) {
+  device::wgmma_bfloat16<kTransposedA, kTransposedB>(c, a, b);
+}
 
-template <bool kTransposedA, bool kTransposedB>
-struct WarpGroupProduct<BFloat16, kTransposedA, kTransposedB> {
-  __device__ __forceinline__ static void run(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-    device::wgmma_bfloat16<kTransposedA, kTransposedB>(c, a, b, accumulate);
-  }
-};
+template <bool kTransposedA, bool kTransposedB, int kCount>
+__device__ __forceinline__ void wgmma(float (&c)[kCount], uint64_t a, uint64_t b, const Float16*) {
+  device::wgmma_float16<kTransposedA, kTransposedB>(c, a, b);
+}
 
-template <bool kTransposedA, bool kTransposedB>
-struct WarpGroupProduct<Float16, kTransposedA, kTransposedB> {
-  __device__ __forceinline__ static void run(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-    device::wgmma_float16<kTransposedA, kTransposedB>(c, a, b, accumulate);
-  }
-};
-
-// c (+)= a . b of a warp group: [64, 16] by [16, 256].
-template <typename T, bool kTransposedA, bool kTransposedB>
-__device__ __forceinline__ void wgmma(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-  WarpGroupProduct<T, kTransposedA, kTransposedB>::run(c, a, b, accumulate);
+// c += a . b of a warp group: [64, 16] by [16, 2 * kCount].
+template <typename T, bool kTransposedA, bool kTransposedB, int kCount>
+__device__ __forceinline__ void wgmma(float (&c)[kCount], uint64_t a, uint64_t b) {
+  wgmma<kTransposedA, kTransposedB>(c, a, b, static_cast<const T*>(nullptr));
 }
 
 }  // namespace parrot::cuda

@@ -7,10 +7,16 @@
 namespace parrot::cuda {
 
 struct RaggedRows {
-  const void* offsets;  // [G + 1], int32, or int64 when wide_offsets
+  const void* offsets;  // [G + 1], int32, or int64 when wide_offsets; null: each group takes all S segments, J = G * S
   const int64_t* plan;  // [J], or null: segments are read in place
   int32_t wide_offsets, topk;
   int32_t groups, segments, segment_rows, source_segments;  // G, J, V, S
+};
+
+// A reduction that is split where tiles would not fill the device: pairs of tiles from `whole` on are computed in
+// `parts`.
+struct SplitTail {
+  int32_t whole = 0, parts = 1;
 };
 
 struct MGroupedGemm {

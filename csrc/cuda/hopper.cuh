@@ -30,6 +30,19 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
   return out;
 }
 
+// What another block has written, past the first-level cache.
+__device__ __forceinline__ uint4 load_shared_result(const uint4* address) {
+  return __ldcg(address);
+}
+
+// A few units in the last place off; exp to 0 and infinity beyond its range, x / infinity = 0.
+__device__ __forceinline__ float fast_exp(float x) {
+  return __expf(x);
+}
+__device__ __forceinline__ float fast_divide(float x, float y) {
+  return __fdividef(x, y);
+}
+
 __device__ __forceinline__ void unpack_half2(uint32_t word, float& low, float& high) {
   asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
       : "=f"(low), "=f"(high)

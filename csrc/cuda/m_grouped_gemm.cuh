@@ -1,11 +1,8 @@
-// y[r] = x[r] . w_g for the rows r of each group, and the SwiGLU form. One thread copies boxes of both operands into a
-// ring of stages (TMA), two warp groups multiply them (wgmma), 64 rows each; blocks stay and take tile after tile, so
-// that the copies of the next tile run under the end of this one.
+// y[r] = x[r] . w_g for the rows r of each group, and the SwiGLU form.
 #pragma once
 
-#include <math.h>
-
-#include "grouped_gemm.cuh"
+#include "gemm_pipeline.cuh"
+#include "swiglu.cuh"
 
 namespace parrot::cuda {
 
@@ -13,143 +10,123 @@ namespace parrot::cuda {
 // matrices, gate and up, of which a tile takes 128 columns each.
 enum class Weights { kRows, kColumns, kSwiGLU };
 
-template <Weights kWeights>
-constexpr int kOutputColumns = kWeights == Weights::kSwiGLU ? kBlockN / 2 : kBlockN;
+template <typename T, Weights kWeights, typename Shape_>
+struct MProduct {
+  using Type = T;
+  using Shape = Shape_;
+  static constexpr bool kTransposedA = false, kTransposedB = kWeights == Weights::kColumns;
+  static constexpr int kColumns = kWeights == Weights::kSwiGLU ? Shape::kColumns / 2 : Shape::kColumns;  // of y
+  static constexpr int kWeightRows = kTransposedB ? kBlockK / 2 : Shape::kColumns / 2;                   // of a box
 
-template <Weights kWeights>
-__device__ __forceinline__ void copy_weights(GemmStage& stage, const device::TensorMap& map, device::Barrier* full,
-                                             const MGroupedGemm& problem, const Tile& tile, int k) {
-  const int column = tile.column_block * kOutputColumns<kWeights>;
-  if (kWeights == Weights::kRows) {
-    device::copy_box(stage.b, map, full, k, column, tile.group);
-  } else if (kWeights == Weights::kSwiGLU) {
-    constexpr int kHalf = kBlockN / 2;
-    device::copy_box(stage.b, map, full, k, column, 2 * tile.group);
-    device::copy_box(stage.b + kHalf * kBoxRowBytes, map, full, k, column, 2 * tile.group + 1);
-  } else {
-#pragma unroll
-    for (int box = 0; box < kBlockN / 64; ++box) {
-      device::copy_box(stage.b + box * kBlockK * kBoxRowBytes, map, full, column + box * 64, k, tile.group);
-    }
+  device::TensorMap x_map, w_map, y_map, gate_map, up_map;
+  MGroupedGemm problem;
+
+  __device__ int groups() const { return problem.rows.groups; }
+  __device__ int column_blocks() const { return (problem.n + kColumns - 1) / kColumns; }
+  __device__ SplitTail split() const { return {}; }
+  __device__ int row_blocks(int group) const { return cuda::row_blocks<kBlockM>(problem.rows, group); }
+  __device__ int steps(const Tile&) const { return (problem.k + kBlockK - 1) / kBlockK; }
+  __device__ void prepare(GemmStage<Shape>&, const Tile&, int) const {}
+  __device__ void clear() const {
+    clear_padding(problem.rows, problem.y, static_cast<int64_t>(problem.n) * 2);
+    clear_padding(problem.rows, problem.z, static_cast<int64_t>(problem.n) * 4);
   }
-}
 
-template <Weights kWeights>
-__device__ __forceinline__ void copy_m_tiles(const MGroupedGemm& problem, const device::TensorMap& x_map,
-                                             const device::TensorMap& w_map, TileWalk& walk, GemmShared& shared) {
-  Ring ring;
-  Tile tile;
-  while (walk.next(tile, [&](int group) { return row_blocks<kBlockM>(problem.rows, group); })) {
-    const RowBlock block = row_block<kBlockM>(problem.rows, tile.group, tile.row_block);
-    for (int k = 0; k < problem.k; k += kBlockK) {
-      GemmStage& stage = acquire_stage(shared, ring);
-      device::Barrier* full = &shared.full[ring.stage];
-      device::copy_box(stage.a, x_map, full, k, block.source_row, block.source_segment);
-      copy_weights<kWeights>(stage, w_map, full, problem, tile, k);
-      ring.advance();
+  struct Source {
+    const MProduct& product;
+    RowBlock rows;
+    int group, column, k = 0;
+
+    __device__ void copy_a(unsigned char* to, int half, const Copy& copy) const {
+      copy(to + half * kBoxBytes, product.x_map, k, rows.source_y + 64 * half, rows.source_plane);
     }
-  }
-}
-
-// silu(gate) * up * weight; 0 and not NaN where exp overflows.
-__device__ __forceinline__ float swiglu(float gate, float up, float weight) {
-  return gate / (1.0f + expf(-gate)) * up * weight;
-}
-
-// The tile's accumulators, out to y, or to h and z.
-template <typename T, Weights kWeights>
-__device__ __forceinline__ void write_m_tile(const MGroupedGemm& problem, const Tile& tile, const RowBlock& block,
-                                             const float (&c)[128], uint4* epilogue) {
-  const int lane = threadIdx.x % 32, first_row = (static_cast<int>(threadIdx.x) - 128) / 32 * 16;
-  const int rows = block.count - first_row;  // of this warp; may be negative or more than 16
-  const int64_t row = block.row + first_row, n = problem.n;
-  const int column = tile.column_block * kOutputColumns<kWeights>;
-  T* y = static_cast<T*>(problem.y) + row * n + column;
-  if constexpr (kWeights != Weights::kSwiGLU) {
+    __device__ void copy_b(unsigned char* to, int half, const Copy& copy) const {
+      if constexpr (kWeights == Weights::kColumns) {
 #pragma unroll
-    for (int part = 0; part < kBlockN / kEpilogueWidth; ++part) {
-      const int start = part * kEpilogueWidth;
-      write_columns(y + start, n, rows, problem.n - column - start, [&](int i) { return c[start / 2 + i]; }, epilogue);
-    }
-  } else {
-    float weights[2] = {1.0f, 1.0f};  // of rows lane / 4 and lane / 4 + 8
-    if (problem.weights) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int own = lane / 4 + 8 * half;
-        if (own < rows) weights[half] = problem.weights[(row + own) / problem.rows.segment_rows];
+        for (int box = 0; box < Shape::kColumns / 64; ++box) {
+          copy(to + box * kBoxBytes + half * kBoxBytes / 2, product.w_map, column + box * 64, k + half * kWeightRows,
+               group);
+        }
+      } else if constexpr (kWeights == Weights::kRows) {
+        copy(to + half * kWeightRows * kBoxRowBytes, product.w_map, k, column + half * kWeightRows, group);
+      } else {
+        copy(to + half * kWeightRows * kBoxRowBytes, product.w_map, k, column, 2 * group + half);
       }
     }
+    __device__ void advance() { k += kBlockK; }
+  };
+
+  __device__ Source source(const Tile& tile) const {
+    return {*this, row_block<kBlockM>(problem.rows, tile.group, tile.row_block), tile.group,
+            tile.column_block * kColumns};
+  }
+
+  class Output {
+   public:
+    __device__ Output(const MProduct& product, GemmShared<Shape>& shared)
+        : product_(product), boxes_(shared.boxes[threadIdx.x / 128 - 1]) {}
+
+    __device__ void begin(const Tile&) {}
+    __device__ void finish() { boxes_.finish(); }
+
+    __device__ void write(const Tile& tile, const Accumulators<Shape>& c) {
+      const MGroupedGemm& problem = product_.problem;
+      RowBlock rows = row_block<kBlockM>(problem.rows, tile.group, tile.row_block);
+      if (!Shape::kPingPong) skip_rows(rows, (static_cast<int>(threadIdx.x) / 128 - 1) * 64);
 #pragma unroll
-    for (int part = 0; part < kBlockN / 2 / kEpilogueWidth; ++part) {
-      const int start = part * kEpilogueWidth, columns = problem.n - column - start;
-      write_columns(
-          y + start, n, rows, columns,
-          [&](int i) { return swiglu(c[start / 2 + i], c[64 + start / 2 + i], weights[i / 2 % 2]); }, epilogue);
-      if (problem.z) {
-        T* gate = static_cast<T*>(problem.z) + row * 2 * n + column + start;
-        write_columns(gate, 2 * n, rows, columns, [&](int i) { return c[start / 2 + i]; }, epilogue);
-        write_columns(gate + n, 2 * n, rows, columns, [&](int i) { return c[64 + start / 2 + i]; }, epilogue);
+      for (int half = 0; half < Shape::kHalves; ++half) {
+        if (rows.count > 0) write_half(tile.column_block * kColumns, rows, c[half]);
+        skip_rows(rows, 64);
       }
     }
-  }
-}
 
-template <typename T, Weights kWeights>
-__device__ __forceinline__ void compute_m_tiles(const MGroupedGemm& problem, TileWalk& walk, GemmShared& shared) {
-  constexpr bool kTransposedB = kWeights == Weights::kColumns;
-  Ring ring;
-  Tile tile;
-  float c[128];
-  while (walk.next(tile, [&](int group) { return row_blocks<kBlockM>(problem.rows, group); })) {
-    int previous = 0;
-    for (int k = 0; k < problem.k; k += kBlockK) {
-      device::barrier_wait(&shared.full[ring.stage], ring.phase);
-      device::products_begin();
-      multiply_stage<T, false, kTransposedB>(c, shared.stages[ring.stage], k > 0);
-      device::products_commit();
-      device::products_wait<1>();  // those of the stage before
-      if (k > 0) release_stage(shared, previous);
-      previous = ring.stage;
-      ring.advance();
+   private:
+    __device__ static void skip_rows(RowBlock& rows, int count) {
+      rows.row += count;
+      rows.y += count;
+      rows.count -= count;
     }
-    device::products_wait<0>();
-    device::pin(c);
-    release_stage(shared, previous);
-    const RowBlock block = row_block<kBlockM>(problem.rows, tile.group, tile.row_block);
-    write_m_tile<T, kWeights>(problem, tile, block, c, shared.epilogue[threadIdx.x / 32 - 4]);
-  }
-}
 
-// Rows past the last group come out as zeros. `bytes_per_row` is a multiple of 16.
-__device__ __forceinline__ void clear_padding(const RaggedRows& rows, void* out, int64_t bytes_per_row) {
-  if (!out) return;
-  const int64_t first = static_cast<int64_t>(segments_of(rows, rows.groups - 1).last) * rows.segment_rows;
-  const int64_t end = static_cast<int64_t>(rows.segments) * rows.segment_rows * (bytes_per_row / 16);
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kGemmThreads + threadIdx.x;
-  for (int64_t i = first * (bytes_per_row / 16) + thread; i < end;
-       i += static_cast<int64_t>(gridDim.x) * kGemmThreads) {
-    static_cast<uint4*>(out)[i] = uint4{0, 0, 0, 0};
-  }
-}
+    __device__ void write_half(int column, const RowBlock& rows, const float (&c)[Shape::kColumns / 2]) {
+      const MGroupedGemm& problem = product_.problem;
+      T* y = static_cast<T*>(problem.y) + static_cast<int64_t>(rows.row) * problem.n;
+      T* z = static_cast<T*>(problem.z) + static_cast<int64_t>(rows.row) * 2 * problem.n;
+      float weights[2] = {1.0f, 1.0f};
+      if (kWeights == Weights::kSwiGLU && problem.weights) {
+        row_weights(weights, problem.weights, rows.row, rows.count, problem.rows.segment_rows);
+      }
+#pragma unroll
+      for (int part = 0; part < kColumns / 64; ++part) {
+        const int start = part * kBoxFragments, x = column + part * 64;
+        if (x >= problem.n) break;
+        if constexpr (kWeights != Weights::kSwiGLU) {
+          send(product_.y_map, y, problem.n, rows, x, [&](int i) { return c[start + i]; });
+        } else {
+          constexpr int kUp = kColumns / 2;
+          send(product_.y_map, y, problem.n, rows, x,
+               [&](int i) { return swiglu(c[start + i], c[kUp + start + i], weights[i / 2 % 2]); });
+          if (problem.z) {
+            send(product_.gate_map, z, 2 * problem.n, rows, x, [&](int i) { return c[start + i]; });
+            send(product_.up_map, z + problem.n, 2 * problem.n, rows, x, [&](int i) { return c[kUp + start + i]; });
+          }
+        }
+      }
+    }
 
-template <typename T, Weights kWeights>
-__global__ void __launch_bounds__(kGemmThreads, 1)
-    m_grouped_gemm_kernel(const __grid_constant__ device::TensorMap x_map,
-                          const __grid_constant__ device::TensorMap w_map, const MGroupedGemm problem) {
-  auto& shared = device::shared_storage<GemmShared>();
-  init_barriers(shared);
-  clear_padding(problem.rows, problem.y, static_cast<int64_t>(problem.n) * 2);
-  clear_padding(problem.rows, problem.z, static_cast<int64_t>(problem.n) * 4);
-  constexpr int kColumns = kOutputColumns<kWeights>;
-  TileWalk walk(problem.rows.groups, (problem.n + kColumns - 1) / kColumns);
-  if (threadIdx.x < 128) {
-    device::lower_registers<kCopyRegisters>();
-    if (threadIdx.x == 0) copy_m_tiles<kWeights>(problem, x_map, w_map, walk, shared);
-  } else {
-    device::raise_registers<kComputeRegisters>();
-    compute_m_tiles<T, kWeights>(problem, walk, shared);
-  }
-}
+    template <typename Value>
+    __device__ void send(const device::TensorMap& map, T* out, int64_t pitch, const RowBlock& rows, int x,
+                         Value value) {
+      write_box<T>(boxes_.acquire(), value);
+      if (rows.count >= 64 || rows_end_with_plane(product_.problem.rows)) {
+        boxes_.send(map, x, rows.y, rows.plane);
+      } else {  // the copy engine would write into the rows of the next group
+        boxes_.send_rows(out + x, pitch, rows.count, product_.problem.n - x);
+      }
+    }
+
+    const MProduct& product_;
+    OutgoingBoxes<Shape::kBoxes> boxes_;
+  };
+};
 
 }  // namespace parrot::cuda

@@ -33,6 +33,8 @@ OPS = (
     "m_grouped_gemm_cuda",
     "m_grouped_swiglu_cuda",
     "k_grouped_gemm_cuda",
+    "expert_combine_cuda",
+    "expert_hidden_bwd_cuda",
     "topk_routing_cuda_fwd",
     "topk_routing_cuda_bwd",
 )

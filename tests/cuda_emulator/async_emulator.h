@@ -11,9 +11,13 @@ namespace parrot::cuda::device {
 
 using Barrier = uint64_t;  // only its address counts, see emulator::Transactions
 
+struct Planes {
+  int64_t width, rows, depth, pitch;
+};
+
 struct TensorMap {
   const uint16_t* base;
-  int64_t width, rows, depth;
+  Planes planes;
   int box_rows;
 };
 
@@ -49,10 +53,6 @@ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   emulator::wait_until([&state = block().transactions.at(barrier), parity] { return (state.phase & 1) != parity; });
 }
 
-inline void barrier_wait_of_cluster(Barrier* barrier, uint32_t parity) {
-  barrier_wait(barrier, parity);
-}
-
 inline void named_barrier(int name, int threads) {
   emulator::Barrier& barrier = block().named[name];
   barrier.wanted = threads;
@@ -71,8 +71,9 @@ inline uint32_t swizzled(uint32_t address) {
 
 // What the copy engine reads or writes outside of the tensor: zeros, and nothing.
 inline uint16_t* element(const TensorMap& map, int64_t x, int64_t y, int64_t z) {
-  const bool inside = x >= 0 && x < map.width && y >= 0 && y < map.rows && z >= 0 && z < map.depth;
-  return inside ? const_cast<uint16_t*>(map.base) + (z * map.rows + y) * map.width + x : nullptr;
+  const Planes& all = map.planes;
+  const bool inside = x >= 0 && x < all.width && y >= 0 && y < all.rows && z >= 0 && z < all.depth;
+  return inside ? const_cast<uint16_t*>(map.base) + (z * all.rows + y) * all.pitch + x : nullptr;
 }
 
 // Shared address of a box, which must lie within the shared memory of a block.
@@ -156,7 +157,8 @@ void products_wait() {
   }
 }
 
-inline void pin(float (&)[128]) {}
+template <int kCount>
+void pin(float (&)[kCount]) {}
 
 // An operand in shared memory. K-major: 8 rows of 128 bytes, then the stride. M- or N-major ("transposed"): 64 columns,
 // then the leading offset; 8 rows of the reduction, then the stride.
@@ -178,9 +180,8 @@ struct Operand {
   }
 };
 
-template <typename ToFloat>
-void wgmma_any(float (&c)[128], uint64_t a, bool transposed_a, uint64_t b, bool transposed_b, bool accumulate,
-               ToFloat to_float) {
+template <int kCount, typename ToFloat>
+void wgmma_any(float (&c)[kCount], uint64_t a, bool transposed_a, uint64_t b, bool transposed_b, ToFloat to_float) {
   emulator::Fiber& fiber = *emulator::grid->running;
   fiber.products.push_back([=, &fiber, out = &c[0]] {
     const Operand left{*fiber.block, a, transposed_a}, right{*fiber.block, b, transposed_b};
@@ -189,35 +190,33 @@ void wgmma_any(float (&c)[128], uint64_t a, bool transposed_a, uint64_t b, bool 
     for (int half = 0; half < 2; ++half) {
       for (int k = 0; k < 16; ++k) rows[half][k] = to_float(left(16 * warp + lane / 4 + 8 * half, k));
     }
-    for (int j = 0; j < 64; ++j) {
+    for (int j = 0; j < kCount / 2; ++j) {
       const int column = j / 2 * 8 + lane % 4 * 2 + j % 2;
       float values[16];
       for (int k = 0; k < 16; ++k) values[k] = to_float(right(column, k));
       for (int half = 0; half < 2; ++half) {
         float& sum = out[j / 2 * 4 + 2 * half + j % 2];
-        if (!accumulate) sum = 0.0f;
         for (int k = 0; k < 16; ++k) sum += rows[half][k] * values[k];
       }
     }
   });
 }
 
-template <bool kTransposedA, bool kTransposedB>
-void wgmma_bfloat16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_any(c, a, kTransposedA, b, kTransposedB, accumulate, bfloat_to_float);
+template <bool kTransposedA, bool kTransposedB, int kCount>
+void wgmma_bfloat16(float (&c)[kCount], uint64_t a, uint64_t b) {
+  wgmma_any(c, a, kTransposedA, b, kTransposedB, bfloat_to_float);
 }
 
-template <bool kTransposedA, bool kTransposedB>
-void wgmma_float16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_any(c, a, kTransposedA, b, kTransposedB, accumulate, half_to_float);
+template <bool kTransposedA, bool kTransposedB, int kCount>
+void wgmma_float16(float (&c)[kCount], uint64_t a, uint64_t b) {
+  wgmma_any(c, a, kTransposedA, b, kTransposedB, half_to_float);
 }
 
-inline int make_tensor_map(TensorMap* map, const void* base, bool, int64_t width, int64_t rows, int64_t depth,
-                           int box_rows) {
+inline int make_tensor_map(TensorMap* map, const void* base, bool, const Planes& planes, int box_rows) {
   // What cuTensorMapEncodeTiled refuses.
-  const bool valid = width > 0 && rows > 0 && depth > 0 && width % 8 == 0 && box_rows <= 256 &&
-                     reinterpret_cast<uintptr_t>(base) % 16 == 0;
-  *map = {static_cast<const uint16_t*>(base), width, rows, depth, box_rows};
+  const bool valid = planes.width > 0 && planes.rows > 0 && planes.depth > 0 && planes.pitch % 8 == 0 &&
+                     box_rows <= 256 && reinterpret_cast<uintptr_t>(base) % 16 == 0;
+  *map = {static_cast<const uint16_t*>(base), planes, box_rows};
   return valid ? 0 : 1;
 }
 

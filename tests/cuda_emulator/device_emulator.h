@@ -7,6 +7,7 @@
 
 #define __device__
 #define __global__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -138,6 +139,17 @@ inline int arrive(int32_t* counter) {
 
 inline uint4 load_streaming(const void* address) {
   return *static_cast<const uint4*>(address);
+}
+
+inline uint4 load_shared_result(const uint4* address) {
+  return *address;
+}
+
+inline float fast_exp(float x) {
+  return expf(x);
+}
+inline float fast_divide(float x, float y) {
+  return x / y;
 }
 
 inline float half_to_float(uint16_t bits) {

@@ -1,6 +1,6 @@
 // Threads of a cluster of blocks as fibers: barriers, a scheduler that shuffles, copies that finish when they like. The
-// order in which fibers run between barriers is shuffled by `emulator_seed`: a missing barrier changes results from seed
-// to seed. Shared memory starts full of NaN. When no fiber can go on, the run ends with an error (a deadlock).
+// order in which fibers run between barriers is shuffled by `emulator_seed`: a missing barrier changes results from
+// seed to seed. Shared memory starts full of NaN. When no fiber can go on, the run ends with an error (a deadlock).
 #pragma once
 
 #include <math.h>

@@ -17,17 +17,28 @@ from parrot_kernels import _extension
 WITHOUT_CUDA = _extension.why_not_cuda() if _extension.why_not() is None else None
 pytestmark = pytest.mark.skipif(WITHOUT_CUDA is not None, reason=str(WITHOUT_CUDA))
 
-# Instructions that kernels of this name must have: wgmma, tensor copies, mma, register budgets.
+# Matrix products, and the boxes of 64 columns that a warp group stores of a tile.
+PRODUCTS = ("MProduct", "KProduct", "CombineProduct", "HiddenBackwardProduct")
+STORES = {
+    "MProduct.*WeightsE[01].*GemmShapeILi256": 4,
+    "MProduct.*WeightsE[01].*GemmShapeILi192": 2 * 3,
+    "MProduct.*WeightsE2": 3 * 2,  # h, gate and up
+    "KProduct.*GemmShapeILi256": 4,
+    "KProduct.*GemmShapeILi192": 2 * 3,
+    "CombineProduct": 4,
+    "HiddenBackwardProduct": 3 * 2 * 2,  # h and the gradients of gate and up
+}
+# Instructions that kernels of this name must have: wgmma, tensor copies to both blocks of a cluster, tensor stores,
+# mma, register budgets.
 REQUIRED = {
-    "m_grouped_gemm_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
-    "k_grouped_gemm_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
+    **dict.fromkeys(PRODUCTS, ("HGMMA", "UTMALDG", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
     "routing_fwd_kernelINS0_8BFloat16": ("HMMA",),
     "routing_fwd_kernelINS0_7Float16": ("HMMA",),
     "routing_bwd_means_kernelINS0_8BFloat16": ("HMMA",),
     "routing_bwd_means_kernelINS0_7Float16": ("HMMA",),
 }
 KERNELS = (
-    *("m_grouped_gemm_kernel", "k_grouped_gemm_kernel"),
+    *PRODUCTS,
     *("routing_fwd_kernel", "routing_bwd_means_kernel", "routing_bwd_gradients_kernel"),
     *("topk_routing_tiles_kernel", "topk_routing_totals_kernel", "topk_routing_plan_kernel", "topk_routing_bwd_kernel"),
 )
@@ -66,11 +77,32 @@ def test_kernels_use_the_units_that_they_claim(kernel: str) -> None:
     own = {name: body for name, body in instructions().items() if kernel in name}
     assert own, f"{kernel} is not in the extension"
     for name, body in own.items():
-        missing = [what for what in REQUIRED[kernel] if not re.search(rf"\b{what}\b", body)]
+        missing = [what for what in REQUIRED[kernel] if not re.search(rf"\b{re.escape(what)}\b", body)]
         assert not missing, f"{name} has no {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("kernel", ["m_grouped_gemm_kernel", "k_grouped_gemm_kernel"])
+@pytest.mark.parametrize("pattern", STORES)
+def test_results_leave_through_the_copy_engine_and_shared_operands_come_once(pattern: str) -> None:
+    own = [body for name, body in instructions().items() if re.search(pattern, name)]
+    assert len(own) == (4 if "E[01]" in pattern else 2), f"{pattern}: two types of elements, and two layouts of weights"
+    for body in own:
+        copies, shared = len(re.findall(r"\bUTMALDG\b", body)), len(re.findall(r"\bUTMALDG\.3D\.MULTICAST\b", body))
+        assert len(re.findall(r"\bUTMASTG\b", body)) == STORES[pattern]
+        # Each copy of an operand exists in a form for one block and in one for both; others bring in z or a residual.
+        assert copies == 2 * shared if pattern[0] in "MK" else copies > 2 * shared
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS)
+def test_no_fence_of_the_device_stands_among_the_products(kernel: str) -> None:
+    """An arrival at a barrier of the other block that released writes would put one behind each stage."""
+    for name, body in instructions().items():
+        if kernel in name:
+            order = re.findall(r"\b(HGMMA|MEMBAR)\b", body)
+            inner = order[order.index("HGMMA") : len(order) - order[::-1].index("HGMMA")]
+            assert "MEMBAR" not in inner, name
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS)
 def test_products_of_a_stage_run_one_after_the_other_without_a_wait(kernel: str) -> None:
     """ptxas puts a wait behind each product when it cannot keep the accumulators apart."""
     for name, body in instructions().items():

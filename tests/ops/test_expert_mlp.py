@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from parrot_kernels.testing import MoEShape, assert_all_accurate, make_expert_inputs, outputs_and_gradients
 from parrot_sys.ops import ExpertPlan, TopKRouting, expert_mlp, topk_routing
+from tests.ops.expert_expression import expression, launchers
 
 RESIDUAL, OUTPUT = 0.3, 1.7
 
@@ -45,25 +45,6 @@ RUNS = [
 ]
 
 
-def expression(leaves: dict[str, Tensor], probs: Tensor, residual: float = RESIDUAL, scale: float = OUTPUT) -> Tensor:
-    """The formula, image by image and expert by expert, in the dtype of x; experts of weight zero still run."""
-    x, w_gate_up, w_down = leaves["x"], leaves["w_gate_up"], leaves["w_down"]
-    images = []
-    for rows, weights in zip(x, probs.to(x.dtype), strict=True):
-        total = torch.zeros_like(rows)
-        for (gate, up), down, weight in zip(w_gate_up, w_down, weights, strict=True):
-            total = total + weight * ((F.silu(rows @ gate.T) * (rows @ up.T)) @ down)
-        images.append(residual * rows + scale * total)
-    if not images:
-        return x + 0 * (w_gate_up.sum() + w_down.sum() + probs.sum())
-    return torch.stack(images)
-
-
-def launchers(sparse: bool) -> tuple[str, ...]:
-    form = "topk" if sparse else "dense"
-    return f"expert_mlp_{form}_fwd", f"expert_mlp_{form}_bwd"
-
-
 def make_inputs(shape: MoEShape, sparse: bool) -> tuple[dict[str, Tensor], TopKRouting | None]:
     """Tensors of the op with weights of experts as a leaf of its own, and the plan of the top-k form."""
     inputs = make_expert_inputs(shape)
@@ -89,7 +70,7 @@ def test_matches_float64(ran_on, triton_device, case: str, backend: str, sparse:
         return {"y": expert_mlp(*tensors, plan=route, residual_scale=RESIDUAL, output_scale=OUTPUT)}
 
     def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": expression(leaves, leaves["probs"] * (1 if route is None else route.probs > 0))}
+        return {"y": expression(leaves, leaves["probs"] * (1 if route is None else route.probs > 0), RESIDUAL, OUTPUT)}
 
     with ran_on(backend, "expert_mlp", *launchers(sparse)):
         actual = outputs_and_gradients(op, inputs, dtype)
@@ -140,7 +121,7 @@ def test_plan_that_lacks_pairs(ran_on, triton_device, backend: str, rows: int) -
         return {"y": expert_mlp(*leaves.values(), plan=route, residual_scale=RESIDUAL, output_scale=OUTPUT)}
 
     def plain(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": expression(leaves, leaves["probs"] * chosen)}
+        return {"y": expression(leaves, leaves["probs"] * chosen, RESIDUAL, OUTPUT)}
 
     with ran_on(backend, "expert_mlp", *launchers(sparse=True)):
         actual = outputs_and_gradients(op, inputs, torch.float32)

@@ -1,7 +1,7 @@
 """The CUDA grouped products: on a GPU if there is one, else their sources compiled for the CPU (tests/cuda_emulator).
 
 Values and gradients against a loop over the groups in float64. Tiles are 128 rows by 256 columns (SwiGLU: 128 units),
-64 steps of the reduction are a stage, four stages a ring.
+or 192 where reductions are short; 64 steps of the reduction are a stage, four stages a ring.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ CASES = {
     "images": Ragged((1, 0, 2), rows=70, padding=1),  # a tile that begins within an image
     "gathered": Ragged((2, 0, 1), rows=70, padding=1, planned=True),  # images that are read twice
     "band": Ragged((17,) * 3, rows=128, k=8, n=8),  # more row blocks than a band
+    # Tiles of 256 columns, which both warp groups share: forward and gradient of x; gradient of the weights.
+    "wide": Ragged((130, 3), padding=2, k=256, n=256),
+    "wide_sum": Ragged((130,), k=256, n=136),
     "least": Ragged((1,), k=8, n=8),
     "only_padding": Ragged((0, 0), padding=3, n=8),
     "no_row": Ragged((0, 0), n=8),
@@ -108,15 +111,15 @@ def test_m_grouped_gemm(ran_on, cuda_device, case: str, dtype: torch.dtype, tran
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-@pytest.mark.parametrize("case", ["images", "gathered", "wide", "no_row"])
+@pytest.mark.parametrize("case", ["images", "gathered", "units", "no_row"])
 def test_m_grouped_swiglu(ran_on, cuda_device, case: str, recompute: bool) -> None:
-    ragged = Ragged((3, 2), padding=1, k=8, n=136) if case == "wide" else CASES[case]  # wide: two tiles, each half up
+    ragged = Ragged((3, 2), padding=1, k=8, n=136) if case == "units" else CASES[case]  # two tiles, each half up
     plan, topk, sources = make_plan(ragged)
     inputs = {
         "x": torch.randn(sources, ragged.rows, ragged.k),
         "w": torch.randn(len(ragged.counts), 2, ragged.n, ragged.k) * ragged.k**-0.5,
     }
-    weights = None if case == "wide" else torch.rand(ragged.segments)
+    weights = None if case == "units" else torch.rand(ragged.segments)
     on_device = [None if t is None else t.to(cuda_device) for t in (ragged.offsets, plan, weights)]
 
     def op(leaves: dict[str, Tensor]) -> Tensor:
