@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> m_grouped_swiglu(const Tensor& x, const Tensor& w_gat
   MGroupedGemm problem{};
   problem.bfloat16 = is_bfloat16(x);
   PARROT_CHECK_SHAPE(x, -1, -1, -1);
-  PARROT_CHECK_SHAPE(w_gate_up, -1, 2, -1, x.size(2));
+  PARROT_CHECK_SHAPE(w_gate_up, offsets ? offsets->size(0) - 1 : -1, 2, -1, x.size(2));
   const int64_t groups = w_gate_up.size(0);
   problem.rows = checked_rows(x, offsets, plan, topk, segments_of(x, offsets, plan, groups), groups);
   const int64_t segments = problem.rows.segments, rows = problem.rows.segment_rows;
