@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from parrot_sys.config_values import config_from_dict, read_yaml
-from parrot_sys.systems.registry import all_parts
+from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.registry import all_parts, saved_bypass
 from parrot_sys.training.config import TrainConfig
 from tests.training.tiny import losses, run
 
@@ -20,11 +21,13 @@ CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints_0_1"
 
 
 def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of version 0.1, in which the rate of each part was a setting of its own."""
+    """Settings of version 0.1, which had one for the rate of each part, and switches for experts and routers."""
     optimizer = dict(settings["optimizer"])
     parts = {f"{part}_lr": part for part in all_parts()}
     lrs = {part: optimizer.pop(name) for name, part in parts.items() if name in optimizer}
-    return {**settings, "optimizer": {**optimizer, "lrs": lrs}}
+    bypass = saved_bypass(settings, config_from_dict(ParrotConfig, settings["model"]))
+    kept = {name: value for name, value in settings.items() if name not in ("use_moe", "use_router")}
+    return {**kept, "bypass": list(bypass), "optimizer": {**optimizer, "lrs": lrs}}
 
 
 @pytest.mark.parametrize("system", ["parrot", "wings", "multimodal_gpt"])
