@@ -100,30 +100,9 @@ def assemble(
     with TensorFiles(files.llm) as llm_tensors:
         sources, tokens = _llm_sources(llm_tensors, flamingo_tensors, num_tokens, vocab_multiple)
         if image_token_id is None:
-            own = llm_tensors.shape(_EMBEDDING)[0]
-            image_token_id = min(own + 1, tokens - 1)
-            logger.warning(
-                "%s holds no tokenizer: <image> is taken to be token %d of %d, of which LLaMA brings %d; say "
-                "--image-token-id if it is another",
-                files.llm,
-                image_token_id,
-                tokens,
-                own,
-            )
+            image_token_id = _usual_image_token(files.llm, llm_tensors.shape(_EMBEDDING)[0], tokens)
         llm = replace(llm, vocab_size=sources[_EMBEDDING][0][0])
-        config = ParrotConfig(
-            vision=replace(
-                vision_config_from_hf(read_json(files.vision / CONFIG), file=files.vision / CONFIG),
-                select_layer=-1,
-                select_feature="patch",
-            ),
-            moe=TextGuidedMoEConfig(num_experts=0),
-            llm=llm,
-            lora=lora,
-            template="instruction",
-            max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
-            flamingo=replace(flamingo, image_token_id=image_token_id),
-        )
+        config = _config(files, llm, lora, replace(flamingo, image_token_id=image_token_id))
         for tensors in (flamingo_tensors, lora_tensors):
             sources |= {key: (tuple(tensor.shape), partial(_itself, tensor)) for key, tensor in tensors.items()}
         maps = parrot_maps(config, with_vision_tower=False)
@@ -143,6 +122,35 @@ def assemble(
             write_tensors(_looked_at(sources, found), target)
             found.refuse(where, allow=allow_non_finite)
     return config
+
+
+def _usual_image_token(llm: Path, own: int, tokens: int) -> int:
+    """Id of `<image>` among so many tokens, of which LLaMA brings its `own`."""
+    token = min(own + 1, tokens - 1)
+    logger.warning(
+        "%s holds no tokenizer: <image> is taken to be token %d of %d, of which LLaMA brings %d; say "
+        "--image-token-id if it is another",
+        llm,
+        token,
+        tokens,
+        own,
+    )
+    return token
+
+
+def _config(
+    files: MultimodalGptFiles, llm: LLMConfig, lora: LoRAConfig | None, flamingo: FlamingoConfig
+) -> ParrotConfig:
+    vision = vision_config_from_hf(read_json(files.vision / CONFIG), file=files.vision / CONFIG)
+    return ParrotConfig(
+        vision=replace(vision, select_layer=-1, select_feature="patch"),
+        moe=TextGuidedMoEConfig(num_experts=0),
+        llm=llm,
+        lora=lora,
+        template="instruction",
+        max_seq_len=min(ParrotConfig().max_seq_len, llm.max_position_embeddings),
+        flamingo=flamingo,
+    )
 
 
 def _looked_at(sources: Mapping[str, tuple[tuple[int, ...], Read]], found: NonFinite) -> Iterator[tuple[str, Tensor]]:
