@@ -87,6 +87,12 @@ SEGMENT_ATTENTION = {
     "wings_7b": AttentionShape(samples=8, length=1024, heads=32, kv_heads=32, width=128, keys=577),
 }
 CPU_SEGMENT_ATTENTION = {"cpu": AttentionShape(samples=3, length=40, heads=2, kv_heads=2, width=16, keys=9)}
+# Decoding with the paged cache: 64 answers of Qwen2-7B after 2,048 rows, and 32 of Qwen1.5-7B.
+PAGED_ATTENTION = {
+    "qwen2_7b": AttentionShape(samples=64, length=2048, heads=28, kv_heads=4, width=128),
+    "wings_7b": AttentionShape(samples=32, length=1024, heads=32, kv_heads=32, width=128),
+}
+CPU_PAGED_ATTENTION = {"cpu": AttentionShape(samples=3, length=48, heads=4, kv_heads=2, width=16)}
 
 HEADS = {
     "parrot_7b": HeadShape(labels=4096, hidden=4096, vocabulary=151_936),

@@ -14,6 +14,7 @@ from benchmarks import (
     bench_grouped_gemm,
     bench_linear_cross_entropy,
     bench_moe_layer,
+    bench_paged_attention,
     bench_permute,
     bench_router_attention,
     bench_segment_attention,
@@ -35,6 +36,7 @@ MODULES = (
     bench_swiglu,
     bench_permute,
     bench_segment_attention,
+    bench_paged_attention,
 )
 WORKERS = 1
 ROW_SECONDS = 150

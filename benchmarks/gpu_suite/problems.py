@@ -20,11 +20,13 @@ Make = Callable[[torch.device], "Problem"]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Inputs with gradients, and two functions of them that must agree."""
+    """Inputs, with gradients unless the op has none, and two functions of them that must agree."""
 
     inputs: Tensors
     op: Function
     plain: Function
+    gradients: bool = True
+    """Whether the op has gradients."""
     exact: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] = field(default=dict)
     """Pairs of integer results that must be equal, computed by the back end in force."""
 

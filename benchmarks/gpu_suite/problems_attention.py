@@ -119,6 +119,48 @@ def _linear_cross_entropy(rows: int, hidden: int, vocabulary: int) -> Make:
     return make
 
 
+def _paged_attention(requests: list[tuple[int, int]], heads: int, groups: int, width: int, block: int = 16) -> Make:
+    """Requests of (query rows, rows in the cache), whose blocks lie in no order."""
+
+    def make(device: torch.device) -> Problem:
+        lengths = torch.tensor([length for _, length in requests], dtype=torch.int32)
+        counts = [-(-length // block) for _, length in requests]
+        tables = torch.zeros(len(requests), max(counts, default=0), dtype=torch.int32)
+        order = torch.randperm(sum(counts))
+        for row, (count, own) in enumerate(zip(counts, order.split(counts), strict=True)):
+            tables[row, :count] = own
+        queries = torch.tensor([0, *(rows for rows, _ in requests)]).cumsum(0).int()
+        inputs = {
+            "query": normal(device, int(queries[-1]), heads, width),
+            "key_cache": normal(device, sum(counts), groups, block, width),
+            "value_cache": normal(device, sum(counts), groups, block, width),
+        }
+        places = (tables.to(device), queries.to(device), lengths.to(device))
+
+        def op(leaves: Tensors) -> Tensors:
+            longest = max((rows for rows, _ in requests), default=0)
+            return {"out": ops.paged_attention(*leaves.values(), *places, max_seqlen_q=longest, scale=width**-0.5)[0]}
+
+        def plain(leaves: Tensors) -> Tensors:
+            query, keys, values = leaves.values()
+            outs = [query[:0]]
+            for row, (count, length) in enumerate(requests):
+                own = query[queries[row] : queries[row + 1]].transpose(0, 1)
+                blocks = tables[row, : counts[row]].long().to(device)
+                key, value = (
+                    cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(heads // groups, 0)
+                    for cache in (keys, values)
+                )
+                hidden = torch.ones(count, length, dtype=torch.bool, device=device).triu(length - count + 1)
+                weights = (own @ key.mT * width**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+                outs.append((weights @ value).transpose(0, 1))
+            return {"out": torch.cat(outs)}
+
+        return Problem(inputs=inputs, op=op, plain=plain, gradients=False)
+
+    return make
+
+
 def _case(op: str, name: str, make: Make, *, large: bool = False) -> Case:
     return Case(op=op, name=name, make=make, large=large)
 
@@ -137,6 +179,11 @@ CASES = [
     _case("segment_attention", "no_row", _segment_attention([], 4, 2, 2, 16)),
     _case("segment_attention", "flamingo", _segment_attention(_LARGE, 642, 4, 4, 64), large=True),
     _case("segment_attention", "width_128", _segment_attention(_LARGE, 642, 4, 2, 128), large=True),
+    _case("paged_attention", "mixed", _paged_attention([(1, 1), (1, 17), (1, 32), (20, 20), (5, 38)], 2, 1, 16)),
+    _case("paged_attention", "grouped_heads", _paged_attention([(1, 33), (3, 20)], 14, 2, 8)),
+    _case("paged_attention", "no_row", _paged_attention([(0, 5)], 2, 2, 16)),
+    _case("paged_attention", "answers", _paged_attention([(1, 700), (1, 64), (1, 333)], 28, 4, 128), large=True),
+    _case("paged_attention", "prompts", _paged_attention([(256, 256), (100, 612)], 8, 8, 64), large=True),
     _case("linear_cross_entropy", "primes", _linear_cross_entropy(7, 13, 97)),
     _case("linear_cross_entropy", "one_row", _linear_cross_entropy(1, 8, 50)),
     _case("linear_cross_entropy", "no_row", _linear_cross_entropy(0, 8, 50)),

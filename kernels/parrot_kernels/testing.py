@@ -100,14 +100,21 @@ def make_spans(lengths: list[int], images_per_sample: list[int]) -> tuple[Tensor
 
 
 def outputs_and_gradients(
-    function: Callable[[dict[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, Tensor], dtype: torch.dtype
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    gradients: bool = True,
 ) -> dict[str, Tensor]:
     """Outputs of `function` at `inputs` in `dtype`, and the gradient of each input as `grad_<name>`.
 
-    Incoming gradients are the same random numbers on each call; outputs that are infinite get none.
+    Incoming gradients are the same random numbers on each call; outputs that are infinite get none. Without
+    `gradients` the outputs alone, of functions that have none.
     """
-    leaves = {name: value.detach().to(dtype, copy=True).requires_grad_() for name, value in inputs.items()}
+    leaves = {name: value.detach().to(dtype, copy=True).requires_grad_(gradients) for name, value in inputs.items()}
     outputs = function(leaves)
+    if not gradients:
+        return outputs
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs.values()]
     finite = [out.isfinite() for out in outputs.values()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import runpy
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from parrot_sys.logging import setup_logging
 from parrot_sys.megatron.runtime import cpu_layer
+
+logger = logging.getLogger("parrot_sys.megatron.run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = arguments
     sys.path.insert(0, str(script.resolve().parent))
     if cpu_layer.is_installed():
+        logger.info("Megatron-LM runs on the CPU in this process; PARROT_CPU_LAYER=0 leaves it as it is")
         _prepare_cpu()
     runpy.run_path(str(script), run_name="__main__")
     return 0

@@ -148,6 +148,10 @@ def _calls(root: Path, out: Path) -> dict[tuple[tuple[str, ...], str], list[str]
         (("data", "vendor"), ""): vendor,
         (("data", "check"), ""): check,
         (("data", "check"), "checkpoint.load_from"): check[:2],
+        (("data", "index"), ""): [*check, "--output", str(out / "index")],
+        (("data", "index"), "checkpoint.load_from"): [*check[:2], "--output", str(out / "index")],
+        (("data", "describe"), ""): [*check, "--plot", str(out / "mix.png")],
+        (("data", "describe"), "checkpoint.load_from"): [*check[:2], "--plot", str(out / "mix.png")],
         (("train",), ""): train,
         (("train",), "model.tokenizer_path"): from_scratch,
         (("train",), "model.vision.path"): from_scratch,
@@ -166,6 +170,9 @@ _STATUS = {("data", "check"): (1, 2)}
 """Exit codes where they differ: its report is that training would not start."""
 UNUSED = {
     (("data", "check"), "model.vision.path"),
+    (("data", "describe"), "model.vision.path"),
+    (("data", "index"), "model.vision.path"),
+    (("data", "index"), "data.image_roots"),  # it looks at texts alone
     (("plan",), "model.tokenizer_path"),
     (("plan",), "model.vision.path"),
 }

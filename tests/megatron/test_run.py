@@ -44,7 +44,7 @@ def test_a_program_finds_what_it_asks_for(tmp_path: Path) -> None:
     result = run(str(tmp_path / "program.py"), "--layers", "2")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "arguments ['--layers', '2'] 7\n"
-    assert result.stderr.count("Megatron-Core runs on the CPU in this process") == 1
+    assert result.stderr.count("Megatron-LM runs on the CPU in this process") == 1
     left_alone = run(str(tmp_path / "program.py"), PARROT_CPU_LAYER="0")
     assert left_alone.returncode == 1
     assert "on the CPU" not in left_alone.stderr

@@ -28,7 +28,19 @@ assert not torch.cuda.is_initialized(), "an import initialised CUDA"
 print(len(names))
 """
 # The modules that are written in Triton; only the launchers of `triton_impl` and `compile_only` import them.
-IN_TRITON = ["triton_impl", "kernels", "tiles", "attention_tiles", "triton_support", "compile_cases", "compile_only"]
+IN_TRITON = [
+    *("triton_impl", "launches", "kernels", "tiles", "attention_tiles", "triton_support", "compile_cases"),
+    "compile_only",
+]
+    "triton_impl",
+    "launches",
+    "kernels",
+    "tiles",
+    "attention_tiles",
+    "triton_support",
+    "compile_cases",
+    "compile_only",
+]
 ACCELERATORS = ["transformer_engine", "apex", "amp_C", "flash_attn"]
 
 

@@ -16,7 +16,7 @@ from parrot_sys.data.corpora.public import importing
 from parrot_sys.evaluation import main as evaluation
 from parrot_sys.evaluation import runner
 from parrot_sys.inference import convert as converting
-from parrot_sys.megatron import export
+from parrot_sys.systems import export
 from parrot_sys.testing.distributed import run_distributed
 from tests.evaluation.tables import write_table
 from tests.training.tiny import MODEL

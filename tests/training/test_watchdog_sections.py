@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from parrot_sys.megatron import export as exporting
 from parrot_sys.megatron.checkpoint import writer as checkpoint_writer
+from parrot_sys.systems import export as exporting
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training import feature_cache
 from parrot_sys.training import trainer as trainer_module
