@@ -32,15 +32,6 @@ IN_TRITON = [
     *("triton_impl", "launches", "kernels", "tiles", "attention_tiles", "triton_support", "compile_cases"),
     "compile_only",
 ]
-    "triton_impl",
-    "launches",
-    "kernels",
-    "tiles",
-    "attention_tiles",
-    "triton_support",
-    "compile_cases",
-    "compile_only",
-]
 ACCELERATORS = ["transformer_engine", "apex", "amp_C", "flash_attn"]
 
 
