@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _field_types(cls: type) -> dict[str, Any]:
+@functools.cache
+def _field_types(cls: type) -> Mapping[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
@@ -146,7 +148,8 @@ def list_settings(cls: type, prefix: str = "") -> set[str]:
     return names
 
 
-def keyed_settings(cls: type, prefix: str = "") -> dict[str, Any]:
+@functools.cache
+def keyed_settings(cls: type, prefix: str = "") -> Mapping[str, Any]:
     """Dotted name -> type of the values, of the mappings below `cls` that are marked with BY_KEY."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
