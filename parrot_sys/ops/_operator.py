@@ -51,6 +51,7 @@ class Operator:
         self._backward, self._setup_context = backward, setup_context
 
     def _refuse(self, *_: Any) -> None:
+        # Operators for inference alone, and gradients of gradients: refused as torch's custom_op does, not wrong.
         raise NotImplementedError(f"parrot::{self._name} has no autograd formula")
 
     def _with_autograd(self) -> Callable[..., Any]:

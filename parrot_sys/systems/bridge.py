@@ -39,32 +39,29 @@ class SystemBridge(Bridge):
         """
         super().__init__(model.llm, model.vision, config, groups, pre_process=pre_process, bypass=bypass)
         self.model = model
+        if pre_process:
+            self.build()
+
+    def build(self) -> None:
+        """Makes the modules of the first pipeline stage; on other stages they stay None."""
 
 
 class ImageRowsBridge(SystemBridge):
     """The tower's rows go through a projector and take the places of the image markers among the rows of the text."""
 
-    def __init__(
-        self,
-        model: ParrotConfig,
-        config: TransformerConfig,
-        groups: ProcessGroupCollection,
-        *,
-        pre_process: bool,
-        bypass: Collection[str] = (),
-    ) -> None:
-        """See `SystemBridge`."""
-        super().__init__(model, config, groups, pre_process=pre_process, bypass=bypass)
-        self.projector: Projector | None = None
-        if pre_process:
-            self.projector = Projector(
-                model.projector,
-                model.vision.hidden_size,
-                model.llm.hidden_size,
-                dtype=config.params_dtype,
-                group=multi_rank_group(groups.tp),
-            )
-            mark_projector(self.projector)
+    projector: Projector | None = None
+
+    def build(self) -> None:
+        """Makes the projector."""
+        model = self.model
+        self.projector = Projector(
+            model.projector,
+            model.vision.hidden_size,
+            model.llm.hidden_size,
+            dtype=self.config.params_dtype,
+            group=multi_rank_group(self.groups.tp),
+        )
+        mark_projector(self.projector)
 
     def modules(self) -> Mapping[str, nn.Module | None]:
         """The projector."""

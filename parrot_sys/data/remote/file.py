@@ -216,7 +216,7 @@ class _Positioned(io.RawIOBase):
         return len(data)
 
     def _read_at(self, start: int, count: int) -> bytes:
-        raise NotImplementedError
+        raise NotImplementedError  # subclasses read: a section of an open file, or of a remote one
 
 
 class _Section(_Positioned):

@@ -29,7 +29,7 @@ _FINAL = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(ValueError, TypeError, LookupError, NotImplementedError, ImportError),
 )
-"""Errors that another attempt does not change."""
+"""Errors that another attempt does not change; fsspec raises NotImplementedError for what a protocol cannot do."""
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError")
 _WAIT_AND_TRY = (408, 425, 429)
 _CHANGE = ("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest", "Last-Modified", "LastModified", "mtime")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
@@ -21,7 +19,6 @@ from parrot_sys.modules.perceiver import PerceiverResampler
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.parallel import all_gather_rows
 from parrot_sys.systems.bridge import SystemBridge
-from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.multimodal_gpt.layers import flamingo_layer_spec
 
@@ -29,22 +26,13 @@ from parrot_sys.systems.multimodal_gpt.layers import flamingo_layer_spec
 class MultimodalGptBridge(SystemBridge):
     """Latents of the images beside the text, and gated blocks in front of layers (arXiv 2305.04790)."""
 
-    def __init__(
-        self,
-        model: ParrotConfig,
-        config: TransformerConfig,
-        groups: ProcessGroupCollection,
-        *,
-        pre_process: bool,
-        bypass: Collection[str] = (),
-    ) -> None:
-        """See `SystemBridge`."""
-        super().__init__(model, config, groups, pre_process=pre_process, bypass=bypass)
-        self.resampler: PerceiverResampler | None = None
-        if pre_process:
-            self.resampler = PerceiverResampler(
-                self.flamingo.resampler, model.vision.hidden_size, dtype=config.params_dtype
-            )
+    resampler: PerceiverResampler | None = None
+
+    def build(self) -> None:
+        """Makes the resampler."""
+        self.resampler = PerceiverResampler(
+            self.flamingo.resampler, self.vision.hidden_size, dtype=self.config.params_dtype
+        )
 
     @property
     def flamingo(self) -> FlamingoConfig:

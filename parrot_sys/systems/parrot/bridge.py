@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -19,7 +17,6 @@ from parrot_sys.megatron.experts import expert_groups, mark_experts, sharded_exp
 from parrot_sys.modules.routing_losses import RoutingTotals, gather_routing_rows
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
 from parrot_sys.systems.bridge import ImageRowsBridge
-from parrot_sys.systems.config import ParrotConfig
 
 EXPERTS = "moe"
 """Part of router and experts, and their name in the model."""
@@ -28,27 +25,20 @@ EXPERTS = "moe"
 class ParrotBridge(ImageRowsBridge):
     """Tower -> projector -> text-guided experts -> rows of the decoder (arXiv 2406.02539, section 3)."""
 
-    def __init__(
-        self,
-        model: ParrotConfig,
-        config: TransformerConfig,
-        groups: ProcessGroupCollection,
-        *,
-        pre_process: bool,
-        bypass: Collection[str] = (),
-    ) -> None:
-        """See `SystemBridge`."""
-        super().__init__(model, config, groups, pre_process=pre_process, bypass=bypass)
-        self.moe: TextGuidedMoE | None = None
-        if pre_process and model.moe.num_experts:
+    moe: TextGuidedMoE | None = None
+
+    def build(self) -> None:
+        """Makes the projector, and router and experts where there are any."""
+        super().build()
+        if self.model.moe.num_experts:
             self.moe = TextGuidedMoE(
-                model.moe,
-                model.llm.hidden_size,
-                dtype=config.params_dtype,
-                statistics_group=groups.dp_cp,
-                groups=expert_groups(groups),
+                self.model.moe,
+                self.model.llm.hidden_size,
+                dtype=self.config.params_dtype,
+                statistics_group=self.groups.dp_cp,
+                groups=expert_groups(self.groups),
             )
-            mark_experts(self.moe, groups)
+            mark_experts(self.moe, self.groups)
 
     def modules(self) -> Mapping[str, nn.Module | None]:
         """The projector, and router and experts where there are any."""
