@@ -116,7 +116,7 @@ def main() -> None:
     constraints = write_constraints()
     pip_install("-c", constraints, *BUILD_PACKAGES)
     # No isolation: an isolated build would download a torch of its own.
-    pip_install("-c", constraints, "--no-build-isolation", "-e", ".[demo,dev]")
+    pip_install("-c", constraints, "--no-build-isolation", "-e", ".[serve,demo,dev]")
     if missing := [package for package, program in PROGRAMS.items() if not (VENV / "bin" / program).exists()]:
         pip_install("-c", constraints, "--ignore-installed", "--no-deps", *missing)
 

@@ -71,6 +71,11 @@ COMMANDS = {
         "Talk to a checkpoint about pictures, in any language, and see which experts answered.",
         ("parrot chat --checkpoint runs/first", "parrot chat --checkpoint runs/first --image cat.png --show-routing"),
     ),
+    "serve": _Command(
+        "parrot_sys.serving.main",
+        "Serve a checkpoint behind OpenAI's interface, with a page to try it in the browser.",
+        ("parrot serve --checkpoint runs/first", "parrot serve --help"),
+    ),
     "convert": _Command(
         "parrot_sys.inference.convert",
         "Turn checkpoints from and to the released Hugging Face layout.",

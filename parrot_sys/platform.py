@@ -107,6 +107,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def api_key() -> str:
+    """`PARROT_API_KEY`: a key that requests to `parrot serve` must bring; empty where none is asked for."""
+    return os.environ.get("PARROT_API_KEY", "")
+
+
 def set_cpu_threads() -> None:
     """Gives each process of a launcher its share of this machine's cores, unless OMP_NUM_THREADS is set.
 

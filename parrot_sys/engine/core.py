@@ -71,6 +71,9 @@ class ModelRunner(PictureModel, Protocol):
     def open_cache(self, num_blocks: int, block_size: int) -> None:
         """Makes an empty cache."""
 
+    def keep_alive(self) -> None:
+        """Tells ranks that wait that there is more to come."""
+
     def run_step(self, inputs: StepInputs) -> Tensor:
         """Writes the rows into the cache; returns the logits that are wanted, float32 [K, V]."""
 
@@ -221,6 +224,10 @@ class Engine:
         """Nobody waits for a request any more: the next step has none of its rows."""
         if number in self._answers:
             self.scheduler.cancel(self._answers[number].rows)
+
+    def keep_alive(self) -> None:
+        """To be called now and then while there are no requests, or ranks that wait for one give up."""
+        self.model.keep_alive()
 
     def images(self, number: int) -> tuple[RequestImage, ...]:
         """Images of a request that is being answered, with their routes once its prompt has run."""

@@ -79,6 +79,10 @@ class Lockstep(RankModel):
         self._repeat("open_cache", num_blocks=num_blocks, block_size=block_size)
         super().open_cache(num_blocks, block_size)
 
+    def keep_alive(self) -> None:
+        """See `RankModel`; on every rank, as a wait of minutes ends with an error."""
+        self._repeat("keep_alive")
+
     def encode(self, pixels: Tensor) -> Tensor | None:
         """See `RankModel`; on every rank."""
         self._repeat("encode", pixels=pixels.to(_CPU))

@@ -63,7 +63,12 @@ class RankModel:
     @property
     def guided(self) -> bool:
         """Whether text guides routes at all."""
-        return self.model.bridge.num_routed_experts > 0
+        return self.num_experts > 0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts among which the prompt chooses; 0 where there are none."""
+        return self.model.bridge.num_routed_experts
 
     @property
     def readers(self) -> ImageReaders:
@@ -78,6 +83,9 @@ class RankModel:
     def open_cache(self, num_blocks: int, block_size: int) -> None:
         """Makes an empty cache, in the place of the last one."""
         self._cache = PagedCache(num_blocks, block_size, device=self.device)
+
+    def keep_alive(self) -> None:
+        """Does nothing; ranks that wait for the next call hear that there are more to come."""
 
     def encode(self, pixels: Tensor) -> Tensor | None:
         """Features [n, V, C] of images [n, 3, h, w]; None where the vision tower is not."""

@@ -57,7 +57,7 @@ def split_batch(
         Sample(
             input_ids=sample,
             labels=None if targets is None else targets[index][kept[index]],
-            first_answer=_behind_first(sample.tolist(), list(answer_header)),
+            first_answer=first_answer_after(sample.tolist(), answer_header),
             pixel_values=assigned[index][0],
             pictures=assigned[index][1],
         )
@@ -98,10 +98,11 @@ def padding_mask(input_ids: Tensor, pad_token_id: int | None, eos_token_ids: Col
     )
 
 
-def _behind_first(ids: list[int], header: list[int]) -> int | None:
-    """Index after the first occurrence of `header`; None when it does not occur or is empty."""
+def first_answer_after(ids: Sequence[int], header: Sequence[int]) -> int | None:
+    """Index where the first answer begins, after the first `header`; None when it does not occur or is empty."""
     if not header:
         return None
+    ids, header = list(ids), list(header)
     starts = range(len(ids) - len(header) + 1)
     return next((start + len(header) for start in starts if ids[start : start + len(header)] == header), None)
 

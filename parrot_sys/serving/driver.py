@@ -1,0 +1,257 @@
+"""EngineDriver: the thread that owns the engine. Requests go in from any thread, pieces of answers come out on a loop.
+
+Nobody else may touch the engine: what is asked of it is a command that this thread runs between two steps. When a step
+fails, the engine is dead for good: every answer ends with an error, and no request is taken any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from parrot_sys.engine.core import Engine
+from parrot_sys.engine.requests import Delta, EngineRequest, RequestImage
+from parrot_sys.serving.errors import ApiError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_IDLE_SECONDS = 30.0
+"""Ranks that follow give up when they hear nothing for minutes."""
+
+
+class EngineDeadError(ApiError):
+    """The engine has failed, or has been stopped."""
+
+    def __init__(self, message: str = "the engine has failed") -> None:
+        super().__init__(503, message, code="engine_dead")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A delta, and when the engine made it."""
+
+    delta: Delta
+    time: float
+
+
+class AnswerStream:
+    """Pieces of one answer, read on the event loop."""
+
+    def __init__(self, driver: EngineDriver, number: int, images: tuple[RequestImage, ...], limit: int) -> None:
+        self.number = number
+        self.images = images
+        """With routes after the first piece."""
+        self._driver = driver
+        self._limit = limit
+        self._pieces: deque[Piece] = deque()
+        self._ready = asyncio.Event()
+        self._error: ApiError | None = None
+        self._done = False
+
+    def put(self, piece: Piece) -> None:
+        """Takes a piece; on the loop."""
+        self._pieces.append(piece)
+        self._ready.set()
+
+    def fail(self, error: ApiError) -> None:
+        """Ends the answer with an error after the pieces so far; on the loop."""
+        self._error = error
+        self._ready.set()
+
+    def close(self) -> None:
+        """Nobody reads the answer any more."""
+        if not self._done:
+            self._done = True
+            self._driver.forget(self.number)
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while not self._done:
+            while not self._pieces:
+                if self._error is not None:
+                    self._done = True
+                    raise self._error
+                self._ready.clear()
+                await self._ready.wait()
+            piece = self._pieces.popleft()
+            self._done = piece.delta.finish_reason is not None
+            yield piece
+
+
+class EngineDriver:
+    """Runs an engine in a thread of its own."""
+
+    def __init__(self, engine: Engine, *, stream_queue: int = 64) -> None:
+        """
+        Args:
+            engine: nobody else calls it from now on.
+            stream_queue: pieces of an answer that may wait for its reader.
+        """
+        self.engine = engine
+        self.error: BaseException | None = None
+        """Reason why the engine is dead."""
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[int, AnswerStream] = {}
+        self._limit = stream_queue
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_death: Callable[[], None] = lambda: None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine takes nothing any more."""
+        return self.error is not None
+
+    def start(self, loop: asyncio.AbstractEventLoop, on_death: Callable[[], None] = lambda: None) -> None:
+        """Starts the thread.
+
+        Args:
+            loop: on which answers are read.
+            on_death: called there when the engine has failed.
+        """
+        self._loop, self._on_death = loop, on_death
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends all answers with an error, and the thread."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def end_all(self, message: str) -> None:
+        """Ends all answers with an error."""
+        self._commands.put(lambda: self._fail_all(EngineDeadError(message)))
+
+    async def submit(self, requests: Sequence[EngineRequest]) -> list[AnswerStream]:
+        """Takes requests, all or none of them.
+
+        Raises:
+            EngineDeadError: the engine is dead.
+            ParrotError: see `Engine.submit`.
+        """
+        future = self._command(lambda: self._submit(requests))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(_close_all)  # the thread may have taken them already
+            raise
+
+    def forget(self, number: int) -> None:
+        """Nobody waits for an answer any more."""
+
+        def cancel() -> None:
+            if self._streams.pop(number, None) is not None:
+                self.engine.cancel(number)
+
+        self._commands.put(cancel)
+
+    def _command(self, function: Callable[[], T]) -> Future[T]:
+        """Result of a function that the thread runs between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self.is_dead or self._stopping:
+            raise EngineDeadError
+        self._commands.put(run)
+        return future
+
+    def _submit(self, requests: Sequence[EngineRequest]) -> list[AnswerStream]:
+        if self.is_dead or self._stopping:
+            raise EngineDeadError
+        streams: list[AnswerStream] = []
+        try:
+            for request in requests:
+                number = self.engine.submit(request)
+                streams.append(AnswerStream(self, number, self.engine.images(number), self._limit))
+        except BaseException:
+            for stream in streams:
+                self.engine.cancel(stream.number)
+            raise
+        self._streams |= {stream.number: stream for stream in streams}
+        return streams
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._run_commands(wait=self.is_dead or not self.engine.has_requests)
+                if self.engine.has_requests and not self.is_dead:
+                    self._deliver(self.engine.step())
+            except BaseException as error:
+                logger.exception("the engine has failed")
+                self.error = error
+                self._fail_all(EngineDeadError())
+                self._post(self._on_death)
+        self._run_commands(wait=False)
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """Runs the commands that are there, or waits for one."""
+        try:
+            command = self._commands.get(block=wait, timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            if wait and not self.is_dead:
+                self.engine.keep_alive()
+            return
+        while True:
+            command()
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        now, pieces = time.monotonic(), []
+        for delta in deltas:
+            stream = self._streams.get(delta.number)
+            if stream is None:
+                continue
+            if delta.finish_reason is not None:
+                del self._streams[delta.number]
+            pieces.append((stream, Piece(delta, now)))
+
+        def put_all() -> None:
+            for stream, piece in pieces:
+                stream.put(piece)
+
+        if pieces:
+            self._post(put_all)
+
+    def _fail_all(self, error: ApiError) -> None:
+        streams, self._streams = list(self._streams.values()), {}
+        if not self.is_dead:
+            for stream in streams:
+                self.engine.cancel(stream.number)
+
+        def fail() -> None:
+            for stream in streams:
+                stream.fail(error)
+
+        self._post(fail)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._fail_all(EngineDeadError("the server stops"))
+
+    def _post(self, function: Callable[[], None]) -> None:
+        assert self._loop is not None, "the thread has been started with a loop"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+
+def _close_all(future: Future[list[AnswerStream]]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        for stream in future.result():
+            stream.close()

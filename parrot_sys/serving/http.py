@@ -1,0 +1,247 @@
+"""The surroundings of the routes: bodies with limits, streams that notice who has left, keys, facts for the log."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from parrot_sys.serving.errors import ApiError
+
+T = TypeVar("T")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_KEYED = ("/v1/", "/tokenize", "/detokenize")
+_PAGE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    ),
+)
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer with an error."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def facts_of(scope: Scope) -> dict[str, Any]:
+    """Facts about a request, for log and metrics; whoever answers it adds to them."""
+    facts: dict[str, Any] = scope["state"]["facts"]
+    return facts
+
+
+async def _gone(receive: Receive) -> None:
+    """Returns when nobody waits for the answer any more; the request's body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, which is cancelled when nobody waits for it any more.
+
+    Raises:
+        ClientDisconnect: that is so.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events; a reader who leaves ends their source, one who is slow makes it wait."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+        """
+        Args:
+            chunks: data of the events.
+        """
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await until_disconnect(receive, self._write(send))
+        except ClientDisconnect:
+            facts_of(scope)["disconnected"] = True
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async for chunk in self._chunks:
+                # (Not as UTF-8: clients split lines at U+2028 and its like.)
+                await self._event(send, json.dumps(chunk, separators=(",", ":")))
+        finally:
+            await self._chunks.aclose()
+        await self._event(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _event(self, send: Send, data: str) -> None:
+        await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+class BodyReader:
+    """Reads bodies of requests, each and all together within limits."""
+
+    def __init__(self, *, max_bytes: int, max_pending: int, seconds: float) -> None:
+        """
+        Args:
+            max_bytes: of one body.
+            max_pending: of all that are held.
+            seconds: longest time in which a body arrives.
+        """
+        self._max_bytes = max_bytes
+        self._max_pending = max_pending
+        self._seconds = seconds
+        self._pending = 0
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[Request], Awaitable[bytes]]]:
+        """Gives the function that reads a body; what it has read counts as held until the end.
+
+        Raises:
+            ApiError: 408, 413, 415; 429 when too much is held for others.
+        """
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if self._pending + count > self._max_pending:
+                raise ApiError(
+                    429,
+                    "the server holds as many requests as it can: try again later",
+                    code="too_many_bytes",
+                    headers={"Retry-After": "1"},
+                )
+            self._pending += count
+            taken += count
+
+        try:
+            yield lambda request: self._read(request, take)
+        finally:
+            self._pending -= taken
+
+    async def _read(self, request: Request, take: Callable[[int], None]) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body must be JSON (Content-Type: application/json)", code="unsupported_media_type")
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._collect(request, take)
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+
+    async def _collect(self, request: Request, take: Callable[[int], None]) -> bytes:
+        body, size = bytearray(), 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= self._max_bytes:
+                take(len(chunk))
+                body += chunk
+            elif size > 2 * self._max_bytes:
+                break  # (until then it is read and dropped: some clients only look for an answer when they have sent)
+        if size > self._max_bytes:
+            message = f"a request may have at most {self._max_bytes} bytes (max_bytes): shorten it"
+            raise ApiError(413, message, code="request_too_large")
+        return bytes(body)
+
+
+class Guard:
+    """ASGI middleware: asks for a key, adds headers, counts and logs each request."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        on_answer: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """
+        Args:
+            app: the routes.
+            keys: of which requests must bring one; none: nothing is asked for.
+            on_answer: takes the facts about each request, for log and metrics.
+        """
+        self._app = app
+        self._keys = [_hashed(key) for key in keys]
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        facts = {
+            "id": _request_id(headers.get(b"x-request-id", b"")),
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": 499,  # until an answer begins
+        }
+        start = time.monotonic()
+        scope.setdefault("state", {})["facts"] = facts
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                facts["status"] = message["status"]
+                own = [(b"x-request-id", facts["id"].encode()), *_PAGE_HEADERS]
+                message["headers"] = [*message.get("headers", ()), *own]
+            await send(message)
+
+        try:
+            app = self._app if self._may(scope, headers) else error_response(_UNAUTHORIZED)
+            await app(scope, receive, tell)
+        finally:
+            facts["seconds"] = round(time.monotonic() - start, 4)
+            route = scope.get("route")
+            facts["route"] = getattr(route, "path", None) or "other"
+            self._on_answer(facts)
+
+    def _may(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+        if not self._keys or not scope["path"].startswith(_KEYED) or scope["method"] == "OPTIONS":
+            return True
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        # All are compared, so that the time says nothing about which one was close.
+        matches = [hmac.compare_digest(given, own) for own in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+_UNAUTHORIZED = ApiError(
+    401,
+    "a valid key is needed (Authorization: Bearer KEY)",
+    code="invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
+
+
+def _hashed(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _request_id(given: bytes) -> str:
+    text = given.decode("latin-1")
+    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex

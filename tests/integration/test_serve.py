@@ -1,0 +1,66 @@
+"""`parrot serve` as its clients see it: the openai client, httpx, lm-eval's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+import torch
+
+import parrot_sys
+from parrot_sys.data.parts import human_turn
+from tests.support.serving import CHECKPOINT, Server, chat, picture, serving, user
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def _answer_of_library(text: str, file: bytes, new_tokens: int) -> str:
+    """The greedy answer of `generate`."""
+    model, processor = parrot_sys.load_pretrained(CHECKPOINT)
+    turn = human_turn(text, images=1)
+    ids = processor.format_conversation([turn], add_generation_prompt=True)["input_ids"]
+    output = model.generate(torch.tensor([ids]), images=processor.pictures([file]), max_new_tokens=new_tokens)
+    return processor.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_the_openai_client_gets_what_generate_answers(server: Server) -> None:
+    client = server.openai()
+    (model,) = client.models.list().data
+    assert model.id == "model"
+    messages = [user("What is this?", picture(1))]
+    settings = {"model": model.id, "messages": messages, "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(**settings)
+    assert whole.choices[0].message.content == _answer_of_library("What is this?", picture(1), 8)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 8
+    chunks = list(client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
+
+
+def test_errors_are_those_of_the_openai_client(server: Server) -> None:
+    client = server.openai()
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other' here"):
+        client.chat.completions.create(model="other", messages=[user("?")])
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="model", messages=[user("?")], top_logprobs=2)
+    assert "top_logprobs needs logprobs" in str(caught.value)
+
+
+def test_health_models_and_page(server: Server) -> None:
+    with server.http() as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        card = http.get("/v1/models").json()["data"][0]
+        assert card["parrot"]["system"] == "parrot"
+        assert card["parrot"]["num_experts"] == 6
+        page = http.get("/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        assert http.post("/v1/chat/completions", json=chat("?")).status_code == 200
