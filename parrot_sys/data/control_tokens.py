@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import string
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from parrot_sys.data.parts import ControlTokens, Part, check_text
 from parrot_sys.errors import CheckpointError
 
+_LETTERS = string.ascii_lowercase + string.digits
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte without a token of its own
 
 
@@ -52,7 +54,7 @@ class TextEncoder:
         self._names: dict[str, str] = {}
         if control == "text":
             tokens = control_tokens(tokenizer)
-            self._names = {name: f"q{secrets.token_hex(16)}q" for name in tokens}
+            self._names = {name: _secret_name() for name in tokens}
             self._backend = _renamed(self._backend, self._names)
             for name, number in tokens.items():
                 if (got := self._backend.token_to_id(self._names[name])) != number:
@@ -87,6 +89,14 @@ def encode_texts(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     encoded = backend.encode_batch_fast(unique, add_special_tokens=False)
     ids = {text: encoding.ids for text, encoding in zip(unique, encoded, strict=True)}
     return [ids[text] for text in texts]
+
+
+def _secret_name() -> str:
+    """A word that nobody guesses (67 bits), in letters that no tokenizer changes; short, since it is read as text is.
+
+    Every control token of a conversation is written with it.
+    """
+    return f"q{''.join(secrets.choice(_LETTERS) for _ in range(13))}q"
 
 
 def _is_word(name: str) -> bool:

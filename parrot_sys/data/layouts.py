@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from parrot_sys.data.constants import IMAGE_TOKEN
 from parrot_sys.data.parts import check_text
@@ -37,8 +37,7 @@ class _Image:
     source: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
+class _Turn(NamedTuple):  # (made for every turn of every record: quicker than a frozen dataclass)
     role: str
     content: list[str | _Image]
     extra: str | None = None
@@ -56,11 +55,11 @@ def parse_layout(raw: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[st
     given = parse_images(raw)
     turns = list(_parse_turns(raw))
     _check_order(turns)
-    parts = [part for turn in turns for part in turn.content]
-    listed = sum(part == _Image() for part in parts)
-    taken = _which_markers(turns, len(given) - listed, has_parts=any(isinstance(part, _Image) for part in parts))
+    own = [part for turn in turns for part in turn.content if isinstance(part, _Image)]
+    listed = sum(part.source is None for part in own)
+    taken = _which_markers(turns, len(given) - listed, has_parts=bool(own))
     if taken is None:
-        markers = listed + sum(len(_ANY.findall(text)) for text in _human_texts(turns))
+        markers = listed + sum(text.count(IMAGE_TOKEN) for text in _human_texts(turns))
         raise DataError(
             f"must have one {IMAGE_TOKEN} marker for each image, got {markers} markers and {len(given)} images"
         )
@@ -115,11 +114,16 @@ def _parse_turns(raw: Mapping[str, Any]) -> Iterator[_Turn]:
     if isinstance(system := raw.get("system"), str) and system and not _is_system(value[0]):
         yield _Turn("system", [valid_text(system, "`system`")])
     for index, entry in enumerate(value):
-        if isinstance(entry, Mapping) and all(isinstance(entry.get(key), str) for key in ("user", "assistant")):
+        if _is_pair(entry):
             yield _Turn("human", [valid_text(entry["user"], f"turn {index}")])
             yield _Turn("gpt", [valid_text(entry["assistant"], f"turn {index}")])
         else:
             yield _parse_turn(entry, f"turn {index}")
+
+
+def _is_pair(entry: Any) -> bool:
+    """Whether an entry is a question with its answer."""
+    return isinstance(entry, Mapping) and isinstance(entry.get("user"), str) and isinstance(entry.get("assistant"), str)
 
 
 def _is_system(entry: Any) -> bool:
@@ -201,10 +205,10 @@ def _which_markers(turns: list[_Turn], wanted: int, *, has_parts: bool) -> Marke
 
     Where a record has no image, a marker alone on its line has lost its own; any other one is text.
     """
-    texts = _human_texts(turns)
-    alone = sum(len(_ALONE.findall(text)) for text in texts)
-    if sum(len(_ANY.findall(text)) for text in texts) == wanted:
+    texts = [text for text in _human_texts(turns) if IMAGE_TOKEN in text]
+    if sum(text.count(IMAGE_TOKEN) for text in texts) == wanted:
         return "all"
+    alone = sum(len(_ALONE.findall(text)) for text in texts)
     if alone == wanted and alone:
         return "alone"
     return "none" if wanted == 0 and (has_parts or not alone) else None
@@ -212,7 +216,7 @@ def _which_markers(turns: list[_Turn], wanted: int, *, has_parts: bool) -> Marke
 
 def _split(turn: _Turn, taken: Markers) -> _Turn:
     """The turn with the markers that stand for images as images."""
-    if turn.role != "human" or taken == "none":
+    if turn.role != "human" or taken == "none" or not _holds_marker(turn):
         return turn
     content: list[str | _Image] = []
     for part in turn.content:
@@ -227,10 +231,14 @@ def _split(turn: _Turn, taken: Markers) -> _Turn:
     return _Turn(turn.role, [part for part in content if part != ""] or [""], turn.extra)
 
 
+def _holds_marker(turn: _Turn) -> bool:
+    return any(isinstance(part, str) and IMAGE_TOKEN in part for part in turn.content)
+
+
 def _plain(turn: _Turn) -> dict[str, Any]:
     """The turn as a text, or as a list of parts where a human text holds `<image>`."""
     value: Any = "".join(IMAGE_TOKEN if isinstance(part, _Image) else part for part in turn.content)
-    if turn.role == "human" and any(isinstance(part, str) and IMAGE_TOKEN in part for part in turn.content):
+    if turn.role == "human" and _holds_marker(turn):
         value = [
             {"type": "image"} if isinstance(part, _Image) else {"type": "text", "text": part} for part in turn.content
         ]

@@ -47,6 +47,8 @@ def human_turn(text: str, *, images: int = 0) -> dict[str, Any]:
 
 def split_markers(text: str) -> Parts:
     """A text whose `<image>` are images."""
+    if IMAGE_TOKEN not in text:
+        return (Part(text, "text"),) if text else ()
     first, *rest = text.split(IMAGE_TOKEN)
     parts = [Part(first, "text")]
     for chunk in rest:
@@ -56,14 +58,18 @@ def split_markers(text: str) -> Parts:
 
 def turn_parts(turn: Turn, position: ImagePosition) -> Parts:
     """Parts of a turn, with its images where `position` wants them and its `input` on the next line."""
-    value = turn["value"]
-    if not isinstance(value, str):
-        parts: Parts = tuple(_entry(entry) for entry in value)
-    else:
-        parts = split_markers(value) if turn["from"] == "human" else (Part(value, "text"),)
+    parts = _own_parts(turn)
     if turn.get("input"):
         parts = (*parts, Part(f"\n{turn['input']}", "text"))
     return place_images(parts, position)
+
+
+def _own_parts(turn: Turn) -> Parts:
+    """Parts of a turn as it has them, without its `input`."""
+    value = turn["value"]
+    if not isinstance(value, str):
+        return tuple(_entry(entry) for entry in value)
+    return split_markers(value) if turn["from"] == "human" else (Part(value, "text"),)
 
 
 def place_images(parts: Sequence[Part], position: ImagePosition) -> Parts:
@@ -99,8 +105,9 @@ def strip_parts(parts: Sequence[Part]) -> Parts:
 
 
 def moves_images(turn: Turn) -> bool:
-    """Whether `front` puts an image of this turn somewhere else than `in_place` does."""
-    return turn_parts(turn, "front") != turn_parts(turn, "in_place")
+    """Whether `front` puts an image of this turn somewhere else than `in_place` does: one that follows a word."""
+    parts = _own_parts(turn)
+    return sum(part.kind == "image" for part in parts) > _leading_images(parts)
 
 
 def check_text(text: str) -> None:

@@ -62,8 +62,9 @@ def _between_images(parts: Parts) -> list[list[Part]]:
 def _with_images(parts: Parts, encoded: Iterator[list[int]]) -> list[int]:
     """Ids of parts whose stretches between images come next in `encoded`."""
     ids = [*next(encoded)]
-    for _ in range(sum(part.kind == "image" for part in parts)):
-        ids += [IMAGE_TOKEN_ID, *next(encoded)]
+    for part in parts:
+        if part.kind == "image":
+            ids += [IMAGE_TOKEN_ID, *next(encoded)]
     return ids
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parrot_sys.data.constants import IMAGE_TOKEN
-from parrot_sys.data.parts import join, turn_parts
+from parrot_sys.data.parts import join, moves_images, turn_parts
 from parrot_sys.data.records import parse_record
 from parrot_sys.data.templates import render_conversation
 from parrot_sys.errors import DataError
@@ -107,6 +107,15 @@ def test_images_of_a_content_stay_where_they_are(question, answer):
         assert "".join(shown.split()) == "".join(marked(parts).split())
     front = join(turn_parts(human, "front"))
     assert front.replace("\n", "").startswith(IMAGE_TOKEN * question.count(None))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([IMAGE_TOKEN, "word", "\n", " "]), max_size=7), extra=st.sampled_from([None, "x"])
+)
+def test_a_moved_image_is_one_that_the_positions_have_elsewhere(pieces, extra):
+    turn = {"from": "human", "value": "".join(pieces), "input": extra}
+    assert moves_images(turn) == (turn_parts(turn, "front") != turn_parts(turn, "in_place"))
 
 
 MARKER = st.sampled_from([IMAGE_TOKEN, f"{IMAGE_TOKEN}\n", f"\n{IMAGE_TOKEN}\n"])

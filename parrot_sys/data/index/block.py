@@ -118,6 +118,8 @@ class _Block:
 
     def _parse(self, raw: Any, number: int) -> Record:
         record = parse_record(raw, number, self.path)
+        if not any(name.startswith(PREFIX) for name in record.images):
+            return record
         try:
             return replace(record, images=tuple(map(self.embedded.keep, record.images)))
         except StorageError:

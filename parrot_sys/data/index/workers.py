@@ -86,7 +86,9 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the replies
     indexer: Indexer = pickle.load(requests)
-    gc.freeze()  # (libraries are most of what the collector would look through, again and again)
+    # (Records are trees, freed without the collector; it would look through those of a block again and again.)
+    gc.freeze()
+    gc.disable()
     while True:
         try:
             places, first, part = pickle.load(requests)
@@ -100,6 +102,7 @@ def main() -> None:
             _send(replies, DataError(f"{part.parent} cannot be written: {error.strerror}"))
         else:
             _send(replies, None)
+        gc.collect()
 
 
 def write_block(indexer: Indexer, places: Array, first: int, part: Path) -> None:
