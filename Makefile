@@ -1,7 +1,8 @@
 # PYTHON: the Python (3.11 or 3.12) used to create .venv.   ARGS: additional arguments for the program that a target runs.
-# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt (demo: or llava).
+# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt (demo: or llava).   STUDY: another experiment.
 PYTHON ?= python3
 MODEL ?= parrot
+STUDY ?= $(MODEL)
 ARGS ?=
 
 BIN := .venv/bin
@@ -13,7 +14,8 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
 	@echo "                  MODEL=wings, MODEL=multimodal_gpt or MODEL=llava does the same with another system"
-	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable)"
+	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable); STUDY=languages and"
+	@echo "                  others: docs/evidence.md; ARGS=--report writes what is done, ARGS=--help says more"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
 	@echo "make lint         check style, types and layers; make format fixes the style"
@@ -44,7 +46,7 @@ demo: setup
 	$(BIN)/python train/demo.py --model $(MODEL) $(ARGS)
 
 experiment: setup
-	$(BIN)/python train/experiment.py --model $(MODEL) $(ARGS)
+	$(BIN)/python train/experiment.py --study $(STUDY) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,14 +1,22 @@
-"""The experiment of a system, three seeds each, from the demo's data and stages.
+"""The studies: variants of one small model, three seeds each, from the demo's data and stages (docs/evidence.md).
 
-    python train/experiment.py                  parrot: experts on and off, three language mixes (an hour or more)
-    python train/experiment.py --model wings    what visual tuning costs in questions about text, and what learners keep
-    python train/experiment.py --model routers    parrot: which routers carry the language, and what that costs
-    python train/experiment.py --model multimodal_gpt    how long answers are with and without a set of short ones
-    python train/experiment.py --fresh          from the start; otherwise what is done is not done again
-    python train/experiment.py --quick          one seed and four steps a stage, to see that it works
+    python train/experiment.py                        parrot: experts on and off, three language mixes (an hour or more)
+    python train/experiment.py --study routers        parrot: which routers carry the language, and what that costs
+    python train/experiment.py --study languages      parrot: where experts help: decoders, mixes, 6 to 48 languages
+    python train/experiment.py --study wings          what visual tuning costs in questions about text, and learners
+    python train/experiment.py --study wings_curve    the same over the decoder's rate, with LoRA and ablations
+    python train/experiment.py --study multimodal_gpt how long answers are with and without a set of short ones
+    python train/experiment.py --study joint          multimodal_gpt: tuned on pictures, on text, on both: dialogues
+    python train/experiment.py --study joint_answers  the same models: length and repetition of answers
+    python train/experiment.py --only frozen          only variants whose name holds a text, as 'frozen decoder, 6 '
+    python train/experiment.py --seeds 0              only some seeds (side by side in copies of a folder of runs)
+    python train/experiment.py --report               train nothing: result and report of what is done so far
+    python train/experiment.py --fresh                from the start; otherwise what is done is not done again
+    python train/experiment.py --quick                one seed and four steps a stage, to see that it works
 
-Work lies below runs/experiment or runs/experiment-MODEL, results so far and their report too. What a whole experiment
-gave is kept in benchmarks/results/DEVICE (not with --quick).
+Stop it at any time (Ctrl-C): the same command goes on with the variant and step that it was at. Work lies below runs/
+(experiment, experiment-SYSTEM, and evidence, which several studies share); results so far and their report are in its
+folder report/STUDY. A whole study, and what --report finds, is kept in benchmarks/results/DEVICE (not with --quick).
 """
 
 from __future__ import annotations
@@ -28,7 +36,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="experiment.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=list(EXPERIMENTS), default="parrot", help="the system (parrot)")
+    choices = list(EXPERIMENTS)
+    parser.add_argument("--study", "--model", choices=choices, default="parrot", help="the study, see above (parrot)")
+    parser.add_argument("--only", action="append", help="text in the names of variants to train; repeat to narrow down")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds to train from (0 1 2)")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the result of what is done")
     parser.add_argument("--fresh", action="store_true", help="forget earlier runs and start from the beginning")
     parser.add_argument("--quick", action="store_true", help="one seed, little data, four steps a stage")
     help = "training processes (one per GPU, or two on a CPU); results differ by rounding only"
@@ -39,41 +51,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = parse(argv)
     from parrot_sys import platform
-    from studies import experiment, recipes
+    from studies import recipes
+    from studies.experiment import Run, write_result
     from studies.pipeline import Pipeline
+    from studies.running import train_variants
     from studies.variants import EXPERIMENTS
 
-    chosen = EXPERIMENTS[options.model]
+    chosen = EXPERIMENTS[options.study]
     recipes.processes = options.processes
-    name = "experiment" if options.model == "parrot" else f"experiment-{options.model}"
-    root = Path(f"runs/{name}-quick" if options.quick else f"runs/{name}")
-    device = "gpu" if platform.cuda_available() else "cpu"
-    kept = root / chosen.file if options.quick else Path("benchmarks/results") / device / chosen.file
-    pipeline = Pipeline(root, say=lambda line: print(line, flush=True), fresh=options.fresh)
-    data = recipes.build_data(pipeline, recipes.QUICK_DATA if options.quick else ())
-    content = experiment.experiment_content(chosen, recipes.provenance())
-    report = root / "report" / "report.md"
-    evaluations: dict[str, dict[str, Path]] = {}
-    for seed in SEEDS[:1] if options.quick else SEEDS:
-        flags = recipes.QUICK_TRAIN if options.quick else ()
-        run = experiment.Run(pipeline=pipeline, data=data, seed=seed, flags=flags)
-        for variant in chosen.variants:
-            folder = variant.evaluate(run).folder
-            evaluations.setdefault(variant.name, {})[str(seed)] = folder
-            accuracy, counts = chosen.measure(folder)
-            record = {"accuracy": accuracy, "n": counts}
-            if chosen.routes is not None:
-                record["routes"] = chosen.routes(folder)
-            content["results"].setdefault(variant.name, {})[str(seed)] = record
-            content["summary"] = experiment.summarize(content["results"], chosen.comparisons)
-            content["summary"] |= experiment.compare_variants(chosen, evaluations)
-            experiment.write_result(content, root / chosen.file)
-            report = experiment.write_report(content, root / "report")
-            print(f"{variant.name}, seed {seed}: " + ", ".join(f"{p} {a['mean']:.1f}" for p, a in accuracy.items()))
-    experiment.write_result(content, kept)
-    print("\n" + report.read_text(encoding="utf-8"))
+    root = Path(f"runs/{chosen.folder}-quick" if options.quick else f"runs/{chosen.folder}")
+    pipeline = Pipeline(root, say=lambda line: print(line, flush=True), fresh=options.fresh, only_done=options.report)
+    data_flags = recipes.QUICK_DATA if options.quick else ()
+    data = recipes.build_data(pipeline, data_flags)
+    runs = [
+        Run(
+            pipeline=pipeline,
+            data=data,
+            seed=seed,
+            flags=recipes.QUICK_TRAIN if options.quick else (),
+            data_flags=data_flags,
+        )
+        for seed in (options.seeds[:1] if options.quick else options.seeds)
+    ]
+    variants = [each for each in chosen.variants if all(text in each.name for text in options.only or ())]
+    content = train_variants(chosen, variants, runs, root / "report" / options.study)
+    whole = len(variants) == len(chosen.variants) and set(SEEDS) <= set(options.seeds)
+    if (whole or options.report) and not options.quick:
+        kept = Path("benchmarks/results") / ("gpu" if platform.cuda_available() else "cpu") / chosen.file
+        write_result(content, kept)
+        print(f"numbers: {kept}")
     seconds = sum({step.name: step.seconds for step in pipeline.steps}.values())
-    print(f"{seconds / 60:.0f} minutes of work in all; numbers: {kept}; report: {report}")
+    print(f"{seconds / 60:.0f} minutes of work in all; report: {root / 'report' / options.study / 'report.md'}")
     return 0
 
 

@@ -6,11 +6,12 @@ not show it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,6 +77,13 @@ class Comparison:
 def count_words(text: str) -> int:
     """Stretches without a blank; Chinese characters, which are written without blanks, count as words each."""
     return len(_WORD.findall(text))
+
+
+def repeats_itself(text: str) -> bool:
+    """Whether two neighbouring words stand together again later in the text, or a word twice in a row."""
+    words = _WORD.findall(text.casefold())
+    pairs = list(itertools.pairwise(words))
+    return len(set(pairs)) < len(pairs) or any(first == second for first, second in pairs)
 
 
 def compare_answers(answers: Sequence[tuple[str, str]], shared: Sequence[Outcome] | None = None) -> Comparison:
@@ -166,12 +174,12 @@ def read_answers(scores: ScoreFile) -> dict[int, str]:
         return {int(record["index"]): str(record["response"]) for record in records}
 
 
-def count_answers(scores: ScoreFile) -> list[Outcome]:
-    """Words in each answer, as outcomes."""
+def count_answers(scores: ScoreFile, measure: Callable[[str], int] = count_words) -> list[Outcome]:
+    """Words in each answer, or what else `measure` finds in its text, as outcomes."""
     parts = scores.content.get("parts", {}).values()
     known = {outcome.index: outcome for part in parts for outcome in read_outcomes(part) or ()}
     return [
-        replace(known.get(index) or Outcome(index=index, group=index, picture=None, value=0), value=count_words(answer))
+        replace(known.get(index) or Outcome(index=index, group=index, picture=None, value=0), value=measure(answer))
         for index, answer in read_answers(scores).items()
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parrot_sys.evaluation.scoring import most_likely, rows_by, score_cell
-from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clusters, paired_test
+from parrot_sys.evaluation.statistics import Paired, accuracy_interval, join_clusters, paired_test, two_way_margin
 from parrot_sys.evaluation.tsv import Question, picture_bytes
 
 Interval = tuple[float, float]
@@ -183,15 +184,43 @@ def compare(first: Mapping[Any, Sequence[Outcome]], second: Mapping[Any, Sequenc
         first: outcomes of one model by language (or language and seed).
         second: of the other model.
     """
-    pairs: list[tuple[Outcome, int]] = []
+    pairs = _pairs(first, second)
+    return paired_test(
+        [outcome.value for _, outcome, _ in pairs],
+        [value for _, _, value in pairs],
+        clusters(outcome for _, outcome, _ in pairs),
+    )
+
+
+def difference_interval(
+    first: Mapping[tuple[str, str], Sequence[Outcome]], second: Mapping[tuple[str, str], Sequence[Outcome]]
+) -> Interval | None:
+    """95% interval of the mean of first minus second over the rows that both hold, by pictures and by seeds.
+
+    Args:
+        first: outcomes of one model by seed and language.
+        second: of the other model.
+
+    Returns:
+        None where nothing shows how far the difference varies: no rows, or a single picture.
+    """
+    pairs = _pairs(first, second)
+    values = [float(outcome.value - value) for _, outcome, value in pairs]
+    seeds = join_clusters([(seed,) for (seed, _), _, _ in pairs])
+    margin = two_way_margin(values, clusters(outcome for _, outcome, _ in pairs), seeds) if values else math.inf
+    mean = sum(values) / max(1, len(values))
+    return (mean - margin, mean + margin) if math.isfinite(margin) else None
+
+
+def _pairs(
+    first: Mapping[Any, Sequence[Outcome]], second: Mapping[Any, Sequence[Outcome]]
+) -> list[tuple[Any, Outcome, int]]:
+    """(key, outcome of the first, value of the second) of the rows that both hold."""
+    pairs: list[tuple[Any, Outcome, int]] = []
     for key in first:
         values = {outcome.index: outcome.value for outcome in second.get(key, ())}
-        pairs += [(outcome, values[outcome.index]) for outcome in first[key] if outcome.index in values]
-    return paired_test(
-        [outcome.value for outcome, _ in pairs],
-        [value for _, value in pairs],
-        clusters(outcome for outcome, _ in pairs),
-    )
+        pairs += [(key, outcome, values[outcome.index]) for outcome in first[key] if outcome.index in values]
+    return pairs
 
 
 ALL = "all"

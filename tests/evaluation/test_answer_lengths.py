@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parrot_sys.__main__ import main as parrot
 from parrot_sys.errors import ConfigError, DataError
-from parrot_sys.evaluation.answer_lengths import compare_answers, compare_evaluations, count_words
+from parrot_sys.evaluation.answer_lengths import compare_answers, compare_evaluations, count_words, repeats_itself
 from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import evaluate
 from tests.evaluation.scripted import Scripted, config
@@ -88,3 +90,27 @@ def test_evaluations_that_cannot_be_compared(three_languages: Path, tmp_path: Pa
     other = _evaluate(three_languages, tmp_path / "other", lambda item: 1, languages=("en",))
     with pytest.raises(ConfigError, match=r"the tables MMMB_en of .* differ"):
         compare_evaluations(english, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("", False),
+        ("cat", False),
+        ("a cat, a dog", False),
+        ("cat cat", True),
+        ("A cat and a cat", True),
+        ("a b a c a", False),
+        ("ねこ", False),
+        ("猫猫", True),
+        ("黑猫和黑猫", True),
+    ],
+)
+def test_repetition(text: str, repeats: bool) -> None:
+    assert repeats_itself(text) is repeats
+
+
+@given(st.lists(st.text("abcd", min_size=1), min_size=2, unique=True))
+def test_only_what_comes_again_is_a_repetition(words: list[str]) -> None:
+    assert not repeats_itself(" ".join(words))
+    assert repeats_itself(" ".join(words * 2))

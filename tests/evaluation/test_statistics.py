@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parrot_sys.evaluation.statistics import _critical, accuracy_interval, join_clusters, mean_margin, paired_test
+from parrot_sys.evaluation.statistics import (
+    _critical,
+    accuracy_interval,
+    join_clusters,
+    mean_margin,
+    paired_test,
+    two_way_margin,
+)
 
 BOUNDED = settings(max_examples=60, deadline=None)
 RIGHT = st.lists(st.integers(0, 1), min_size=2, max_size=40)
@@ -167,3 +174,29 @@ def test_clusters_are_connected_components(keys: list[list[int]]) -> None:
     for row, own in enumerate(reached):
         assert {other for other in range(len(keys)) if numbers[other] == numbers[row]} == own
     assert sorted(set(numbers.tolist())) == list(range(len(set(numbers.tolist()))))
+
+
+@BOUNDED
+@given(st.lists(st.integers(-1, 1), min_size=3, max_size=12), st.integers(2, 4))
+def test_runs_that_agree_leave_the_interval_of_the_clusters(values: list[int], runs: int) -> None:
+    number = len(values)
+    clusters, seeds = np.tile(np.arange(number), runs), np.repeat(np.arange(runs), number)
+    margin = two_way_margin(values * runs, clusters, seeds)
+    assert margin == pytest.approx(mean_margin(values, np.arange(number)))
+    moved = two_way_margin([value + 7 for value in values * runs], clusters, seeds)
+    assert moved == pytest.approx(margin)
+    assert two_way_margin(values, np.arange(number), np.zeros(number, dtype=np.int64)) == pytest.approx(margin)
+
+
+def test_interval_by_clusters_and_runs_covers_the_truth() -> None:
+    """Differences that vary over pictures and over three seeds: pictures alone would be sure of too much."""
+    generator, repeats, held, ignoring = np.random.default_rng(3), 800, 0, 0
+    pictures, seeds = 40, 3
+    clusters, runs = np.tile(np.arange(pictures), seeds), np.repeat(np.arange(seeds), pictures)
+    for _ in range(repeats):
+        values = generator.normal(0, 1, pictures)[clusters] + generator.normal(0, 0.3, seeds)[runs]
+        values = values + generator.normal(0, 1, len(values))
+        held += abs(values.mean()) <= two_way_margin(values, clusters, runs)
+        ignoring += abs(values.mean()) <= mean_margin(values, clusters)
+    assert 0.93 <= held / repeats <= 0.995
+    assert ignoring / repeats < 0.9

@@ -12,17 +12,12 @@ from typing import Any
 import pytest
 
 from parrot_sys.markdown_tables import interval_text
-from studies.experiment import (
-    accuracies,
-    answer_lengths,
-    compare_variants,
-    experiment_content,
-    summarize,
-    write_report,
-    write_result,
-)
+from studies.experiment import compare_variants, experiment_content, summarize, write_result
+from studies.experiment_report import write_report
+from studies.measures import accuracies, answer_lengths
 from studies.recipes import provenance
 from studies.variants import EXPERIMENTS, EXPERTS, MIXES
+from tests.studies.evaluations import evaluations_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,9 +65,9 @@ def test_report_of_unfinished_results(tmp_path: Path) -> None:
     }
     write_result(content, tmp_path / "deep" / "experiment.json")
     assert json.loads((tmp_path / "deep" / "experiment.json").read_text())["results"] == RESULTS
-    text = write_report(content, tmp_path).read_text(encoding="utf-8")
-    assert "| experts, balanced | 70.0 \u00b1 10.0 | 50.0 \u00b1 10.0 | 60.0 \u00b1 8.7 |" in text
-    assert "| experts - plain, balanced | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
+    text = write_report(EXPERTS, content, tmp_path).read_text(encoding="utf-8")
+    assert "| experts, balanced | 3 | 70.0 \u00b1 10.0 | 50.0 \u00b1 10.0 | 60.0 \u00b1 8.7 |" in text
+    assert "| experts - plain, balanced | 2 | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
     assert "## style (n = 40 to 40 rows a language and seed)" in text
     assert (tmp_path / "style.png").stat().st_size > 5000
     assert not (tmp_path / "parts.png").exists(), "one part needs no overview"
@@ -89,7 +84,10 @@ def test_accuracies_of_an_evaluation(tmp_path: Path) -> None:
             "parts": {"style": {"scores": scores, "experts": []}},
         }  # fmt: skip
         (folder / f"m_MMMB_{language}.scores.json").write_text(json.dumps(result))
-    assert accuracies(tmp_path) == ({"style": {"en": 60.0, "tr": 40.0, "mean": 50.0}}, {"style": {"en": 7, "tr": 7}})
+    assert accuracies(tmp_path) == (
+        {"style": {"en": 60.0, "tr": 40.0, "mean": 50.0, "mean but en": 40.0}},
+        {"style": {"en": 7, "tr": 7}},
+    )
 
 
 def test_lengths_of_answers(tmp_path: Path) -> None:
@@ -102,31 +100,10 @@ def test_lengths_of_answers(tmp_path: Path) -> None:
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
         lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert answer_lengths(tmp_path) == ({"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0}}, {"mmmb": {"en": 2, "zh": 1}})
-
-
-def _trained(root: Path, right: dict[str, dict[str, str]]) -> dict[str, dict[str, Path]]:
-    """Variant -> seed -> evaluation whose questions are right (1) or wrong (0), alike in English and Turkish."""
-    found: dict[str, dict[str, Path]] = {}
-    for variant, seeds in right.items():
-        for seed, marks in seeds.items():
-            folder = root / variant / seed / "mmmb" / "model"
-            folder.mkdir(parents=True)
-            n = len(marks)
-            rows = {
-                "index": list(range(n)), "group": list(range(n)),
-                "picture": [f"p{i}" for i in range(n)], "right": [int(mark) for mark in marks],
-            }  # fmt: skip
-            scores = {"plain": 100 * marks.count("1") / n, "circular": 0.0, "n": n, "n_questions": n}
-            for language in ("en", "tr"):
-                result = {
-                    "suite": "mmmb", "language": language, "dataset": f"MMMB_{language}", "routing": "model",
-                    "rules": "current", "settings": {"checkpoint": "abc", "table": language},
-                    "parts": {"style": {"scores": scores, "experts": [], "rows": rows}},
-                }  # fmt: skip
-                (folder / f"m_MMMB_{language}.scores.json").write_text(json.dumps(result))
-            found.setdefault(variant, {})[seed] = root / variant / seed
-    return found
+    assert answer_lengths(tmp_path) == (
+        {"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0, "mean but en": 1.0}},
+        {"mmmb": {"en": 2, "zh": 1}},
+    )
 
 
 def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
@@ -136,10 +113,10 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
         second: {"0": "1000000100", "1": "1000001110"},
         "plain, imbalanced": {"0": "1000001110"},
     }
-    evaluations = _trained(tmp_path, right)
+    evaluations = evaluations_of(tmp_path, right)
     found = compare_variants(EXPERTS, evaluations)
     test = found["tests"]["experts - plain, balanced"]["style"]
-    assert list(test) == ["en", "tr", "all"]
+    assert list(test) == ["en", "tr", "all", "mean but en"]
     # of each picture: what both seeds differ by, five times 2 and once -1; languages agree
     assert (test["en"]["n"], test["en"]["first_only"], test["en"]["second_only"]) == (20, 10, 1)
     assert (test["all"]["n"], test["all"]["first_only"], test["all"]["clusters"]) == (40, 20, 10)
@@ -158,7 +135,7 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
     }
     content = experiment_content(EXPERTS, provenance()) | {"results": results}
     content["summary"] = summarize(results, EXPERTS.comparisons) | found
-    text = write_report(content, tmp_path / "report").read_text(encoding="utf-8")
+    text = write_report(EXPERTS, content, tmp_path / "report").read_text(encoding="utf-8")
     assert "| experts - plain, balanced | 20 / 40 | +45.0 (10 : 1, p = " in text
     assert "likelihood of the options' texts" in text
     assert f"75.0 \u00b1 7.1 {interval_text((low, high))}" in text
@@ -167,7 +144,7 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
 def test_lengths_of_variants_are_compared_too(tmp_path: Path) -> None:
     experiment = EXPERIMENTS["multimodal_gpt"]
     (name, first, second), *_ = experiment.comparisons
-    evaluations = _trained(tmp_path, {first: {"0": "111111"}, second: {"0": "111111"}})
+    evaluations = evaluations_of(tmp_path, {first: {"0": "111111"}, second: {"0": "111111"}})
     for variant, words in ((first, 2), (second, 5)):
         for path in evaluations[variant]["0"].rglob("*.scores.json"):
             lines = [{"settings": {}}, *({"index": i, "response": " ".join("a" * (words + i))} for i in range(6))]

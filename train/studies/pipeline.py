@@ -28,6 +28,10 @@ class PipelineError(ParrotError):
     """A step's command failed; its own output says why."""
 
 
+class NotDone(ParrotError):
+    """A step is not done, and the pipeline only looks at what is."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """A step that is done."""
@@ -43,12 +47,13 @@ class Step:
 class Pipeline:
     """Steps below one folder: results in ROOT/NAME, stamps in ROOT/stamps/NAME.json."""
 
-    def __init__(self, root: Path, *, say: Callable[[str], None], fresh: bool = False) -> None:
+    def __init__(self, root: Path, *, say: Callable[[str], None], fresh: bool = False, only_done: bool = False) -> None:
         """
         Args:
             root: folder of the run; made when needed.
             say: prints one line.
             fresh: forget what is there.
+            only_done: run nothing: a step that is not done is an error (`NotDone`), and what is there stays.
 
         Raises:
             ConfigError: the folder cannot be written, or another process works in it.
@@ -63,6 +68,7 @@ class Pipeline:
                     path.unlink()
         self.root = root
         self.say = say
+        self.only_done = only_done
         self.steps: list[Step] = []
         self.seconds = 0.0
         """Work of this start."""
@@ -81,16 +87,22 @@ class Pipeline:
             action: does the work; goes on where it was when it is called again on the same folder.
             settings: plain values that decide the result.
             after: steps whose results it reads.
+
+        Raises:
+            NotDone: it is not done, and the pipeline only looks.
         """
         folder = self.root / name
         key = _key({"name": name, "settings": settings or {}, "after": [step.key for step in after]})
         path = self.root / "stamps" / f"{name.replace('/', '.')}.json"
         stamp = read_json(path, PipelineError) if path.is_file() else {}
+        done_before = stamp.get("key") == key and stamp["done"] and folder.exists()
+        if self.only_done and not done_before:
+            raise NotDone(f"step {name} is not done in {self.root}")
         if stamp.get("key") != key:
             # Its contents belong to other settings.
             shutil.rmtree(folder, ignore_errors=True)
             stamp = {"key": key, "done": False, "seconds": 0.0}
-        if stamp["done"] and folder.exists():
+        if done_before:
             self.say(f"[{name}] done before ({stamp['seconds']:.0f} s)")
         else:
             self.say(f"[{name}] {'goes on' if stamp['seconds'] or folder.exists() else 'starts'}")

@@ -119,15 +119,15 @@ def num_processes() -> int:
     return torch.cuda.device_count() if platform.cuda_available() else 2
 
 
-def build_data(pipeline: Pipeline, flags: Sequence[str] = ()) -> Step:
+def build_data(pipeline: Pipeline, flags: Sequence[str] = (), *, name: str = "data") -> Step:
     """The default data set, with further settings of `parrot data build`."""
 
     def arguments(folder: Path) -> list[str]:
         return ["--output", str(folder), *flags]
 
-    fingerprint = parse_config(DataBuildConfig, arguments(pipeline.root / "data")).fingerprint()
+    fingerprint = parse_config(DataBuildConfig, arguments(pipeline.root / name)).fingerprint()
     return pipeline.step(
-        "data",
+        name,
         lambda folder: pipeline.command(_parrot("data", "build", *arguments(folder))),
         {"fingerprint": fingerprint},
     )
@@ -237,6 +237,20 @@ def without_experts(pipeline: Pipeline, model: Step, *, name: str) -> Step:
     return pipeline.step(name, run, after=[model])
 
 
+def with_one_expert(pipeline: Pipeline, model: Step, *, name: str) -> Step:
+    """The same model as a checkpoint whose experts are joined to a single one as wide as all of them.
+
+    As many parameters that every image uses alike: at the start it computes what the experts do under uniform routes.
+    """
+
+    def run(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(released(model), released_folder(folder))
+        join_experts(released_folder(folder))
+
+    return pipeline.step(name, run, after=[model])
+
+
 def bare_decoder(pipeline: Pipeline, model: Step, data: Step, *, name: str) -> Step:
     """The decoder of a model as a checkpoint of its own, laid out like the one that the data set brings.
 
@@ -273,6 +287,22 @@ def strip_experts(folder: Path) -> None:
         config.pop(key, None)
     config["use_moe"] = False
     config.get("parrot_sys", {}).pop("moe", None)
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def join_experts(folder: Path) -> None:
+    """Makes one expert of all those of a checkpoint in the released layout; its output is their mean."""
+    weights, config_path = folder / "model.safetensors", folder / "config.json"
+    config, tensors = json.loads(config_path.read_text(encoding="utf-8")), load_file(weights)
+    count = config["num_experts"]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{EXPERT_PREFIX}experts.")}
+    for layer, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        each = [tensors[f"{EXPERT_PREFIX}experts.{expert}.{layer}.weight"] for expert in range(count)]
+        joined = torch.cat(each, dim) / (count if layer == "down_proj" else 1)
+        kept[f"{EXPERT_PREFIX}experts.0.{layer}.weight"] = joined
+    kept[f"{EXPERT_PREFIX}gate.weight"] = tensors[f"{EXPERT_PREFIX}gate.weight"][:1].clone()
+    save_tensors(kept, weights)
+    config |= {"num_experts": 1, "moe_intermediate_size": count * config["moe_intermediate_size"]}
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

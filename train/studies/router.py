@@ -16,10 +16,10 @@ _STEPS = 500
 """Steps of the instruction stage; an epoch has 1,260."""
 _CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale")
 """Settings of `model.moe` that the aligned projector has no part in."""
-_RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0, "evenness-coeff": 0.0}
+RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0, "evenness-coeff": 0.0}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector only": ("no experts", None),
-    "released": ("the released rule: dense, logits as they come, no auxiliary loss", _RELEASED),
+    "released": ("the released rule: dense, logits as they come, no auxiliary loss", RELEASED),
     "default": ("the demo's default: dense, scaled, information loss", {}),
 }
 """Variant -> description, and settings of `model.moe` that differ from the default's."""
@@ -68,5 +68,6 @@ ROUTERS = Experiment(
         ("released - projector only", "released", "projector only"),
     ),
     file="routers.json",
+    folder="experiment-routers",
     routes=routes_of,
 )

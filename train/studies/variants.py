@@ -9,7 +9,10 @@ from functools import partial
 from parrot_sys.data.languages import MMMB_LANGUAGES
 from parrot_sys.training.writer import read_metrics
 from studies import recipes
-from studies.experiment import Experiment, Run, Variant, answer_lengths, counted_words
+from studies.experiment import Experiment, Run, Variant
+from studies.joint import JOINT, JOINT_ANSWERS
+from studies.languages import LANGUAGES
+from studies.measures import answer_lengths, counted_words
 from studies.pipeline import Step
 from studies.recipes import (
     ALIGN,
@@ -23,6 +26,8 @@ from studies.recipes import (
     System,
 )
 from studies.router import ROUTERS
+from studies.starts import SLOW, text_decoder, text_model
+from studies.tradeoff import WINGS_CURVE
 
 _OTHERS = tuple(language for language in MMMB_LANGUAGES if language != "en")
 MIXES: Mapping[str, Mapping[str, float]] = {
@@ -93,16 +98,15 @@ _DIALOGUES = 30
 def run_text(run: Run) -> Step:
     """The decoder that all variants start from, before it sees a picture."""
     return recipes.evaluate_dialogues(
-        run.pipeline, PLAIN, _text_model(run), run.data, name="text-dialogues", limit=_DIALOGUES
+        run.pipeline, PLAIN, text_model(run), run.data, name="text-dialogues", limit=_DIALOGUES
     )
 
 
 def run_forgetting(run: Run, *, system: System, kind: str, rates: tuple[str, ...] = ()) -> Step:
     """Alignment and instruction of one system from the shared decoder."""
-    decoder = recipes.bare_decoder(run.pipeline, _text_model(run), run.data, name="decoder")
     _, align, instruct = system.stages
     name = run.name(f"align-{system.name}")
-    aligned = recipes.train(run.pipeline, system, align, run.data, decoder, name=name, flags=run.seeded)
+    aligned = recipes.train(run.pipeline, system, align, run.data, text_decoder(run), name=name, flags=run.seeded)
     flags = ["--max-steps", str(_FORGETTING_STEPS), *rates, *run.seeded]
     name = run.name(f"instruct-{kind}")
     model = recipes.train(run.pipeline, system, instruct, run.data, aligned, name=name, flags=flags)
@@ -110,13 +114,6 @@ def run_forgetting(run: Run, *, system: System, kind: str, rates: tuple[str, ...
     return recipes.evaluate_dialogues(run.pipeline, system, model, run.data, name=name, limit=_DIALOGUES)
 
 
-def _text_model(run: Run) -> Step:
-    flags = ["--checkpoint.keep-last", "1", *run.flags]
-    return recipes.train(run.pipeline, PLAIN, PRETRAIN, run.data, name="pretrain", flags=flags)
-
-
-_SLOW = ("--optimizer.lrs.llm", "5e-5", "--optimizer.min-lr", "5e-6")
-"""Rates of the decoder in `tiny_wings_instruct`."""
 FORGETTING = Experiment(
     title="What visual tuning costs in questions about text, and what the learners of Wings keep",
     about=(
@@ -136,7 +133,7 @@ FORGETTING = Experiment(
         Variant(
             name="plain, slow decoder",
             description="the same, the decoder at a fortieth of the rate",
-            evaluate=partial(run_forgetting, system=PLAIN, kind="plain-slow", rates=_SLOW),
+            evaluate=partial(run_forgetting, system=PLAIN, kind="plain-slow", rates=SLOW),
         ),
         Variant(
             name="Wings",
@@ -152,6 +149,7 @@ FORGETTING = Experiment(
         ("Wings - plain, slow decoder", "Wings", "plain, slow decoder"),
     ),
     file="forgetting.json",
+    folder="experiment-wings",
 )
 
 
@@ -191,6 +189,7 @@ ANSWERS = Experiment(
     ),
     comparisons=(("long and short - long answers", "long and short answers", "long answers"),),
     file="answers.json",
+    folder="experiment-multimodal_gpt",
     unit="words in an answer",
     chance=None,
     measure=answer_lengths,
@@ -202,5 +201,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "routers": ROUTERS,
     "wings": FORGETTING,
     "multimodal_gpt": ANSWERS,
+    "languages": LANGUAGES,
+    "wings_curve": WINGS_CURVE,
+    "joint": JOINT,
+    "joint_answers": JOINT_ANSWERS,
 }
-"""System -> its experiment; `routers` is a second one of Parrot."""
+"""Name of a study -> its experiment; the first one of a system is called as the system is."""
