@@ -62,6 +62,8 @@ class Predictor(Protocol):
     settings: Mapping[str, Any]
     has_experts: bool
     """Whether there are experts and they are used."""
+    has_choice: bool
+    """Whether there are several of them: of one expert every route is the same."""
     notes: Sequence[str]
     """Sentences on the model that belong into the report."""
 

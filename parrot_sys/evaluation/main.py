@@ -325,9 +325,11 @@ def _measure_routes(
         where = table.name if len(without) == len(shown) else f"{', '.join(without)} of {table.name}"
         notes.append(f"Whether another language's route changes the logits was not checked on {where}: {why}.")
         logger.warning(notes[-1])
+    if not predictor.has_choice:
+        notes.append("There is one expert: the language of a question cannot change its route.")
     probes: dict[Routing, dict[str, QuestionSet]] = {
         "off": shown,
-        "other-language": {name: part for name, part in guided.items() if part.questions},
+        "other-language": {name: part for name, part in guided.items() if part.questions and predictor.has_choice},
     }
     found: dict[str, dict[str, Any]] = {}
     for routing, parts in probes.items():

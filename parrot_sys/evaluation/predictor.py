@@ -60,6 +60,7 @@ class ModelPredictor:
         self.max_new_tokens = max_new_tokens
         self.config = model.config
         self.has_experts = self.model.bridge.num_routed_experts > 0
+        self.has_choice = self.model.bridge.num_routed_experts > 1
         self.notes: Sequence[str] = ()
         if bypassed := sorted(self.model.bridge.bypass):
             self.notes = (

@@ -17,7 +17,7 @@ class Scripted:
         self.answer = answer or (lambda item, routing: item.question.answer if routing == "model" else "A")
         self.change = change
         self.settings: Mapping[str, Any] = {"checkpoint": "abc", "mode": "generate"}
-        self.has_experts = True
+        self.has_experts = self.has_choice = True
         self.notes: Sequence[str] = ()
         self.asked: list[tuple[str, Routing, int]] = []
         self.guides: list[str | None] = []

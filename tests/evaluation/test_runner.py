@@ -156,6 +156,19 @@ def test_files_for_the_public_kit(data: Path, tmp_path: Path) -> None:
     assert again.asked == []
 
 
+def test_one_expert_has_one_route(data: Path) -> None:
+    """Another language's route is the same then, which does not mean that the expert is bypassed."""
+    model = Scripted(change=0.5)
+    asked = model.logit_change
+    model.logit_change = lambda items, routing: asked(items, routing) if routing == "off" else 0.0  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"routing 'other-language' changes no logit"):
+        evaluate(config(data, overwrite=True), model)
+    model.has_choice = False
+    results = evaluate(config(data, overwrite=True), model)
+    notes = {note for result in results for note in result["notes"]}
+    assert "There is one expert: the language of a question cannot change its route." in notes
+
+
 def test_bypassed_experts_fail_the_run(data: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"routing 'off' changes no logit over 6 questions of .*the experts are bypassed"

@@ -1,0 +1,88 @@
+"""The table of docs/evidence.md: verdicts follow from intervals, figures from kept results, and the page from both."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studies.claims import CLAIMS
+from studies.evidence import ALLOWANCE, NOT_RUN, Claim, Difference, Direction, Estimate, Information, place, render
+from studies.measures import EXCEPT_EN
+from studies.variants import EXPERIMENTS
+
+ROOT = Path(__file__).parents[2]
+FIGURE = Difference(file="some.json", comparison="a - b", part="style")
+
+
+def claim(direction: Direction, figure: Difference = FIGURE) -> Claim:
+    return Claim(says="more", ours="a - b", figure=figure, direction=direction, study="some")
+
+
+def estimate(low: float, high: float) -> Estimate:
+    return Estimate(value=(low + high) / 2, interval=(low, high), over="seeds", n=None, seeds=3)
+
+
+@given(st.floats(-9, 9), st.floats(0, 9))
+def test_verdicts_follow_from_the_interval(low: float, width: float) -> None:
+    high = low + width
+    more = claim("more").verdict(estimate(low, high))
+    assert more == claim("less").verdict(estimate(-high, -low))
+    assert (more == "holds here") == (low > 0)
+    assert (more == "contradicts") == (high < 0)
+    kept = claim("not less").verdict(estimate(low, high))
+    assert (kept == "contradicts") == (high < 0)
+    assert (kept == "holds here") == (low > -ALLOWANCE and high >= 0)
+
+
+def test_what_is_missing_has_no_verdict(tmp_path: Path) -> None:
+    """No file, a file without the cells, a comparison without an interval."""
+    rows = [claim("more")]
+    assert any(NOT_RUN in line and "| - |" in line for line in render({"Paper": rows}, tmp_path))
+    (tmp_path / "some.json").write_text(json.dumps({"summary": {"differences": {}}, "results": {}}))
+    assert any(NOT_RUN in line for line in render({"Paper": rows}, tmp_path))
+    alone = Estimate(value=3.0, interval=None, over="pictures", n=4, seeds=1)
+    assert claim("more").verdict(alone) == "does not show (no interval)"
+    assert str(alone) == "+3.0 points [no interval] over pictures; 1 seed, n = 4"
+
+
+def test_figures_by_hand() -> None:
+    languages = {"en": {"seeds": [1.0, 3.0]}, "pt": {"seeds": [5.0, 7.0]}, "mean": {"seeds": [9.0, 9.0]}}
+    old = {"summary": {"differences": {"a - b": {"style": languages}}}}
+    found = FIGURE.read(old)
+    assert found is not None
+    assert found.value == 4.0  # the seeds' means over languages are 3 and 5; t with one degree of freedom is 12.706
+    assert found.interval == pytest.approx((4 - 12.7062047, 4 + 12.7062047))
+    others = Difference(file="some.json", comparison="a - b", part="style", key=EXCEPT_EN).read(old)
+    assert others is not None
+    assert others.value == 6.0
+
+    paired = {"difference": 2.0, "interval": [-1.0, 5.0], "n": 40, "pictures": 10, "seeds": 2}
+    new = {"summary": {**old["summary"], "paired_intervals": {"a - b": {"style": {"mean": paired}}}}}
+    assert str(FIGURE.read(new)) == "+2.0 points [-1.0 to +5.0] over pictures and seeds; 2 seeds, n = 40"
+
+    told = {"language": {"bits": 2.3, "by_chance": 0.3, "most": 2.5849}}
+    runs = {"0": {"routes": {"style": told}}, "1": {"routes": {"style": told}}}
+    figure = Information(file="some.json", variant="default", part="style")
+    assert str(figure.read({"results": {"default": runs}})) == (
+        "+2.00 bits of 2.58 [+2.00 to +2.00] over seeds; 2 seeds"
+    )
+    assert figure.read({"results": {"default": {"0": {"routes": {}}}}}) is None
+
+
+def test_claims_name_comparisons_that_studies_make() -> None:
+    """Or that the kept result of an older study holds."""
+    for row in itertools.chain(*CLAIMS.values()):
+        if isinstance(row.figure, Difference) and row.study in EXPERIMENTS:
+            experiment = EXPERIMENTS[row.study]
+            assert row.figure.comparison in {name for name, _, _ in experiment.comparisons}
+            assert row.figure.file == experiment.file
+
+
+def test_the_page_shows_the_kept_results() -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert place(page, render(CLAIMS, ROOT / "benchmarks" / "results" / "cpu")) == page, "run python train/evidence.py"

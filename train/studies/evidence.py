@@ -1,0 +1,176 @@
+"""The table of docs/evidence.md: what the papers claim, and what the kept results of this repository say of it.
+
+Every figure is read from a JSON that `train/experiment.py` or `train/demo.py` wrote, and every verdict follows from an
+interval by one rule, so that nobody chooses the words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from parrot_sys.evaluation.statistics import mean_margin
+from parrot_sys.markdown_tables import fixed, table
+from studies.measures import AVERAGE, EXCEPT_EN
+
+Direction = Literal["more", "less", "not less"]
+ALLOWANCE = 2.0
+"""Points that count as no loss: what `not less` claims holds if the whole interval lies above minus this."""
+NOT_RUN = "not run yet"
+BEGIN, END = "<!-- begin: python train/evidence.py -->", "<!-- end: python train/evidence.py -->"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A difference with its 95% interval."""
+
+    value: float
+    interval: tuple[float, float] | None
+    over: str
+    """Things that the interval is over."""
+    n: int | None
+    """Pairs of answers; None where only values of seeds are kept."""
+    seeds: int
+    unit: str = "points"
+
+    digits: int = 1
+
+    def __str__(self) -> str:
+        held = [] if self.interval is None else [fixed(end, self.digits, sign=True) for end in self.interval]
+        count = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}" + ("" if self.n is None else f", n = {self.n}")
+        value = f"{fixed(self.value, self.digits, sign=True)} {self.unit}"
+        return f"{value} [{' to '.join(held) or 'no interval'}] over {self.over}; {count}"
+
+
+class Figure(Protocol):
+    """Something that a kept result says."""
+
+    @property
+    def file(self) -> str:
+        """Name of the kept result."""
+
+    def read(self, content: Mapping[str, Any]) -> Estimate | None:
+        """From the content of the file; None where its cells are not there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One of the comparisons of an experiment."""
+
+    file: str
+    comparison: str
+    part: str
+    key: str = AVERAGE
+    unit: str = "points"
+
+    def read(self, content: Mapping[str, Any]) -> Estimate | None:
+        """With the interval by pictures and seeds, or in older files over the seeds' values."""
+        summary = content["summary"]
+        if held := summary.get("paired_intervals", {}).get(self.comparison, {}).get(self.part, {}).get(self.key):
+            ends = held["interval"]
+            over = "pictures and seeds" if held["seeds"] > 1 else "pictures"
+            return Estimate(
+                value=held["difference"],
+                interval=None if ends is None else (ends[0], ends[1]),
+                over=over,
+                n=held["n"],
+                seeds=held["seeds"],
+                unit=self.unit,
+            )
+        row = summary["differences"].get(self.comparison, {}).get(self.part)
+        if row is None:
+            return None
+        names = [name for name in row if name not in (AVERAGE, EXCEPT_EN) and (self.key == AVERAGE or name != "en")]
+        runs = zip(*(row[name]["seeds"] for name in names), strict=True)
+        return over_seeds([fmean(values) for values in runs], self.unit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Information:
+    """Bits that routes tell of the language beyond chance."""
+
+    file: str
+    variant: str
+    part: str
+
+    def read(self, content: Mapping[str, Any]) -> Estimate | None:
+        """I(expert; language) less what chance gives."""
+        runs = [run["routes"].get(self.part) for run in content["results"].get(self.variant, {}).values()]
+        told = [run["language"] for run in runs if run]
+        if not told:
+            return None
+        values = [each["bits"] - each["by_chance"] for each in told]
+        return over_seeds(values, f"bits of {fixed(told[0]['most'], 2)}", digits=2)
+
+
+def over_seeds(values: Sequence[float], unit: str, *, digits: int = 1) -> Estimate:
+    """Mean and interval of the values of seeds, by Student's t."""
+    margin = mean_margin(values, np.arange(len(values))) if len(values) > 1 else math.inf
+    mean = fmean(values)
+    ends = (mean - margin, mean + margin) if math.isfinite(margin) else None
+    return Estimate(value=mean, interval=ends, over="seeds", n=None, seeds=len(values), unit=unit, digits=digits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A row of the table."""
+
+    says: str
+    """Claim of the paper."""
+    ours: str
+    """Our experiment."""
+    figure: Figure
+    direction: Direction
+    """Direction of the difference that the claim predicts."""
+    study: str
+    """Name of the study, or another command."""
+    least: float = 0.0
+    """Difference from which on it means something."""
+
+    def verdict(self, estimate: Estimate | None) -> str:
+        """One of: holds here, contradicts, does not show at this size, not run yet."""
+        if estimate is None:
+            return NOT_RUN
+        if estimate.interval is None:
+            return "does not show (no interval)"
+        low, high = estimate.interval if self.direction != "less" else (-estimate.interval[1], -estimate.interval[0])
+        if high < 0:
+            return "contradicts"
+        enough = -ALLOWANCE if self.direction == "not less" else self.least
+        return "holds here" if low > enough else "does not show at this size"
+
+
+def render(claims: Mapping[str, Sequence[Claim]], results: Path) -> list[str]:
+    """Markdown of all claims.
+
+    Args:
+        claims: paper -> its claims.
+        results: folder with the kept results.
+    """
+    lines: list[str] = []
+    for paper, rows in claims.items():
+        cells = []
+        for claim in rows:
+            path = results / claim.figure.file
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            estimate = None if content is None else claim.figure.read(content)
+            command = claim.study if " " in claim.study else f"STUDY={claim.study}"
+            source = f"`{command}`" + ("" if content is None else f"; `{claim.figure.file}`")
+            cells.append([claim.says, claim.ours, str(estimate or "-"), claim.verdict(estimate), source])
+        header = ["claim", "our experiment", "difference [95% interval]", "verdict", "command, JSON"]
+        lines += [f"### {paper}", "", *table(header, cells, numbers=False), ""]
+    return lines
+
+
+def place(text: str, lines: Sequence[str]) -> str:
+    """The page with the lines in the place of those between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([f"{before}{BEGIN}", "", *lines, f"{END}{after}"])
