@@ -9,14 +9,17 @@ int64_t blocks_for(int64_t work, int64_t of_one) {
   return (work + of_one - 1) / of_one;
 }
 
-// A launch of `kernel` over the chunks of rows: a block for each, at most two per multiprocessor.
+// A launch of `kernel` over the chunks of rows: a block for each, at most two per multiprocessor. A short text leaves
+// most of them free: then each chunk gets a cluster, whose blocks share its columns.
 template <typename Shared, typename Outputs>
 int launch_chunks(void (*kernel)(RoutingInputs, Outputs), const RoutingInputs& in, const Outputs& out, void* stream) {
   const int64_t enough = 2 * static_cast<int64_t>(device::multiprocessors());
   int64_t blocks = blocks_for(in.rows, kChunk);
   if (blocks == 0) blocks = 1;  // images without text have results too
   if (blocks > enough) blocks = enough;
-  return device::launch({dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(Shared), stream}, kernel, in, out);
+  const int parts = blocks * kMostParts <= enough ? kMostParts : 1;
+  const dim3 grid(static_cast<unsigned>(blocks * parts));
+  return device::launch({grid, kThreads, sizeof(Shared), stream, parts}, kernel, in, out);
 }
 
 template <typename T>

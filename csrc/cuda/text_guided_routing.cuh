@@ -11,6 +11,11 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = 16;      // text rows that a block takes at a time: the height of a tensor-core product
 constexpr int kImageSlots = 8;  // images that one pass over a chunk serves: the width of a tensor-core product
+constexpr int kMostParts = 4;   // blocks of a cluster that share the columns of a chunk
+
+// Blocks of a multiprocessor: two where the sums fit half of its registers.
+template <typename T, int kExpertTiles>
+constexpr int kBlocksAtOnce = sizeof(T) == 2 && kExpertTiles == 1 ? 2 : 1;
 
 // Text rows [begin, end) of an image.
 struct Span {
@@ -75,21 +80,22 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint4& low, const uint4
   device::mma_float16(c, low.z, high.z, low.w, high.w, b.z, b.w);
 }
 
-// This warp's share, along H, of the products of kChunk text rows with 8 * kTiles columns, into partial[row][column].
+// A share, along H, of the products of kChunk text rows with 8 * kTiles columns, into partial[row][column]: that of the
+// warp with the number `warp` among `warps`.
 // columns[j] is the start of column 8 j + lane / 4, or null for zeros; rows from `count` on are zeros.
 // A product over H may be taken in any order: each thread reads 16 bytes in a row, and both operands name these eight
 // elements of H the same way, so that no shared memory is needed to form the fragments.
 template <typename T, int kTiles>
 __device__ __forceinline__ void dot_rows(const T* text, int count, int hidden, const T* const (&columns)[kTiles],
-                                         float (*partial)[8 * kTiles]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                                         int warp, int warps, float (*partial)[8 * kTiles]) {
+  const int lane = threadIdx.x % 32;
   const int row = lane / 4, quad = lane % 4;
   const T* low_row = text + static_cast<int64_t>(row) * hidden;
   const T* high_row = low_row + static_cast<int64_t>(8) * hidden;
   const uint4 zeros{0, 0, 0, 0};
   float sums[kTiles][4] = {};
 #pragma unroll 2
-  for (int start = warp * 64; start < hidden; start += kWarps * 64) {
+  for (int start = warp * 64; start < hidden; start += warps * 64) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int h = start + half * 32 + quad * 8;
@@ -113,8 +119,9 @@ __device__ __forceinline__ void dot_rows(const T* text, int count, int hidden, c
 // float32 stays off the tensor cores, which would round it: four rows and eight columns at a time in registers.
 template <int kTiles>
 __device__ __forceinline__ void dot_rows(const float* text, int count, int hidden,
-                                         const float* const (&columns)[kTiles], float (*partial)[8 * kTiles]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                                         const float* const (&columns)[kTiles], int warp, int warps,
+                                         float (*partial)[8 * kTiles]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int first = 0; first < kChunk; first += 4) {
 #pragma unroll
@@ -127,7 +134,7 @@ __device__ __forceinline__ void dot_rows(const float* text, int count, int hidde
       }
       float sums[32] = {};
 #pragma unroll 1
-      for (int h = warp * 128 + lane * 4; h < hidden; h += kWarps * 128) {
+      for (int h = warp * 128 + lane * 4; h < hidden; h += warps * 128) {
         float a[4][4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
@@ -152,10 +159,11 @@ __device__ __forceinline__ void dot_rows(const float* text, int count, int hidde
 template <int kExpertTiles>
 struct ProjectShared {
   float partial[kWarps][kChunk][8 * (kExpertTiles + 1)];
+  float sums[kChunk][8 * (kExpertTiles + 1)];  // of the warps of this block; the cluster reads them
 };
 
-// Counts that the rows [first, last) of a chunk are done, and calls finish(image) in this block for each image whose
-// last chunk this was. No block ever waits for another: they may run in any order, and one at a time. The whole block
+// Counts that this block's part of the rows [first, last) of a chunk is done, and calls finish(image) in this block for
+// each image whose last part of a chunk this was. No block ever waits for another: they may run in any order, and one at a time. The whole block
 // calls it; `finished` is shared and lies apart from what `finish` uses.
 template <typename Finish>
 __device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* arrived, int64_t first, int64_t last,
@@ -171,7 +179,7 @@ __device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* 
       if (meeting >> threadIdx.x & 1) {
         const Span span = span_of(in, image);
         const int64_t chunks = (span.end - 1) / kChunk - span.begin / kChunk + 1;
-        complete = device::arrive(arrived + image) == chunks - 1;
+        complete = device::arrive(arrived + image) == chunks * device::cluster_size() - 1;
         if (complete) arrived[image] = 0;
       }
       const unsigned mask = __ballot_sync(kFullWarp, complete);
@@ -184,17 +192,45 @@ __device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* 
   }
 }
 
+// Adds up partial[warp] of all warps of the cluster in a fixed order, and calls store(row, column, sum) for the share of
+// this block; whole warps call it. All blocks of the cluster call this, and may write their shared memory afterwards.
+template <int kExpertTiles, typename Store>
+__device__ __forceinline__ void reduce_cluster(ProjectShared<kExpertTiles>& shared, Store store) {
+  constexpr int kColumns = 8 * (kExpertTiles + 1), kSums = kChunk * kColumns;
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSums; i += kThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared.partial[w][i / kColumns][i % kColumns];
+    shared.sums[i / kColumns][i % kColumns] = sum;
+  }
+  device::cluster_sync();
+  const int parts = device::cluster_size(), share = kSums / parts, first = device::cluster_rank() * share;
+  static_assert(kSums / kMostParts % 32 == 0, "a share is whole warps");
+  for (int i = first + static_cast<int>(threadIdx.x); i < first + share; i += kThreads) {
+    const int row = i / kColumns, column = i % kColumns;
+    float sum = 0.0f;
+#pragma unroll
+    for (int part = 0; part < kMostParts; ++part) {
+      if (part < parts) sum += *device::in_block(&shared.sums[row][column], part);
+    }
+    store(row, column, sum);
+  }
+  device::cluster_sync();
+}
+
 // projected[t, e] = text[t] . router_weight[e], and scores[s, t] = scale * text[t] . query[s] for the rows of each span
-// (the rest of `scores` is not written). Blocks take chunks of rows in turn; of a chunk that at most kImageSlots images
-// look at, each text row is read once. After each chunk the whole block calls done(first row, last row + 1).
+// (the rest of `scores` is not written). Clusters take chunks of rows in turn, and their blocks parts of H; of a chunk
+// that at most kImageSlots images look at, each text row is read once. After each chunk the whole block calls
+// done(first row, last row + 1).
 template <typename T, int kExpertTiles, typename Done>
 __device__ __forceinline__ void project_rows(const RoutingInputs& in, float* projected, float* scores,
                                              ProjectShared<kExpertTiles>& shared, Done done) {
-  constexpr int kTiles = kExpertTiles + 1, kColumns = 8 * kTiles;
-  const int n = threadIdx.x % 32 / 4, warp = threadIdx.x / 32;
+  constexpr int kTiles = kExpertTiles + 1;
+  const int parts = device::cluster_size(), warp = threadIdx.x / 32, n = threadIdx.x % 32 / 4;
+  const int64_t step = static_cast<int64_t>(gridDim.x) / parts * kChunk;
   const T* text = static_cast<const T*>(in.text);
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk; first < in.rows;
-       first += static_cast<int64_t>(gridDim.x) * kChunk) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) / parts * kChunk; first < in.rows; first += step) {
     const int count = static_cast<int>(in.rows - first < kChunk ? in.rows - first : kChunk);
     int cursor = 0;
     bool first_pass = true;
@@ -210,22 +246,18 @@ __device__ __forceinline__ void project_rows(const RoutingInputs& in, float* pro
       }
       const int own_image = __shfl_sync(kFullWarp, slot_image, n);
       columns[kExpertTiles] = own_image < 0 ? nullptr : static_cast<const T*>(in.query) + own_image * in.query_stride;
-      dot_rows(text + first * in.hidden, count, in.hidden, columns, shared.partial[warp]);
-      __syncthreads();
-      for (int i = threadIdx.x; i < kChunk * kColumns; i += kThreads) {  // whole warps: kColumns * kChunk % 32 == 0
-        const int row = i / kColumns, column = i % kColumns, slot = column - 8 * kExpertTiles;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += shared.partial[w][row][column];
+      dot_rows(text + first * in.hidden, count, in.hidden, columns, device::cluster_rank() * kWarps + warp,
+               parts * kWarps, shared.partial[warp]);
+      reduce_cluster<kExpertTiles>(shared, [&](int row, int column, float sum) {
+        const int slot = column - 8 * kExpertTiles;
         const int image = __shfl_sync(kFullWarp, slot_image, slot < 0 ? 0 : slot);
-        if (row >= count) continue;
+        if (row >= count) return;
         if (slot < 0) {
           if (first_pass && column < in.experts) projected[(first + row) * in.experts + column] = sum;
         } else if (image >= 0 && span_of(in, image).contains(first + row)) {
           scores[static_cast<int64_t>(image) * in.rows + first + row] = in.scale * sum;
         }
-      }
-      __syncthreads();
+      });
       first_pass = false;
     } while (cursor < in.images);
     done(first, first + count);

@@ -101,7 +101,7 @@ __device__ __forceinline__ void reduce_images(const RoutingInputs& in, const Rou
 }
 
 template <typename T, int kExpertTiles>
-__global__ void __launch_bounds__(kThreads, kExpertTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kExpertTiles>)
     routing_bwd_means_kernel(const RoutingInputs in, const RoutingBackward out) {
   auto& shared = device::shared_storage<MeanShared<kExpertTiles>>();
   project_rows<T, kExpertTiles>(in, out.projected, out.scores, shared.project, [&](int64_t first, int64_t last) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ void attend(const RoutingInputs& in, const RoutingFor
 }
 
 template <typename T, int kExpertTiles>
-__global__ void __launch_bounds__(kThreads, kExpertTiles == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, kExpertTiles>)
     routing_fwd_kernel(const RoutingInputs in, const RoutingForward out) {
   auto& shared = device::shared_storage<ForwardShared<kExpertTiles>>();
   if (blockIdx.x == 0) {  // images without text, which no chunk of rows finishes

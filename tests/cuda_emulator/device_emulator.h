@@ -221,6 +221,11 @@ inline int cluster_rank() {
   return static_cast<int>(emulator::grid->running->block->index.x % emulator::grid->blocks.size());
 }
 
+// How many blocks this cluster has.
+inline int cluster_size() {
+  return static_cast<int>(emulator::grid->blocks.size());
+}
+
 // All threads of all blocks of the cluster.
 inline void cluster_sync() {
   emulator::wait(emulator::grid->cluster_barrier);

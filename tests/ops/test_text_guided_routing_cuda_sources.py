@@ -29,6 +29,7 @@ CASES = {
     "most_experts": ([(0, 5)], 5, 8, 64),
     "one_row": ([(0, 1)], 1, 8, 1),
     "unread_rows": ([(30, 33)], 50, 16, 6),  # text that no image looks at gets zero gradients
+    "wide": ([(0, 11), (9, 18)], 18, 2056, 6),  # H that reaches all warps of a cluster
     "no_text": ([(0, 0), (0, 0)], 0, 8, 3),
     "no_image": ([], 9, 8, 3),
 }
@@ -99,6 +100,25 @@ def test_neither_order_of_threads_nor_number_of_blocks_changes_a_bit(
     for other in results[1:]:
         for name, value in other.items():
             assert torch.equal(value, results[0][name]), name
+
+
+def test_the_blocks_of_a_cluster_share_the_columns_of_a_short_text(ran_on, cuda_device: torch.device) -> None:
+    """A short text gives one block a chunk too little to do: four add up what each has of H, in a fixed order."""
+    inputs, start, end = make_inputs("wide", torch.float32)
+    query, text, weight = (value.float().to(cuda_device) for value in inputs.values())
+    spans, scale = (start.to(cuda_device), end.to(cuda_device)), 1 / math.sqrt(2056)
+
+    def lse(seed: int, multiprocessors: int) -> Tensor:
+        with cuda_emulator.device(seed=seed, multiprocessors=multiprocessors):
+            return text_guided_routing(query, text, *spans, weight, scale=scale)[1]
+
+    with ran_on("cuda", "text_guided_routing", "text_guided_routing_fwd"):
+        shared = [lse(seed, 4) for seed in range(3)]  # two chunks of rows, eight blocks at the most
+        alone = lse(0, 3)
+    assert all(torch.equal(shared[0], other) for other in shared)
+    if cuda_device.type == "cpu":  # a GPU has room for the cluster in both
+        assert not torch.equal(shared[0], alone)
+    torch.testing.assert_close(shared[0], alone, rtol=1e-5, atol=0)
 
 
 def test_counters_are_left_at_zero(ran_on, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
