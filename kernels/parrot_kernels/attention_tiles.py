@@ -20,12 +20,22 @@ from torch import Tensor
 
 from parrot_kernels import triton_support
 from parrot_kernels.launches import launch
-from parrot_kernels.tile_choice import Tile, Tiles, attention_cost, cdiv, cheapest, next_power_of_2
+from parrot_kernels.tile_choice import (
+    Tile,
+    Tiles,
+    attention_cost,
+    cdiv,
+    cheapest,
+    next_power_of_2,
+    resident_programs,
+)
 
 # Tiles are [M, D] of query rows and [N, D] of key rows; WIDTH <= D is the width of a head. COLUMNS: there are two more
 # value columns, which cost a sum along the rows of p each; widening v would cost a tensor-core tile.
 
 TilesOfWidth = dict[int | str, Tiles]
+
+MOST_STRIPS = 8  # of key tiles, each with its own parts of the query's gradient
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -80,6 +90,13 @@ KEY_BWD_TILES: TilesOfWidth = {
     256: _tiles((16, 64, 8, 2)),
     "fp32": _tiles((16, 16, 4, 2)),
 }
+# Key tiles of programs that form the query's gradient too.
+STRIP_TILES: TilesOfWidth = {
+    64: _tiles((32, 128, 8, 2), (32, 64, 4, 2)),
+    128: _tiles((32, 128, 8, 2), (32, 64, 8, 2)),
+    256: _tiles((16, 32, 8, 2)),
+    "fp32": _tiles((16, 16, 4, 2)),
+}
 
 
 def _of_width(tiles: TilesOfWidth, query: Tensor) -> Tiles:
@@ -93,20 +110,43 @@ def _of_width(tiles: TilesOfWidth, query: Tensor) -> Tiles:
 
 def by_rows(kernel: Any, tiles: TilesOfWidth, query: Tensor, rows: int, keys: int, *others: int) -> Callable[..., None]:
     """`kernel` with one program for each M of `rows` query rows, and each of the others (heads, samples)."""
-    return _launch(kernel, _of_width(tiles, query), query, ("M", rows, "N", keys), others)
+    tile, choices = _cheapest(tiles, query, "M", rows, "N", keys, math.prod(others))
+    return launch(kernel, (cdiv(rows, tile["M"]), *others), tile, choices)
 
 
 def by_keys(kernel: Any, tiles: TilesOfWidth, query: Tensor, keys: int, rows: int, *others: int) -> Callable[..., None]:
     """`kernel` with one program for each N of `keys` key rows, and each of the others (key heads, samples)."""
-    return _launch(kernel, _of_width(tiles, query), query, ("N", keys, "M", rows), others)
+    tile, choices = _cheapest(tiles, query, "N", keys, "M", rows, math.prod(others))
+    return launch(kernel, (cdiv(keys, tile["N"]), *others), tile, choices)
 
 
-def _launch(
-    kernel: Any, tiles: Tiles, query: Tensor, sizes: tuple[str, int, str, int], others: tuple[int, ...]
-) -> Callable[..., None]:
+def by_strips(
+    kernel: Any, tiles: TilesOfWidth, query: Tensor, keys: int, rows: int, *others: int
+) -> tuple[Callable[..., None], int, Tile]:
+    """`kernel` with one program for each strip of key tiles, and each of the others; number of strips, and the tile.
+
+    A program takes every tile of its strip. As few strips as keep the processors busy: each has float32 parts of its
+    own of the query's gradient.
+    """
+    count = math.prod(others)
+    tile, choices = _cheapest(tiles, query, "N", keys, "M", rows, count)
+    blocks, at_once = cdiv(keys, tile["N"]), resident_programs(tile) * triton_support.num_processors(query.device)
+
+    def steps(strips: int) -> int:
+        return cdiv(strips * count, at_once) * cdiv(blocks, strips)
+
+    strips = min(range(1, min(blocks, MOST_STRIPS) + 1), key=steps)
+    return launch(kernel, (strips, *others), tile, choices), strips, tile
+
+
+def _cheapest(
+    tiles: TilesOfWidth, query: Tensor, own: str, own_rows: int, other: str, other_rows: int, count: int
+) -> tuple[Tile, Tiles]:
+    """The tile for `count` heads and samples, whose programs own `tile[own]` of `own_rows`, and what it was one of."""
+    choices = _of_width(tiles, query)
     width, processors = tile_width(query.shape[2]), triton_support.num_processors(query.device)
-    tile = cheapest(tiles, lambda tile: attention_cost(tile, *sizes, math.prod(others), width, processors))
-    return launch(kernel, (cdiv(sizes[1], tile[sizes[0]]), *others), tile, tiles)
+    sizes = (own, own_rows, other, other_rows, count, width, processors)
+    return cheapest(choices, lambda tile: attention_cost(tile, *sizes)), choices
 
 
 @triton.jit
@@ -231,7 +271,7 @@ def add_query_gradient(
 @triton.jit
 def add_key_gradients(
     state, keys, k, v, column0, column1, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_extra_ptr, start_ptr, end_ptr,
-    stride_qt, stride_ot, low, high, num_rows, causal_shift, scale2,
+    grad_q_ptr, adds, stride_qt, stride_ot, low, high, num_rows, causal_shift, scale2,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What the query rows [low, high) of one head add to the gradients of a key tile.
@@ -239,9 +279,12 @@ def add_key_gradients(
     `state` is (grad_k divided by the scale, grad_v, grad_column0, grad_column1). Row i sees the keys of
     [start_ptr[i], end_ptr[i]), or those up to i + causal_shift where the pointers are None. There is no loop without a
     look at them: two loops do not fit in the registers, and this one is bound by its products.
+
+    With `grad_q_ptr`, float32 [tiles of query rows, D, M], it gets what the key tile adds to the gradient of the query,
+    divided by the scale: added where `adds` is true, else in place of what is there.
     """
     grad_k, grad_v, grad_column0, grad_column1 = state
-    for i0 in tl.range(low, high, M):
+    for i0 in tl.range(low, high, M, disable_licm=True):  # what could be computed once would take registers all along
         rows = i0 + tl.arange(0, M)
         inside = rows < num_rows
         q = load_rows(q_ptr, rows, stride_qt, num_rows, True, WIDTH, D)
@@ -263,6 +306,11 @@ def add_key_gradients(
             grad_column0 += tl.sum(p * grad_extra0[None, :], 1)
             grad_column1 += tl.sum(p * grad_extra1[None, :], 1)
             grad_p += column0[:, None] * grad_extra0[None, :] + column1[:, None] * grad_extra1[None, :]
-        grad_s = p * (grad_p - delta[None, :])
-        grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision="ieee")
+        grad_s = (p * (grad_p - delta[None, :])).to(q.dtype)
+        grad_k = tl.dot(grad_s, q, grad_k, input_precision="ieee")
+        if grad_q_ptr is not None:
+            # Transposed, since the wide side of a product has to be its rows on tensor cores.
+            at = grad_q_ptr + i0 // M * (D * M) + tl.arange(0, D)[:, None] * M + tl.arange(0, M)[None, :]
+            own = tl.dot(tl.trans(k), grad_s, input_precision="ieee")
+            tl.store(at, tl.load(at, mask=adds, other=0.0) + own)
     return grad_k, grad_v, grad_column0, grad_column1

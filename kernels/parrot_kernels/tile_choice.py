@@ -98,14 +98,19 @@ def ragged_blocks(rows: int, groups: int, segments: int, block: int) -> int:
     return max(used, math.ceil(rows / block + used / 2))
 
 
+def resident_programs(tile: Tile) -> int:
+    """Programs of attention that share a multiprocessor: blocks of four warps in pairs."""
+    return max(1, 8 // tile.warps)
+
+
 def attention_cost(
     tile: Tile, own: str, own_rows: int, other: str, other_rows: int, heads: int, width: int, processors: int
 ) -> float:
     """Clocks of attention whose programs own `tile[own]` of `own_rows` and pass over the others, `tile[other]` a step.
 
-    `heads` counts heads and samples; blocks of four warps share a processor in pairs.
+    `heads` counts heads and samples.
     """
-    resident = max(1, 8 // tile.warps)
+    resident = resident_programs(tile)
     waves = math.ceil(math.ceil(own_rows / tile[own]) * heads / (processors * resident))
     pairs = tile[own] * tile[other]
     step = 2 * pairs * width / _PRODUCTS + pairs / _EXPONENTIALS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parrot_kernels import ranged_attention
+from parrot_kernels import attention_tiles, ranged_attention, triton_support
 from parrot_kernels.router_attention import cpu_impl, reference, triton_impl
 from parrot_kernels.testing import assert_accurate, assert_all_accurate, outputs_and_gradients
 from parrot_sys.ops import router_attention, router_attention_parts
@@ -56,6 +57,7 @@ CASES = {
     "empty_samples": Pack((0, 6, 0, 0, 3), (4, 6, 0, 0, 3)),
     "no_key": Pack((2, 3), (0, 3)),  # rows that see nothing
     "more_rows": Pack((5,), (3,)),  # the first two rows stand before every key
+    "strips": Pack((100,), heads=4, kv_heads=2, columns=100),  # two programs a head, each with two tiles of keys
     "one_row": Pack((1,), columns=1),
     "no_row": Pack((0,)),
 }
@@ -243,6 +245,35 @@ def test_outputs_that_nobody_uses(ran_on, device_of, backend: str, used: int) ->
     exact, same_dtype = one(plain, qkv.double(), columns.double()), one(plain, qkv, columns)
     for name, *values in zip(("output", "grad_qkv", "grad_columns"), actual, exact, same_dtype, strict=True):
         assert_accurate(name, *values)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 8])
+def test_strips_of_keys_change_only_the_order_of_one_sum(
+    monkeypatch: pytest.MonkeyPatch, triton_device: torch.device, processors: int
+) -> None:
+    """Few heads on many processors: several programs a head add to the query's gradient, each to parts of its own."""
+    pack = Pack((70,), heads=1, columns=70)
+    tensors = [value.to(triton_device, torch.bfloat16) for value in pack.inputs().values()]
+    args = (*tensors, boundaries((70,), triton_device), boundaries((70,), triton_device), None)
+    results = triton_impl.router_attention_fwd(*args, 70, 70, SCALE)
+    grads = [torch.ones_like(result) for result in results]
+    backward = (*grads, *args, *results, 70, 70, SCALE, (True,) * 4)
+    monkeypatch.setattr(triton_support, "num_processors", lambda device: processors)
+    strips = []
+
+    def by_strips(*sizes: object) -> object:
+        found = attention_tiles.by_strips(*sizes)
+        strips.append(found[1])
+        return found
+
+    tiles = SimpleNamespace(**{**vars(attention_tiles), "by_strips": by_strips})
+    wanted = reference.router_attention_bwd(*backward)
+    monkeypatch.setattr(triton_impl, "tiles", tiles)
+    first, second = (triton_impl.router_attention_bwd(*backward) for _ in range(2))
+    assert strips == [min(2 * processors, 3)] * 2 if triton_support.INTERPRETING else strips[0] == strips[1]
+    for name, own, again, other in zip(pack.inputs(), first, second, wanted, strict=True):
+        assert torch.equal(own, again), name
+        torch.testing.assert_close(own, other, rtol=2**-6, atol=2**-6 * float(other.abs().max()), msg=name)
 
 
 def test_cpu_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def _call(dtype: torch.dtype, width: int, kv_heads: int = 8, slices: bool = Fals
     return run
 
 
-_WGMMA = dict.fromkeys(("fwd_kernel", "query_bwd_kernel", "key_bwd_kernel"), ("HGMMA",))
+_WGMMA = dict.fromkeys(("fwd_kernel", "bwd_kernel"), ("HGMMA",))
 
 CASES = [
     Case(name="bf16_128", run=_call(torch.bfloat16, 128), instructions=_WGMMA),

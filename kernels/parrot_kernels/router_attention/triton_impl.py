@@ -1,8 +1,8 @@
 """Triton `router_attention`: FlashAttention-2 (arXiv 2307.08691) over packed samples, with two more value columns.
 
-Forward: one program for each tile of query rows, head and sample. Backward, without atomics: one kernel by query tiles
-(delta and the gradient of the query), one by key tiles (key, value, and the columns' gradient by key head and key), and
-one that adds the latter up over samples and heads, position by position.
+Forward: one program for each tile of query rows, head and sample. Backward, without atomics: delta by query rows; one
+kernel by strips of key tiles for all gradients, which forms scores and gradients of weights once (five products); and
+sums in a fixed order, of the query's gradient over the strips, of the columns' over heads and samples.
 
 The columns are summed along the rows of the tile of weights while it is in registers. Their part in delta is
 sum_c grad_extra[h, i, c] * extra[h, i, c], which is why `extra` stays apart by head.
@@ -24,6 +24,7 @@ Grads = tuple[Tensor, ...]
 Needs = tuple[bool, bool, bool, bool]
 
 _POSITIONS = 32  # positions of one program of the columns' gradient
+_ROWS = 32  # query rows of one program that only passes over them
 
 
 def why_not(*args: object) -> str | None:
@@ -94,45 +95,79 @@ def router_attention_bwd(
     """See the contract in the package docstring."""
     num_rows, num_heads, width = query.shape
     num_keys, kv_heads, _ = key.shape
-    num_samples = cu_seqlens_q.shape[0] - 1
-    grad_query, grad_key, grad_value = (
-        own.new_empty(own.shape) if needed else None for own, needed in zip((query, key, value), needs, strict=False)
+    lengths = (cu_seqlens_q, cu_seqlens_kv, positions)
+    others = (num_heads, cu_seqlens_q.shape[0] - 1)
+    grad_query, grad_key, grad_value, grad_columns = (
+        own.new_empty(own.shape) if needed else None
+        for own, needed in zip((query, key, value, columns), needs, strict=True)
     )
-    partial = lse.new_empty(kv_heads, num_keys, 2) if needs[3] else None
     columns, grad_out = columns.contiguous(), grad_out.contiguous()
     if grad_extra is not None and grad_extra.stride()[1:] != (2, 1):
         grad_extra = grad_extra.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
-    inputs = (query, key, value, columns, cu_seqlens_q, cu_seqlens_kv, positions)
-    strides = (0 if grad_extra is None else grad_extra.stride(0), *tiles.strides(query, key, value))
-    scales = (scale * tiles.LOG2_E.value, scale)
-    sizes = {"GROUP": num_heads // kv_heads, "WIDTH": width, "D": tiles.tile_width(width)}
+    stride_gh = 0 if grad_extra is None else grad_extra.stride(0)
+    sizes = {"WIDTH": width, "D": tiles.tile_width(width)}
     if num_rows:
-        outputs = (out, extra, lse, delta, grad_query)
-        counts = (num_rows, columns.shape[0])
-        lengths = max_seqlen_q, max_seqlen_kv, num_heads, num_samples
-        tiles.by_rows(kernels.query_bwd_kernel, tiles.QUERY_BWD_TILES, query, *lengths)(
-            grad_out, grad_extra, grad_lse, *inputs, *outputs, *strides, *counts, *scales, **sizes
+        launch(kernels.delta_kernel, (cdiv(max_seqlen_q, _ROWS), *others))(
+            grad_out, grad_extra, grad_lse, *lengths, out, extra, delta, stride_gh, num_rows, **sizes, M=_ROWS
         )
-    if num_keys and any(needs[1:]):
-        key_outputs = (lse, delta, grad_key, grad_value, partial)
-        key_counts = (num_rows, num_keys, columns.shape[0])
-        lengths = max_seqlen_kv, max_seqlen_q, kv_heads, num_samples
-        tiles.by_keys(kernels.key_bwd_kernel, tiles.KEY_BWD_TILES, query, *lengths)(
-            grad_out, grad_extra, *inputs, *key_outputs, *strides, *key_counts, *scales, **sizes
+    # Query heads that share a key head leave its gradients apart.
+    shared = num_heads != kv_heads
+    by_head = [
+        lse.new_empty(num_keys, num_heads, width) if shared and own is not None else own
+        for own in (grad_key, grad_value)
+    ]
+    of_columns = None if grad_columns is None else lse.new_empty(num_heads, num_keys, 2)
+    if num_keys:
+        run, strips, tile = tiles.by_strips(
+            kernels.bwd_kernel, tiles.STRIP_TILES, query, max_seqlen_kv, max_seqlen_q, *others
         )
-    grad_columns = columns.new_empty(columns.shape) if needs[3] else None
-    if partial is not None and columns.shape[0]:
-        launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
-            partial,
-            *inputs[4:],
-            grad_columns,
-            num_samples,
+        parts = (strips, num_heads, num_rows // tile["M"] + others[1], sizes["D"], tile["M"])
+        of_query = None if grad_query is None else lse.new_empty(parts)
+        run(
+            grad_out,
+            grad_extra,
+            query,
+            key,
+            value,
+            columns,
+            *lengths,
+            lse,
+            delta,
+            of_query,
+            *by_head,
+            of_columns,
+            stride_gh,
+            *tiles.strides(query, key, value),
+            num_rows,
             num_keys,
             columns.shape[0],
-            KV_HEADS=kv_heads,
-            HEADS=next_power_of_2(kv_heads),
+            scale * tiles.LOG2_E.value,
+            scale,
+            GROUP=num_heads // kv_heads,
+            **sizes,
+        )
+        if of_query is not None and num_rows:
+            launch(kernels.query_sum_kernel, (cdiv(max_seqlen_q, tile["M"]), *others))(
+                of_query, *lengths, grad_query, num_rows, strips, tile["N"], scale, **sizes, M=tile["M"]
+            )
+    elif grad_query is not None:
+        grad_query.zero_()
+    if shared:
+        grad_key, grad_value = (
+            None if own is None else own.unflatten(1, (kv_heads, -1)).sum(2).to(key.dtype) for own in by_head
+        )
+    if of_columns is not None and columns.shape[0]:
+        launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
+            of_columns,
+            *lengths,
+            grad_columns,
+            others[1],
+            num_keys,
+            columns.shape[0],
+            NUM_HEADS=num_heads,
+            HEADS=next_power_of_2(num_heads),
             P=_POSITIONS,
         )
     grads = (grad_query, grad_key, grad_value, grad_columns)

@@ -123,8 +123,8 @@ def _key_bwd_kernel(
         head = kv_head * GROUP + member
         state = tiles.add_key_gradients(
             state, keys, k, v, None, None, q_ptr + head * stride_qh, grad_out_ptr + head * WIDTH,
-            lse_ptr + head * num_rows, delta_ptr + head * num_rows, None, start_ptr, end_ptr, stride_qt, stride_ot,
-            low, high, num_rows, 0, scale2, False, WIDTH, M, D,
+            lse_ptr + head * num_rows, delta_ptr + head * num_rows, None, start_ptr, end_ptr, None, False,
+            stride_qt, stride_ot, low, high, num_rows, 0, scale2, False, WIDTH, M, D,
         )  # fmt: skip
     grad_k, grad_v, _, _ = state
     stride_gt = tl.num_programs(1) * WIDTH
