@@ -225,6 +225,16 @@ class Engine:
         if number in self._answers:
             self.scheduler.cancel(self._answers[number].rows)
 
+    def pause(self, number: int) -> None:
+        """Lets a request rest until `resume`; it holds no blocks meanwhile. Its deadline stays."""
+        if number in self._answers:
+            self.scheduler.pause(self._answers[number].rows)
+
+    def resume(self, number: int) -> None:
+        """Lets a request go on that was paused."""
+        if number in self._answers:
+            self.scheduler.resume(self._answers[number].rows)
+
     def keep_alive(self) -> None:
         """To be called now and then while there are no requests, or ranks that wait for one give up."""
         self.model.keep_alive()
@@ -232,6 +242,11 @@ class Engine:
     def images(self, number: int) -> tuple[RequestImage, ...]:
         """Images of a request that is being answered, with their routes once its prompt has run."""
         return self._answers[number].images
+
+    def guidance_ids(self, number: int) -> list[int]:
+        """Ids of the text that guides the routes of a request's images."""
+        ids: list[int] = self._answers[number].guidance_ids.tolist()
+        return ids
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
@@ -284,12 +299,16 @@ class Engine:
             own
             for own, chunk in zip(answers, chunks, strict=True)
             if any(
-                image.rows is None and image.readers.start < chunk.stop and image.readers.stop > chunk.start
+                image.rows is None
+                and (own.request.routes or (image.readers.start < chunk.stop and image.readers.stop > chunk.start))
                 for image in own.images
             )
         ]
         if needing:
             self._encoder.encode([(own.images, own.guidance_ids, own.request.routing_override) for own in needing])
+        for own in needing:
+            if own.request.routes and own.request.routing_override is None:
+                self._encoder.attend(own.images, own.guidance_ids)
 
     def _after(self, chunks: Sequence[Chunk], answers: Sequence[_Answer], logits: Tensor) -> list[Delta]:
         """Scores and samples from the logits of a step."""

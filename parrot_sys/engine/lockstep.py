@@ -109,6 +109,13 @@ class Lockstep(RankModel):
             )
         return super().image_rows(features, sources, guidance_ids, lengths, override)
 
+    def guidance_weights(self, features: Tensor | None, guidance_ids: Tensor) -> Tensor | None:
+        """See `RankModel`; on every rank."""
+        if self._leads:
+            assert features is not None, "the leader is on the first stage"
+            self._repeat("guidance_weights", features=features.to(_CPU), guidance_ids=guidance_ids.to(_CPU))
+        return super().guidance_weights(features, guidance_ids)
+
     def run_step(self, inputs: StepInputs) -> Tensor:
         """See `RankModel`; on every rank. Tensors alone are sent, no objects."""
         if self._leads:

@@ -52,6 +52,17 @@ class PictureModel(Protocol):
             [R', W] for each picture, None where the vision tower is not; and the routes of the images.
         """
 
+    def guidance_weights(self, features: Tensor | None, guidance_ids: Tensor) -> Tensor | None:
+        """Weights float32 [n, G] of the rows of a guiding text in what the router sees of it for each image.
+
+        Args:
+            features: [n, V, C]; None where the vision tower is not.
+            guidance_ids: int64 [G], one text for all images.
+
+        Returns:
+            None where no text guides routes, or where the vision tower is not.
+        """
+
 
 class PictureEncoder:
     """Fills `RequestImage.rows`; runs the tower once for each picture that no cache has."""
@@ -81,6 +92,21 @@ class PictureEncoder:
         plain = [each for each in todo if each[2] is None]
         for group in ([plain] if plain else []) + [[each] for each in todo if each[2] is not None]:
             self._route(group)
+
+    def attend(self, images: Sequence[RequestImage], guidance_ids: Tensor) -> None:
+        """Fills `RequestImage.attention` of the images of one request."""
+        if not images:
+            return
+        self._add_features(images)
+        known = [image.features for image in images if image.features is not None]
+        features = torch.cat(known) if len(known) == len(images) else None
+        weights = self._model.guidance_weights(features, guidance_ids)
+        for image in images:
+            image.features = None if image.pixels is not None else image.features
+        if weights is not None:
+            counts = [image.num_images for image in images]
+            for image, own in zip(images, weights.split(counts), strict=True):
+                image.attention = own
 
     def _add_features(self, images: Sequence[RequestImage]) -> None:
         """Runs the tower on pictures whose features are not known, each once."""

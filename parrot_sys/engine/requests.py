@@ -42,6 +42,8 @@ class EngineRequest:
     """Log-probabilities of the prompt's tokens but the first, and of so many most likely ones; None: none."""
     routing_override: RoutingOverride | None = None
     """Replaces the routes of its pictures; `probs` with one row for each of its images."""
+    routes: bool = False
+    """Tell the routes of its pictures and what their router attended to, also where the cache has all of its rows."""
     deadline: float | None = None
     """Time after which nobody waits for the answer, by the engine's clock."""
     salt: bytes = b""
@@ -85,6 +87,8 @@ class RequestImage:
     """[R', W]: what the decoder gets of it. Kept when the request is preempted."""
     route: tuple[Tensor, ...] = ()
     """Decisions of the router, [k, ...] each."""
+    attention: Tensor | None = None
+    """float32 [k, G]: weight of each row of the guiding text in what the router saw; for requests that ask for it."""
 
     def span(self) -> PictureSpan:
         """Its part in the identity of blocks."""

@@ -108,11 +108,39 @@ class RankModel:
         if not model.pre_process:
             return None, share_routes(None, model)
         assert features is not None, "the first stage has the features"
+        ends = torch.tensor(lengths).cumsum(0)
+        batch = self._guided_images(
+            features, guidance_ids, ends - torch.tensor(lengths), ends, torch.cat(list(sources))
+        )
+        made, routing = model.bridge.encode_images(model.decoder, batch, [len(own) for own in sources], override)
+        return made, share_routes(routing, model)
+
+    def guidance_weights(self, features: Tensor | None, guidance_ids: Tensor) -> Tensor | None:
+        """See `PictureModel.guidance_weights`."""
+        model = self.model
+        if not model.pre_process:
+            return None
+        assert features is not None, "the first stage has the features"
+        starts = torch.zeros(len(features), dtype=torch.int64)
+        batch = self._guided_images(features, guidance_ids, starts, starts + len(guidance_ids), starts[:0])
+        weights = model.bridge.guidance_weights(model.decoder, batch)
+        return None if weights is None else weights.cpu()
+
+    def _guided_images(
+        self, features: Tensor, guidance_ids: Tensor, starts: Tensor, ends: Tensor, source: Tensor
+    ) -> PackedBatch:
+        """Images with the texts that guide their routes, and no other rows.
+
+        Args:
+            features: [n, V, C].
+            guidance_ids: int64 [G], all texts.
+            starts, ends: int64 [n], rows of each image's text.
+            source: int64 [R], see `PackedBatch.visual_source`; NEWLINE for rows that are no image's.
+        """
         device = self.device
-        ends = torch.tensor(lengths, device=device).cumsum(0)
         rows = torch.arange(len(guidance_ids), device=device)
-        none, source = rows[:0], torch.cat(list(sources)).to(device)
-        batch = PackedBatch(
+        none, num_rows = rows[:0], len(features) * self.rows_per_image
+        return PackedBatch(
             input_ids=guidance_ids.to(device),
             labels=torch.full_like(rows, IGNORE_ID),
             label_rows=none,
@@ -120,15 +148,13 @@ class RankModel:
             cu_seqlens=torch.tensor([0, len(rows)], dtype=torch.int32, device=device),
             max_seqlen=len(rows),
             visual_rows=none,
-            visual_source=torch.where(source == NEWLINE, len(lengths) * self.rows_per_image, source),
+            visual_source=torch.where(source == NEWLINE, num_rows, source).to(device),
             guidance_rows=rows,
-            guidance_start=(ends - torch.tensor(lengths, device=device)).int(),
-            guidance_end=ends.int(),
-            image_sample=torch.zeros(len(lengths), dtype=torch.int64, device=device),
+            guidance_start=starts.int().to(device),
+            guidance_end=ends.int().to(device),
+            image_sample=torch.zeros(len(features), dtype=torch.int64, device=device),
             image_features=features.to(device),
         )
-        made, routing = model.bridge.encode_images(model.decoder, batch, [len(own) for own in sources], override)
-        return made, share_routes(routing, model)
 
     def run_step(self, inputs: StepInputs) -> Tensor:
         """See `ModelRunner.run_step`; every rank gets the logits."""

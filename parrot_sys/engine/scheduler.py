@@ -8,6 +8,7 @@ is admitted, so only rows that continue answers ever need another one.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +22,7 @@ class Phase(Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHED = "finished"
 
 
@@ -168,12 +170,18 @@ class Scheduler:
         """In the order of arrival."""
         self.num_preemptions = 0
         self._cancelled: dict[int, ScheduledRequest] = {}
+        self._paused: dict[int, ScheduledRequest] = {}
         self._newest = -1
 
     @property
     def has_requests(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self.waiting or self.running)
+        """Whether anything waits or runs, or has to be taken out; requests that are paused do not count."""
+        return bool(self.waiting or self.running or self._cancelled)
+
+    @property
+    def num_paused(self) -> int:
+        """Requests that rest."""
+        return len(self._paused)
 
     def check(self, request: ScheduledRequest) -> None:
         """Refuses a request that would never fit.
@@ -206,6 +214,25 @@ class Scheduler:
         """Takes a request out; the next step has none of its rows, and its blocks are free for that step."""
         if request.phase is not Phase.FINISHED:
             self._cancelled[request.number] = request
+
+    def pause(self, request: ScheduledRequest) -> None:
+        """Lets a request rest without blocks until `resume`, when it goes on with those that are still as they were."""
+        if request.phase is Phase.RUNNING:
+            self.running.remove(request)
+            self._free(request)
+            request.computed = 0
+        elif request.phase is Phase.WAITING:
+            self.waiting.remove(request)
+        else:
+            return
+        request.phase = Phase.PAUSED
+        self._paused[request.number] = request
+
+    def resume(self, request: ScheduledRequest) -> None:
+        """Puts a request that was paused back into the queue, at its place by the order of arrival."""
+        if self._paused.pop(request.number, None) is not None:
+            request.phase = Phase.WAITING
+            self._requeue(request)
 
     def schedule(self, now: float = 0.0) -> Step:
         """Rows of the next step. Each chunk must then be run and completed before the next call.
@@ -249,6 +276,8 @@ class Scheduler:
             return
         if request.phase is Phase.RUNNING:
             self.running.remove(request)
+        elif request.phase is Phase.PAUSED:
+            del self._paused[request.number]
         else:
             self.waiting.remove(request)
         self._free(request)
@@ -262,7 +291,7 @@ class Scheduler:
     def _drop(self, now: float) -> list[tuple[ScheduledRequest, EndReason]]:
         """Takes out all that nobody waits for any more."""
         dropped = []
-        for request in (*self.running, *self.waiting):
+        for request in (*self.running, *self.waiting, *self._paused.values()):
             if request.number in self._cancelled:
                 dropped.append((request, EndReason.CANCELLED))
             elif request.deadline is not None and now >= request.deadline:
@@ -299,13 +328,18 @@ class Scheduler:
         return True
 
     def _preempt(self, request: ScheduledRequest) -> None:
-        """Back to the head of the queue: all that waits came later."""
+        """Back into the queue, to be computed again."""
         self.running.remove(request)
         self._free(request)
         request.phase, request.computed = Phase.WAITING, 0
         request.preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self._requeue(request)
+
+    def _requeue(self, request: ScheduledRequest) -> None:
+        """Into the queue before all that came later."""
+        place = next((i for i, other in enumerate(self.waiting) if other.number > request.number), len(self.waiting))
+        self.waiting.insert(place, request)
 
     def _free(self, request: ScheduledRequest) -> None:
         self.pool.release(request.blocks)
@@ -328,7 +362,7 @@ class Scheduler:
         request.blocks = found + blocks
         request.computed = request.found_rows = len(found) * self.pool.block_size
         request.phase = Phase.RUNNING
-        self.running.append(request)
+        bisect.insort(self.running, request, key=lambda own: own.number)  # (one that was paused may be older)
         return request
 
     def _found(self, request: ScheduledRequest) -> list[int]:

@@ -150,6 +150,16 @@ class Bridge:
         """
         raise DataError("the model reads text alone, got images")
 
+    def guidance_weights(self, decoder: Any, batch: PackedBatch) -> Tensor | None:
+        """Weights float32 [n, G] of a guiding text's rows in what the router sees of it for each image; on the first
+        pipeline stage. None where no text guides routes.
+
+        Args:
+            decoder: has the word embeddings.
+            batch: images, and one text that guides all of their routes.
+        """
+        return None
+
     def embed(
         self,
         decoder: Any,

@@ -276,6 +276,16 @@ class TextGuidedMoE(nn.Module):
         topk = config.topk if sparse else config.num_experts
         return logits, topk_routing(logits, topk, renormalize=sparse and config.renormalize)
 
+    def attention(self, cls_rows: Tensor, text: Tensor) -> Tensor:
+        """Weights float32 [n, G] by which each of n images attends over the rows of one guiding text.
+
+        Args:
+            cls_rows: [n, H], projected CLS row of each image.
+            text: [G, H], see `forward`.
+        """
+        rows, scale = self._guidance(text)
+        return (cls_rows.float() @ rows.float().T * scale).softmax(-1)
+
     @torch.no_grad()
     def look(
         self, cls_rows: Tensor, text: Tensor, guidance_start: Tensor, guidance_end: Tensor, languages: Tensor

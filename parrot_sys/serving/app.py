@@ -167,7 +167,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Answers a conversation with pictures."""
 
         def answering(asked: ChatRequest, prompts: list[Prompt], streams: Any, **rest: Any) -> Answering:
-            extras = (lambda: routing_field(streams[0])) if asked.parrot_routing else dict
+            extras = (lambda: routing_field(streams[0], service.texts)) if asked.parrot_routing else dict
             return ChatAnswering(asked, prompts, streams, extras=extras, **rest)
 
         return await service.answer(request, service.preparer.chat, answering)

@@ -23,8 +23,8 @@ from parrot_sys.serving.errors import ApiError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_IDLE_SECONDS = 30.0
-"""Ranks that follow give up when they hear nothing for minutes."""
+_IDLE_SECONDS = 5.0
+"""Ranks that follow give up when they hear nothing for minutes, and answers that rest have deadlines."""
 
 
 class EngineDeadError(ApiError):
@@ -45,21 +45,33 @@ class Piece:
 class AnswerStream:
     """Pieces of one answer, read on the event loop."""
 
-    def __init__(self, driver: EngineDriver, number: int, images: tuple[RequestImage, ...], limit: int) -> None:
+    def __init__(self, driver: EngineDriver, number: int, limit: int) -> None:
+        """
+        Args:
+            driver: has taken the request; this is its thread.
+            number: of the request.
+            limit: pieces that may wait; with more the request is paused until half of them are read.
+        """
         self.number = number
-        self.images = images
-        """With routes after the first piece."""
+        self.images: tuple[RequestImage, ...] = driver.engine.images(number)
+        """With routes after the first piece, where they were asked for."""
+        self.guidance_ids = driver.engine.guidance_ids(number)
+        """Text that guides the routes."""
         self._driver = driver
         self._limit = limit
         self._pieces: deque[Piece] = deque()
         self._ready = asyncio.Event()
         self._error: ApiError | None = None
         self._done = False
+        self._paused = False
 
     def put(self, piece: Piece) -> None:
         """Takes a piece; on the loop."""
         self._pieces.append(piece)
         self._ready.set()
+        if len(self._pieces) > self._limit and not self._paused and piece.delta.finish_reason is None:
+            self._paused = True
+            self._driver.pause(self.number)
 
     def fail(self, error: ApiError) -> None:
         """Ends the answer with an error after the pieces so far; on the loop."""
@@ -81,6 +93,9 @@ class AnswerStream:
                 self._ready.clear()
                 await self._ready.wait()
             piece = self._pieces.popleft()
+            if self._paused and len(self._pieces) <= self._limit // 2:
+                self._paused = False
+                self._driver.resume(self.number)
             self._done = piece.delta.finish_reason is not None
             yield piece
 
@@ -152,6 +167,14 @@ class EngineDriver:
 
         self._commands.put(cancel)
 
+    def pause(self, number: int) -> None:
+        """Lets an answer rest whose reader is slow."""
+        self._commands.put(lambda: self.engine.pause(number))
+
+    def resume(self, number: int) -> None:
+        """Lets an answer go on."""
+        self._commands.put(lambda: self.engine.resume(number))
+
     def _command(self, function: Callable[[], T]) -> Future[T]:
         """Result of a function that the thread runs between two steps."""
         future: Future[T] = Future()
@@ -176,7 +199,7 @@ class EngineDriver:
         try:
             for request in requests:
                 number = self.engine.submit(request)
-                streams.append(AnswerStream(self, number, self.engine.images(number), self._limit))
+                streams.append(AnswerStream(self, number, self._limit))
         except BaseException:
             for stream in streams:
                 self.engine.cancel(stream.number)
@@ -204,6 +227,7 @@ class EngineDriver:
         except queue.Empty:
             if wait and not self.is_dead:
                 self.engine.keep_alive()
+                self._deliver(self.engine.step())  # (answers that rest may be past their deadline)
             return
         while True:
             command()

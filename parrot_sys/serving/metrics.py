@@ -106,6 +106,7 @@ class _EngineCollector:
         scheduler, pool, size = engine.scheduler, engine.pool, engine.config.block_size
         yield self._gauge("vllm:num_requests_running", "Requests in steps.", len(scheduler.running))
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", len(scheduler.waiting))
+        yield self._gauge("parrot:num_requests_paused", "Answers whose readers are slow.", scheduler.num_paused)
         used = 1 - pool.num_free / pool.num_blocks
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the cache's blocks that requests hold.", used)
         yield self._gauge("parrot:engine_dead", "1 when the engine has failed.", int(self._driver.is_dead))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -132,7 +132,10 @@ class Preparer:
         sample = Sample(input_ids=ids, pixel_values=pixels, pictures=rows, first_answer=first)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-        return request, [self._prompt(request, sample, limit, logprobs)]
+        prompt = self._prompt(request, sample, limit, logprobs)
+        if request.parrot_routing:
+            prompt.requests[0] = replace(prompt.requests[0], routes=True)
+        return request, [prompt]
 
     def completion(self, body: bytes) -> tuple[CompletionRequest, list[Prompt]]:
         """A request to `/v1/completions`; errors as `chat`."""

@@ -27,8 +27,13 @@ class TokenTexts:
             tokenizer: of the model.
         """
         self.tokenizer: Any = tokenizer
+        self._control = frozenset(self.tokenizer.all_special_ids)
         self.data = functools.lru_cache(maxsize=2**16)(self._data)
         self.text = functools.lru_cache(maxsize=2**16)(self._text)
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token has no text that anybody sees."""
+        return token in self._control
 
     def _data(self, token: int) -> bytes:
         """Bytes of a token, also of one that is only a part of a character."""

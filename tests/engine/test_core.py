@@ -336,6 +336,62 @@ def test_stop_strings_ids_and_deadlines(served: dict[str, Served]) -> None:
     assert texts[3] == words.decode(tokens[3])
 
 
+@settings(max_examples=8, deadline=None)
+@given(rests=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=20), blocks=st.integers(13, 30))
+def test_answers_that_rest_go_on_as_if_they_had_not(
+    served: dict[str, Served], rests: list[tuple[int, int]], blocks: int
+) -> None:
+    own = served["parrot"]
+    engine = Engine(own.model.lockstep, EngineConfig(num_blocks=blocks, block_size=4))
+    numbers = [engine.submit(EngineRequest(sample=own.sample(k), max_new_tokens=NEW_TOKENS)) for k in range(6)]
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    ended: set[int] = set()
+    resting: dict[int, int] = {}
+    while len(ended) < len(numbers):
+        for number in [number for number, left in resting.items() if not left]:
+            engine.resume(number)
+        resting = {number: left - 1 for number, left in resting.items() if left}
+        if rests:
+            number, length = rests.pop()
+            engine.pause(number)
+            resting[number] = length
+        held = engine.pool.num_blocks - engine.pool.num_free
+        assert held or not engine.scheduler.running
+        for delta in engine.step():
+            assert delta.number not in resting
+            tokens[delta.number] += delta.tokens
+            ended |= {delta.number} if delta.finish_reason else set()
+    assert [tokens[number] for number in numbers] == [own.answer(k)[0] for k in range(6)]
+    assert engine.pool.num_free == blocks
+
+
+@pytest.mark.parametrize("feature_bytes", [0, 2**20])
+def test_routes_are_told_even_where_the_cache_has_every_row(served: dict[str, Served], feature_bytes: int) -> None:
+    """What the router attended to, times what it attended to, gives the logits that it decided by."""
+    own = served["parrot"]
+    config = EngineConfig(block_size=1, feature_bytes=feature_bytes, routed_bytes=feature_bytes)
+    engine, model = Engine(own.model.lockstep, config), own.model.model
+    for _ in range(2):
+        number = engine.submit(EngineRequest(sample=own.sample(3), max_new_tokens=1, routes=True))
+        images, words = engine.images(number), torch.tensor(engine.guidance_ids(number))
+        while engine.has_requests:
+            engine.step()
+        moe = model.bridge.moe
+        text = model.decoder.embed(words).detach()
+        for image in images:
+            logits = image.attention @ text @ moe.router_weight.detach().T
+            torch.testing.assert_close(logits, image.route[0], rtol=1e-4, atol=1e-5)
+    assert engine.pool.hits >= len(words)
+    if feature_bytes:
+        assert engine.cache.pictures_encoded == 2
+    plain = served["multimodal-gpt"]
+    engine = Engine(plain.model.lockstep, EngineConfig())
+    number = engine.submit(EngineRequest(sample=plain.sample(0), max_new_tokens=1, routes=True))
+    images = engine.images(number)
+    engine.step()
+    assert [(image.route, image.attention) for image in images] == [((), None)]
+
+
 def test_requests_that_are_refused(served: dict[str, Served]) -> None:
     model = served["parrot"].model.lockstep
     with pytest.raises(ConfigError, match="max_new_tokens must be >= 1 where nothing is scored"):

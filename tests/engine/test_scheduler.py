@@ -87,6 +87,7 @@ class Serving(RuleBasedStateMachine):
         self.admitted: list[int] = []
         self.known: dict[int, ScheduledRequest] = {}
         self.gone: set[int] = set()
+        self.rested: set[int] = set()
 
     @rule(
         ids=st.integers(1, 14).map(lambda count: [0] * count) | st.lists(st.integers(0, 1), min_size=1, max_size=14),
@@ -121,13 +122,26 @@ class Serving(RuleBasedStateMachine):
         self.scheduler.cancel(self.known[number])
         self.gone.add(number)
 
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def pause_or_resume(self, data: st.DataObject) -> None:
+        request = self.known[data.draw(st.sampled_from(sorted(self.known)))]
+        if request.phase is Phase.PAUSED:
+            self.scheduler.resume(request)
+            assert request.phase is Phase.WAITING
+        else:
+            self.scheduler.pause(request)
+            assert not request.blocks
+        self.rested.add(request.number)
+
     @rule()
     def step(self) -> None:
         self.now += 1
         expired = {
             number for number, own in self.known.items() if own.deadline is not None and self.now >= own.deadline
         }
-        alive = sorted(set(self.known) - self.gone - expired)
+        resting = {number for number, own in self.known.items() if own.phase is Phase.PAUSED}
+        alive = sorted(set(self.known) - self.gone - expired - resting)
         step = self.scheduler.schedule(self.now)
         reasons = {request.number: reason for request, reason in step.dropped}
         assert reasons.keys() == self.gone | expired
@@ -139,10 +153,13 @@ class Serving(RuleBasedStateMachine):
         assert step.num_rows <= self.scheduler.config.max_rows_per_step
         in_step = [chunk.request.number for chunk in step.chunks]
         assert len(set(in_step)) == len(in_step)
-        if alive:
+        assert not resting & set(in_step)
+        self.rested &= set(self.known)
+        if alive and not self.rested:
             assert alive[0] in in_step, "the oldest request gets on with every step"
         running = [request.number for request in self.scheduler.running]
-        assert running == alive[: len(running)], "first come, first served"
+        # (One that has rested waits for those that came in meanwhile.)
+        assert running == (sorted(running) if self.rested else alive[: len(running)]), "first come, first served"
         answers = [chunk.request for chunk in step.chunks if chunk.request.computed + 1 == len(chunk.request.ids)]
         waits = [request for request in self.scheduler.running if request.computed + 1 == len(request.ids)]
         assert set(map(id, waits)) <= set(map(id, answers)), "every running answer grows"
@@ -176,6 +193,8 @@ class Serving(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for request in self.known.values():
+            self.scheduler.resume(request)
         for _ in range(sum(own.most_rows for own in self.known.values()) + len(self.known) + 1):
             self.step()
         assert not self.known

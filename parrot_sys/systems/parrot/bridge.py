@@ -83,6 +83,14 @@ class ParrotBridge(ImageRowsBridge):
         )
         return routed, routing
 
+    def guidance_weights(self, decoder: Any, batch: PackedBatch) -> Tensor | None:
+        """Weights of the prompt's words in what the router sees; None where the experts are passed by."""
+        if self.active is None:
+            return None
+        assert self.projector is not None, "the stage with the experts holds the projector"
+        cls_rows = self.projector(self.image_features(batch)[:, 0])
+        return self.active.attention(cls_rows, decoder.embed(batch.input_ids))
+
     @torch.no_grad()
     def prepare_step(self, decoder: Any, batches: Sequence[PackedBatch], group: ProcessGroup) -> PreparedStep | None:
         """Statistics over all images of the step, where the auxiliary losses need them.
