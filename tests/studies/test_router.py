@@ -32,6 +32,8 @@ def test_each_variant_sets_what_its_name_says() -> None:
     assert not moes["released"].has_losses
     assert moes["default"] == parse_config(TrainConfig, base).model.moe
     assert moes["default"].normalize_guidance
+    assert (moes["default, top-2"].routing, moes["default, top-2"].topk) == ("topk", 2)
+    assert moes["default, top-2"].information_coeff == moes["default"].information_coeff > 0
     for config in configs.values():  # names that no check knows would stop the run
         assert set(config.checkpoint.allow_differences) <= {f"model.{name}" for name in comparable(config.model)}
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("study", "only", "folder", "variants"),
     [
-        ("routers", [], "experiment-routers", 3),
+        ("routers", [], "experiment-routers", 4),
         ("languages", ["--only", "24 languages"], "evidence", 2),
         ("languages", ["--only", "wide", "--only", "imbalanced"], "evidence", 1),
         ("wings_curve", ["--only", "5e-4"], "evidence", 5),

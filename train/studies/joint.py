@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -105,16 +105,21 @@ _COMPARISONS = (
     ("vision only - before", "vision only", "before"),
     ("text only - before", "text only", "before"),
 )
+
+
+def _variants(evaluate: Callable[..., Step]) -> tuple[Variant, ...]:
+    """Before and after tuning on each of `SETS`."""
+    described = {"before": "aligned, not yet tuned", **{kind: description for kind, (description, _) in SETS.items()}}
+    return tuple(
+        Variant(name=name, description=text, evaluate=partial(evaluate, kind=None if name == "before" else name))
+        for name, text in described.items()
+    )
+
+
 JOINT = Experiment(
     title="Joint training of MultiModal-GPT: dialogues",
     about=f"{_ABOUT} Parts are the six types of dialogue (T a turn about words, V about a picture), options hidden.",
-    variants=(
-        Variant(name="before", description="aligned, not yet tuned", evaluate=partial(dialogues, kind=None)),
-        *(
-            Variant(name=kind, description=description, evaluate=partial(dialogues, kind=kind))
-            for kind, (description, _) in SETS.items()
-        ),
-    ),
+    variants=_variants(dialogues),
     comparisons=_COMPARISONS,
     file="joint.json",
     unit="accuracy in percent by the likelihood of the answers' texts",
@@ -123,13 +128,7 @@ JOINT = Experiment(
 JOINT_ANSWERS = Experiment(
     title="Joint training of MultiModal-GPT: length and repetition of answers",
     about=f"{_ABOUT} Then open questions about held-out pictures are answered greedily, with at most 32 tokens.",
-    variants=(
-        Variant(name="before", description="aligned, not yet tuned", evaluate=partial(answers, kind=None)),
-        *(
-            Variant(name=kind, description=description, evaluate=partial(answers, kind=kind))
-            for kind, (description, _) in SETS.items()
-        ),
-    ),
+    variants=_variants(answers),
     comparisons=_COMPARISONS,
     file="joint_answers.json",
     unit="words in an answer, and percent of answers that repeat themselves",

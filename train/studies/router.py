@@ -21,6 +21,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector only": ("no experts", None),
     "released": ("the released rule: dense, logits as they come, no auxiliary loss", RELEASED),
     "default": ("the demo's default: dense, scaled, information loss", {}),
+    "default, top-2": ("the same with the two best experts of each image alone", {"routing": "topk", "topk": 2}),
 }
 """Variant -> description, and settings of `model.moe` that differ from the default's."""
 
@@ -65,6 +66,7 @@ ROUTERS = Experiment(
     comparisons=(
         ("default - projector only", "default", "projector only"),
         ("default - released", "default", "released"),
+        ("default, top-2 - default", "default, top-2", "default"),
         ("released - projector only", "released", "projector only"),
     ),
     file="routers.json",
