@@ -15,6 +15,7 @@ from parrot_sys.data.record_files import LINE_SUFFIXES
 from parrot_sys.data.remote.config import RemoteConfig
 from parrot_sys.data.remote.copies import copy_records, place_of_copy
 from parrot_sys.data.remote.storage import RemoteStorage, is_remote
+from parrot_sys.data.stream.config import StreamConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.paths import INPUT, OUTPUT_FOLDER
 
@@ -113,6 +114,8 @@ class DataConfig:
     written."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     """How files behind an address (`s3://bucket/...`) are read."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """Training from data sets that cannot be indexed first."""
     num_workers: int = 2
     """Threads that decode images."""
     prefetch_steps: int = 2
@@ -126,6 +129,7 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{name} must hold one value for each of the {len(self.paths)} data.paths, got {count}"
                 )
+        self.stream.check(self)
         check_mix(self, "data.", len(self.paths))
         check_curriculum(self.curriculum, len(self.paths))
         if self.text_ratio is not None and not (self.text_ratio > 0 and math.isfinite(self.text_ratio)):

@@ -148,12 +148,12 @@ def _shuffled(groups: Sequence[Group], stream: np.random.PCG64) -> IntArray:
     """Draws the samples that an epoch takes of the groups, in a random order."""
     parts = []
     for group in groups:
-        order = group.samples[_permutation(stream, len(group.samples))]
+        order = group.samples[permutation(stream, len(group.samples))]
         parts.append(np.resize(order, group.count))  # repeats the permutation as often as it takes
     samples = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    return samples[_permutation(stream, len(samples))]
+    return samples[permutation(stream, len(samples))]
 
 
-def _permutation(stream: np.random.PCG64, size: int) -> IntArray:
+def permutation(stream: np.random.PCG64, size: int) -> IntArray:
     """A permutation from raw bits: these, unlike the methods of numpy's Generator, are the same in every numpy."""
     return np.argsort(stream.random_raw(size), kind="stable") if size else np.empty(0, dtype=np.int64)

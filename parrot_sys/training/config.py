@@ -269,6 +269,10 @@ class TrainConfig:
             )
         self._check_parts()
         self._check_layout()
+        if self.data.stream.enabled and self.max_steps is None:
+            raise ConfigError("data.stream has no epochs, so max_steps must say how long the run is")
+        if self.data.stream.enabled and self.cache_image_features:
+            raise ConfigError("cache_image_features needs to know all pictures, which data.stream does not: unset one")
         if self.cache_image_features and self.learning()["vision"]:
             raise ConfigError(
                 "cache_image_features needs a frozen vision tower, got trainable.vision=true: "

@@ -53,6 +53,8 @@ class DataDescribeConfig:
     def __post_init__(self) -> None:
         if not self.files and not self.data.paths:
             raise ConfigError("name at least one data set: parrot data describe FILE ...")
+        if self.data.stream.enabled:
+            raise ConfigError("the mix of a stream is not known before training: unset data.stream.enabled")
         if self.plot is not None and self.plot.suffix not in (".svg", ".png", ".pdf"):
             raise ConfigError(f"plot must end in .svg, .png or .pdf, got {self.plot}")
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from parrot_sys.data.feature_store import FeatureStore, tile_keys, tower_fingerprint
 from parrot_sys.data.image_files import ImageFile
-from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.picture import Picture
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.step_loader import StepLoader
 from parrot_sys.errors import DataError, StorageError
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime import optimizer as megatron_optimizer
@@ -37,7 +37,7 @@ def cache_features(
     config: TrainConfig,
     model: MultimodalModel,
     processor: ParrotProcessor,
-    loaders: Sequence[ParrotDataLoader],
+    loaders: Sequence[StepLoader],
     device: torch.device,
     *,
     on_progress: Callable[[], None],

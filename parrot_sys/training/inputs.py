@@ -9,7 +9,11 @@ from pathlib import Path
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.step_loader import StepLoader
+from parrot_sys.data.stream.config import StreamConfig
+from parrot_sys.data.stream.loader import StreamLoader
 from parrot_sys.megatron.image_gather import image_share
+from parrot_sys.megatron.runtime.loader_ranks import stream_ranks
 from parrot_sys.megatron.runtime.optimizer import data_parallel_rank, data_parallel_world_size
 from parrot_sys.models.checkpoint_files import PROCESSOR
 from parrot_sys.training.config import TrainConfig
@@ -35,9 +39,20 @@ def load_processor(config: TrainConfig, checkpoint: Path | None) -> ParrotProces
 
 def training_loader(
     config: TrainConfig, processor: ParrotProcessor, *, on_progress: Callable[[], None] = lambda: None
-) -> ParrotDataLoader:
+) -> StepLoader:
     """This rank's share of the training records; `on_progress` is called now and then while an index is built."""
-    return _loader(config, config.data, processor, on_progress, learns=True)
+    if not config.data.stream.enabled:
+        return _loader(config, config.data, processor, on_progress, learns=True)
+    return StreamLoader(
+        config.data,
+        processor,
+        num_visual_rows=config.model.rows_per_image,
+        max_seq_len=config.model.max_seq_len,
+        guidance=config.model.moe.guidance,
+        global_batch_size=config.global_batch_size,
+        ranks=stream_ranks(),
+        images=image_share(),
+    )
 
 
 def validation_loader(
@@ -57,6 +72,7 @@ def validation_loader(
         language_caps={},
         curriculum=(),
         text_ratio=None,
+        stream=StreamConfig(),
     )
     return _loader(config, data, processor, on_progress, learns=False)
 

@@ -89,6 +89,10 @@ class RecordSource(ABC):
         """Pictures that lie in the data set itself, by the names that its records give; None where it has none."""
         return None
 
+    def shards(self) -> list[RecordSource]:
+        """The files that records come from, each as a source of its own; the data set itself where it is one file."""
+        return [self]
+
     def rows(self) -> RecordSource:
         """The source whose raw records a file of columns is about."""
         return self

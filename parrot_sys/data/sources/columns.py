@@ -115,6 +115,10 @@ class MappedRecords(RecordSource):
         """Columns of the rows."""
         return self._rows.pictures()
 
+    def shards(self) -> list[RecordSource]:
+        """Those of the rows."""
+        return [MappedRecords(rows, self._columns) for rows in self._rows.shards()]
+
     def size(self) -> int:
         """Bytes of the rows."""
         return self._rows.size()

@@ -46,7 +46,7 @@ class EnergonRecords(WebDatasetRecords):
         """A folder that has `.nv-meta`."""
         return (_folder(path)[0] / META).is_dir()
 
-    def files(self) -> list[Path]:
+    def all_files(self) -> list[Path]:
         """The shards of the split, in the order of the file that lists them."""
         folder, split = _folder(self.path)
         meta = self._meta(_SPLITS)

@@ -6,11 +6,20 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from parrot_sys.data.record_files import Encoding, check_exists, detect_encoding, parse_json, scan_records
+from parrot_sys.data.record_files import (
+    LINE_SUFFIXES,
+    Encoding,
+    check_exists,
+    detect_encoding,
+    parse_json,
+    scan_records,
+)
 from parrot_sys.data.sources.base import Advance, FileState, Place, RecordSource, ignore_progress
+from parrot_sys.data.sources.files import list_files
 from parrot_sys.errors import DataError, StorageError, printable
 
 _CHUNK = 1 << 22
@@ -23,11 +32,11 @@ class JsonRecords(RecordSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._descriptor: int | None = None
+        self._file: FileIO | None = None  # (closed with the last reference)
         self._seen: FileState | None = None  # when the file was first asked for
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptor": None}
+        return self.__dict__ | {"_file": None}
 
     @classmethod
     def takes(cls, path: Path) -> bool:
@@ -70,19 +79,26 @@ class JsonRecords(RecordSource):
         """Raw records of some places."""
         return [parse_json(self._encoding.decode(self._bytes(*place))) for place in places]
 
+    def shards(self) -> list[RecordSource]:
+        """The file; all record files of a folder, or that a pattern matches, which only streams read."""
+        if self.path.is_file():
+            return [self]
+        return [JsonRecords(path) for path in list_files(self.path, (".json", *LINE_SUFFIXES))]
+
     def _bytes(self, start: int, end: int) -> bytes:
-        if self._descriptor is None:
+        if self._file is None:
             try:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._file = FileIO(self.path)
             except OSError as error:
                 raise StorageError(f"data set {printable(self.path)} cannot be opened: {error.strerror}") from error
-        state = _state(self.path, os.fstat(self._descriptor))
+        descriptor = self._file.fileno()
+        state = _state(self.path, os.fstat(descriptor))
         if state != (self._seen or state):
             raise StorageError(
                 f"data set {printable(self.path)} has changed since its index was read: start again, and the index is "
                 "built anew"
             )
-        return os.pread(self._descriptor, end - start, start)
+        return os.pread(descriptor, end - start, start)
 
     @cached_property
     def _encoding(self) -> Encoding:

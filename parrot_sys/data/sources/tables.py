@@ -124,6 +124,10 @@ class TableRecords(RecordSource):
                 records[block, row] = self._record(table.slice(row, 1).to_pylist()[0], pictures, block, row)
         return [records[place] for place in places]
 
+    def shards(self) -> list[RecordSource]:
+        """Each file."""
+        return [type(self)(path) for path in self.files()]
+
     def pictures(self) -> CellPictures:
         """The pictures that are cells."""
         return CellPictures(self)

@@ -36,21 +36,26 @@ class WebDatasetRecords(RecordSource):
 
     NAME = "WebDataset"
 
-    def __init__(self, path: Path, *, as_rows: bool = False) -> None:
+    def __init__(self, path: Path, *, as_rows: bool = False, shard: Path | None = None) -> None:
         """
         Args:
             path: the data set.
             as_rows: give samples by the endings of their members, for a file of columns.
+            shard: the only one of its shards to read.
         """
         super().__init__(path)
-        self._as_rows = as_rows
+        self._as_rows, self._shard = as_rows, shard
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_as_rows": self._as_rows}
+        return {"path": self.path, "_as_rows": self._as_rows, "_shard": self._shard}
 
     def rows(self) -> RecordSource:
         """The same samples by the endings of their members."""
-        return type(self)(self.path, as_rows=True)
+        return type(self)(self.path, as_rows=True, shard=self._shard)
+
+    def shards(self) -> list[RecordSource]:
+        """Each shard."""
+        return [type(self)(self.path, as_rows=self._as_rows, shard=path) for path in self.files()]
 
     @classmethod
     def takes(cls, path: Path) -> bool:
@@ -58,7 +63,11 @@ class WebDatasetRecords(RecordSource):
         return has_files(path, TarArchive.ENDINGS)
 
     def files(self) -> list[Path]:
-        """The shards, in their order."""
+        """The shards that are read, in their order."""
+        return self.all_files() if self._shard is None else [self._shard]
+
+    def all_files(self) -> list[Path]:
+        """The shards of the data set, in their order."""
         return list_files(self.path, TarArchive.ENDINGS)
 
     def state(self) -> list[FileState]:
