@@ -149,7 +149,7 @@ class StepLoader(ABC):
 
     @abstractmethod
     def _plans(self) -> Iterator[Callable[[Map], StepPlan]]:
-        """What makes the steps that come next, called one after the other by a thread."""
+        """Makers of the steps that come next; a thread calls one after the other."""
 
     @abstractmethod
     def _advance(self, plan: StepPlan) -> None:

@@ -116,7 +116,7 @@ class MappedRecords(RecordSource):
         return self._rows.pictures()
 
     def shards(self) -> list[RecordSource]:
-        """Those of the rows."""
+        """The shards of the rows."""
         return [MappedRecords(rows, self._columns) for rows in self._rows.shards()]
 
     def size(self) -> int:

@@ -182,7 +182,7 @@ class StreamLoader(StepLoader):
 
     @property
     def languages(self) -> set[str]:
-        """Those of `data.languages`; others are not known before they are met."""
+        """Languages of `data.languages`; others are not known before they are met."""
         return {canonical(name) or name for name in self.config.languages}
 
     @property

@@ -1,4 +1,4 @@
-"""What the data-parallel ranks that read a stream tell each other."""
+"""Agreement of the data-parallel ranks that read a stream."""
 
 from __future__ import annotations
 
