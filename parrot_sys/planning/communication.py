@@ -11,16 +11,17 @@ T' rows of a micro-batch on this rank, H hidden_size, L label rows, n images of 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 from parrot_sys.planning.cluster import ClusterConfig
-from parrot_sys.planning.dispatch import Dispatch
-from parrot_sys.planning.job import Job, MicroBatch
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import padded_elements
-from parrot_sys.planning.weights import Weight, cut_projector_layers, stage_weights, trainable_weights
+from parrot_sys.planning.weights import stage_weights, trainable_weights
+from parrot_sys.systems.cost import Message, Weight, message
+from parrot_sys.systems.decoder_costs import layer_messages
+from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.layout import Layout
 
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 """Gradients that Megatron's overlapped reduction sends together."""
@@ -28,97 +29,80 @@ _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 _SHAPE_BYTES = 24
 """Sent before each hidden state: packed micro-batches differ in their rows."""
 
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    """`calls` collectives of one kind with `payload` bytes in all."""
-
-    dimension: str  # of Layout.stride
-    operation: Operation
-    payload: float
-    calls: float
-    size: int  # ranks of the group
-    backward: bool = False
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a rank sends."""
-        if self.operation == "send":
-            return self.payload
-        share = (self.size - 1) / self.size
-        return self.payload * share * (2 if self.operation == "all_reduce" else 1)
-
-    def seconds(self, layout: Layout, cluster: ClusterConfig) -> float:
-        """Time on the links of its group."""
-        stride, size = layout.stride(self.dimension), 2 if self.operation == "send" else self.size
-        return cluster.collective_seconds(self.sent, size, stride, self.calls)
+def seconds_of(message: Message, layout: Layout, cluster: ClusterConfig) -> float:
+    """Time of a message on the links of its group."""
+    size = 2 if message.operation == "send" else message.size
+    return cluster.collective_seconds(message.sent, size, layout.stride(message.dimension), message.calls)
 
 
 def micro_batch_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> list[Message]:
     """Messages of one micro-batch on a rank of pipeline stage `stage`."""
     messages: list[Message] = []
-    first, last = stage == 0, stage == layout.pipeline - 1
-    if layout.tensor > 1:
-        messages += _layer_messages(job, layout, stage, batch)
-        if first:
+    if stage == 0:
+        messages += job.costs.first_messages(job, layout, batch)
+        if layout.tensor > 1:
             messages += _embedding_messages(job, layout, batch)
-        if last:
-            messages += _head_messages(job, layout, batch)
-    if layout.context > 1:
-        messages += _context_messages(job, layout, stage, batch)
+    for number, layers in enumerate(layout.layers(job.kinds, stage)):
+        first = stage == 0 and number == 0
+        messages += _memory_messages(job, layout, batch, first=first)
+        for layer, count in Counter(layers).items():
+            rows_learn = job.rows_learn[layer] or not first or layout.recompute
+            messages += _repeated(_layer_messages(job, layout, batch, layer, rows_learn), count)
+    if stage == layout.pipeline - 1 and layout.tensor > 1:
+        messages += _head_messages(job, layout, batch)
     if layout.pipeline > 1:
         messages += _pipeline_messages(job, layout, stage, batch)
-    if first and job.moe_active:
-        messages += _expert_messages(job, layout, batch)
     return messages
 
 
-def _layer_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
-    """Two sums over the ranks in each direction of a layer; halves of them before and after the matrices under SP.
+def _layer_messages(job: Job, layout: Layout, batch: MicroBatch, layer: int, rows_learn: bool) -> Iterator[Message]:
+    """Messages of a layer and of what the system has inside it."""
+    yield from job.costs.layer_messages(job, layout, batch, layer, rows_learn=rows_learn)
+    rows_learn = rows_learn or job.costs.learns_before_attention(job, layer)
+    yield from layer_messages(job, layout, batch, layer, rows_learn=rows_learn)
 
-    Under sequence parallelism a matrix keeps its own rows only, so that the gradients of the two column-parallel ones
-    need their input gathered once more; recomputation repeats the forward pass.
-    """
-    size, layers = layout.tensor, layout.layers(job.model.llm.num_layers, stage)
-    payload = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
-    forwards = 2 if layout.recompute else 1
-    if not layout.sequence:
-        calls = 2 * layers
-        yield _message("tensor", "all_reduce", payload, calls, size)
-        yield _message("tensor", "all_reduce", payload, calls * forwards, size, backward=True)
+
+def _repeated(messages: Iterable[Message], count: int) -> Iterator[Message]:
+    return (replace(each, payload=each.payload * count, calls=each.calls * count) for each in messages)
+
+
+def _memory_rows(job: Job, layout: Layout, batch: MicroBatch) -> float:
+    """Rows of the hidden states' width that carry the memory to the next stage, over all tensor-parallel ranks."""
+    rows, width = job.costs.memory(job, batch)
+    parts = layout.tensor if layout.sequence else 1
+    return math.ceil(rows * width / (job.model.llm.hidden_size * parts)) * parts
+
+
+def _memory_messages(job: Job, layout: Layout, batch: MicroBatch, *, first: bool) -> Iterator[Message]:
+    """What the layers read besides their rows: whole on each rank, its gradients summed once a chunk of layers."""
+    size, learns = layout.tensor, job.costs.memory_learns(job) or not first
+    payload = job.bytes * _memory_rows(job, layout, batch) * job.model.llm.hidden_size
+    if size == 1 or not payload:
         return
-    calls = 2 * layers
-    for operation in ("all_gather", "reduce_scatter"):
-        yield _message("tensor", operation, payload, calls, size)
-    again = forwards - 1
-    gathers = calls * (1 + again + job.trainable["llm"])
-    yield _message("tensor", "all_gather", payload, gathers, size, backward=True)
-    yield _message("tensor", "reduce_scatter", payload, calls * (1 + again), size, backward=True)
+    if layout.sequence:
+        yield message("tensor", "all_gather", payload, 1, size)
+        if learns:
+            yield message("tensor", "reduce_scatter", payload, 1, size, backward=True)
+            if first:  # cut in the first place
+                yield message("tensor", "all_gather", payload, 1, size, backward=True)
+    elif learns:
+        yield message("tensor", "all_reduce", payload, 1, size, backward=True)
 
 
 def _embedding_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
-    """Rows of a cut vocabulary are added up; the tower, cut by heads, sums twice in each block, the projector for two
-    layers."""
+    """Rows of a cut vocabulary are added up; the tower, cut by heads, sums twice in each block."""
     vision, size = job.model.vision, layout.tensor
     row = job.bytes * job.model.llm.hidden_size
-    visual = layout.local_images(batch.images) * vision.num_visual_rows
-    for first in range(0, cut_projector_layers(job.model), 2):
-        yield _message("tensor", "all_reduce", visual * row, 1, size)
-        if first and job.gradient_reaches("projector"):
-            yield _message("tensor", "all_reduce", visual * row, 1, size, backward=True)
-        if not first and job.trainable["vision"]:
-            yield _message("tensor", "all_reduce", job.bytes * visual * vision.hidden_size, 1, size, backward=True)
-    yield _message("tensor", "all_reduce", batch.rows * row, 1, size)
-    if layout.sequence:
-        yield _message("tensor", "all_gather", layout.local_rows(batch.rows) * row, 1, size, backward=True)
+    yield message("tensor", "all_reduce", batch.rows * row, 1, size)
+    if layout.sequence and job.rows_learn[0]:
+        yield message("tensor", "all_gather", layout.local_rows(batch.rows) * row, 1, size, backward=True)
     if vision.tower.transformer is not None and batch.images:
         features = job.bytes * layout.local_images(batch.images) * vision.num_tower_rows * vision.hidden_size
         calls = 2 * vision.num_layers_run
-        yield _message("tensor", "all_reduce", features, calls, size)
-        if job.trainable["vision"]:
-            yield _message("tensor", "all_reduce", features, calls, size, backward=True)
+        yield message("tensor", "all_reduce", features, calls, size)
+        if job.learns("vision"):
+            yield message("tensor", "all_reduce", features, calls, size, backward=True)
 
 
 def _head_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
@@ -126,37 +110,17 @@ def _head_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Mess
     size = layout.tensor
     rows = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
     if layout.sequence:
-        yield _message("tensor", "all_gather", rows, 1, size)
-        yield _message("tensor", "reduce_scatter", rows, 1, size, backward=True)
+        yield message("tensor", "all_gather", rows, 1, size)
+        yield message("tensor", "reduce_scatter", rows, 1, size, backward=True)
     else:
-        yield _message("tensor", "all_reduce", rows, 1, size, backward=True)
-    yield _message("tensor", "all_reduce", 6 * batch.label_rows / layout.context, 2, size)
-
-
-def _context_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
-    """Keys and values of the whole pack are gathered, again for the backward pass, and their gradients dealt back.
-
-    On the first stage so are the images, which were encoded and routed on one rank each.
-    """
-    llm, size = job.model.llm, layout.context
-    layers = layout.layers(llm.num_layers, stage)
-    rows = size * layout.local_rows(batch.rows)
-    payload = job.bytes * rows * 2 * llm.num_query_groups * llm.kv_channels / layout.tensor
-    yield _message("context", "all_gather", payload, layers, size)
-    gathers = layers * (2 if layout.recompute else 1)
-    yield _message("context", "all_gather", payload, gathers, size, backward=True)
-    yield _message("context", "reduce_scatter", payload, layers, size, backward=True)
-    if stage == 0 and batch.images:
-        images = size * layout.local_images(batch.images)
-        features = job.bytes * images * job.model.vision.num_visual_rows * llm.hidden_size
-        yield _message("context", "all_gather", features, 1, size)
-        if job.gradient_reaches("moe"):
-            yield _message("context", "reduce_scatter", features, 1, size, backward=True)
+        yield message("tensor", "all_reduce", rows, 1, size, backward=True)
+    yield message("tensor", "all_reduce", 6 * batch.label_rows / layout.context, 2, size)
 
 
 def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) -> Iterator[Message]:
     """Hidden states to the next stage, their gradients to the one before; once for each chunk of layers."""
-    rows = job.bytes * layout.local_rows(batch.rows) * job.model.llm.hidden_size
+    rows = layout.local_rows(batch.rows) + _memory_rows(job, layout, batch)
+    rows *= job.bytes * job.model.llm.hidden_size
     if layout.sequence:
         rows /= layout.tensor
     rows += _SHAPE_BYTES
@@ -164,69 +128,25 @@ def _pipeline_messages(job: Job, layout: Layout, stage: int, batch: MicroBatch) 
     sends = layout.virtual - (stage == layout.pipeline - 1)
     receives = layout.virtual - (stage == 0)
     if sends:
-        yield _message("pipeline", "send", rows, sends, layout.pipeline)
+        yield message("pipeline", "send", rows, sends, layout.pipeline)
     if receives:
-        yield _message("pipeline", "send", rows, receives, layout.pipeline, backward=True)
-
-
-def _expert_messages(job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
-    """Whole images and their weights to the ranks of their experts, the experts' sums back; the same for gradients."""
-    moe, way = job.model.moe, Dispatch.of(job, layout, layout.local_images(batch.images))
-    image = job.bytes * job.model.vision.num_visual_rows * job.model.llm.hidden_size
-    # Bytes of what goes there, and whether its gradients come back.
-    there = ((image, job.gradient_reaches("projector")), (4 * moe.num_experts, job.gradient_reaches("moe")))
-    ranks = layout.expert * layout.expert_tensor
-    if way.way == "in_place":
-        yield _message("experts", "all_reduce", image * way.images, 1, ranks)
-        for size, learns in there:
-            if learns:
-                yield _message("experts", "all_reduce", size * way.images, 1, ranks, backward=True)
-        return
-    if layout.tensor > 1:  # the ranks split the images before, and gather the results after
-        whole = way.own * layout.tensor
-        yield _message("tensor", "all_gather", image * whole, 1, layout.tensor)
-        for size, learns in there:
-            if learns:
-                yield _message("tensor", "all_gather", size * whole, 1, layout.tensor, backward=True)
-    if ranks == 1:
-        return
-    counts = 1 if way.way == "gathered" else 2 * layout.expert
-    yield _message("experts", "all_gather", 8 * counts * ranks, 1, ranks)
-    for size, learns in there:
-        yield from _travel(layout, way, size, there=True)
-        if learns:
-            yield from _travel(layout, way, size, there=False, backward=True)
-    yield from _travel(layout, way, image, there=False)
-    if job.gradient_reaches("moe"):
-        yield from _travel(layout, way, image, there=True, backward=True)
-
-
-def _travel(layout: Layout, way: Dispatch, size: float, *, there: bool, backward: bool = False) -> Iterator[Message]:
-    """Cost of `size` bytes per image on the way to the experts, or of their sums on the way back."""
-    operation: Operation = "all_gather" if there else "reduce_scatter"
-    if way.way == "gathered":
-        ranks = layout.expert * layout.expert_tensor
-        yield _message("experts", operation, size * way.arriving, 1, ranks, backward=backward)
-        return
-    yield _message("expert", "all_to_all", size * way.sent, 1, layout.expert, backward=backward)
-    if layout.expert_tensor > 1:
-        slices = layout.expert_tensor
-        yield _message("expert_tensor", operation, size * way.arriving, 1, slices, backward=backward)
+        yield message("pipeline", "send", rows, receives, layout.pipeline, backward=True)
 
 
 def step_messages(job: Job, layout: Layout, stage: int) -> list[Message]:
     """Messages once a step: gradients, with the distributed optimizer updated parameters, and shared parameters."""
-    learning = trainable_weights(job, stage_weights(job.model, layout, stage))
+    learning = trainable_weights(job, stage_weights(job, layout, stage))
     messages: list[Message] = []
     for routed in (False, True):
         messages += _gradient_messages(job, layout, [weight for weight in learning if weight.routed == routed], routed)
-    if layout.sequence:
-        elements = sum(weight.total for weight in learning if weight.replicated)
-        messages.append(_message("tensor", "all_reduce", 4 * elements, 1, layout.tensor, backward=True))
+    if layout.tensor > 1:
+        summed = [weight for weight in learning if weight.by_heads or (weight.replicated and layout.sequence)]
+        elements = sum(weight.total for weight in summed)
+        messages.append(message("tensor", "all_reduce", 4 * elements, 1, layout.tensor, backward=True))
     ends = stage in (0, layout.pipeline - 1)
-    if job.model.llm.tie_word_embeddings and layout.pipeline > 1 and ends and job.trainable["llm"]:
+    if job.model.llm.tie_word_embeddings and layout.pipeline > 1 and ends and job.learns("llm"):
         shared = 4 * job.model.llm.vocab_size // layout.tensor * job.model.llm.hidden_size
-        messages.append(_message("pipeline", "all_reduce", shared, 1, 2, backward=True))
+        messages.append(message("pipeline", "all_reduce", shared, 1, 2, backward=True))
     return messages
 
 
@@ -242,21 +162,7 @@ def _gradient_messages(job: Job, layout: Layout, weights: list[Weight], routed: 
     buckets = math.ceil(elements / max(_BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK * copies))
     bucket = elements / buckets
     if layout.distributed_optimizer:
-        yield _message(dimension, "reduce_scatter", 4 * bucket, buckets, copies, backward=True)
-        yield _message(dimension, "all_gather", job.bytes * bucket, buckets, copies)
+        yield message(dimension, "reduce_scatter", 4 * bucket, buckets, copies, backward=True)
+        yield message(dimension, "all_gather", job.bytes * bucket, buckets, copies)
     else:
-        yield _message(dimension, "all_reduce", 4 * bucket, buckets, copies, backward=True)
-
-
-def _message(
-    dimension: str, operation: Operation, payload: float, calls: float, size: int, *, backward: bool = False
-) -> Message:
-    """`calls` messages of `payload` bytes each."""
-    return Message(
-        dimension=dimension, operation=operation, payload=payload * calls, calls=calls, size=size, backward=backward
-    )
-
-
-def total_seconds(messages: Iterable[Message], layout: Layout, cluster: ClusterConfig) -> float:
-    """Time of messages one after the other."""
-    return sum(message.seconds(layout, cluster) for message in messages)
+        yield message(dimension, "all_reduce", 4 * bucket, buckets, copies, backward=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -11,8 +12,13 @@ from parrot_sys.paths import OUTPUT_FILE
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.job import Job, MicroBatch
 from parrot_sys.systems.registry import system_of
+from parrot_sys.towers import PictureRows
 from parrot_sys.training.config import TrainConfig
+
+_LEAST = {"images": 0, "picture_height": 1, "picture_width": 1, "text_tokens": 1, "label_tokens": 0}
+"""Of the settings of a sample."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -20,14 +26,18 @@ class SampleConfig:
     """A typical sample; packing puts several into a micro-batch without padding."""
 
     images: int = 1
-    """Images; of a picture that is cut into tiles each tile is one, and so is the picture as a whole."""
+    """Pictures."""
+    picture_height: int = 672
+    """Height of a picture in pixels; with the width it decides the tiles of a model that cuts pictures."""
+    picture_width: int = 672
+    """Width of a picture in pixels."""
     text_tokens: int = 256
     """Text rows: prompt and answer."""
     label_tokens: int = 128
     """Text rows that bear loss; only these go through the LM head."""
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 0), ("text_tokens", 1), ("label_tokens", 0)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"sample.{name} must be >= {least}, got {getattr(self, name)}")
         if self.label_tokens > self.text_tokens:
@@ -83,7 +93,7 @@ class ScalingConfig:
             raise ConfigError(f"scaling.samples_per_gpu must be >= 1, got {self.samples_per_gpu}")
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
+@dataclass(kw_only=True, frozen=True)
 class PlanConfig:
     """Settings of a plan."""
 
@@ -125,26 +135,9 @@ class PlanConfig:
         for name in ("global_batch_size", "top"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.rows > self.model.max_seq_len:
-            raise ConfigError(
-                f"sample.text_tokens + sample.images x {self.model.vision.num_visual_rows} visual rows must be <= "
-                f"model.max_seq_len={self.model.max_seq_len}, got {self.rows}: raise model.max_seq_len or shorten it"
-            )
+        self._check_rows()
         if self.plot is not None and not self.plot.endswith((".svg", ".png", ".pdf")):
             raise ConfigError(f"plot must name a .svg, .png or .pdf file, got {self.plot!r}")
-        if self.model.lora is not None:
-            raise ConfigError(
-                "model.lora has no formulas in parrot plan: unset it (model.lora: null); a plan with trainable.llm "
-                "true bounds the memory of LoRA from above"
-            )
-        for name in ("wings", "flamingo"):
-            if getattr(self.model, name) is not None:
-                raise ConfigError(f"model.{name} has no formulas in parrot plan: unset it (model.{name}: null)")
-        if self.model.llm.experts is not None:
-            raise ConfigError(
-                f"model.llm.experts (llm.family {self.model.llm.family}) has no formulas in parrot plan: "
-                "choose a dense decoder"
-            )
         system = system_of(self.model)
         system.check_parts(self.trainable.keys() - {OTHERS}, "trainable")
         system.check_bypass(self.bypass)
@@ -154,16 +147,48 @@ class PlanConfig:
                 "trainable.vision=true: choose a transformer, or freeze it"
             )
 
+    def _check_rows(self) -> None:
+        """
+        Raises:
+            ConfigError: samples are longer than the model takes.
+        """
+        if self.rows > self.model.max_rows:
+            name, most = min(self.model.limits.items(), key=lambda limit: limit[1])
+            raise ConfigError(
+                f"sample.text_tokens + sample.images x {len(self.picture.source)} rows a picture must be <= "
+                f"{name}={most}, got {self.rows}: raise {name} or shorten it"
+            )
+
+    @functools.cached_property
+    def picture(self) -> PictureRows:
+        """Tiles of a picture, and its rows among those of the text."""
+        tiling, sample = self.model.tiling, self.sample
+        if tiling is None:
+            return PictureRows.whole(self.model.rows_per_image)
+        return tiling.rows(sample.picture_height, sample.picture_width)
+
     @property
     def rows(self) -> int:
         """Rows of a sample: text and visual."""
-        return self.sample.text_tokens + self.sample.images * self.model.vision.num_visual_rows
-
-    @property
-    def moe_active(self) -> bool:
-        """Whether the experts run."""
-        return "moe" not in self.bypass and self.model.moe.num_experts > 0
+        return self.sample.text_tokens + self.sample.images * len(self.picture.source)
 
     def learning(self) -> dict[str, bool]:
         """Part of the model -> whether it learns."""
         return system_of(self.model).learning(self.model, self.trainable, self.bypass)
+
+    def job(self) -> Job:
+        """What the cost formulas take of the model."""
+        return Job(model=self.model, trainable=self.learning(), precision=self.precision, bypass=self.bypass)
+
+    def micro_batch(self, samples: float) -> MicroBatch:
+        """Sizes of a micro-batch of `samples` typical samples."""
+        sample, rows = self.sample, self.rows
+        return MicroBatch(
+            rows=samples * rows,
+            images=samples * sample.images * self.picture.tiles,
+            visual_rows=samples * sample.images * len(self.picture.source),
+            guidance_rows=samples * (sample.text_tokens - sample.label_tokens) if sample.images else 0,
+            label_rows=samples * sample.label_tokens,
+            squared_lengths=samples * rows**2,
+            samples=samples,
+        )

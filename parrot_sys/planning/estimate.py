@@ -7,13 +7,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from parrot_sys.planning.cluster import ClusterConfig
-from parrot_sys.planning.communication import Message, micro_batch_messages, step_messages
-from parrot_sys.planning.compute import Work, model_flops, optimizer_seconds, stage_seconds
+from parrot_sys.planning.communication import micro_batch_messages, seconds_of, step_messages
+from parrot_sys.planning.compute import model_flops, optimizer_seconds, stage_seconds
 from parrot_sys.planning.config import PlanConfig
-from parrot_sys.planning.job import Job, MicroBatch
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import Memory, stage_memory
 from parrot_sys.planning.weights import stage_weights, trainable_weights
+from parrot_sys.systems.cost import Message, Work
+from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.layout import Layout
 
 _DIMENSIONS = {
     "tensor": "tensor parallel",
@@ -73,8 +74,8 @@ def micro_batches(layout: Layout, samples_per_step: int) -> tuple[int, float, in
 def peak_memory(config: PlanConfig, job: Job, layout: Layout) -> Memory:
     """Memory of the GPU that needs most. Of like pipeline stages the first has most micro-batches in flight."""
     number, _, most = micro_batches(layout, config.global_batch_size)
-    batch = MicroBatch.of(config, most)
-    stages = layout.stages(config.model.llm.num_layers)
+    batch = config.micro_batch(most)
+    stages = layout.stages(job.kinds)
     return max((stage_memory(job, layout, stage, batch, number) for stage in stages), key=lambda m: m.total)
 
 
@@ -87,8 +88,8 @@ def estimate(config: PlanConfig, job: Job, layout: Layout, memory: Memory) -> Es
     """
     cluster = config.cluster
     number, mean, most = micro_batches(layout, config.global_batch_size)
-    batch = MicroBatch.of(config, mean)
-    kinds = layout.stages(config.model.llm.num_layers)
+    batch = config.micro_batch(mean)
+    kinds = layout.stages(job.kinds)
     stages = {stage: _stage(job, layout, cluster, stage, batch) for stage in kinds}
     totals = {stage: sum(work.total for work in parts.values()) for stage, parts in stages.items()}
     slowest = max(totals, key=lambda stage: totals[stage])
@@ -99,7 +100,7 @@ def estimate(config: PlanConfig, job: Job, layout: Layout, memory: Memory) -> Es
     seconds["pipeline bubble"] = others / layout.virtual
     last_backward = sum(work.backward for work in stages[slowest].values())
     _add_step(seconds, job, layout, cluster, slowest, last_backward)
-    typical = MicroBatch.of(config, config.global_batch_size)
+    typical = config.micro_batch(config.global_batch_size)
     return Estimate(
         layout=layout,
         memory=memory,
@@ -117,7 +118,7 @@ def _stage(job: Job, layout: Layout, cluster: ClusterConfig, stage: int, batch: 
     """Time of a micro-batch on a stage: its work, and its messages, which wait for each other."""
     parts = stage_seconds(job, layout, cluster, stage, batch)
     for message in micro_batch_messages(job, layout, stage, batch):
-        time = message.seconds(layout, cluster)
+        time = seconds_of(message, layout, cluster)
         name = _DIMENSIONS[message.dimension]
         parts[name] = parts.get(name, Work(0.0, 0.0)) + (Work(0.0, time) if message.backward else Work(time, 0.0))
     return parts
@@ -133,13 +134,13 @@ def _add_step(
         return message.backward and message.dimension in ("data", "expert_data")
 
     messages = step_messages(job, layout, stage)
-    gradients = sum(message.seconds(layout, cluster) for message in messages if is_gradient(message))
+    gradients = sum(seconds_of(message, layout, cluster) for message in messages if is_gradient(message))
     seconds["data parallel"] += max(0.0, gradients - hidden)
     for message in messages:
         if not is_gradient(message):
-            seconds[_DIMENSIONS[message.dimension]] += message.seconds(layout, cluster)
+            seconds[_DIMENSIONS[message.dimension]] += seconds_of(message, layout, cluster)
     share = 0.0
-    for weight in trainable_weights(job, stage_weights(job.model, layout, stage)):
+    for weight in trainable_weights(job, stage_weights(job, layout, stage)):
         copies = layout.expert_copies if weight.routed else layout.model_copies
         share += weight.total / (copies if layout.distributed_optimizer else 1)
     seconds["optimizer"] += optimizer_seconds(cluster, share)

@@ -24,6 +24,13 @@ is best and why. Nothing runs and no GPU is needed: figures come from data sheet
 Eight H200 for the second stage of Parrot-7B:
 parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
 
+Any system, decoder and tower can be planned, with low-rank updates (LoRA) and frozen parts as a stage has them:
+parrot plan --config wings_qwen1_5_7b --config wings_instruct
+parrot plan --config multimodal_gpt_9b --config multimodal_gpt_instruct
+parrot plan --config llava_next_qwen3_8b --config llava_instruct --sample.picture-height 480 --sample.picture-width 640
+parrot plan --config parrot_qwen3_30b_a3b --config parrot_instruct --cluster.nodes 4
+parrot plan --config parrot_7b --config lora_instruct
+
 Four nodes, 64 experts of which two work on an image, tensor parallelism decided:
 parrot plan --config parrot_14b --cluster.nodes 4 --model.moe.num-experts 64 --model.moe.routing topk --fix.tensor 2
 

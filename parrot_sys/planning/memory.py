@@ -1,29 +1,24 @@
 """Bytes of one GPU: parameters, gradients, optimizer state, activations, buffers.
 
-Activations follow Korthikanti et al. (arXiv 2205.05198, section 4) in method: add up what each operation keeps for its
-backward pass. The terms are those of this implementation: no dropout masks, no attention matrix, SwiGLU as three
-operations, experts that keep their input X and the up-projection z only, an LM head that keeps its label rows only.
+Activations are added up from what each operation keeps for its backward pass: those of a decoder layer in
+`systems/decoder_costs.py`, those of a system's own parts in its `costs.py`.
 
-T rows of a micro-batch (T' on this rank under context parallelism), t tensor-parallel ranks, H hidden_size, n query and
-g key/value heads of width d, F ffn_hidden_size, L label rows, V visual rows of an image, b bytes of an element.
+T rows of a micro-batch (T' on this rank under context parallelism), t tensor-parallel ranks, H hidden_size, V visual
+rows of an image, b bytes of an element.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
-from parrot_sys.planning.dispatch import Dispatch
-from parrot_sys.planning.job import Job, MicroBatch
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.schedule import peak_in_flight
-from parrot_sys.planning.weights import (
-    Weight,
-    buffer_elements,
-    cut_projector_layers,
-    stage_weights,
-    trainable_weights,
-)
+from parrot_sys.planning.weights import buffer_elements, stage_weights, trainable_weights
+from parrot_sys.systems.cost import Weight
+from parrot_sys.systems.decoder_costs import layer_bytes, norm_bytes
+from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +44,7 @@ class Memory:
 
 def stage_memory(job: Job, layout: Layout, stage: int, batch: MicroBatch, num_micro_batches: int) -> Memory:
     """Memory of a rank of pipeline stage `stage`, whose largest micro-batches are like `batch`."""
-    weights = stage_weights(job.model, layout, stage)
+    weights = stage_weights(job, layout, stage)
     learning = trainable_weights(job, weights)
     parameters, gradients, optimizer = state_bytes(job, layout, weights, stage)
     activations = activation_bytes(job, layout, stage, batch, num_micro_batches)
@@ -99,119 +94,64 @@ def activation_bytes(job: Job, layout: Layout, stage: int, batch: MicroBatch, nu
 
     Full recomputation keeps the input of each layer, and once all of a layer that is being computed again.
     """
-    inputs, kept = layer_input_bytes(job, layout, batch), layer_bytes(job, layout, batch)
-    if not job.gradient_reaches("llm"):
-        inputs = kept = 0.0
-    chunks = [
-        count * (inputs if layout.recompute else kept) for count in layout.chunk_layers(job.model.llm.num_layers, stage)
-    ]
+    chunks, again = [], 0.0
+    for number, layers in enumerate(layout.layers(job.kinds, stage)):
+        kept, computed = _chunk_bytes(job, layout, batch, layers, first=stage == 0 and number == 0)
+        chunks.append(kept)
+        again = max(again, computed)
     if stage == 0:
         chunks[0] += first_stage_bytes(job, layout, batch)
     total = peak_in_flight(chunks, layout.pipeline, stage, num_micro_batches)
     # Once layers are computed again, what the LM head kept is gone.
     head = head_bytes(job, layout, batch) if stage == layout.pipeline - 1 else 0.0
-    return total + max(head, kept - inputs if layout.recompute else 0.0)
+    return total + max(head, again)
 
 
-def _rows(layout: Layout, batch: MicroBatch) -> tuple[float, float]:
-    """Rows of this rank in the matrices, and in norms and residuals."""
-    rows = layout.local_rows(batch.rows)
-    return rows, rows / layout.tensor if layout.sequence else rows
+def _chunk_bytes(
+    job: Job, layout: Layout, batch: MicroBatch, layers: tuple[int, ...], *, first: bool
+) -> tuple[float, float]:
+    """Bytes that a chunk of layers keeps, and what a layer that is computed again has at most beyond the inputs.
 
-
-def _norm_bytes(job: Job, learns: bool) -> float:
-    """An RMSNorm for each row: input and 1 / rms; without a fused kernel all in float32, and the normalised row."""
-    size = job.model.llm.hidden_size
-    if job.kernels == "cpu":
-        return 4 * size * (2 if learns else 1) + 4
-    return job.bytes * size + 4
+    Args:
+        job, layout, batch: of the rank.
+        layers: one after the other.
+        first: whether they are the first of the model. Those of later stages, and all that are computed again, get
+            their input with a gradient whatever learns before them.
+    """
+    if not job.anything_learns:
+        return 0.0, 0.0
+    inputs = layer_input_bytes(job, layout, batch)
+    kept = {}
+    for layer in set(layers):
+        reached = job.rows_learn[layer] or not first or layout.recompute
+        own = job.costs.layer_learns(job, layer)
+        kept[layer] = job.costs.layer_bytes(job, layout, batch, layer) if reached or own else 0.0
+        if reached or job.learns("lora") or own:
+            attention = reached or job.learns("lora") or job.costs.learns_before_attention(job, layer)
+            kept[layer] += layer_bytes(job, layout, batch, layer, attention_learns=attention)
+    shared = job.costs.chunk_bytes(job, layout, batch, kept)
+    if not layout.recompute:
+        return shared + sum(count * kept[layer] for layer, count in Counter(layers).items()), 0.0
+    # The last layers are computed again first, and then gone.
+    extra = max((kept[layer] - inputs * (len(layers) - place) for place, layer in enumerate(layers)), default=0.0)
+    return shared + inputs * len(layers), extra
 
 
 def layer_input_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     """The input of a decoder layer: b T' H, cut by sequence parallelism."""
-    return job.bytes * _rows(layout, batch)[1] * job.model.llm.hidden_size
-
-
-def layer_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
-    """Bytes that a decoder layer keeps.
-
-    Per row: two norms; inputs of the four matrices that learn (b H twice, b F / t; that of the output projection is
-    the attention's output); queries, keys, values, output and log-sum-exp of flash attention; SwiGLU b 4 F / t: gate
-    and up together, silu(gate), and up once more, to which Megatron adds an offset.
-    """
-    llm, b, tensor = job.model.llm, job.bytes, layout.tensor
-    learns = job.trainable["llm"]
-    rows, narrow = _rows(layout, batch)
-    norms = 2 * (_norm_bytes(job, learns) + (b * llm.hidden_size if learns else 0))
-    swiglu = b * llm.ffn_hidden_size / tensor * (5 if learns else 4)
-    return narrow * norms + rows * (_attention_bytes(job, layout) + swiglu)
-
-
-def _attention_bytes(job: Job, layout: Layout) -> float:
-    """Per row: rotated queries and keys, values, output [n d] and log-sum-exp.
-
-    Values are a view of the whole joint projection (n + 2 g) d, unless they are copied: to as many heads as the
-    queries have (flash kernel on GPUs), or for the other context-parallel ranks.
-    """
-    llm = job.model.llm
-    query = llm.num_attention_heads * llm.kv_channels
-    key = llm.num_query_groups * llm.kv_channels
-    if layout.context > 1:
-        elements = query + 2 * key + query
-    elif key < query and job.kernels == "gpu":
-        elements = query + 2 * query + query
-    else:
-        elements = (query + 2 * key) + query + key + query
-    return (job.bytes * elements + 4 * llm.num_attention_heads) / layout.tensor
+    return job.bytes * layout.rows_and_narrow(batch.rows)[1] * job.model.llm.hidden_size
 
 
 def first_stage_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
-    """Tower, projector, experts and embeddings.
-
-    Context-parallel ranks share the images out, and each puts all of them in place; tensor-parallel ones cut tower and
-    projector.
-    """
+    """Tower, the system's parts before the decoder, and embeddings."""
     model, b = job.model, job.bytes
-    size, images = model.llm.hidden_size, layout.local_images(batch.images)
-    visual = images * model.vision.num_visual_rows
-    learns = job.trainable
-    total = 8 * batch.rows if learns["llm"] else 0.0  # ids of the embedding
-    if layout.sequence and job.gradient_reaches("llm") and (job.kernels == "gpu" or b == 4 or layout.recompute):
+    total = 8 * batch.rows if job.learns("llm") else 0.0  # ids of the embedding
+    if layout.sequence and job.rows_learn[0] and (job.kernels == "gpu" or b == 4 or layout.recompute):
         # The first layer's input is a view of the rows of all ranks.
-        total += b * layout.local_rows(batch.rows) * size * (1 - 1 / layout.tensor)
-    if learns["vision"]:
-        total += _tower_bytes(job, layout, images)
-    if learns["projector"]:
-        total += b * visual * model.vision.hidden_size
-    if job.gradient_reaches("projector"):
-        # After each layer but the last: what the activation takes, and what it gives to a layer that learns.
-        cut = cut_projector_layers(model) // 2
-        widths = size * (cut / layout.tensor + model.projector.depth - 1 - cut)
-        total += b * visual * widths * (2 if learns["projector"] else 1)
-    if job.moe_active and (job.gradient_reaches("moe")):
-        total += expert_bytes(job, layout, batch)
-        total += b * batch.guidance_rows * size + (8 * batch.guidance_rows if learns["llm"] else 0)
-    if job.gradient_reaches("moe"):
-        # Putting visual rows in place keeps them, and two indices.
-        total += batch.images * model.vision.num_visual_rows * (b * size + 16)
-    return total
-
-
-def expert_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
-    """X [n, V, H] and z [experts of an image, n, V, 2, I] (ops/expert_mlp.py); with `moe.recompute` X only.
-
-    Where images travel, those that arrived are X, and the router keeps the rank's own; images sent to chosen ranks are
-    kept once more when they are back, each copy of them (ops/permute.py).
-    """
-    moe, b = job.model.moe, job.bytes
-    sent = Dispatch.of(job, layout, layout.local_images(batch.images))
-    held = sent.arriving
-    if sent.way in ("gathered", "exchanged"):
-        held += sent.images
-    if sent.way == "exchanged":
-        held += sent.sent
-    z = 0.0 if moe.recompute else 2 * job.chosen_experts * moe.ffn_hidden_size
-    return b * job.model.vision.num_visual_rows * (held * job.model.llm.hidden_size + sent.worth * z)
+        total += b * layout.local_rows(batch.rows) * model.llm.hidden_size * (1 - 1 / layout.tensor)
+    if job.learns("vision"):
+        total += _tower_bytes(job, layout, layout.local_images(batch.images))
+    return total + job.costs.first_bytes(job, layout, batch)
 
 
 def _tower_bytes(job: Job, layout: Layout, images: float) -> float:
@@ -230,10 +170,10 @@ def _tower_bytes(job: Job, layout: Layout, images: float) -> float:
 
 def head_bytes(job: Job, layout: Layout, batch: MicroBatch) -> float:
     """The final norm, and the label rows of the LM head with their targets; no logits."""
-    if not job.gradient_reaches("llm"):
+    if not job.anything_learns:
         return 0.0
-    size, learns = job.model.llm.hidden_size, job.trainable["llm"]
-    norm = _norm_bytes(job, learns) * _rows(layout, batch)[1]
+    size = job.model.llm.hidden_size
+    norm = norm_bytes(job, size, learns=job.learns("llm")) * layout.rows_and_narrow(batch.rows)[1]
     scalars = 8 + 8 + 4 + (16 if layout.tensor > 1 else 1)
     return norm + batch.label_rows / layout.context * (job.bytes * size + scalars)
 
@@ -249,13 +189,12 @@ def _working_bytes(job: Job, layout: Layout, learning: list[Weight], batch: Micr
     rows = layout.local_rows(batch.rows)
     llm, b = job.model.llm, job.bytes
     widest = max(3 * llm.ffn_hidden_size / layout.tensor, 4 * llm.hidden_size)
-    experts = 0.0
-    if job.moe_active:
-        sent = Dispatch.of(job, layout, layout.local_images(batch.images))
-        inner = 3 * sent.worth * job.chosen_experts * job.model.moe.ffn_hidden_size
-        travelling = 2 * sent.arriving * llm.hidden_size if sent.way in ("gathered", "exchanged") else 0.0
-        experts = job.model.vision.num_visual_rows * (inner + travelling)
-    passing = b * (max((weight.numel for weight in learning), default=0) + max(rows * widest, experts))
+    if (chosen := llm.experts) is not None:
+        # Rows that arrive at this rank's experts, as a share of its own.
+        arriving = chosen.topk * layout.expert_tensor / (layout.tensor if layout.sequence else 1)
+        widest = max(widest, arriving * (3 * chosen.ffn_hidden_size / layout.expert_tensor + llm.hidden_size))
+    before = job.costs.working_bytes(job, layout, batch) / b
+    passing = b * (max((weight.numel for weight in learning), default=0) + max(rows * widest, before))
     if layout.sequence:
         passing += b * rows * llm.hidden_size
     if layout.context > 1:

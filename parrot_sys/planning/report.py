@@ -10,10 +10,10 @@ from typing import Any
 from parrot_sys import markdown_tables
 from parrot_sys.config_values import config_to_dict
 from parrot_sys.errors import ConfigError
+from parrot_sys.planning.checks import check
 from parrot_sys.planning.config import PlanConfig
 from parrot_sys.planning.estimate import Estimate, estimate, peak_memory
-from parrot_sys.planning.job import Job
-from parrot_sys.planning.layouts import Layout, check
+from parrot_sys.systems.layout import Layout
 
 PREDICTED = "Predicted by formulas from data-sheet figures and assumed efficiencies, not measured."
 _COLUMNS = ("TP", "SP", "PP", "VPP", "CP", "EP", "ETP", "DP", "ZeRO-1", "recompute", "rows x micro-batches")
@@ -70,7 +70,7 @@ def _largest(parts: dict[str, float], unit: float, name: str) -> str:
 
 def _alternatives(config: PlanConfig, best: Estimate) -> list[str]:
     """Needs of the layout with one of its measures left out or added."""
-    layout, job, lines = best.layout, Job.of(config), []
+    layout, job, lines = best.layout, config.job(), []
     for text, other in _variations(layout):
         try:
             check(config.model, other, config.cluster.num_gpus, config.global_batch_size)

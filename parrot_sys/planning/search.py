@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 from parrot_sys.errors import ConfigError
+from parrot_sys.planning.checks import check, divisors
 from parrot_sys.planning.config import PlanConfig
 from parrot_sys.planning.estimate import Estimate, estimate, peak_memory
-from parrot_sys.planning.job import Job
-from parrot_sys.planning.layouts import Layout, check, divisors
+from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.registry import system_of
 
 _LONG_SAMPLE = 4096
 """Rows of a sample from which context parallelism is tried."""
@@ -30,7 +32,7 @@ def find_layouts(config: PlanConfig) -> list[Estimate]:
         ConfigError: what is fixed cannot run; names the nearest values that can.
         NothingFits: everything that can run needs more memory than there is; says how much and what would do.
     """
-    job = Job.of(config)
+    job = config.job()
     candidates = list(_candidates(config))
     if not candidates:
         _explain_invalid(config)
@@ -71,7 +73,8 @@ def choose(estimates: Sequence[Estimate]) -> Estimate:
 def _choices(config: PlanConfig) -> Iterator[Layout]:
     """Every combination, also those that cannot run."""
     fix, model, gpus = config.fix, config.model, config.cluster.num_gpus
-    experts = model.moe.num_experts if config.moe_active else 1
+    counts = [count for count, _ in system_of(model).costs().expert_sizes(model).values()]
+    experts = math.gcd(*counts) or 1
     contexts = [1] if config.rows < _LONG_SAMPLE else [1, 2, 4, 8, 16]
     for tensor in _fixed(fix.tensor, divisors(gpus, config.cluster.gpus_per_node)):
         for pipeline in _fixed(fix.pipeline, divisors(max(1, gpus // tensor), model.llm.num_layers)):
@@ -133,7 +136,7 @@ def _what_would_fit(config: PlanConfig) -> str:
     for _ in range(6):
         nodes *= 2
         larger = replace(config, cluster=replace(config.cluster, nodes=nodes))
-        job = Job.of(larger)
+        job = larger.job()
         for layout in _candidates(larger):
             if peak_memory(larger, job, layout).total <= larger.cluster.usable_bytes:
                 return f"On {larger.cluster.num_gpus} GPUs {layout.describe()} fits"

@@ -3,92 +3,43 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.tower_maps import tower_maps
-from parrot_sys.planning.job import Job
-from parrot_sys.planning.layouts import Layout
-from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.cost import Weight
+from parrot_sys.systems.decoder_costs import layer_weights
+from parrot_sys.systems.job import Job
+from parrot_sys.systems.layout import Layout
 from parrot_sys.towers import VisionConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One parameter, `count` times."""
-
-    component: str  # vision, projector, moe, llm
-    numel: int  # on this rank
-    count: int = 1
-    routed: bool = False  # an expert's, whose copies are on other ranks than those of dense parameters
-    replicated: bool = False  # whole on every tensor-parallel rank, used on a part of the rows under SP
-
-    @property
-    def total(self) -> int:
-        """Elements of all of them."""
-        return self.numel * self.count
-
-
-def stage_weights(model: ParrotConfig, layout: Layout, stage: int) -> list[Weight]:
-    """Parameters of a rank of a pipeline stage: vision, projector and experts on the first, LM head on the last."""
+def stage_weights(job: Job, layout: Layout, stage: int) -> list[Weight]:
+    """Parameters of a rank of a pipeline stage: all before the decoder on the first, LM head on the last."""
     first, last = stage == 0, stage == layout.pipeline - 1
+    model, costs = job.model, job.costs
     llm, tensor = model.llm, layout.tensor
     size, vocabulary = llm.hidden_size, llm.vocab_size // tensor
     weights: list[Weight] = []
     if first:
-        weights += [*_vision(model.vision, tensor), *_projector(model, tensor), *_experts(model, layout)]
+        weights += [*_vision(model.vision, tensor), *costs.weights(model, layout)]
         weights.append(Weight("llm", vocabulary * size))
-    weights += _decoder_layers(model, layout, stage)
+    for layer, count in Counter(itertools.chain(*layout.layers(job.kinds, stage))).items():
+        own = layer_weights(llm, model.lora, layout, layer)
+        for weight in itertools.chain(own, costs.layer_weights(model, layout, layer)):
+            weights.append(replace(weight, count=count * weight.count))
     if last:
         weights.append(Weight("llm", size, replicated=True))
         # A tied head is the embedding itself, of which the last of several stages holds a copy.
         if not llm.tie_word_embeddings or not first:
             weights.append(Weight("llm", vocabulary * size))
     return weights
-
-
-def _decoder_layers(model: ParrotConfig, layout: Layout, stage: int) -> Iterator[Weight]:
-    llm, tensor = model.llm, layout.tensor
-    size, heads, groups, width = llm.hidden_size, llm.num_attention_heads, llm.num_query_groups, llm.kv_channels
-    count, ffn = layout.layers(llm.num_layers, stage), llm.ffn_hidden_size // tensor
-    qkv = (heads + 2 * groups) * width // tensor
-    yield Weight("llm", size, 2 * count, replicated=True)  # norms
-    yield Weight("llm", qkv * size, count)
-    if llm.qk_norm:
-        yield Weight("llm", width, 2 * count, replicated=True)
-    if llm.qkv_bias:
-        yield Weight("llm", qkv, count)
-    yield Weight("llm", heads * width // tensor * size, count)
-    yield Weight("llm", 2 * ffn * size, count)
-    yield Weight("llm", ffn * size, count)
-
-
-def cut_projector_layers(model: ParrotConfig) -> int:
-    """The projector's layers that tensor-parallel ranks share: pairs, from the first on."""
-    return model.projector.depth // 2 * 2
-
-
-def _projector(model: ParrotConfig, tensor: int) -> Iterator[Weight]:
-    size = model.llm.hidden_size
-    for layer in range(model.projector.depth):
-        parts = tensor if layer < cut_projector_layers(model) else 1
-        yield Weight("projector", (model.vision.hidden_size if layer == 0 else size) * size // parts)
-        # Second layers of a pair are cut by their inputs.
-        yield Weight("projector", size // parts if layer % 2 == 0 else size)
-
-
-def _experts(model: ParrotConfig, layout: Layout) -> Iterator[Weight]:
-    moe, size = model.moe, model.llm.hidden_size
-    if moe.num_experts:
-        inner = moe.num_experts // layout.expert * moe.ffn_hidden_size // layout.expert_tensor
-        apart = layout.expert * layout.expert_tensor != layout.tensor
-        yield Weight("moe", moe.num_experts * size)
-        yield Weight("moe", 2 * inner * size, routed=apart)
-        yield Weight("moe", inner * size, routed=apart)
 
 
 def _vision(vision: VisionConfig, tensor: int) -> Iterator[Weight]:
@@ -129,5 +80,4 @@ def buffer_elements(vision: VisionConfig) -> int:
 
 def trainable_weights(job: Job, weights: list[Weight]) -> list[Weight]:
     """The weights with gradients and optimizer state."""
-    learns = job.trainable
-    return [weight for weight in weights if learns[weight.component]]
+    return [weight for weight in weights if job.trainable[weight.component]]

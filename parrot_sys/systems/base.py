@@ -15,7 +15,7 @@ from parrot_sys.files import Fields
 from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig, llm_fields
 from parrot_sys.models.tensor_map import TensorMap
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
+from parrot_sys.systems.system_costs import SystemCosts
 from parrot_sys.towers import VisionConfig
 
 if TYPE_CHECKING:
@@ -201,18 +201,9 @@ class System(ABC):
         """Name that `maps` have for a tensor of a checkpoint, which other programs may have named otherwise."""
         return key
 
-    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Costs of its parts between tower and decoder, in their order.
-
-        Args:
-            model: sizes.
-            bypass: parts that are passed by.
-        """
-        return []
-
-    def layer_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Costs of its parts inside the decoder's layers, in their order."""
-        return []
+    def costs(self) -> SystemCosts:
+        """What its parts cost, besides tower and decoder."""
+        return SystemCosts()
 
     def bypassed(self, names: Iterable[str]) -> frozenset[str]:
         """Parts that a checkpoint with these released tensors passes by, because an earlier stage wrote it."""

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from parrot_sys.data.batch import PackedBatch
-from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.cost import Cost
+from parrot_sys.systems.decoder_costs import decoder_layer_cost, lora_layer_cost
 from parrot_sys.systems.registry import system_of
 
 
 def costs(model: ParrotConfig, bypass: Collection[str] = ()) -> list[Cost]:
     """Costs of all parts but the vision tower, in the order in which a gradient comes to them last."""
-    llm, system = model.llm, system_of(model)
-    attention = llm.num_layers * llm.hidden_size * (2 * llm.num_attention_heads + 2 * llm.num_query_groups)
-    updates = sum(math.prod(shape) for entry in llm_lora_maps(llm, model.lora) for shape in entry.shapes)
-    decoder = Cost(
-        part="llm",
-        row=2 * (attention * llm.kv_channels + llm.mlp_weights_per_row),
-        pair=2 * llm.num_layers * llm.num_attention_heads * llm.kv_channels,  # causal: half, for scores and for values
-        label=2 * llm.hidden_size * llm.vocab_size,
-    )
-    lora = [Cost(part="lora", row=2 * updates)] if updates else []  # begins in the first layer
-    return [*system.image_costs(model, bypass), *lora, *system.layer_costs(model, bypass), decoder]
+    llm, system = model.llm, system_of(model).costs()
+    layers = range(llm.num_layers)
+    updates = [lora_layer_cost(llm, model.lora, layer) for layer in layers if model.lora is not None]
+    own = _sums(cost for layer in layers for cost in system.layer_costs(model, bypass, layer))
+    decoder = _sums(decoder_layer_cost(llm, layer) for layer in layers)
+    head = Cost(part="llm", label=2 * llm.hidden_size * llm.vocab_size)
+    # Updates begin in the first layer.
+    return [*system.image_costs(model, bypass), *_sums(updates), *own, *decoder, head]
+
+
+def _sums(found: Iterable[Cost]) -> list[Cost]:
+    """Costs of all layers together, one for each part (and for what only images cause)."""
+    sums: dict[tuple[str, bool], Cost] = {}
+    for cost in found:
+        key = (cost.part, cost.only_beside_images)
+        sums[key] = cost if key not in sums else sums[key] + cost
+    return list(sums.values())
+
+
+def forward_passes(parts: Iterable[Cost], learning: Mapping[str, bool]) -> dict[str, int]:
+    """Part -> forward passes that forward and backward pass together cost.
+
+    A part that learns costs three (forward, gradient of inputs, gradient of weights), a frozen part with one that
+    learns before it two, a frozen part at the start one.
+
+    Args:
+        parts: all parts but the tower, in the order in which a gradient comes to them last.
+        learning: part -> whether it learns.
+    """
+    gradient = learning["vision"]
+    passes = {"vision": 3 if gradient else 1}
+    for cost in parts:
+        passes[cost.part] = 3 if learning[cost.part] else 2 if gradient else 1
+        gradient = gradient or learning[cost.part]
+    return passes
 
 
 class FlopCounter:
@@ -50,12 +73,10 @@ class FlopCounter:
             cached_features: images come as features, so that the vision tower does not run.
         """
         self._image = 0.0 if cached_features else model.vision.flops
-        gradient = learning["vision"]
-        self._tower_passes = 3 if gradient else 1
-        self._costs: list[tuple[int, Cost]] = []
-        for cost in costs(model, bypass):
-            self._costs.append((3 if learning[cost.part] else 2 if gradient else 1, cost))
-            gradient = gradient or learning[cost.part]
+        parts = costs(model, bypass)
+        passes = forward_passes(parts, learning)
+        self._tower_passes = passes["vision"]
+        self._costs = [(passes[cost.part], cost) for cost in parts]
 
     def count(self, batch: PackedBatch) -> float:
         """Floating-point operations of forward and backward passes of a micro-batch that still lies on the CPU.

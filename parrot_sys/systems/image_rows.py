@@ -11,7 +11,6 @@ from parrot_sys.models.lora_maps import llm_lora_maps
 from parrot_sys.models.tensor_map import TensorMap, copied
 from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
 
 NEW_FIELDS: Mapping[str, Any] = {
     "mm_patch_merge_type": "flat",
@@ -39,13 +38,6 @@ def image_fields(model: ParrotConfig) -> dict[str, Any]:
         "mm_vision_select_feature": model.vision.select_feature,
         "use_mm_proj": True,
     }
-
-
-def projector_cost(model: ParrotConfig) -> Cost:
-    """Work of the projector."""
-    hidden = model.llm.hidden_size
-    row = 2 * hidden * (model.vision.hidden_size + (model.projector.depth - 1) * hidden)
-    return Cost(part="projector", image=model.vision.num_visual_rows * row)
 
 
 def projector_maps(model: ParrotConfig, prefix: str = "projector.") -> list[TensorMap]:

@@ -18,8 +18,10 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.models.llm import LLMConfig, TokenExpertsConfig, llm_config_from_hf, llm_fields, llm_maps
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.planning.config import PlanConfig
+from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import config_from_hf, config_to_hf
+from parrot_sys.systems.layout import Layout
 
 EXPERTS = TokenExpertsConfig(num_experts=8, topk=3, ffn_hidden_size=20)
 LLM = LLMConfig(
@@ -88,7 +90,7 @@ def test_layers_and_tensors_are_those_of_transformers(llm: LLMConfig) -> None:
     unused = llm.experts.num_experts - llm.experts.topk
     passed = sum(parameter.numel() for layer in model.model.layers for parameter in layer.mlp.parameters())
     passed -= len(routed) * unused * 3 * llm.hidden_size * llm.experts.ffn_hidden_size
-    assert llm.mlp_weights_per_row == passed
+    assert sum(map(llm.mlp_weights_of_layer, range(llm.num_layers))) == passed
 
 
 def test_the_preset_is_the_published_size() -> None:
@@ -96,8 +98,8 @@ def test_the_preset_is_the_published_size() -> None:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**llm_fields(config.llm)))
     assert sum(parameter.numel() for parameter in model.parameters()) == 30_532_122_624
-    with pytest.raises(ConfigError, match=r"model.llm.experts \(llm.family qwen3_moe\) has no formulas in parrot plan"):
-        PlanConfig(model=config)
+    planned = stage_weights(PlanConfig(model=config).job(), Layout(), 0)
+    assert sum(weight.total for weight in planned if weight.component == "llm") == 30_532_122_624
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,6 @@ EXCEPTIONS: dict[str, str] = {
     "parrot_sys/inference/convert.py: flamingo": "an option for one of the files that MultiModal-GPT was released as",
     "parrot_sys/inference/convert.py: multimodal_gpt": "puts the files together that it was released as",
     "parrot_sys/megatron/embed/text_guided.py: llava": "Megatron's class LLaVAModel",
-    "parrot_sys/planning/config.py: flamingo": "",
-    "parrot_sys/planning/config.py: wings": "",
 }
 """`file: name` -> reason why it is named there."""
 

@@ -18,74 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.languages import MMMB_LANGUAGES
+from parrot_sys.megatron.embed.moe_layer import TokenRouter
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
-from parrot_sys.models.llm import LLMConfig
-from parrot_sys.modules.projector import ProjectorConfig
-from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.planning.job import Job, MicroBatch
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.systems.build import build_chunks
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.layout import Layout
 from parrot_sys.systems.parts import set_trainable
 from parrot_sys.systems.registry import system_of
 from parrot_sys.testing.distributed import run_distributed
-from parrot_sys.towers import VisionConfig
+from parrot_sys.towers import NEWLINE, PictureRows
 from parrot_sys.training.step import StepRunner
-
-# Not looked at while the formulas were written.
-SHAPES = {
-    "square CLIP, many heads, five dense experts": ParrotConfig(
-        vision=VisionConfig(image_size=70, hidden_size=56, num_layers=3, num_attention_heads=4, ffn_hidden_size=112),
-        moe=TextGuidedMoEConfig(num_experts=5, ffn_hidden_size=48),
-        llm=LLMConfig(
-            hidden_size=160,
-            num_layers=5,
-            num_attention_heads=10,
-            num_query_groups=10,
-            ffn_hidden_size=448,
-            vocab_size=640,
-        ),
-    ),
-    "SigLIP, grouped heads, tied head, top-1": ParrotConfig(
-        vision=VisionConfig(
-            type="siglip",
-            image_size=56,
-            hidden_size=40,
-            num_layers=4,
-            num_attention_heads=2,
-            ffn_hidden_size=72,
-            activation="gelu_pytorch_tanh",
-        ),
-        projector=ProjectorConfig(type="linear"),
-        moe=TextGuidedMoEConfig(num_experts=4, ffn_hidden_size=96, routing="topk", topk=1),
-        llm=LLMConfig(
-            hidden_size=64,
-            num_layers=6,
-            num_attention_heads=8,
-            num_query_groups=2,
-            head_dim=16,
-            ffn_hidden_size=136,
-            vocab_size=300,
-            tie_word_embeddings=True,
-        ),
-    ),
-    "EfficientNet, deep projector, experts computed again": ParrotConfig(
-        vision=VisionConfig(type="efficientnet_lite0", image_size=32, patch_size=32, hidden_size=1280),
-        projector=ProjectorConfig(type="mlp3x_gelu"),
-        moe=TextGuidedMoEConfig(num_experts=3, ffn_hidden_size=104, routing="topk", topk=2, recompute=True),
-        llm=LLMConfig(
-            hidden_size=96,
-            num_layers=4,
-            num_attention_heads=4,
-            num_query_groups=4,
-            ffn_hidden_size=200,
-            vocab_size=512,
-            qkv_bias=False,
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +63,17 @@ class Measured:
 def make_batch(
     config: ParrotConfig, *, samples: int, prompt: int = 24, answer: int = 20, images: int = 1
 ) -> PackedBatch:
-    """`samples` samples of one kind: a text row, the rows of the images, the rest of prompt and answer.
+    """`samples` samples of one kind: a text row, the rows of the pictures, the rest of prompt and answer.
 
     Each prompt is one token over and over, another one for each sample, so that `balance_routes` can choose routes.
     """
     generator = torch.Generator().manual_seed(3)
-    visual = config.vision.num_visual_rows * images
-    length, n, side = prompt + visual + answer, samples * images, config.vision.image_size
+    tiling, side = config.tiling, config.vision.image_size
+    picture = PictureRows.whole(config.rows_per_image) if tiling is None else tiling.rows(2 * side, int(1.7 * side))
+    visual, per_image = len(picture.source) * images, config.vision.num_visual_rows
+    length, n = prompt + visual + answer, samples * images * picture.tiles
+    first = torch.arange(samples * images)[:, None] * picture.tiles * per_image
+    source = torch.from_numpy(picture.source)
     ids = torch.randint(0, config.llm.vocab_size, (samples, length), generator=generator)
     ids[:, : prompt + visual] = torch.arange(samples)[:, None]
     ids[:, 1 : 1 + visual] = IMAGE_TOKEN_ID
@@ -132,7 +81,7 @@ def make_batch(
     labels[:, length - answer - 1 : -1] = ids[:, length - answer :]
     guiding = torch.zeros_like(ids, dtype=torch.bool)
     guiding[:, : prompt + visual] = ids[:, : prompt + visual] != IMAGE_TOKEN_ID
-    starts = torch.arange(samples, dtype=torch.int32).repeat_interleave(images) * prompt
+    starts = torch.arange(samples, dtype=torch.int32).repeat_interleave(images * picture.tiles) * prompt
     return PackedBatch(
         input_ids=ids.flatten(),
         labels=labels.flatten(),
@@ -141,18 +90,18 @@ def make_batch(
         cu_seqlens=torch.arange(samples + 1, dtype=torch.int32) * length,
         max_seqlen=length,
         visual_rows=(ids.flatten() == IMAGE_TOKEN_ID).nonzero().flatten(),
-        visual_source=torch.arange(n * config.vision.num_visual_rows),
+        visual_source=torch.where(source == NEWLINE, n * per_image, first + source).flatten(),
         guidance_rows=guiding.flatten().nonzero().flatten() if images else torch.empty(0, dtype=torch.int64),
         guidance_start=starts,
         guidance_end=starts + prompt,
-        image_sample=torch.arange(samples).repeat_interleave(images),
+        image_sample=torch.arange(samples).repeat_interleave(images * picture.tiles),
         pixel_values=torch.randn(n, 3, side, side, generator=generator) if n else None,
         image_features=None,
     )
 
 
 def even_experts(model: ParrotConfig, ranks: int) -> ParrotConfig:
-    """The model with as many experts as `ranks` can share, at least those it has."""
+    """The model with as many text-guided experts as `ranks` can share, at least those it has."""
     experts = -(-model.moe.num_experts // ranks) * ranks
     return replace(model, moe=replace(model.moe, num_experts=experts))
 
@@ -176,11 +125,32 @@ def balance_routes(model: MultimodalModel, batch: PackedBatch) -> None:
     model.moe.router_weight.copy_((torch.linalg.pinv(text.float()) @ wanted).T)
 
 
+class BalancedRouter(TokenRouter):
+    """A router that gives all experts as many rows, whatever its weights are, and learns as the real one."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits with the experts of each row ahead, in turn."""
+        logits = super().gating(input)
+        rows, experts = logits.flatten(0, 1).shape
+        ahead = torch.zeros(rows, experts)
+        chosen = torch.arange(rows * self.topk).view(rows, self.topk) % experts
+        return logits + ahead.scatter_(1, chosen, 100.0).view_as(logits)
+
+
+def balance_token_routes(chunks: Iterable[MultimodalModel]) -> None:
+    """Makes the routers inside the decoder's layers balanced ones."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TokenRouter):
+                module.__class__ = BalancedRouter
+
+
 def sizes(batch: PackedBatch) -> MicroBatch:
     """What the formulas take of a micro-batch."""
     return MicroBatch(
         rows=batch.num_rows,
         images=batch.num_images,
+        visual_rows=batch.visual_rows.numel(),
         guidance_rows=batch.guidance_rows.numel(),
         label_rows=batch.label_rows.numel(),
         squared_lengths=float(batch.cu_seqlens.diff().double().square().sum()),
@@ -277,8 +247,9 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     recompute = "full" if layout.recompute else "none"
     chunks = build_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
     set_trainable(chunks, case.learning(config))
-    if chunks[0].moe is not None and config.moe.routing == "topk":
+    if config.moe.num_experts and chunks[0].pre_process and config.moe.routing == "topk":
         balance_routes(chunks[0], batch)
+    balance_token_routes(chunks)
     wrapped = wrap_data_parallel(chunks, distributed_optimizer=layout.distributed_optimizer)
     optimizer = build_optimizer(wrapped, lr=1e-3)
     runner = StepRunner(

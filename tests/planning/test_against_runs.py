@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from parrot_sys.planning.communication import micro_batch_messages, step_messages
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
-from tests.planning.runs import SHAPES, Case, even_experts, make_batch, run, sizes
+from parrot_sys.systems.layout import Layout
+from tests.planning.runs import Case, even_experts, make_batch, run, sizes
+from tests.planning.shapes import SHAPES, SYSTEMS
 
 ALL = {"vision": True}
 PROJECTOR = {"projector": True, "others": False}
@@ -47,6 +48,24 @@ CASES = {
     "TP2+SP, EP2": Case(layout=Layout(tensor=2, sequence=True, expert=2)),
     "PP2, EP2": Case(layout=Layout(pipeline=2, data=2, expert=2), micro_batches=3),
 }
+UPDATES = {"lora": True, "others": False}
+FROZEN_DECODER = {"llm": False}
+# What a system's parts and the updates do with the gradients.
+PARTLY = {
+    "updates alone": Case(trainable=UPDATES),
+    "updates alone, recompute": Case(layout=Layout(recompute=True), trainable=UPDATES),
+    "updates alone, TP2": Case(layout=Layout(tensor=2), trainable=UPDATES),
+    "updates alone, TP2+SP": Case(layout=Layout(tensor=2, sequence=True), trainable=UPDATES),
+    "updates alone, PP2": Case(layout=Layout(pipeline=2), trainable=UPDATES, micro_batches=3),
+    "frozen decoder": Case(trainable=FROZEN_DECODER),
+    "frozen decoder, TP2, recompute": Case(layout=Layout(tensor=2, recompute=True), trainable=FROZEN_DECODER),
+    "frozen decoder, TP2+SP, recompute": Case(
+        layout=Layout(tensor=2, sequence=True, recompute=True), trainable=FROZEN_DECODER
+    ),
+    "frozen decoder, PP2, bf16": Case(
+        layout=Layout(pipeline=2), trainable=FROZEN_DECODER, micro_batches=3, precision="bf16"
+    ),
+}
 # Mixes on four processes.
 MIXES = {
     "EP4": Case(layout=Layout(data=4, expert=4)),
@@ -59,6 +78,40 @@ MIXES = {
     "CP2, DP2, EP2": Case(layout=Layout(context=2, data=2, expert=2)),
     "TP2, PP2, EP2": Case(layout=Layout(tensor=2, pipeline=2, expert=2), micro_batches=3),
 }
+# A layer's own experts: all tensor-parallel ranks or one of them share each.
+TOKEN_ROUTED = {
+    "TP2+SP, EP2": CASES["TP2+SP, EP2"],
+    "TP2+SP, EP2, ETP2": Case(layout=Layout(tensor=2, sequence=True, data=2, expert=2, expert_tensor=2)),
+    "TP2+SP, EP2, ETP2, recompute, ZeRO-1, bf16": Case(
+        layout=Layout(
+            tensor=2,
+            sequence=True,
+            data=2,
+            expert=2,
+            expert_tensor=2,
+            recompute=True,
+            distributed_optimizer=True,
+        ),
+        precision="bf16",
+    ),
+}
+EVERY_SYSTEM = (
+    "one process",
+    "bf16",
+    "recompute",
+    "everything learns",
+    "TP2",
+    "TP2+SP",
+    "TP2+SP, recompute, bf16",
+    "PP2",
+    "PP2, VPP2",
+    "PP2, recompute",
+    "CP2",
+    "CP2, ZeRO-1, recompute, bf16",
+    "DP2, ZeRO-1",
+)
+QUICK = {"Wings": "TP2+SP", "MultiModal-GPT": "PP2", "token-routed decoder, four dense experts": "TP2+SP, EP2"}
+EXPERT_PARALLEL = ("EP2", "EP2, ZeRO-1, bf16", "PP2, EP2")
 # Labels, metrics and norms: counts that no formula follows (about 600 bytes, more with more experts).
 SMALL_MESSAGES = 1500
 
@@ -83,6 +136,24 @@ def test_bytes_are_those_of_a_real_step(shape: str, name: str) -> None:
     _compare(SHAPES[shape], CASES[name], samples=6)
 
 
+def _systems() -> Iterator[Any]:
+    """Each system with each layout; in each run of the tests one process, and what QUICK names; the rest are slow."""
+    for shape, config in SYSTEMS.items():
+        cases = {name: CASES[name] for name in EVERY_SYSTEM}
+        if config.lora is not None:
+            cases |= PARTLY
+        if config.llm.experts is not None:
+            cases = {name: CASES[name] for name in (*EVERY_SYSTEM, *EXPERT_PARALLEL) if name != "TP2"} | TOKEN_ROUTED
+        for name, case in cases.items():
+            quick = name in ("one process", QUICK.get(shape))
+            yield pytest.param(shape, case, id=f"{shape}: {name}", marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("shape", "case"), list(_systems()))
+def test_bytes_of_every_system_are_those_of_a_real_step(shape: str, case: Case) -> None:
+    _compare(SYSTEMS[shape], case, samples=6 if case.layout.num_gpus < 4 else 12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "name"),
@@ -98,7 +169,7 @@ def _compare(config: ParrotConfig, case: Case, *, samples: int) -> None:
     batch = make_batch(config, samples=samples)
     job, layout, micro_batch = case.job(config), case.layout, sizes(batch)
     for stage, measured in run(config, case, batch).items():
-        state = state_bytes(job, layout, stage_weights(config, layout, stage), stage)
+        state = state_bytes(job, layout, stage_weights(job, layout, stage), stage)
         # Chunks of layers have buffers of their own, each with its padding.
         assert state[:2] == pytest.approx(
             (measured.parameters, measured.gradients), rel=0.01 if layout.virtual > 1 else 0

@@ -8,26 +8,29 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from parrot_sys.cli import list_presets
 from parrot_sys.config_values import config_from_dict, read_yaml
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
 from parrot_sys.planning.cluster import GPUS, ClusterConfig, Efficiency
-from parrot_sys.planning.communication import Message
-from parrot_sys.planning.compute import expected_imbalance, model_flops
+from parrot_sys.planning.compute import model_flops
 from parrot_sys.planning.config import PlanConfig, SampleConfig
-from parrot_sys.planning.dispatch import ranks_of_choices
 from parrot_sys.planning.estimate import estimate, micro_batches, peak_memory
-from parrot_sys.planning.job import Job
-from parrot_sys.planning.layouts import Layout
 from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import buffer_elements, stage_weights
+from parrot_sys.systems.balance import expected_imbalance, ranks_of_choices
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.cost import Message
 from parrot_sys.systems.flops import FlopCounter
+from parrot_sys.systems.job import Job
+from parrot_sys.systems.layout import Layout
 from parrot_sys.systems.parts import part_parameters
 from parrot_sys.systems.registry import system_of
-from tests.planning.runs import SHAPES, make_batch, sizes
+from tests.planning.runs import make_batch, sizes
+from tests.planning.shapes import SHAPES, SYSTEMS
 
 MODELS = [
     "parrot_7b",
@@ -36,12 +39,24 @@ MODELS = [
     "parrot_qwen2_7b",
     "parrot_qwen3_8b",
     "parrot_qwen3_32b",
+    "parrot_qwen3_30b_a3b",
     "parrot_tiny_cpu",
+    "wings_qwen1_5_7b",
+    "wings_llama3_1_8b",
+    "wings_tiny_cpu",
+    "multimodal_gpt_9b",
+    "multimodal_gpt_tiny_cpu",
+    "llava_next_qwen3_8b",
+    "llava_tiny_cpu",
 ]
 
 
 def _preset(name: str) -> ParrotConfig:
     return config_from_dict(ParrotConfig, read_yaml(list_presets()[name])["model"])
+
+
+def _job(config: ParrotConfig) -> Job:
+    return Job(model=config, trainable=system_of(config).learning(config, {}))
 
 
 @pytest.fixture
@@ -56,7 +71,7 @@ def _groups() -> Iterator[None]:
 def test_parameters_of_the_presets_are_those_of_the_built_model(name: str) -> None:
     config = _preset(name)
     model = build_model(config, device="meta", dtype=torch.bfloat16)
-    weights = stage_weights(config, Layout(), 0)
+    weights = stage_weights(_job(config), Layout(), 0)
     for component, parameters in part_parameters(model).items():
         predicted = sum(weight.total for weight in weights if weight.component == component)
         assert predicted == sum(parameter.numel() for parameter in parameters), component
@@ -65,25 +80,28 @@ def test_parameters_of_the_presets_are_those_of_the_built_model(name: str) -> No
 
 @pytest.mark.parametrize("layout", [Layout(pipeline=4, data=2), Layout(tensor=2, pipeline=2, expert_tensor=2)])
 def test_stages_and_cuts_hold_the_whole_model_together(layout: Layout) -> None:
-    config = _preset("parrot_7b")
-    whole = sum(weight.total for weight in stage_weights(config, Layout(), 0))
-    ranks = [weight for stage in range(layout.pipeline) for weight in stage_weights(config, layout, stage)]
+    job = _job(_preset("parrot_7b"))
+    whole = sum(weight.total for weight in stage_weights(job, Layout(), 0))
+    ranks = [weight for stage in range(layout.pipeline) for weight in stage_weights(job, layout, stage)]
     # Cut matrices count once for each tensor-parallel rank, the others once.
     held = layout.tensor * sum(weight.total for weight in ranks)
     extra = held - whole
     assert 0 <= extra <= (layout.tensor - 1) * 0.01 * whole
 
 
-@pytest.mark.parametrize("trainable", [{}, {"vision": True}, {"llm": False}])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_model_flops_are_those_the_trainer_counts(shape: str, trainable: dict[str, bool]) -> None:
-    config, batch = SHAPES[shape], make_batch(SHAPES[shape], samples=3)
-    learning = system_of(config).learning(config, trainable)
-    counted = FlopCounter(config, learning).count(batch)
-    job = Job(model=config, trainable=learning)
-    if not learning["llm"]:
-        # The counter takes a frozen decoder behind learning parts for two passes, and so does the plan.
-        assert job.gradient_reaches("llm")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_model_flops_are_those_the_trainer_counts(data: st.DataObject) -> None:
+    config = data.draw(st.sampled_from([*SHAPES.values(), *SYSTEMS.values()]))
+    system, answer = system_of(config), data.draw(st.integers(1, 30))
+    trainable = {name: data.draw(st.booleans()) for name in system.present_parts(config)}
+    parts = [name for name, part in system.parts.items() if part.may_be_bypassed]
+    bypass = data.draw(st.sets(st.sampled_from(parts))) if parts else set()
+    learning = system.learning(config, trainable, bypass)
+    images, samples = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 4))
+    batch = make_batch(config, samples=samples, answer=answer, images=images)
+    counted = FlopCounter(config, learning, bypass=bypass).count(batch)
+    job = Job(model=config, trainable=learning, bypass=bypass)
     assert model_flops(job, sizes(batch)) == pytest.approx(counted, rel=1e-12)
 
 
@@ -130,7 +148,7 @@ def test_pipeline_bubble_of_equal_stages_is_that_of_the_paper() -> None:
         sample=SampleConfig(images=0, text_tokens=1024, label_tokens=0),
         global_batch_size=8,
     )
-    job = Job.of(config)
+    job = config.job()
     for virtual in (1, 2):
         layout = Layout(pipeline=4, virtual=virtual)
         found = estimate(config, job, layout, peak_memory(config, job, layout))

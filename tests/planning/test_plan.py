@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parrot_sys.__main__ import main
+from parrot_sys.cli import list_presets
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import to_transformer_config
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
@@ -19,12 +20,15 @@ from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.parallel.image_dispatch import check_experts
+from parrot_sys.planning.checks import check
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.planning.config import FixConfig, PlanConfig, SampleConfig
-from parrot_sys.planning.layouts import Layout, check
+from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.report import explain
 from parrot_sys.planning.search import NothingFits, choose, find_layouts
+from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
+from parrot_sys.systems.layout import Layout
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
 MODEL = ParrotConfig(llm=LLMConfig(num_layers=16))
@@ -124,9 +128,57 @@ def test_experts_cannot_be_shared_where_there_are_none() -> None:
         check(plain, Layout(expert=2), 8, 16)
 
 
-def test_lora_is_refused_until_there_are_formulas_for_it() -> None:
-    with pytest.raises(ConfigError, match=r"model\.lora has no formulas in parrot plan: unset it"):
-        replace(BASE, model=replace(BASE.model, lora=LoRAConfig()))
+def test_low_rank_updates_alone_take_neither_gradients_nor_optimizer_state_of_the_decoder() -> None:
+    whole = BASE.job()
+    updates = replace(
+        BASE, model=replace(BASE.model, lora=LoRAConfig(rank=8)), trainable={"lora": True, "others": False}
+    ).job()
+    layout = Layout(distributed_optimizer=True)
+    weights = [stage_weights(job, layout, 0) for job in (whole, updates)]
+    (parameters, gradients, optimizer), (more, few, little) = (
+        state_bytes(job, layout, held, 0) for job, held in zip((whole, updates), weights, strict=True)
+    )
+    elements = sum(weight.total for weight in weights[1] if weight.component == "lora")
+    # Two matrices of rank 8 beside each of the four projections of a layer's attention, all H wide.
+    assert elements == 16 * 4 * 2 * 8 * 4096
+    # bf16 parameters; gradients in float32; two moments and the main parameters.
+    assert (few, little) == (4 * elements, 12 * elements)
+    assert gradients > 500 * few
+    assert optimizer > 500 * little
+    assert more - 2 * elements == pytest.approx(parameters, rel=1e-6)
+    batch = BASE.micro_batch(4)
+    kept = [activation_bytes(job, layout, 0, batch) for job in (whole, updates)]
+    assert kept[1] < 0.9 * kept[0]
+
+
+RELEASED = {
+    "parrot_7b": "parrot_instruct",
+    "parrot_14b": "parrot_instruct",
+    "parrot_32b": "parrot_instruct",
+    "parrot_qwen2_7b": "parrot_align",
+    "parrot_qwen3_8b": "lora_instruct",
+    "parrot_qwen3_32b": "parrot_instruct",
+    "parrot_qwen3_30b_a3b": "parrot_instruct",
+    "wings_qwen1_5_7b": "wings_align",
+    "wings_llama3_1_8b": "wings_instruct",
+    "multimodal_gpt_9b": "multimodal_gpt_instruct",
+    "llava_next_qwen3_8b": "llava_instruct",
+}
+"""Preset of every size that is no toy -> one of its stages."""
+
+
+def test_every_preset_but_the_toys_is_planned() -> None:
+    models = {path.stem for path in list_presets().values() if path.parent.name == "models"}
+    assert {name for name in models if not name.endswith("_tiny_cpu")} == RELEASED.keys()
+
+
+@pytest.mark.parametrize(("model", "stage"), RELEASED.items())
+def test_presets_of_all_systems_are_planned(model: str, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ["--fix.pipeline", "2", "--fix.virtual", "1", "--fix.samples", "1", "--fix.recompute", "full"]
+    assert main(["plan", "--config", model, "--config", stage, "--cluster.nodes", "4", *fixed, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    assert 0.05 < best["mfu"] < 0.6
+    assert best["memory_bytes"]["total"] < 80e9
 
 
 SIZES = {

@@ -76,15 +76,11 @@ class LLMConfig:
         """Whether a layer, from 0, has token-routed experts in the place of its MLP."""
         return self.experts is not None and self.experts.in_layer(layer)
 
-    @property
-    def mlp_weights_per_row(self) -> int:
-        """Weights that a row is multiplied with in the MLPs of all layers, or in its experts and their routers."""
-        dense = 3 * self.hidden_size * self.ffn_hidden_size
-        if self.experts is None:
-            return self.num_layers * dense
-        routed = sum(map(self.has_experts, range(self.num_layers)))
-        chosen = 3 * self.experts.topk * self.experts.ffn_hidden_size + self.experts.num_experts
-        return (self.num_layers - routed) * dense + routed * self.hidden_size * chosen
+    def mlp_weights_of_layer(self, layer: int) -> int:
+        """Weights that a row is multiplied with in the MLP of a layer, from 0, or in its experts and their router."""
+        if self.experts is None or not self.has_experts(layer):
+            return 3 * self.hidden_size * self.ffn_hidden_size
+        return self.hidden_size * (3 * self.experts.topk * self.experts.ffn_hidden_size + self.experts.num_experts)
 
     def tensor_sizes(self) -> dict[str, int]:
         """Sizes that tensor-parallel ranks cut: name -> heads, columns or rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +17,8 @@ from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.base import Part, System
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
-from parrot_sys.systems.image_rows import projector_cost
 from parrot_sys.systems.llava.config import LlavaConfig
+from parrot_sys.systems.llava.costs import LlavaCosts
 from parrot_sys.towers import RESOLUTIONS, Feature, VisionConfig, resolutions_from_hf, vision_fields
 
 _DECODER, _PROJECTOR = "language_model.", "multi_modal_projector."
@@ -141,9 +140,9 @@ class Llava(System):
             maps.append(copied("newline.row", "image_newline", hidden))
         return maps
 
-    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Projector, for each tile."""
-        return [projector_cost(model)]
+    def costs(self) -> LlavaCosts:
+        """Costs of its parts."""
+        return LlavaCosts()
 
     def usual_name(self, key: str) -> str:
         """Name in the published checkpoints, from one of newer versions of transformers too."""

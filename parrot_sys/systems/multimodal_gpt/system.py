@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from parrot_sys.modules.projector import ProjectorConfig
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.base import Part, System
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
+from parrot_sys.systems.multimodal_gpt.costs import MultimodalGptCosts
 from parrot_sys.systems.multimodal_gpt.maps import as_in_multimodal_gpt, flamingo_maps
 from parrot_sys.towers import VisionConfig
 
@@ -82,29 +82,6 @@ class MultimodalGpt(System):
         media = flamingo_maps(model.flamingo, llm.hidden_size, model.vision.hidden_size, llm.num_layers, model.lora)
         return as_in_multimodal_gpt(decoder) + media
 
-    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Resampler, with the gated blocks' keys and values of the latents: they depend on the images only."""
-        assert model.flamingo is not None, "the registry chose this system"
-        shape, width = model.flamingo.resampler, model.vision.hidden_size
-        latents, inner = shape.num_latents, shape.num_attention_heads * shape.head_dim
-        rows = model.vision.num_visual_rows + latents
-        # Queries and output of the latents, keys and values of all rows, scores and values, the MLP.
-        block = 4 * latents * width * inner + 4 * rows * width * inner + 4 * latents * rows * inner
-        block += 4 * latents * width * width * shape.ffn_multiplier
-        cross = model.flamingo.cross_attention
-        keys_values = 4 * latents * width * cross.num_attention_heads * cross.head_dim
-        return [Cost(part="resampler", image=shape.num_layers * block + _num_blocks(model) * keys_values)]
-
-    def layer_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Gated blocks, which text alone passes."""
-        assert model.flamingo is not None, "the registry chose this system"
-        cross, hidden = model.flamingo.cross_attention, model.llm.hidden_size
-        latents, inner = model.flamingo.resampler.num_latents, cross.num_attention_heads * cross.head_dim
-        row = 4 * hidden * inner + 4 * latents * inner + 4 * hidden * hidden * cross.ffn_multiplier
-        return [Cost(part="cross_attention", row=_num_blocks(model) * row, only_beside_images=True)]
-
-
-def _num_blocks(model: ParrotConfig) -> int:
-    """Gated blocks of the model."""
-    assert model.flamingo is not None, "the registry chose this system"
-    return model.llm.num_layers // model.flamingo.every_n_layers
+    def costs(self) -> MultimodalGptCosts:
+        """Costs of its parts."""
+        return MultimodalGptCosts()

@@ -14,8 +14,8 @@ from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 from parrot_sys.systems.base import PROJECTOR, Part, System
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
-from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_cost, projector_from_hf
+from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_from_hf
+from parrot_sys.systems.parrot.costs import ParrotCosts
 from parrot_sys.towers import VisionConfig
 
 _MOE = "model.moe_model."
@@ -93,14 +93,9 @@ class Parrot(System):
         """Decoder, projector and experts."""
         return image_rows_maps(model) + (moe_maps(model) if model.moe.num_experts else [])
 
-    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Projector, and the experts that work on an image."""
-        moe, costs = model.moe, [projector_cost(model)]
-        if moe.num_experts and "moe" not in bypass:
-            chosen = moe.topk if moe.routing == "topk" else moe.num_experts
-            row = 6 * model.llm.hidden_size * moe.ffn_hidden_size * chosen
-            costs.append(Cost(part="moe", image=model.vision.num_visual_rows * row))
-        return costs
+    def costs(self) -> ParrotCosts:
+        """Costs of its parts."""
+        return ParrotCosts()
 
     def is_carried(self, key: str, model: ParrotConfig) -> bool:
         """Experts of a checkpoint that bypasses them (`use_moe: false`)."""

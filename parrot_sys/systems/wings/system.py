@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -17,9 +16,9 @@ from parrot_sys.models.tensor_map import TensorMap, copied
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.systems.base import PROJECTOR, Part, System
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.cost import Cost
-from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_cost, projector_from_hf
+from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_from_hf
 from parrot_sys.systems.wings.config import WingsConfig
+from parrot_sys.systems.wings.costs import WingsCosts
 from parrot_sys.towers import VisionConfig
 
 _LEARNERS = {"visual_learner": "attn_pool", "textual_learner": "attn_t_pool"}
@@ -95,20 +94,9 @@ class Wings(System):
         assert model.wings is not None, "the registry chose this system"
         return image_rows_maps(model) + learner_maps(model.wings, model.llm, "decoder.")
 
-    def image_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Projector."""
-        return [projector_cost(model)]
-
-    def layer_costs(self, model: ParrotConfig, bypass: Collection[str]) -> list[Cost]:
-        """Learners, counted with the decoder whose passes they share.
-
-        Routers cost next to nothing; both learners of a layer together see the rows that its own attention sees.
-        """
-        assert model.wings is not None, "the registry chose this system"
-        maps, llm = learner_maps(model.wings, model.llm), model.llm
-        row = 2 * sum(math.prod(entry.shapes[0]) for entry in maps if ".router." not in entry.name)
-        layers = sum(map(model.wings.has_learners, range(llm.num_layers)))
-        return [Cost(part="llm", row=row, pair=2 * layers * llm.num_attention_heads * llm.kv_channels)]
+    def costs(self) -> WingsCosts:
+        """Costs of its parts."""
+        return WingsCosts()
 
     def bypassed(self, names: Iterable[str]) -> frozenset[str]:
         """Textual learners and routers, where a checkpoint of the first stage has no routers."""

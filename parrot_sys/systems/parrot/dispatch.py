@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from parrot_sys.planning.job import Job
-from parrot_sys.planning.layouts import Layout
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.systems.balance import ranks_of_choices
+
+if TYPE_CHECKING:
+    from parrot_sys.systems.layout import Layout
 
 Way = Literal["local", "in_place", "gathered", "exchanged"]
 
@@ -27,9 +30,9 @@ class Dispatch:
     worth: float  # work and up-projections of this rank, in images that go through all their experts here
 
     @staticmethod
-    def of(job: Job, layout: Layout, images: float) -> Dispatch:
+    def of(moe: TextGuidedMoEConfig, layout: Layout, images: float) -> Dispatch:
         """For `images` of this rank (after context parallelism)."""
-        moe, tensor, ranks = job.model.moe, layout.tensor, layout.expert * layout.expert_tensor
+        tensor, ranks = layout.tensor, layout.expert * layout.expert_tensor
         if tensor == ranks:
             way: Way = "local" if tensor == 1 else "in_place"
             return Dispatch(way=way, images=images, own=images, sent=0, arriving=images, worth=images / tensor)
@@ -39,9 +42,3 @@ class Dispatch:
         sent = own * ranks_of_choices(moe.num_experts, layout.expert, moe.topk)
         arriving = sent * layout.expert_tensor
         return Dispatch(way="exchanged", images=images, own=own, sent=sent, arriving=arriving, worth=own)
-
-
-def ranks_of_choices(num_experts: int, ranks: int, topk: int) -> float:
-    """Ranks that hold at least one of `topk` experts drawn at random, each expert as likely: those an image goes to."""
-    elsewhere = num_experts - num_experts // ranks
-    return ranks * (1 - math.comb(elsewhere, topk) / math.comb(num_experts, topk))
