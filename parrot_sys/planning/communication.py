@@ -20,8 +20,8 @@ from parrot_sys.planning.memory import padded_elements
 from parrot_sys.planning.weights import stage_weights, trainable_weights
 from parrot_sys.systems.cost import Message, Weight, message
 from parrot_sys.systems.decoder_costs import layer_messages
-from parrot_sys.systems.job import Job, MicroBatch
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.system_costs import Job, MicroBatch
 
 _BUCKET_ELEMENTS, _BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 """Gradients that Megatron's overlapped reduction sends together."""
@@ -75,7 +75,7 @@ def _memory_rows(job: Job, layout: Layout, batch: MicroBatch) -> float:
 
 
 def _memory_messages(job: Job, layout: Layout, batch: MicroBatch, *, first: bool) -> Iterator[Message]:
-    """What the layers read besides their rows: whole on each rank, its gradients summed once a chunk of layers."""
+    """Rows that the layers read besides their own: whole on each rank, gradients summed once a chunk of layers."""
     size, learns = layout.tensor, job.costs.memory_learns(job) or not first
     payload = job.bytes * _memory_rows(job, layout, batch) * job.model.llm.hidden_size
     if size == 1 or not payload:

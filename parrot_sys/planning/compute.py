@@ -15,8 +15,8 @@ from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.systems.cost import Cost, Work
 from parrot_sys.systems.decoder_costs import decoder_layer_cost, lora_layer_cost
 from parrot_sys.systems.flops import costs
-from parrot_sys.systems.job import Job, MicroBatch
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.system_costs import Job, MicroBatch
 
 # Kernels of a decoder layer without fusions beyond norm and attention (forward, backward), counted in the code.
 LAYER_KERNELS = (35, 65)

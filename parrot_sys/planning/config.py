@@ -12,8 +12,9 @@ from parrot_sys.paths import OUTPUT_FILE
 from parrot_sys.planning.cluster import ClusterConfig
 from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.job import make_job
 from parrot_sys.systems.registry import system_of
+from parrot_sys.systems.system_costs import Job, MicroBatch
 from parrot_sys.towers import PictureRows
 from parrot_sys.training.config import TrainConfig
 
@@ -177,8 +178,8 @@ class PlanConfig:
         return system_of(self.model).learning(self.model, self.trainable, self.bypass)
 
     def job(self) -> Job:
-        """What the cost formulas take of the model."""
-        return Job(model=self.model, trainable=self.learning(), precision=self.precision, bypass=self.bypass)
+        """The model as the cost formulas take it."""
+        return make_job(self.model, self.learning(), precision=self.precision, bypass=self.bypass)
 
     def micro_batch(self, samples: float) -> MicroBatch:
         """Sizes of a micro-batch of `samples` typical samples."""

@@ -13,8 +13,8 @@ from parrot_sys.planning.config import PlanConfig
 from parrot_sys.planning.memory import Memory, stage_memory
 from parrot_sys.planning.weights import stage_weights, trainable_weights
 from parrot_sys.systems.cost import Message, Work
-from parrot_sys.systems.job import Job, MicroBatch
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.system_costs import Job, MicroBatch
 
 _DIMENSIONS = {
     "tensor": "tensor parallel",

@@ -15,21 +15,28 @@ from parrot_sys.planning.config import PlanConfig
 from parrot_sys.planning.estimate import Estimate
 from parrot_sys.planning.report import PREDICTED, explain, report, scaling_report, scaling_table, table
 from parrot_sys.planning.search import NothingFits, choose, find_layouts
+from parrot_sys.systems.registry import SYSTEMS
 from parrot_sys.training.config import TrainConfig
 
-DESCRIPTION = """Predicts memory and step time of training on a cluster, for every layout (tensor, sequence, pipeline,
+_EXAMPLES = "\n\n".join(
+    "parrot plan " + " ".join(f"--config {preset}" for preset in system.example) for system in SYSTEMS.values()
+)
+DESCRIPTION = f"""Predicts memory and step time of training on a cluster, for every layout (tensor, sequence, pipeline,
 virtual pipeline, context, expert, expert tensor and data parallel, micro-batch, recomputation, ZeRO-1), and says which
 is best and why. Nothing runs and no GPU is needed: figures come from data sheets, formulas and assumed efficiencies.
 
 Eight H200 for the second stage of Parrot-7B:
 parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
 
-Any system, decoder and tower can be planned, with low-rank updates (LoRA) and frozen parts as a stage has them:
-parrot plan --config wings_qwen1_5_7b --config wings_instruct
-parrot plan --config multimodal_gpt_9b --config multimodal_gpt_instruct
-parrot plan --config llava_next_qwen3_8b --config llava_instruct --sample.picture-height 480 --sample.picture-width 640
+Every system, decoder and tower can be planned, with low-rank updates (LoRA) and frozen parts as a stage has them:
+
+{_EXAMPLES}
+
+Token-routed decoders, and pictures that are cut into tiles (their size decides how many):
+
 parrot plan --config parrot_qwen3_30b_a3b --config parrot_instruct --cluster.nodes 4
-parrot plan --config parrot_7b --config lora_instruct
+
+parrot plan --config MODEL --config STAGE --sample.picture-width 640 --sample.picture-height 480
 
 Four nodes, 64 experts of which two work on an image, tensor parallelism decided:
 parrot plan --config parrot_14b --cluster.nodes 4 --model.moe.num-experts 64 --model.moe.routing topk --fix.tensor 2

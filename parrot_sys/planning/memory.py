@@ -17,8 +17,8 @@ from parrot_sys.planning.schedule import peak_in_flight
 from parrot_sys.planning.weights import buffer_elements, stage_weights, trainable_weights
 from parrot_sys.systems.cost import Weight
 from parrot_sys.systems.decoder_costs import layer_bytes, norm_bytes
-from parrot_sys.systems.job import Job, MicroBatch
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.system_costs import Job, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ from parrot_sys.models.efficientnet import EfficientNetLite0
 from parrot_sys.models.tower_maps import tower_maps
 from parrot_sys.systems.cost import Weight
 from parrot_sys.systems.decoder_costs import layer_weights
-from parrot_sys.systems.job import Job
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.system_costs import Job
 from parrot_sys.towers import VisionConfig
 
 

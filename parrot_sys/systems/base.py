@@ -64,6 +64,8 @@ class System(ABC):
     """Field of ParrotConfig that chooses it; None for the system of models without one."""
     own_parts: ClassVar[Mapping[str, Part]]
     """Name -> part, besides those of every system."""
+    example: ClassVar[tuple[str, ...]]
+    """Presets of a released size and of a stage of its training, for the help of commands."""
     template: ClassVar[str] = "chatml"
     """Format of conversations where a checkpoint names none."""
     select_feature: ClassVar[str] = "cls_patch"
@@ -202,7 +204,7 @@ class System(ABC):
         return key
 
     def costs(self) -> SystemCosts:
-        """What its parts cost, besides tower and decoder."""
+        """Costs of its parts besides tower and decoder."""
         return SystemCosts()
 
     def bypassed(self, names: Iterable[str]) -> frozenset[str]:

@@ -21,8 +21,8 @@ from parrot_sys.systems.cost import Cost, Message, Operation, Weight, message
 from parrot_sys.systems.lora_costs import Linear, linear_bytes, linear_weights, pair_messages, update_work
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job, MicroBatch
 
 
 @functools.cache

@@ -13,8 +13,8 @@ from parrot_sys.systems.cost import Cost, Message, Weight, Work, message
 from parrot_sys.systems.system_costs import SystemCosts
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job, MicroBatch
 
 
 class ImageRowsCosts(SystemCosts):

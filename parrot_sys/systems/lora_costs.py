@@ -13,8 +13,8 @@ from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.systems.cost import Message, Operation, Weight, message
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,91 @@
-"""SystemCosts: what the parts of a system cost besides tower and decoder: work, parameters, activations, messages."""
+"""SystemCosts: costs of the parts of a system besides tower and decoder (work, parameters, activations, messages), and
+the job that they are asked about."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.cost import Cost, Message, Weight, Work
+from parrot_sys.systems.layout import Layout
 
-if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
-    from parrot_sys.systems.layout import Layout
-
+Kernels = Literal["gpu", "cpu"]
 # T rows of a micro-batch (T' on this rank), n images of V rows, t tensor-parallel ranks, H hidden_size of the decoder
+
+
+@dataclass(kw_only=True, frozen=True)
+class Job:
+    """A model as it is trained."""
+
+    model: ParrotConfig
+    trainable: Mapping[str, bool]
+    """Part -> whether it learns, of all parts of the system."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    costs: SystemCosts
+    """Of the parts of the system."""
+    passes: Mapping[str, int]
+    """Part -> forward passes that its forward and backward pass together cost."""
+    bypass: Collection[str] = ()
+    """Parts that are passed by."""
+    kernels: Kernels = "gpu"
+    """`cpu`: RMSNorm is a chain of operations in float32 there, which keeps more than the fused kernel."""
+
+    @property
+    def bytes(self) -> int:
+        """Of a parameter or activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    def backward(self, part: str) -> int:
+        """Forward passes that a part's backward pass costs."""
+        return self.passes[part] - 1
+
+    def learns(self, *parts: str) -> bool:
+        """Whether any of the parts learns; those that the system does not have do not."""
+        return any(self.trainable.get(part, False) for part in parts)
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each decoder layer the first one that costs the same."""
+        seen: dict[object, int] = {}
+        kinds = []
+        for layer in range(self.model.llm.num_layers):
+            kind = (self.costs.layer_kind(self.model, layer), self.rows_learn[layer])
+            kinds.append(seen.setdefault(kind, layer))
+        return tuple(kinds)
+
+    @cached_property
+    def rows_learn(self) -> tuple[bool, ...]:
+        """For each decoder layer whether the rows that come into it carry a gradient, on the first pipeline stage."""
+        return self._rows_learn_after[:-1]
+
+    @cached_property
+    def _rows_learn_after(self) -> tuple[bool, ...]:
+        """Whether the rows carry a gradient, before the first layer and after each one."""
+        learn = [self.learns("llm") or self.costs.input_learns(self)]
+        for layer in range(self.model.llm.num_layers):
+            learn.append(learn[-1] or self.learns("lora") or self.costs.layer_learns(self, layer))
+        return tuple(learn)
+
+    @property
+    def anything_learns(self) -> bool:
+        """Whether a gradient comes out of the decoder's last layer."""
+        return self._rows_learn_after[-1]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class MicroBatch:
+    """Sizes of a packed micro-batch (docs/architecture.md)."""
+
+    rows: float  # T
+    images: float  # n; of a picture that is cut each tile
+    visual_rows: float  # R, among the T
+    guidance_rows: float  # G
+    label_rows: float  # L
+    squared_lengths: float  # sum over samples of the square of their rows
+    samples: float = 1
 
 
 class SystemCosts:

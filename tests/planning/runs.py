@@ -24,10 +24,11 @@ from parrot_sys.megatron.runtime.initialize import initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.systems.build import build_chunks
 from parrot_sys.systems.config import ParrotConfig
-from parrot_sys.systems.job import Job, MicroBatch
+from parrot_sys.systems.job import make_job
 from parrot_sys.systems.layout import Layout
 from parrot_sys.systems.parts import set_trainable
 from parrot_sys.systems.registry import system_of
+from parrot_sys.systems.system_costs import Job, MicroBatch
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.towers import NEWLINE, PictureRows
 from parrot_sys.training.step import StepRunner
@@ -46,7 +47,7 @@ class Case:
         return system_of(model).learning(model, self.trainable)
 
     def job(self, model: ParrotConfig) -> Job:
-        return Job(model=model, trainable=self.learning(model), precision=self.precision, kernels="cpu")
+        return make_job(model, self.learning(model), precision=self.precision, kernels="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,10 +25,11 @@ from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.cost import Message
 from parrot_sys.systems.flops import FlopCounter
-from parrot_sys.systems.job import Job
+from parrot_sys.systems.job import make_job
 from parrot_sys.systems.layout import Layout
 from parrot_sys.systems.parts import part_parameters
 from parrot_sys.systems.registry import system_of
+from parrot_sys.systems.system_costs import Job
 from tests.planning.runs import make_batch, sizes
 from tests.planning.shapes import SHAPES, SYSTEMS
 
@@ -56,7 +57,7 @@ def _preset(name: str) -> ParrotConfig:
 
 
 def _job(config: ParrotConfig) -> Job:
-    return Job(model=config, trainable=system_of(config).learning(config, {}))
+    return make_job(config, system_of(config).learning(config, {}))
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_model_flops_are_those_the_trainer_counts(data: st.DataObject) -> None:
     images, samples = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 4))
     batch = make_batch(config, samples=samples, answer=answer, images=images)
     counted = FlopCounter(config, learning, bypass=bypass).count(batch)
-    job = Job(model=config, trainable=learning, bypass=bypass)
+    job = make_job(config, learning, bypass=bypass)
     assert model_flops(job, sizes(batch)) == pytest.approx(counted, rel=1e-12)
 
 

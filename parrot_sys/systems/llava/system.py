@@ -38,6 +38,7 @@ class Llava(System):
     name = "llava"
     title = "LLaVA"
     section = "llava"
+    example = ("llava_next_qwen3_8b", "llava_instruct")
     own_parts: ClassVar[Mapping[str, Part]] = {
         "projector": Part(description="the projector and the newline row", marks=("projector.", "newline.")),
     }

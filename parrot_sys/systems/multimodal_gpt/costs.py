@@ -24,8 +24,8 @@ from parrot_sys.systems.multimodal_gpt.config import FlamingoConfig
 from parrot_sys.systems.system_costs import SystemCosts
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job, MicroBatch
 
 RESAMPLER, BLOCKS = "resampler", "cross_attention"
 """Parts: the resampler; the gated blocks."""

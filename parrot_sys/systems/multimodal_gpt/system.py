@@ -25,6 +25,7 @@ class MultimodalGpt(System):
     name = "multimodal_gpt"
     title = "MultiModal-GPT"
     section = "flamingo"
+    example = ("multimodal_gpt_9b", "multimodal_gpt_instruct")
     own_parts: ClassVar[Mapping[str, Part]] = {
         "resampler": Part(description="the resampler", marks=("resampler.",)),
         "cross_attention": Part(description="the gated blocks", marks=(".gated_cross_attention.",)),

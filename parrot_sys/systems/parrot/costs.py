@@ -15,8 +15,8 @@ from parrot_sys.systems.image_rows_costs import ImageRowsCosts
 from parrot_sys.systems.parrot.dispatch import Dispatch
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job, MicroBatch
 
 EXPERTS = "moe"
 """Part of router and experts."""
@@ -49,7 +49,7 @@ class ParrotCosts(ImageRowsCosts):
         return work
 
     def features_learn(self, job: Job) -> bool:
-        """Also where the embeddings of the words that guide the routes learn."""
+        """Whether tower, projector or experts learn, or the words that guide the routes."""
         return self.input_learns(job) or (_active(job.model, job.bypass) and job.learns("llm"))
 
     def expert_sizes(self, model: ParrotConfig) -> Mapping[str, tuple[int, int]]:
@@ -87,7 +87,7 @@ class ParrotCosts(ImageRowsCosts):
         return job.bytes * job.model.vision.num_visual_rows * (inner + travelling)
 
     def first_messages(self, job: Job, layout: Layout, batch: MicroBatch) -> Iterator[Message]:
-        """Those of the projector, and of images on the way to their experts."""
+        """Messages of the projector, and of images on the way to their experts."""
         yield from super().first_messages(job, layout, batch)
         if _active(job.model, job.bypass):
             yield from self._dispatch_messages(job, layout, batch)

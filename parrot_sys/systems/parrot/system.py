@@ -27,6 +27,7 @@ class Parrot(System):
     name = "parrot"
     title = "Parrot"
     section = None
+    example = ("parrot_7b", "lora_instruct")
     own_parts: ClassVar[Mapping[str, Part]] = {
         **PROJECTOR,
         "moe": Part(

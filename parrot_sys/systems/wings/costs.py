@@ -15,8 +15,8 @@ from parrot_sys.systems.image_rows_costs import ImageRowsCosts
 from parrot_sys.systems.wings.config import WingsConfig
 
 if TYPE_CHECKING:
-    from parrot_sys.systems.job import Job, MicroBatch
     from parrot_sys.systems.layout import Layout
+    from parrot_sys.systems.system_costs import Job, MicroBatch
 
 VISUAL, TEXTUAL = "visual_learners", "textual_learners"
 """Parts: the visual learners; the textual ones with all routers."""

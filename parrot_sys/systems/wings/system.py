@@ -34,6 +34,7 @@ class Wings(System):
     name = "wings"
     title = "Wings"
     section = "wings"
+    example = ("wings_qwen1_5_7b", "wings_instruct")
     own_parts: ClassVar[Mapping[str, Part]] = {
         **PROJECTOR,
         "visual_learners": Part(description="the visual learners", marks=(".visual_learner.",)),
