@@ -236,7 +236,7 @@ def test_plots_of_what_is_there(study: str, part: str, tmp_path: Path) -> None:
     at = {variant.name: variant.at for variant in experiment.variants if variant.at}
     some = {name: {"0": record, "1": record} for name in list(at)[::2]}
     for results in ({}, some):
-        drawn = experiment.plot({"at": at, "results": results}, tmp_path)
+        drawn = experiment.plot({"at": at, "results": results, "chance": 25.0}, tmp_path)
         assert bool(drawn) == bool(results)
         assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
 

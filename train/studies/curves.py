@@ -30,7 +30,9 @@ class Panel:
     lines: Mapping[str, Sequence[Point]]
     """Name -> points in the order in which they are joined."""
     ticks: Mapping[float, str] = field(default_factory=dict)
-    """Places on the x axis with names; numbers where there are none."""
+    """Places on the x axis with names, where those without a point say so; numbers where there are none."""
+    limits: tuple[float, float] | None = None
+    """Ends of the y axis; as the points need when not given."""
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
@@ -48,7 +50,12 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
                 ax.plot(x, point.y, linestyle="none", marker="o", markersize=2.5, color=color, alpha=0.5)
                 ax.annotate(point.label, mean, textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
         if panel.ticks:
-            ax.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+            there = {fmean(point.x) for points in panel.lines.values() for point in points}
+            names_there = [name if at in there else f"{name}\n(not run)" for at, name in panel.ticks.items()]
+            ax.set_xticks(list(panel.ticks), names_there)
+            ax.set_xlim(min(panel.ticks) - 0.3, max(panel.ticks) + 0.3)
+        if panel.limits is not None:
+            ax.set_ylim(panel.limits)
         ax.set_title(panel.title, fontsize=9)
         ax.set_xlabel(panel.x_label)
         ax.set_ylabel(f"{panel.y_label}; dots: seeds", fontsize=8)

@@ -8,6 +8,7 @@ how many languages                frozen decoder, imbalanced: projector and defa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,24 +142,24 @@ def plot(content: Mapping[str, Any], folder: Path) -> Mapping[str, str]:
         routes = record.get("routes", {}).get(_PART)
         return None if routes is None else routes["language"]["bits"]
 
-    measures: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
-        f"accuracy, languages but English (%, {_PART})": accuracy,
-        "I(expert; language), bits": bits,
-    }
+    measures: Sequence[tuple[str, Callable[[Mapping[str, Any]], float | None], tuple[float, float]]] = (
+        (f"languages but English: {_PART} (%)", accuracy, (content["chance"], 100.0)),
+        ("I(expert; language), bits", bits, (0.0, math.log2(6))),  # there are six experts
+    )
     axes: Sequence[tuple[str, str, Mapping[str, Any], Sequence[Any]]] = (
         ("decoder", "6 languages, imbalanced", {"languages": 6}, list(DECODERS)),
         ("languages", "frozen decoder, imbalanced", {"decoder": "frozen"}, list(COUNTS)),
     )
     panels = []
     for axis, title, fixed, values in axes:
-        for y_label, measure in measures.items():
+        for y_label, measure, limits in measures:
             lines: dict[str, list[Point]] = {}
             for value in values:
                 for at, records in cells(content, mix="imbalanced", **fixed, **{axis: value}):
                     if held := [y for record in records if (y := measure(record)) is not None]:
                         lines.setdefault(at["line"], []).append(Point(x=[values.index(value)], y=held))
             ticks = {float(place): str(value) for place, value in enumerate(values)}
-            panels.append(Panel(title=title, x_label=axis, y_label=y_label, lines=lines, ticks=ticks))
+            panels.append(Panel(title=title, x_label=axis, y_label=y_label, lines=lines, ticks=ticks, limits=limits))
     if not any(panel.lines for panel in panels):
         return {}
     draw(panels, folder / "languages.png")
