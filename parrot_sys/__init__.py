@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from parrot_sys.import_hooks import when_imported
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_pretrained"]
+
+# The Auto classes of transformers take exported checkpoints, and nothing is imported for that before they are.
+for _kind in ("configuration", "modeling", "processing"):
+    when_imported(
+        f"transformers.models.auto.{_kind}_auto", f"parrot_sys.integrations.hugging_face.registration:{_kind}"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from parrot_sys.data.chat_templates import chat_template
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.control_tokens import TextEncoder
 from parrot_sys.data.decoding import ImageInput, ImageLimits, image_size
@@ -158,8 +159,9 @@ class ParrotProcessor:
             )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes the tokenizer's files and preprocessor_config.json into the directory `path`."""
+        """Writes the tokenizer's files, with its `chat_template`, and preprocessor_config.json into the directory."""
         Path(path).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.chat_template = chat_template(self.template, self.image_position)
         self.tokenizer.save_pretrained(path)
         own: dict[str, str] = {} if self.template is CHATML else {_TEMPLATE_KEY: self.template.name}
         own |= {} if self.image_position == "front" else {_POSITION_KEY: self.image_position}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parrot_sys.data.packing import Sample
 from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.detokenizer import TextDecoder
 from parrot_sys.engine.lockstep import Lockstep
 from parrot_sys.engine.requests import Delta, EngineRequest, RequestImage, merge_routes, not_finite, num_images
 from parrot_sys.engine.sampler import TokenLogprob
@@ -44,6 +45,7 @@ class _Batch:
         override: RoutingOverride | None,
         *,
         use_cache: bool = True,
+        tokenizer: TextDecoder | None = None,
     ) -> None:
         """
         Args:
@@ -52,6 +54,7 @@ class _Batch:
             names: of the requests, for error messages.
             override: replaces the routes; `probs` has a row for each image of all requests.
             use_cache: False computes whole requests with every step.
+            tokenizer: makes texts of the answers; needed for stop strings.
         """
         config = model.config
         rows = [num_rows(config, own.sample) + len(own.given) + own.max_new_tokens for own in requests]
@@ -60,7 +63,7 @@ class _Batch:
         sizes = SchedulerConfig(max_running=count, max_queue=count, max_rows_per_step=max(_ROWS_PER_STEP, count))
         # (One block more for each: requests are admitted only while all running ones may grow.)
         engine_config = EngineConfig(num_blocks=blocks + count + 1, block_size=_BLOCK_SIZE, scheduler=sizes)
-        self._engine = Engine(model, engine_config, use_cache=use_cache)
+        self._engine = Engine(model, engine_config, tokenizer=tokenizer, use_cache=use_cache)
         self._places: dict[int, int] = {}
         self._names = names
         self.images: list[tuple[RequestImage, ...]] = []
@@ -149,20 +152,20 @@ def generate_tokens(
     streamer: Streamer | None = None,
     routing_override: RoutingOverride | None = None,
     use_cache: bool = True,
+    tokenizer: TextDecoder | None = None,
 ) -> tuple[Tensor, RoutingOutput | None]:
     """Answers of all requests, int64 [S, M] on the CPU, and the routes of the images.
 
-    Each is what the request would get alone. It ends with the first of its `stop_ids`, which is kept, or after its
-    `max_new_tokens`; `pad_token_id` fills the row after it up to the longest answer, M.
+    Each is what the request would get alone. It ends with the first of its `stop_ids`, which is kept, with the token
+    that completes one of its `stop_strings` (these need the tokenizer), or after its `max_new_tokens`; `pad_token_id`
+    fills the row after it up to the longest answer, M.
 
     Raises:
         DataError: a request is too long for the model.
         CheckpointError: a logit is not finite.
+        ConfigError: a request has stop strings, and there is no tokenizer.
     """
-    samples = [request.sample for request in requests]
-    check_rows(model.config, samples, [request.max_new_tokens for request in requests])
-    names = [request_name(index, sample) for index, sample in enumerate(samples)]
-    batch = _Batch(model, requests, names, routing_override, use_cache=use_cache)
+    batch = _answering(model, requests, routing_override, use_cache=use_cache, tokenizer=tokenizer)
     answers: list[list[int]] = [[] for _ in requests]
     ended = [False] * len(requests)
     shown = 0
@@ -180,6 +183,30 @@ def generate_tokens(
     longest = max(map(len, answers))
     rows = [own + [pad_token_id] * (longest - len(own)) for own in answers]
     return torch.tensor(rows), batch.routes()
+
+
+def generate_texts(model: Lockstep, requests: Sequence[EngineRequest], tokenizer: TextDecoder) -> list[str]:
+    """Texts of the answers to all requests, up to a stop string and without special tokens; see `generate_tokens`."""
+    texts: list[list[str]] = [[] for _ in requests]
+    for deltas in _answering(model, requests, tokenizer=tokenizer).steps():
+        for place, delta in deltas:
+            texts[place].append(delta.text)
+    return ["".join(pieces) for pieces in texts]
+
+
+def _answering(
+    model: Lockstep,
+    requests: Sequence[EngineRequest],
+    routing_override: RoutingOverride | None = None,
+    *,
+    use_cache: bool = True,
+    tokenizer: TextDecoder | None = None,
+) -> _Batch:
+    """The engine with requests that are not too long."""
+    samples = [request.sample for request in requests]
+    check_rows(model.config, samples, [request.max_new_tokens for request in requests])
+    names = [request_name(index, sample) for index, sample in enumerate(samples)]
+    return _Batch(model, requests, names, routing_override, use_cache=use_cache, tokenizer=tokenizer)
 
 
 def score_continuations(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
+from parrot_sys.engine.detokenizer import TextDecoder
 from parrot_sys.engine.lockstep import Lockstep
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.engine.sampler import SamplingParams, TokenLogprob
@@ -155,11 +156,14 @@ class ParrotForConditionalGeneration(nn.Module):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
         num_beams: int = 1,
         use_cache: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: TextDecoder | None = None,
         seed: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
         routing_override: RoutingOverride | None = None,
@@ -174,12 +178,14 @@ class ParrotForConditionalGeneration(nn.Module):
             attention_mask: as in `forward`.
             images: as in `forward`.
             max_new_tokens: longest answer, of all or of each; None: 512, or as many as there is room for.
-            do_sample, temperature, top_k, top_p, repetition_penalty: see `SamplingParams`; None takes its
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; None takes its
                 default, and a temperature of 1.
             num_beams: 1 only, for calls written for the released code.
             use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
             pad_token_id: fills rows behind the end; that of the checkpoint when None.
+            stop_strings: texts that end an answer; the token that completes one is its last.
+            tokenizer: of the checkpoint, for `stop_strings`.
             seed: of the random numbers of every request, which draws as it would alone (so that equal prompts get
                 equal answers), or of each; new ones from torch's own state when None.
             streamer: receives tokens as they come.
@@ -201,6 +207,7 @@ class ParrotForConditionalGeneration(nn.Module):
             "temperature": (1.0 if temperature is None else temperature) if do_sample else 0.0,
             "top_k": top_k,
             "top_p": top_p,
+            "min_p": min_p,
             "repetition_penalty": repetition_penalty,
         }
         sampling = SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
@@ -213,7 +220,11 @@ class ParrotForConditionalGeneration(nn.Module):
             max_new_tokens = [min(_LONGEST_ANSWER, max(1, free_rows(self.config, sample))) for sample in samples]
         requests = [
             EngineRequest(
-                sample=sample, max_new_tokens=_positive(new), stop_ids=ends, sampling=replace(sampling, seed=own_seed)
+                sample=sample,
+                max_new_tokens=_positive(new),
+                stop_ids=ends,
+                stop_strings=tuple(stop_strings),
+                sampling=replace(sampling, seed=own_seed),
             )
             for sample, new, own_seed in zip(
                 samples,
@@ -229,6 +240,7 @@ class ParrotForConditionalGeneration(nn.Module):
             streamer=streamer,
             routing_override=routing_override,
             use_cache=use_cache,
+            tokenizer=tokenizer,
         )
         if streamer is not None:
             streamer.end()

@@ -9,14 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 IMPORT_ALL = """
-import importlib, importlib.abc, pkgutil, sys
+import importlib, pkgutil, sys
 
-class Block(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
-
-sys.meta_path.insert(0, Block())
+# To an import they are missing, and to importlib.util.find_spec, by which transformers looks for them, as well.
+sys.modules.update(dict.fromkeys(BLOCKED))
 names = []
 for package in map(importlib.import_module, PACKAGES):
     names += [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]

@@ -1,4 +1,8 @@
-"""A small byte-level BPE for the default data set, saved as a Hugging Face tokenizer with Qwen2's special tokens."""
+"""A small byte-level BPE for the default data set, saved as a Qwen2 tokenizer of Hugging Face.
+
+It splits text as Qwen2 does: AutoTokenizer gives every checkpoint of that type Qwen2's own class, which reads the
+vocabulary and the merges and splits by its own rule, whatever tokenizer.json says.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 _SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's rule (transformers, models/qwen2/tokenization_qwen2.py): each digit is a token of its own."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, model_max_length: int = 2048) -> int:
@@ -22,7 +30,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, mode
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -52,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path, *, mode
             "errors": "replace",
             "model_max_length": model_max_length,
             "split_special_tokens": False,
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "Qwen2Tokenizer",
             **roles,
             **extra,
         },
