@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.systems.config import ParrotConfig
@@ -18,7 +19,7 @@ def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: 
     """
     for name, size, of, total in _divisions(model, layout):
         if total % size:
-            raise ConfigError(f"{name} must divide {of}={total}, got {size}: {nearest_divisors(size, total)}")
+            raise ConfigError(f"{name} must divide {of}, got {size}: {nearest_divisors(size, total)}")
     if layout.expert > 1 and not system_of(model).costs().expert_sizes(model):
         raise ConfigError(f"fix.expert must be 1 without experts (model.moe.num_experts=0), got {layout.expert}")
     if model.llm.experts is not None and layout.tensor > 1 and not layout.sequence:
@@ -54,19 +55,25 @@ def check(model: ParrotConfig, layout: Layout, num_gpus: int, samples_per_step: 
 
 
 def _divisions(model: ParrotConfig, layout: Layout) -> list[tuple[str, int, str, int]]:
-    """(name of the size, size, what it divides, value)."""
-    tensor = ("fix.tensor", layout.tensor)
-    rules = [(*tensor, f"llm.{name}", size) for name, size in model.llm.tensor_sizes().items()]
-    if model.projector.depth > 1:
-        rules.append((*tensor, "llm.hidden_size", model.llm.hidden_size))
-    if model.vision.num_layers_run:
-        rules += [(*tensor, f"vision.{name}", size) for name, size in model.vision.tensor_sizes().items()]
+    """(name of the size, size, what it divides and its value, value)."""
     costs = system_of(model).costs()
-    rules += [(*tensor, name, size) for name, size in costs.tensor_sizes(model).items()]
-    for name, (count, inner) in costs.expert_sizes(model).items():
-        rules.append(("fix.expert", layout.expert, f"{name}.num_experts", count))
-        rules.append(("fix.expert_tensor", layout.expert_tensor, f"{name}.ffn_hidden_size", inner))
+    cut = {f"llm.{name}": size for name, size in model.llm.tensor_sizes().items()}
+    if model.vision.num_layers_run:
+        cut |= {f"vision.{name}": size for name, size in model.vision.tensor_sizes().items()}
+    cut |= costs.tensor_sizes(model)
+    rules = [("fix.tensor", layout.tensor, f"{name}={size}", size) for name, size in cut.items()]
+    if kinds := costs.expert_sizes(model):
+        counts, inner = ({name: sizes[place] for name, sizes in kinds.items()} for place in (0, 1))
+        rules.append(("fix.expert", layout.expert, *_common(counts, "num_experts")))
+        rules.append(("fix.expert_tensor", layout.expert_tensor, *_common(inner, "ffn_hidden_size")))
     return rules
+
+
+def _common(sizes: Mapping[str, int], field: str) -> tuple[str, int]:
+    """Number that ranks must divide which share all kinds of experts, in words and as a value."""
+    each = " and ".join(f"{name}.{field}={size}" for name, size in sizes.items())
+    shared = " (the same ranks share the experts of both kinds)" if len(sizes) > 1 else ""
+    return each + shared, math.gcd(*sizes.values())
 
 
 def nearest_divisors(size: int, total: int) -> str:

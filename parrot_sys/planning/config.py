@@ -151,8 +151,15 @@ class PlanConfig:
     def _check_rows(self) -> None:
         """
         Raises:
-            ConfigError: samples are longer than the model takes.
+            ConfigError: samples are longer than the model takes, or have more images.
         """
+        section = self.model.section
+        most_images = None if section is None else section.most_images
+        if section is not None and most_images is not None and self.sample.images > most_images:
+            raise ConfigError(
+                f"sample.images must be <= {most_images} under the rule {section.rule!r} of model.{section.key}, "
+                f"got {self.sample.images}: choose another rule"
+            )
         if self.rows > self.model.max_rows:
             name, most = min(self.model.limits.items(), key=lambda limit: limit[1])
             raise ConfigError(

@@ -5,7 +5,7 @@ n images of V rows, R visual rows of a micro-batch, C width of the tower, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from parrot_sys.systems.config import ParrotConfig
@@ -39,6 +39,10 @@ class ImageRowsCosts(SystemCosts):
     def input_learns(self, job: Job) -> bool:
         """Whether tower, projector or what is after it learns."""
         return job.learns("vision", *(cost.part for cost in self.image_costs(job.model, job.bypass)))
+
+    def tensor_sizes(self, model: ParrotConfig) -> Mapping[str, int]:
+        """Width between two layers of the projector."""
+        return {"llm.hidden_size": model.llm.hidden_size} if _cut_layers(model) else {}
 
     def features_learn(self, job: Job) -> bool:
         """Whether a gradient comes back to the rows of images before they are put in place."""

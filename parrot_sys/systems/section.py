@@ -68,6 +68,11 @@ class Section:
         return {}
 
     @property
+    def most_images(self) -> int | None:
+        """Most images of a sample; None for any number."""
+        return None
+
+    @property
     def image_token_id(self) -> int | None:
         """Token of the vocabulary that stands for an image; None where an image has no token of its own."""
         return None

@@ -10,6 +10,8 @@ from parrot_sys.config_values import BY_KEY
 from parrot_sys.data.config import DataConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
+from parrot_sys.models.llm import TokenExpertsConfig
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.parallel import check_experts
 from parrot_sys.paths import INPUT, INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.systems.base import OTHERS
@@ -309,6 +311,8 @@ class TrainConfig:
         for part, config in (("llm", self.model.llm), ("vision", self.model.vision)):
             self.parallel.check_tensor_sizes(f"model.{part}", config.tensor_sizes())
         moe, ranks = self.model.moe, (parallel.expert_model_parallel_size, parallel.expert_tensor_size)
+        if moe.num_experts and experts is not None:
+            self._check_both_experts(moe, experts, ranks)
         if moe.num_experts:
             check_experts(moe.num_experts, moe.ffn_hidden_size, *ranks)
         if experts is not None:
@@ -323,3 +327,21 @@ class TrainConfig:
                 "parallel.expert_model_parallel_size must be 1 without experts (model.moe.num_experts=0), "
                 f"got {ranks[0]}"
             )
+
+    @staticmethod
+    def _check_both_experts(moe: TextGuidedMoEConfig, experts: TokenExpertsConfig, ranks: tuple[int, int]) -> None:
+        """
+        Raises:
+            ConfigError: both kinds of experts, whose gradients Megatron sums over the same ranks, cannot be shared.
+        """
+        options = (("expert_model", "num_experts"), ("expert_tensor", "ffn_hidden_size"))
+        for (option, name), size in zip(options, ranks, strict=True):
+            first, second = getattr(moe, name), getattr(experts, name)
+            if first % size or second % size:
+                common = math.gcd(first, second)
+                fits = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+                raise ConfigError(
+                    f"parallel.{option}_parallel_size must divide both model.moe.{name}={first} and "
+                    f"model.llm.experts.{name}={second}, because the same ranks share the experts of both kinds, "
+                    f"got {size}: use one of {fits}"
+                )

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from parrot_sys.__main__ import main
 from parrot_sys.cli import list_presets
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.config import to_transformer_config
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
-from parrot_sys.models.llm import LLMConfig
+from parrot_sys.models.llm import LLMConfig, TokenExpertsConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.parallel.image_dispatch import check_experts
@@ -29,6 +31,7 @@ from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.layout import Layout
+from tests.planning.shapes import SYSTEMS
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
 MODEL = ParrotConfig(llm=LLMConfig(num_layers=16))
@@ -179,6 +182,38 @@ def test_presets_of_all_systems_are_planned(model: str, stage: str, capsys: pyte
     best = json.loads(capsys.readouterr().out)["best"]
     assert 0.05 < best["mfu"] < 0.6
     assert best["memory_bytes"]["total"] < 80e9
+
+
+def test_samples_are_those_that_the_system_takes() -> None:
+    two = SampleConfig(images=2)
+    assert PlanConfig(model=SYSTEMS["Wings"], sample=two).micro_batch(3).images == 6
+    with pytest.raises(
+        ConfigError, match=r"sample.images must be <= 1 under the rule 'released' of model.wings, got 2"
+    ):
+        PlanConfig(model=SYSTEMS["Wings, rule of the public code"], sample=two)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 400), width=st.integers(1, 400), images=st.integers(1, 3))
+def test_rows_of_pictures_are_those_that_training_reads(height: int, width: int, images: int) -> None:
+    model = SYSTEMS["LLaVA with tiles"]
+    sample = SampleConfig(images=images, picture_height=height, picture_width=width)
+    batch = PlanConfig(model=model, sample=sample).micro_batch(2)
+    assert model.tiling is not None
+    rows = model.tiling.rows(height, width)
+    assert batch.images == 2 * images * rows.tiles
+    assert batch.visual_rows == batch.rows - 2 * sample.text_tokens == 2 * images * len(rows.source)
+
+
+def test_ranks_share_both_kinds_of_experts() -> None:
+    model = replace(MODEL, llm=SYSTEMS["token-routed decoder, four dense experts"].llm)
+    assert check(model, Layout(expert=3), 12, 100) is None
+    words = r"fix.expert must divide moe.num_experts=6 and llm.experts.num_experts=9 \(the same ranks share the experts"
+    nine = replace(model, llm=replace(model.llm, experts=TokenExpertsConfig(num_experts=9)))
+    with pytest.raises(ConfigError, match=words + r" of both kinds\), got 2: the nearest that do are 1 and 3"):
+        check(nine, Layout(expert=2), 12, 100)
+    with pytest.raises(ConfigError, match=r"fix.sequence must be true with tensor parallelism and model.llm.experts"):
+        check(model, Layout(tensor=2), 12, 100)
 
 
 SIZES = {

@@ -58,6 +58,16 @@ FLAGS = ["--output", "run", "--data.paths", "a.json", "--model.tokenizer-path", 
         ({"parallel": {"expert_tensor_parallel_size": 3}}, "ffn_hidden_size must be .*expert_tensor_.*=3, got 4096"),
         (
             {
+                "parallel": {"expert_model_parallel_size": 3},
+                "model": {
+                    "tokenizer_path": "t",
+                    "llm": {"family": "qwen3_moe", "qkv_bias": False, "experts": {"num_experts": 64}},
+                },
+            },
+            "must divide both model.moe.num_experts=6 and model.llm.experts.num_experts=64, because .*, got 3: .* 1, 2",
+        ),
+        (
+            {
                 "parallel": {"tensor_model_parallel_size": 4},
                 "model": {"tokenizer_path": "t", "llm": {"num_query_groups": 2}},
             },

@@ -45,6 +45,11 @@ class WingsConfig(LearnersConfig, Section):
         """Positions for which the routers have weights."""
         return {"model.wings.router_positions": self.router_positions}
 
+    @property
+    def most_images(self) -> int | None:
+        """One under the rule of the public code."""
+        return 1 if self.rule == "released" else None
+
     def with_compat(self, compat: Compat) -> WingsConfig:
         """The same settings with what the learners see in the public code or in the paper."""
         return replace(self, rule=compat)
