@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help setup test test-all sanitize demo experiment lint format bench clean
+.PHONY: help setup test test-all test-integrations sanitize demo experiment lint format bench clean
 
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable); STUDY=languages and"
 	@echo "                  others: docs/evidence.md; ARGS=--report writes what is done, ARGS=--help says more"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
+	@echo "make test-integrations  run the tests against other people's programs (ARGS=trackers: those of one environment)"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
 	@echo "make lint         check style, types and layers; make format fixes the style"
 	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' saves the results)"
@@ -25,7 +26,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt .ci/setup_venv.py $(CPP_FILES)
+$(STAMP): pyproject.toml build_backend.py setup.py constraints.txt .ci/setup_venv.py $(CPP_FILES)
 	$(PYTHON) .ci/setup_venv.py
 	@touch $@
 
@@ -38,6 +39,9 @@ test: setup
 test-all: setup
 	$(PYTEST) -m "" $(ARGS)
 	.ci/test_python312
+
+test-integrations: setup
+	$(BIN)/python .ci/test_integrations.py $(ARGS)
 
 sanitize: setup
 	.ci/sanitize $(ARGS)

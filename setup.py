@@ -4,6 +4,8 @@
   csrc/registration.cpp, csrc/cpu/*.cpp and, when an nvcc >= 12.3 is found, csrc/cuda/*.{cpp,cu}.
 * `parrot_kernels._host`: pybind11 helpers without torch from csrc/host/*.cpp.
 
+Where there is no C++ compiler, neither is built: ops run on Triton or the PyTorch reference, data packing in Python.
+
 Compilation goes through ninja with dependency files, so that a second build only compiles what changed:
 
     pip install --no-build-isolation -e .        # or, after an edit in csrc: python setup.py build_ext --inplace
@@ -29,6 +31,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # (pip runs this file without it)
+
+from build_backend import compiles, find_cxx  # noqa: E402
+
 CSRC = ROOT / "csrc"
 # The oldest torch whose stable ABI the sources use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
@@ -102,15 +108,6 @@ def cuda_library_dirs(nvcc: str, source: Path) -> list[str]:
     return [f"{top[1]}/lib64", f"{top[1]}/targets/{os.uname().machine}-linux/lib"]
 
 
-def find_cxx() -> str:
-    """The C++ compiler: CXX, or c++/g++/clang++ on PATH."""
-    wished = os.environ.get("CXX")
-    for name in [wished] if wished else ["c++", "g++", "clang++"]:
-        if path := shutil.which(name.split()[0]):
-            return " ".join([path, *name.split()[1:]])
-    sys.exit(f"no C++ compiler ({wished or 'c++, g++, clang++'}) found; on Debian or Ubuntu: apt-get install g++")
-
-
 def find_ninja() -> str:
     """ninja of the Python package (the virtual environment's bin folder need not be on PATH), else the one on PATH."""
     try:
@@ -173,6 +170,7 @@ class NinjaBuild(build_ext):
         build_dir = Path(os.environ.get("PARROT_BUILD_DIR", default)).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         cxx, found = find_cxx(), find_nvcc()
+        assert cxx is not None, "without one there are no modules"
         nvcc = found if isinstance(found, Nvcc) else None
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
         ninja = NinjaFile(cxx, nvcc.path if nvcc else "nvcc")
@@ -217,7 +215,10 @@ class NinjaBuild(build_ext):
         include = Path(sysconfig.get_path("include"))
         if not (include / "Python.h").exists():
             package = f"python3.{sys.version_info.minor}-dev"
-            sys.exit(f"{include}/Python.h is missing; on Debian or Ubuntu: apt-get install {package}")
+            sys.exit(
+                f"{include}/Python.h is missing; on Debian or Ubuntu: apt-get install {package}, or set "
+                "PARROT_SKIP_EXTENSION=1 to install without C++ modules"
+            )
         flags = [*CXX_FLAGS, f"-isystem{include}", f"-isystem{pybind11_include}"]
         flags += os.environ.get("CXXFLAGS", "").split()
         name = Path(self.get_ext_filename("parrot_kernels._host")).name
@@ -225,8 +226,8 @@ class NinjaBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """Both modules, or none with PARROT_SKIP_EXTENSION=1. The sources are listed for the source distribution."""
-    if os.environ.get("PARROT_SKIP_EXTENSION") == "1":
+    """Both modules, or none where nothing is compiled. The sources are listed for the source distribution."""
+    if not compiles():
         return []
     torch_sources = [CSRC / "registration.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     host_sources = sorted((CSRC / "host").glob("*.cpp"))

@@ -56,7 +56,7 @@ optimizer: {{lr: 1.0e-3}}
 global_batch_size: {batch}
 max_steps: {steps}
 checkpoint: {{interval: {interval}, export: true}}
-logging: {{interval: 1, tensorboard: false, progress: false}}
+logging: {{interval: 1, trackers: [], progress: false}}
 """
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from parrot_sys.import_hooks import when_imported
+from parrot_sys.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_pretrained"]
 
 # The Auto classes of transformers take exported checkpoints, and nothing is imported for that before they are.

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from parrot_kernels import _extension, env
-from parrot_sys import __version__, platform
+from parrot_kernels import _extension, env, host
+from parrot_sys import platform
 from parrot_sys.cli import list_presets
 from parrot_sys.markdown_tables import table
 from parrot_sys.megatron.runtime import backends
 from parrot_sys.ops import registry
+from parrot_sys.version import __version__
 
 SECTIONS = ("versions", "build", "hardware", "environment", "optional", "layers")
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "tokenizers", "numpy")
@@ -106,6 +107,7 @@ def _build_facts() -> dict[str, Any]:
     """Facts that setup.py wrote, and whether the binaries load."""
     facts: dict[str, Any] = {"extension": _extension.why_not() or "loaded"}
     facts["cuda kernels"] = _extension.why_not_cuda() or "built"
+    facts["data packing"] = host.why_not() or "compiled"
     # Written by setup.py only when it builds the extension.
     if importlib.util.find_spec("parrot_kernels._build_info"):
         module = importlib.import_module("parrot_kernels._build_info")

@@ -16,7 +16,10 @@ def why_not() -> str | None:
     """None when `torch.ops.parrot_ext` is loaded and usable, else the reason. The first call loads it."""
     binaries = sorted(Path(__file__).parent.glob("_C.*"))
     if not binaries:
-        return f"parrot_kernels was installed without its C++ extension (PARROT_SKIP_EXTENSION=1); {_REBUILD}"
+        return (
+            "parrot_kernels was installed without its C++ extension (no C++ compiler, or PARROT_SKIP_EXTENSION=1): ops "
+            f"use Triton or the PyTorch reference; with a compiler, {_REBUILD}"
+        )
     try:
         torch.ops.load_library(str(binaries[0]))
     except OSError as error:

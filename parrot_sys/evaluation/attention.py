@@ -21,10 +21,10 @@ from parrot_sys.cli import parse_config
 from parrot_sys.data.languages import language_codes
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.items import Item, Options
 from parrot_sys.evaluation.predictor import ModelPredictor
 from parrot_sys.evaluation.runner import load_tables, make_items
+from parrot_sys.fonts import explain_numbers
 from parrot_sys.inference.generation import check_finite
 from parrot_sys.inference.pretrained import load_pretrained
 from parrot_sys.inference.requests import check_rows, request_name

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
-from parrot_sys.evaluation.fonts import Lettering
+from parrot_sys.fonts import Lettering
 from parrot_sys.markdown_tables import fixed
 
 Intervals = Mapping[str, tuple[float, float] | None]
@@ -41,7 +39,7 @@ def loss_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     axes[0].set_ylabel("mean loss of a label (nats)")
-    return _save(figure, path, letters)
+    return letters.save(figure, path)
 
 
 def accuracy_by_language(
@@ -87,7 +85,7 @@ def accuracy_by_language(
             ax.margins(x=0.01)
     axes[0].set_ylabel("accuracy (%); lines: 95% interval")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return _save(figure, path, letters)
+    return letters.save(figure, path)
 
 
 def _draw_intervals(
@@ -153,7 +151,7 @@ def accuracy_by_part(
     ax.set_ylabel("accuracy (%); dashed: guessing")
     ax.set_title(title, fontsize=10)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return _save(figure, path, letters)
+    return letters.save(figure, path)
 
 
 def curves_over_layers(
@@ -173,82 +171,7 @@ def curves_over_layers(
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(y_label)
     axes[0].legend(fontsize=8)
-    return _save(figure, path, letters)
-
-
-def heat_map(
-    values: Mapping[str, Mapping[str, float]],
-    *,
-    name: str,
-    title: str,
-    x_label: str,
-    color_label: str,
-    limits: tuple[float, float],
-    mark: tuple[str, float],
-    digits: int,
-    path: Path,
-    counts: Mapping[str, Mapping[str, int]] | None = None,
-    around_mark: bool = False,
-) -> Mapping[str, str]:
-    """Table of coloured cells with their numbers, and the scale of the colours.
-
-    Args:
-        values: row -> column -> value; a missing column is an empty cell.
-        name: of the part, above the plot.
-        title: text after it.
-        x_label: what the columns are.
-        color_label: what the values are.
-        limits: values of the first and last colour.
-        mark: name and value of what cells are to be compared with, marked on the scale: guessing, or equal weights.
-        digits: of the number in a cell.
-        path: PNG file.
-        counts: row -> column -> n, written below the value.
-        around_mark: white is the value of `mark`, and colours differ below and above it, each to its end of `limits`.
-    """
-    rows = list(values)
-    columns = list(dict.fromkeys(column for row in values.values() for column in row))
-    letters = Lettering([name, *rows, *columns])
-    matrix = np.array([[values[row].get(column, np.nan) for column in columns] for row in rows])
-    height = 0.42 if counts else 0.34
-    figure = Figure(figsize=(3.4 + 0.75 * len(columns), 1.5 + height * max(len(rows), 4)), layout="constrained")
-    ax = figure.subplots()
-    norm = TwoSlopeNorm(mark[1], *limits) if around_mark else Normalize(*limits)
-    image = ax.imshow(matrix, cmap="RdBu_r" if around_mark else "viridis", norm=norm, aspect="auto")
-    for y, row in enumerate(rows):
-        for x, column in enumerate(columns):
-            if not np.isnan(matrix[y, x]):
-                text = fixed(matrix[y, x], digits)
-                text += f"\nn={counts[row][column]}" if counts else ""
-                red, green, blue, _ = image.cmap(norm(matrix[y, x]))
-                color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-                ax.text(x, y, text, ha="center", va="center", fontsize=7, color=color)
-    ax.set_xticks(range(len(columns)), [letters.draw(column) for column in columns])
-    ax.set_yticks(range(len(rows)), [letters.draw(row) for row in rows])
-    ax.set_xlabel(x_label)
-    ax.set_title(f"{letters.draw(name)}: {title}", fontsize=10)
-    _draw_scale(figure, image, ax, color_label, limits, mark, digits)
-    return _save(figure, path, letters)
-
-
-def _draw_scale(
-    figure: Figure,
-    image: AxesImage,
-    ax: Axes,
-    label: str,
-    limits: tuple[float, float],
-    mark: tuple[str, float],
-    digits: int,
-) -> None:
-    """The colours with both ends of the scale in numbers, and a line at the value to compare with."""
-    scale = figure.colorbar(image, ax=ax, label=label)
-    ticks = [*np.linspace(*limits, 5)]
-    scale.set_ticks(ticks, labels=[fixed(tick, digits) for tick in ticks])
-    name, value = mark
-    scale.ax.axhline(value, color="red", linewidth=1.5)
-    shown = f"{name}\n{fixed(value, digits)}"
-    scale.ax.text(
-        -0.2, value, shown, transform=scale.ax.get_yaxis_transform(), color="red", fontsize=7, ha="right", va="center"
-    )
+    return letters.save(figure, path)
 
 
 def means_with_spread(
@@ -288,11 +211,4 @@ def means_with_spread(
     ax.set_ylabel(f"{y_label}; dots: {dots}")
     ax.set_title(letters.draw(title))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    return _save(figure, path, letters)
-
-
-def _save(figure: Figure, path: Path, letters: Lettering) -> Mapping[str, str]:
-    letters.apply(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return letters.legend
+    return letters.save(figure, path)

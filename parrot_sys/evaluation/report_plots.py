@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from parrot_sys import heat_maps
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.headlines import (
     ROUTINGS,
     Scores,
@@ -22,6 +22,7 @@ from parrot_sys.evaluation.headlines import (
 )
 from parrot_sys.evaluation.outcomes import Interval
 from parrot_sys.evaluation.routes import usage_text
+from parrot_sys.fonts import explain_numbers
 from parrot_sys.markdown_tables import fixed
 
 
@@ -85,23 +86,16 @@ def _draw_experts(
     suite: str, languages: Mapping[str, Mapping[str, Any]], routes: Mapping[str, Any], output: Path, file: str
 ) -> tuple[str, str, Mapping[str, str]]:
     weights = held(languages, "experts")
-    uniform = 1 / max(map(len, weights.values()))
-    top = max(2 * uniform, max(max(row) for row in weights.values()))
-    legend = plots.heat_map(
-        {language: {f"{e + 1}": weight for e, weight in enumerate(row)} for language, row in weights.items()},
+    legend = heat_maps.routing_weights(
+        weights,
         name=suite,
         title="mean routing weight" + (f"\n{usage_text(routes)}" if routes else ""),
-        x_label="expert",
-        color_label="weight",
-        limits=(0.0, top),
-        mark=("uniform", uniform),
-        around_mark=True,
-        digits=2,
         path=output / file,
     )
     shown = [
         sum(each is not None for each in languages[language].get("rows", {}).get("picture", ())) for language in weights
     ]
+    uniform = 1 / max(map(len, weights.values()))
     n = "" if not all(shown) else f"; n = {_range(shown)} answers about pictures in a language"
     caption = (
         f"Mean routing weight of each expert per language ({suite}); white is an equal share ({fixed(uniform, 3)}), "
@@ -143,7 +137,7 @@ def _draw_categories(
             for name in names
         }
         path = output / f"{key.removeprefix('by_')}_{file}.png"
-        legend = plots.heat_map(
+        legend = heat_maps.heat_map(
             {name: {language: cell[metric] for language, cell in row.items()} for name, row in cells.items()},
             name=suite,
             title=f"{metric} accuracy per {what}",

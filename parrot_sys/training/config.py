@@ -17,6 +17,9 @@ from parrot_sys.paths import INPUT, INPUT_FILE, INPUT_FOLDER, OUTPUT_FOLDER
 from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.registry import all_parts, system_of
+from parrot_sys.training.trackers.registry import TrackerName
+
+_MOST_SAMPLES = 256
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -174,18 +177,41 @@ class FaultConfig:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class LoggingConfig:
-    """Records of a run: OUTPUT/metrics.jsonl always, and TensorBoard events unless they are switched off."""
+    """Records of a run: OUTPUT/metrics.jsonl always, and experiment trackers (docs/integrations.md)."""
 
     interval: int = 10
     """Steps between records; the loss of a record is the mean over all labels of its steps."""
-    tensorboard: bool = True
-    """Also write TensorBoard events to OUTPUT/tensorboard."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where numbers, pictures, settings and environment also go: `tensorboard` (OUTPUT/tensorboard), `wandb`, `mlflow`;
+    nothing after the flag, or [] in a file, stands for none."""
+    project: str = "parrot_sys"
+    """Project (wandb) or experiment (mlflow) that the run belongs to."""
+    name: str | None = None
+    """Name of the run there; that of the output directory when unset."""
+    image_interval: int = 500
+    """Steps between heat maps of the routes in training; one more follows the last step. Validations have one each."""
+    samples: int = 0
+    """Held-out records that are answered at each validation, for the trackers; not under sequence, context or
+    interleaved pipeline parallelism."""
+    sample_tokens: int = 64
+    """Longest sample answer in tokens."""
     progress: bool = True
     """Show a progress bar on rank 0."""
 
+    renamed: ClassVar[dict[str, str]] = {"tensorboard": "trackers: [tensorboard] for true, [] for false"}
+
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ConfigError(f"logging.interval must be >= 1, got {self.interval}")
+        for name, least in (("interval", 1), ("image_interval", 1), ("samples", 0), ("sample_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"logging.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.samples > _MOST_SAMPLES:
+            raise ConfigError(
+                f"logging.samples must be <= {_MOST_SAMPLES}, all are answered at once, got {self.samples}"
+            )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ConfigError(f"logging.trackers must name each tracker once, got {', '.join(self.trackers)}")
+        if self.samples and not self.trackers:
+            raise ConfigError(f"logging.samples needs logging.trackers, got {self.samples} samples and no tracker")
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -275,6 +301,7 @@ class TrainConfig:
             raise ConfigError("data.stream has no epochs, so max_steps must say how long the run is")
         if self.data.stream.enabled and self.cache_image_features:
             raise ConfigError("cache_image_features needs to know all pictures, which data.stream does not: unset one")
+        self._check_samples()
         if self.cache_image_features and self.learning()["vision"]:
             raise ConfigError(
                 "cache_image_features needs a frozen vision tower, got trainable.vision=true: "
@@ -304,6 +331,17 @@ class TrainConfig:
                 + (f", without those that bypass names ({', '.join(self.bypass)})" if self.bypass else "")
                 + (f"; it lacks {', '.join(set(asked) - set(present))}" if set(asked) - set(present) else "")
             )
+
+    def _check_samples(self) -> None:
+        if not self.logging.samples:
+            return
+        if not self.validation.paths:
+            raise ConfigError(
+                "logging.samples needs validation.paths, whose records are answered, got none: set them, or samples 0"
+            )
+        for name in ("sequence_parallel", "context_parallel_size", "virtual_pipeline_model_parallel_size"):
+            if (value := getattr(self.parallel, name)) not in (None, 1, False):
+                raise ConfigError(f"logging.samples must be 0 with parallel.{name}={value}, got {self.logging.samples}")
 
     def _check_layout(self) -> None:
         parallel, experts = self.parallel, self.model.llm.experts

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.megatron.image_gather import gather_images
@@ -88,14 +88,8 @@ class StepRunner:
     @torch.no_grad()
     def validate(self, batches: Sequence[PackedBatch]) -> StepMetrics:
         """Sums of one step's forward passes, over all ranks; nothing is dropped out."""
-        learning = [module for chunk in self.chunks for module in chunk.modules() if module.training]
-        for module in learning:
-            module.training = False
-        try:
+        with evaluation_mode(self.chunks):
             return self._run(batches, backward=False)
-        finally:
-            for module in learning:
-                module.training = True
 
     def _run(self, batches: Sequence[PackedBatch], *, backward: bool, stop: bool = False) -> StepMetrics:
         metrics = StepMetrics(self.num_experts, self.device, languages=self.languages)
@@ -158,6 +152,19 @@ class StepRunner:
         shares = self._on_device([self.chunks[0].module.share_of_rank(batch) for batch in batches])
         forward_backward(self.chunks, shares, find, backward=False)
         return gather_values(bad)
+
+
+@contextmanager
+def evaluation_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Nothing is dropped out; afterwards each module learns that did before."""
+    learning = [module for chunk in chunks for module in chunk.modules() if module.training]
+    for module in learning:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True
 
 
 def gather_values(values: Iterable[str]) -> list[str]:

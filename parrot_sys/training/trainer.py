@@ -46,10 +46,12 @@ from parrot_sys.training.feature_cache import cache_features
 from parrot_sys.training.initial_weights import load_initial_weights
 from parrot_sys.training.inputs import load_processor, training_loader, validation_loader
 from parrot_sys.training.metrics import StepMetrics, counted_languages
+from parrot_sys.training.samples import SampleAnswers
 from parrot_sys.training.schedule import CosineSchedule, RunLength, warmup_steps
 from parrot_sys.training.step import StepRunner, gather_values
 from parrot_sys.training.step_log import StepLog
 from parrot_sys.training.stop import StopSignals
+from parrot_sys.training.trackers.registry import check_installed
 from parrot_sys.training.watchdog import Watchdog
 from parrot_sys.training.writer import MetricsWriter, shown, summary_line
 
@@ -103,6 +105,7 @@ class Trainer:
 
     def _set_up(self) -> None:
         config = self.config
+        check_installed(config.logging.trackers)
         self.checkpoints = CheckpointStore(config, on_progress=self.watchdog.beat)
         resume_from = self._resume_from()
         wanted = config.checkpoint.load_from if resume_from is None else None  # a run that goes on needs no other
@@ -147,6 +150,7 @@ class Trainer:
         if saved_guard is not None:
             self.guard.load_state_dict(saved_guard)
         self.runner = self._make_runner()
+        self.samples = SampleAnswers(config, self.processor, self.chunks, self.validation_loader)
         self.stop = StopSignals()
 
     def _languages(self) -> tuple[str, ...]:
@@ -270,9 +274,8 @@ class Trainer:
                 loaders = [loader for loader in (self.loader, self.validation_loader) if loader is not None]
                 beat = self.watchdog.beat
                 cache_features(self.config, self.chunks[0], self.processor, loaders, self.device, on_progress=beat)
-        settings = self.config.logging
         total = self.step + self._steps_left()
-        writer = MetricsWriter(self.output, settings, total_steps=total, start_step=self.step)
+        writer = MetricsWriter(self.config, total_steps=total, start_step=self.step)
         with writer, self.stop, self.watchdog.section("steps", f"training after step {self.step}"):
             try:
                 summary = self._train(writer, total)
@@ -303,6 +306,7 @@ class Trainer:
             writer.advance(**shown(self.log.last, result.metrics.loss))
             if self.validation_loader is not None and (self.step % config.validation.interval == 0 or done):
                 writer.write("validation", self.step, self.validate())
+                writer.write_samples(self.step, self.samples.answer())
             if self.step % config.checkpoint.interval == 0 or done or stopping:
                 self._save(wait=done or stopping or not config.checkpoint.asynchronous)
             self._advance_checkpoint()

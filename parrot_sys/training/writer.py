@@ -1,25 +1,25 @@
-"""Outputs of a run: metrics.jsonl, TensorBoard and the progress bar; only rank 0 has one that does anything."""
+"""Outputs of a run: metrics.jsonl, trackers and the progress bar; only rank 0 has one that does anything."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from parrot_sys.errors import DataError
 from parrot_sys.files import replace_text
-from parrot_sys.training.config import LoggingConfig
-from parrot_sys.training.metrics import describe
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+from parrot_sys.parallel.agreement import on_first_rank
+from parrot_sys.training.config import TrainConfig
+from parrot_sys.training.trackers.base import CaptionedImage
+from parrot_sys.training.trackers.registry import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +33,36 @@ class MetricsWriter:
     there once, and the summary comes last.
     """
 
-    def __init__(self, output: str | Path, config: LoggingConfig, *, total_steps: int, start_step: int = 0) -> None:
+    def __init__(self, config: TrainConfig, *, total_steps: int, start_step: int = 0) -> None:
+        """All ranks call it.
+
+        Raises:
+            ConfigError: a tracker cannot start; on every rank.
+        """
         self._active = dist.get_rank() == 0
+        self._total_steps = total_steps
+        self._image_interval = config.logging.image_interval
+        self._last_image = start_step
+        on_first_rank(lambda: self._start_trackers(config, start_step))
         if not self._active:
             return
-        folder = Path(output)
-        self._path = folder / METRICS_FILE
+        self._path = Path(config.output) / METRICS_FILE
         cut_records(self._path, start_step, without="summary")
         self._file = self._path.open("ab", buffering=0)
         self._unwritten = b""
-        self._board = None
-        if config.tensorboard:
-            # Imported late: it takes a second, and not every rank or run needs it.
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
-            total=total_steps, initial=start_step, desc="train", unit="step", disable=not config.progress, smoothing=0.1
+            total=total_steps,
+            initial=start_step,
+            desc="train",
+            unit="step",
+            disable=not config.logging.progress,
+            smoothing=0.1,
         )
+
+    def _start_trackers(self, config: TrainConfig, start_step: int) -> None:
+        from parrot_sys.training.trackers.facts import run_facts
+
+        self._trackers = Trackers(config.logging.trackers, lambda: run_facts(config, start_step))
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -63,12 +75,10 @@ class MetricsWriter:
         self._bar.close()
         self._append("")
         self._file.close()
-        if self._board is not None:
-            with suppress(OSError):  # was said when it failed
-                self._board.close()
+        self._trackers.close(failed=error is not None)
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        """Appends one record; its numbers, and lists of numbers one by one, also go to TensorBoard.
+        """Appends one record; trackers get its numbers, and now and then its routes as a heat map.
 
         Args:
             kind: `train`, `validation` or `summary`.
@@ -80,12 +90,28 @@ class MetricsWriter:
         # JSON has no NaN.
         plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
         self._append(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
-        if self._board is not None:
-            try:
-                _add_to_board(self._board, kind, step, record)
-            except OSError as error:  # raised by its writing thread, which has ended then
-                logger.error("no more TensorBoard events are written: %s", error)
-                self._board = None
+        if not self._trackers:
+            return
+        # Imported late: figures take a second, and not every run or rank draws some.
+        from parrot_sys.training.trackers.facts import numbers_of, routing_image
+
+        self._trackers.write_numbers(step, numbers_of(kind, record))
+        if self._draws(kind, step) and (image := routing_image(kind, step, record)) is not None:
+            self._trackers.write_images(step, f"{kind}/routing", [image])
+
+    def write_samples(self, step: int, samples: Sequence[CaptionedImage]) -> None:
+        """Trackers get sample answers."""
+        if self._active and samples:
+            self._trackers.write_images(step, "validation/answers", samples)
+
+    def _draws(self, kind: str, step: int) -> bool:
+        """Whether a record's routes are drawn: always of validations, else from time to time and at the end."""
+        if kind != "train":
+            return kind == "validation"
+        due = step - self._last_image >= self._image_interval or step == self._total_steps
+        if due:
+            self._last_image = step
+        return due
 
     def _append(self, line: str) -> None:
         """A full disk does not end the run: what could not be written is tried again with the next record."""
@@ -179,16 +205,3 @@ def cut_records(path: Path, last_step: int, *, without: str | None = None) -> No
             continue
     if (after := "".join(kept)) != before:
         replace_text(path, after)
-
-
-def _add_to_board(board: SummaryWriter, kind: str, step: int, record: dict[str, Any]) -> None:
-    """Scalars with their descriptions, which TensorBoard shows beside each chart (`add_scalar` takes none)."""
-    from torch.utils.tensorboard.summary import scalar
-
-    for name, value in record.items():
-        for index, number in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(number, int | float):
-                summary = scalar(f"{kind}/{name}/{index}" if isinstance(value, list) else f"{kind}/{name}", number)
-                summary.value[0].metadata.plugin_data.plugin_name = "scalars"
-                summary.value[0].metadata.summary_description = describe(kind, name)
-                board._get_file_writer().add_summary(summary, step)

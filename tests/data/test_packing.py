@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from parrot_kernels._host import first_fit_decreasing
+from parrot_kernels.host import first_fit_decreasing
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample, expanded_lengths, pack_samples, plan_micro_batches

@@ -15,8 +15,9 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from parrot_sys.evaluation import fonts, plots
-from parrot_sys.evaluation.fonts import Lettering, explain_numbers
+from parrot_sys import fonts, heat_maps
+from parrot_sys.evaluation import plots
+from parrot_sys.fonts import Lettering, explain_numbers
 
 CHINESE, ARABIC, RUSSIAN = "\u52a8\u7269", "\u062d\u064a\u0648\u0627\u0646", "\u0437\u0432\u0435\u0440\u0438"
 
@@ -80,7 +81,7 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], path: Path, **more: object
         "name": "style", "title": "accuracy", "x_label": "language", "color_label": "accuracy (%)",
         "limits": (0.0, 100.0), "mark": ("guessing", 25.0), "digits": 0, "path": path / "map.png", **more,
     }  # fmt: skip
-    return plots.heat_map(rows, **settings)  # type: ignore[arg-type]
+    return heat_maps.heat_map(rows, **settings)  # type: ignore[arg-type]
 
 
 def texts(figure: Figure) -> list[str]:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from parrot_sys.evaluation import plots
+from parrot_sys import heat_maps
 from parrot_sys.evaluation.items import Item, Prediction, Routing
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.outcomes import Outcome, compare_languages, mean_interval
@@ -124,8 +124,8 @@ def test_circular_rows_stand_where_something_is_rotated(
     tmp_path: Path, name: str, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    real = plots.heat_map
-    monkeypatch.setattr(plots, "heat_map", lambda *a, **k: (drawn.append(k), real(*a, **k))[1])
+    real = heat_maps.heat_map
+    monkeypatch.setattr(heat_maps, "heat_map", lambda *a, **k: (drawn.append(k), real(*a, **k))[1])
     write_table(tmp_path / "data" / f"{name}.tsv", questions(3, rotated=rotated, category="x"))
     always_a = Scripted(lambda item, routing: "A")
     content, text = report(tmp_path / "data", always_a, routing=("model", "off"))

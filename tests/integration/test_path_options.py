@@ -109,7 +109,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     values["vision"].pop("path")
     settings = {"model": values, "precision": "fp32", "global_batch_size": 1, "max_steps": 1}
-    settings |= {"checkpoint": {"export": False}, "logging": {"tensorboard": False, "progress": False}}
+    settings |= {"checkpoint": {"export": False}, "logging": {"trackers": [], "progress": False}}
     (root / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (root / "llava.json").write_text((root / "records.json").read_text())
     (root / "questions.json").write_text(json.dumps({"questions": []}))

@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOP_FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "THIRD_PARTY_NOTICES.md", "MANIFEST.in"]
+TOP_FILES = [
+    "setup.py",
+    "build_backend.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    "THIRD_PARTY_NOTICES.md",
+    "MANIFEST.in",
+]
 
 CUDA_SOURCE = """
 __global__ void fill(float* out, float value) { out[threadIdx.x] = value; }
@@ -99,6 +108,13 @@ def test_the_wheel_holds_both_packages_and_nothing_else(project: Path, tmp_path:
     files = [path.relative_to(project) for path in [*package.rglob("*.py"), *data] if path.is_file()]
     assert not [str(path) for path in files if str(path) not in names]
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {"parrot_kernels/py.typed", "parrot_sys/py.typed"} <= set(names)
+
+
+def test_without_a_compiler_nothing_is_compiled(project: Path) -> None:
+    result = build(project, CXX="", PATH="/nowhere")
+    assert result.returncode == 0, result.stderr
+    assert "ninja" not in result.stdout
 
 
 def test_without_extension_nothing_is_compiled(project: Path) -> None:
@@ -112,6 +128,8 @@ def test_without_extension_nothing_is_compiled(project: Path) -> None:
         ({"PARROT_CUDA": "yes"}, "PARROT_CUDA must be 0, 1 or auto, got 'yes'"),
         ({"PARROT_CUDA": "1", "CUDA_HOME": "/nowhere", "CUDACXX": "/nowhere/nvcc", "PATH": "/usr/bin:/bin"}, "nvcc"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler) found"),
+        ({"PARROT_SKIP_EXTENSION": "0", "CXX": "", "PATH": "/nowhere"}, "no C++ compiler (c++, g++, clang++) found"),
+        ({"PARROT_SKIP_EXTENSION": "yes"}, "PARROT_SKIP_EXTENSION must be 0, 1 or auto, got 'yes'"),
     ],
 )
 def test_what_the_build_lacks_is_named(project: Path, environment: dict[str, str], message: str) -> None:

@@ -306,12 +306,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(
 
 def test_records_wait_for_room_on_the_disk(tmp_path: Path) -> None:
     def job(folder: Path) -> list[int]:
-        from parrot_sys.training.config import LoggingConfig
         from parrot_sys.training.writer import MetricsWriter
 
+        config = replace(tiny_config(folder), output=str(folder))
+
         def write(rank: int, size: int) -> None:
-            logging = LoggingConfig(tensorboard=False, progress=False)
-            with MetricsWriter(folder, logging, total_steps=9) as writer:
+            with MetricsWriter(config, total_steps=9) as writer:
                 writer.write("train", 1, {"loss": 1.0})
                 _fill(folder)
                 for step in range(2, 9):

@@ -21,13 +21,15 @@ CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints_0_1"
 
 
 def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of version 0.1, which had one for the rate of each part, and switches for experts and routers."""
+    """Settings of version 0.1: one for the rate of each part, and switches for experts, routers and TensorBoard."""
     optimizer = dict(settings["optimizer"])
     parts = {f"{part}_lr": part for part in all_parts()}
     lrs = {part: optimizer.pop(name) for name, part in parts.items() if name in optimizer}
     bypass = saved_bypass(settings, config_from_dict(ParrotConfig, settings["model"]))
+    logging = dict(settings["logging"])
+    logging["trackers"] = ["tensorboard"] if logging.pop("tensorboard") else []
     kept = {name: value for name, value in settings.items() if name not in ("use_moe", "use_router")}
-    return {**kept, "bypass": list(bypass), "optimizer": {**optimizer, "lrs": lrs}}
+    return {**kept, "bypass": list(bypass), "logging": logging, "optimizer": {**optimizer, "lrs": lrs}}
 
 
 @pytest.mark.parametrize("system", ["parrot", "wings", "multimodal_gpt"])

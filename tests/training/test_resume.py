@@ -56,7 +56,7 @@ def _start(config: TrainConfig) -> str:
 def test_records_do_not_depend_on_interruptions(tmp_path: Path) -> None:
     """Interrupted at random steps, by SIGTERM, Ctrl-C and kill -9, with records over three steps."""
     settings: dict[str, Any] = {
-        "logging": LoggingConfig(interval=3, tensorboard=False, progress=False),
+        "logging": LoggingConfig(interval=3, trackers=(), progress=False),
         "checkpoint": CheckpointConfig(interval=2, load_from=str(MODEL), export=False, asynchronous=False),
         "validation": ValidationConfig(
             paths=(str(tmp_path / "records.json"),), image_roots=(str(FIXTURE),), interval=4, batches=1

@@ -205,7 +205,7 @@ def test_validation_is_over_the_same_samples_and_leaves_training_alone(tmp_path:
 
 
 def test_records_and_files_of_a_run(tmp_path: Path) -> None:
-    logging = LoggingConfig(interval=3, tensorboard=True, progress=False)
+    logging = LoggingConfig(interval=3, trackers=("tensorboard",), progress=False)
     checkpoints = CheckpointConfig(interval=3, load_from=str(MODEL))
     config = tiny_config(tmp_path, logging=logging, checkpoint=checkpoints)
     run(config)
@@ -289,9 +289,10 @@ def test_interrupted_metrics_are_taken_back(tmp_path: Path) -> None:
     lines = [json.dumps({"kind": "train", "step": step, "loss": 1.0}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"kind": "train", "st')
 
+    config = dataclasses.replace(tiny_config(tmp_path), output=str(tmp_path))
+
     def write(rank: int, size: int) -> None:
-        logging = LoggingConfig(tensorboard=False, progress=False)
-        with MetricsWriter(tmp_path, logging, total_steps=5, start_step=2) as writer:
+        with MetricsWriter(config, total_steps=5, start_step=2) as writer:
             writer.write("train", 3, {"loss": 0.5})
             writer.write("validation", 3, {"loss": float("nan")})
 

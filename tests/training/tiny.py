@@ -61,7 +61,7 @@ def tiny_config(folder: Path, *, output: str = "run", copies: int = 4, **setting
         "epochs": 2.0,
         "optimizer": OptimizerConfig(lr=1e-3, lrs={"projector": 2e-3}),
         "checkpoint": CheckpointConfig(interval=3, load_from=str(MODEL), export=False),
-        "logging": LoggingConfig(interval=1, tensorboard=False, progress=False),
+        "logging": LoggingConfig(interval=1, trackers=(), progress=False),
         "validation": ValidationConfig(),
     }
     return TrainConfig(output=str(folder / output), **(defaults | settings))

@@ -11,11 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.headlines import Scores, average_interval, headlines, measure_of, metric_of, outcomes_of
 from parrot_sys.evaluation.markdown import PAIRED, paired_table
 from parrot_sys.evaluation.outcomes import compare_languages
 from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
+from parrot_sys.fonts import explain_numbers
 from parrot_sys.markdown_tables import fixed, percent, table
 from studies import recipes
 from studies.pipeline import Pipeline, Step

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from parrot_sys.evaluation import plots
-from parrot_sys.evaluation.fonts import explain_numbers
 from parrot_sys.evaluation.markdown import PAIRED, paired_table
+from parrot_sys.fonts import explain_numbers
 from parrot_sys.markdown_tables import fixed, interval_text, table
 from studies.experiment import Experiment
 from studies.measures import AVERAGE, EXCEPT_EN

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -64,6 +65,14 @@ class Lettering:
             assert isinstance(each, Text)
             each.set_fontfamily(list(self._families))
             each.set_parse_math(False)
+
+    def save(self, figure: Figure, path: Path | BinaryIO) -> Mapping[str, str]:
+        """Writes the figure as PNG with these fonts; the legend. `path`: name of the file, or the opened file."""
+        self.apply(figure)
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, format="png")
+        return self.legend
 
 
 def explain_numbers(legend: Mapping[str, str]) -> str:
