@@ -1,0 +1,74 @@
+// Pictures of the next message: chosen, dropped or pasted; each is kept as a data URL.
+
+import { text } from "./texts.js";
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+async function isPicture(url) {
+  const image = new Image();
+  image.src = url;
+  return image.decode().then(() => true, () => false);
+}
+
+/** The list of pictures beside the message. */
+export class Pictures {
+  constructor(list, { onError }) {
+    this.list = list;
+    this.onError = onError;
+    this.entries = [];
+  }
+
+  async add(files) {
+    for (const file of files) {
+      const url = await read(file);
+      if (await isPicture(url)) this.entries.push({ name: file.name, url });
+      else this.onError(text("notPicture", { file: file.name }));
+    }
+    this.draw();
+  }
+
+  /** Takes the pictures out for a message. */
+  take() {
+    const taken = this.entries;
+    this.entries = [];
+    this.draw();
+    return taken;
+  }
+
+  /** Puts pictures back that were taken. */
+  restore(taken) {
+    this.entries = [...taken, ...this.entries];
+    this.draw();
+  }
+
+  draw() {
+    this.list.replaceChildren(...this.entries.map((entry, index) => {
+      const item = document.createElement("li");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = "×";
+      button.setAttribute("aria-label", text("remove", { file: entry.name }));
+      button.onclick = () => {
+        this.entries.splice(index, 1);
+        this.draw();
+      };
+      item.append(thumbnail(entry.url, index), button);
+      return item;
+    }));
+  }
+}
+
+/** A small picture with its number as text. */
+export function thumbnail(url, index) {
+  const image = document.createElement("img");
+  image.src = url;
+  image.alt = text("picture", { number: index + 1 });
+  return image;
+}
