@@ -108,6 +108,7 @@ class _Answer:
         guidance_ids: Tensor,
         sampler: RequestSampler,
         tokenizer: TextDecoder | None,
+        known: Sequence[int],
         num_prompt_rows: int,
     ) -> None:
         self.request = request
@@ -117,6 +118,8 @@ class _Answer:
         self.sampler = sampler
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self.stops = StopStrings(request.stop_strings)
+        self.known = known
+        """Ids of the prompt's rows and of what was given after it, also the last, which may not have to run."""
         self.num_prompt_rows = num_prompt_rows
         self.scored: dict[int, TokenLogprob] = {}
         """Row -> log-probability of its id, of the prompt and what was given after it."""
@@ -128,14 +131,12 @@ class _Answer:
 
     def targets(self, chunk: Chunk) -> list[tuple[int, int, int]]:
         """Rows of a chunk whose next id is scored: place among the wanted logits, row of the next id, the id."""
-        ids, given = self.rows.ids, self.request.given
-        end = self.num_prompt_rows + len(given)
         found = []
         for place, row in enumerate(chunk.logits_rows):
             nxt = row + 1
-            if nxt >= end:
+            if nxt >= len(self.known):
                 continue
-            token = ids[nxt] if nxt < len(ids) else given[nxt - self.num_prompt_rows]
+            token = self.known[nxt]
             wanted = nxt >= self.num_prompt_rows or self.request.prompt_logprobs is not None
             if wanted and token >= 0:
                 found.append((place, nxt, token))
@@ -197,7 +198,8 @@ class Engine:
         model = self.model
         prompt = expand(request, model.rows_per_image, model.guidance, model.readers, guided=model.guided)
         self.config.limits.check(prompt_rows=len(prompt.ids), images=len(prompt.images))
-        ids, num_prompt_rows = [*prompt.ids, *request.given], len(prompt.ids)
+        known, num_prompt_rows = (*prompt.ids, *request.given), len(prompt.ids)
+        ids = list(known)
         if not request.max_new_tokens and len(ids) > 1:
             ids.pop()  # nobody wants the logits after it
         first = 0 if request.prompt_logprobs is not None else num_prompt_rows - 1 if request.given else len(ids) - 1
@@ -215,7 +217,7 @@ class Engine:
         sampler = RequestSampler(request.sampling, ids, model.vocab_size, device=model.device)
         self.scheduler.submit(rows)
         self._answers[self._count] = _Answer(
-            request, rows, prompt.images, prompt.guidance_ids, sampler, self._tokenizer, num_prompt_rows
+            request, rows, prompt.images, prompt.guidance_ids, sampler, self._tokenizer, known, num_prompt_rows
         )
         self._count += 1
         return rows.number

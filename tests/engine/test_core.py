@@ -336,6 +336,17 @@ def test_stop_strings_ids_and_deadlines(served: dict[str, Served]) -> None:
     assert texts[3] == words.decode(tokens[3])
 
 
+def test_a_prompt_alone_is_scored_to_its_last_token(served: dict[str, Served]) -> None:
+    own = served["parrot"]
+    scored = []
+    for new_tokens in (0, 1):
+        engine = Engine(own.model.lockstep, EngineConfig())
+        engine.submit(EngineRequest(sample=own.sample(4), max_new_tokens=new_tokens, prompt_logprobs=1))
+        scored.append([each for delta in engine.step() for each in delta.scored])
+    assert [own.token for own in scored[0]] == list(PROMPTS[4].ids[1:])
+    assert [own.logprob for own in scored[0]] == pytest.approx([own.logprob for own in scored[1]], abs=1e-5)
+
+
 @settings(max_examples=8, deadline=None)
 @given(rests=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=20), blocks=st.integers(13, 30))
 def test_answers_that_rest_go_on_as_if_they_had_not(
