@@ -40,6 +40,10 @@ class DataError(ParrotError, ValueError):
     """A record, image or data set is missing, broken or inconsistent; the message names file, record and reason."""
 
 
+class ImageTooLargeError(DataError):
+    """A picture is larger than pictures may be."""
+
+
 class StorageError(DataError):
     """A file that holds the data of many samples is damaged or has changed: no fault of a sample, so that leaving the
     sample out is no answer."""

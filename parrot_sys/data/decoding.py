@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from parrot_sys.data.image_files import ImageFile, check_regular
-from parrot_sys.errors import ConfigError, DataError, StorageError, printable
+from parrot_sys.errors import ConfigError, DataError, ImageTooLargeError, StorageError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -78,17 +78,18 @@ class ImageLimits:
     def check(self, width: int, height: int) -> None:
         """
         Raises:
-            DataError: a picture of this size is over a limit; names size, limit and setting.
+            DataError: a picture has no pixels.
+            ImageTooLargeError: a picture of this size is over a limit; names size, limit and setting.
         """
         if min(width, height) < 1:
             raise DataError(f"has {width} x {height} pixels; wanted at least one")
         if width * height > self.max_pixels:
-            raise DataError(
+            raise ImageTooLargeError(
                 f"has {width} x {height} pixels, more than image_limits.max_pixels={self.max_pixels}; make it smaller, "
                 "or raise the limit"
             )
         if (ratio := max(width, height) / min(width, height)) > self.max_aspect_ratio:
-            raise DataError(
+            raise ImageTooLargeError(
                 f"has {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than "
                 f"image_limits.max_aspect_ratio={self.max_aspect_ratio:g}; cut it, or raise the limit"
             )
@@ -249,7 +250,9 @@ def _errors_of(name: str) -> Iterator[None]:
     except StorageError:
         raise
     except DataError as error:
-        raise DataError(f"image {name} {error}") from None
+        raise type(error)(f"image {name} {error}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(f"image {name} cannot be read: {type(error).__name__}: {error}") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error, ...
         raise DataError(f"image {name} cannot be read: {type(error).__name__}: {error}") from error
 
