@@ -94,13 +94,18 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def parse_arguments(description: str | None, repeats: int) -> argparse.Namespace:
+def argument_parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """`--json`, `--threads`, `--repeats`, as every benchmark that runs by itself takes them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds (default {repeats})")
-    arguments = parser.parse_args()
+    return parser
+
+
+def parse_arguments(description: str | None, repeats: int) -> argparse.Namespace:
+    """Values of the arguments of `argument_parser`; sets the threads."""
+    arguments = argument_parser(description, repeats).parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
 

@@ -94,6 +94,11 @@ class Answering(ABC):
             "model": name,
         }
 
+    def close(self) -> None:
+        """Nobody waits for the answers any more."""
+        for stream in self.streams:
+            stream.close()
+
     def usage(self) -> Json:
         """Counts of tokens."""
         prompt = sum(own.rows for own in self.prompts)
@@ -126,9 +131,9 @@ class Answering(ABC):
             for first in self.first_chunks():
                 yield {**head, "choices": [first], **none}
             extras_due = True
-            async for _, part in parts:
-                extras = self.extras() if extras_due else {}
-                extras_due = False
+            async for place, part in parts:
+                extras = self.extras() if extras_due and place == 0 else {}  # (they are those of the first answer)
+                extras_due = extras_due and place != 0
                 if not self.is_empty(part) or extras:
                     yield {**head, "choices": [part], **none, **extras}
         except ApiError as error:
@@ -155,7 +160,7 @@ class Answering(ABC):
             await pieces.aclose()
 
     def extras(self) -> Json:
-        """Fields besides the choices, once the first piece is there."""
+        """Fields besides the choices, once the first piece of the first answer is there."""
         return {}
 
     def first_chunks(self) -> list[Json]:

@@ -29,7 +29,8 @@ from parrot_sys.serving.driver import EngineDriver
 from parrot_sys.serving.errors import ApiError, as_api_error
 from parrot_sys.serving.http import BodyReader, EventStream, error_response, facts_of, until_disconnect
 from parrot_sys.serving.metrics import Metrics
-from parrot_sys.serving.prompts import Preparer, Prompt, parse
+from parrot_sys.serving.parsing import parse
+from parrot_sys.serving.prompts import Preparer, Prompt
 from parrot_sys.serving.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from parrot_sys.serving.routes import routing_field
 from parrot_sys.serving.token_texts import TokenTexts
@@ -105,15 +106,12 @@ class Service:
         made = await self.submitted(request, prepare, answering)
         facts = facts_of(request.scope)
         if made.request.stream:
-            return EventStream(self._noted(made, facts))
-
-        async def whole() -> dict[str, Any]:
-            try:
-                return await made.whole()
-            finally:
-                _note(made, facts)
-
-        answer = await until_disconnect(request.receive, whole())
+            return EventStream(self._noted(made, facts), made.close)
+        try:
+            answer = await until_disconnect(request.receive, made.whole())
+        finally:
+            made.close()
+            _note(made, facts)
         if self.config.log_texts:
             facts["answers"] = answer["choices"]
         return JSONResponse(answer)

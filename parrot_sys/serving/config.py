@@ -20,7 +20,7 @@ from parrot_sys.systems.section import Compat
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class RemoteConfig:
+class RemoteImages:
     """Pictures that requests name by an address (`https://...`), which the server then fetches."""
 
     enabled: bool = False
@@ -78,8 +78,11 @@ class ServeConfig:
     """Largest pictures that are decoded."""
     image_workers: int = 2
     """Threads that decode pictures and tokenise prompts."""
-    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    remote: RemoteImages = field(default_factory=RemoteImages)
     """Pictures behind addresses."""
+    replicas: int = 1
+    """Copies of the model behind the port, each in a process of its own (on GPUs: one on each); a request goes to the
+    one that answers the fewest."""
     max_choices: int = 16
     """Most answers of a request: `n`, times prompts where there are several."""
     max_pending_bytes: int = 256 * 2**20
@@ -111,7 +114,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        for name in ("image_workers", "max_choices", "max_pending_bytes", "stream_queue"):
+        for name in ("image_workers", "replicas", "max_choices", "max_pending_bytes", "stream_queue"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         for name in ("request_seconds", "body_seconds"):

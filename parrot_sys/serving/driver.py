@@ -135,10 +135,11 @@ class EngineDriver:
         self._loop, self._on_death = loop, on_death
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends all answers with an error, and the thread."""
+    def stop(self, *, seconds: float = 10.0) -> bool:
+        """Ends all answers with an error, and the thread; False where it hangs in a step."""
         self._commands.put(self._stop)
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def end_all(self, message: str) -> None:
         """Ends all answers with an error."""

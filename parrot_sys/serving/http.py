@@ -72,22 +72,26 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], close: Callable[[], None]) -> None:
         """
         Args:
             chunks: data of the events.
+            close: called at the end, also when no event was asked for.
         """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await until_disconnect(receive, self._write(send))
         except ClientDisconnect:
             facts_of(scope)["disconnected"] = True
+        finally:
+            self._close()
 
     async def _write(self, send: Send) -> None:
         try:

@@ -5,39 +5,14 @@ The header of a picture is asked for its size before anything is decoded (`Image
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
-import urllib.parse
-
 from parrot_sys.data.decoding import ImageLimits, inspect_image
+from parrot_sys.data.image_sources.data_urls import decode_url
 from parrot_sys.data.picture import Picture
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.engine.scheduler import AdmissionLimits
-from parrot_sys.errors import DataError
+from parrot_sys.errors import DataError, ImageTooLargeError
 from parrot_sys.serving.errors import ApiError, wrong
 from parrot_sys.serving.remote import RemoteFetcher
-
-_HEADER = re.compile(r"data:[^,;]*(?P<options>(?:;[^,;]*)*),", re.IGNORECASE)
-_HEADER_LENGTH = 256
-
-
-def data_url_bytes(url: str, param: str) -> bytes:
-    """Contents of a base64 data URL.
-
-    Raises:
-        ApiError: it is none; `param` names it.
-    """
-    header = _HEADER.match(url[:_HEADER_LENGTH])
-    if header is None or not header["options"].lower().endswith(";base64"):
-        raise wrong("a data URL must be data:image/TYPE;base64,...", param, "invalid_image_url")
-    text = url[header.end() :]
-    if "%" in text:
-        text = urllib.parse.unquote(text)
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise wrong(f"the data URL holds no valid base64: {error}", param, "invalid_base64") from None
 
 
 class PictureReader:
@@ -82,7 +57,10 @@ class PictureReader:
     def _file(self, url: str, param: str, size: int) -> bytes:
         scheme = url[:32].partition(":")[0].lower()
         if scheme == "data":
-            return data_url_bytes(url, param)
+            try:
+                return decode_url(url)
+            except DataError as error:
+                raise wrong(str(error), param, "invalid_image_url") from None
         if scheme not in ("http", "https"):
             raise wrong(
                 "a picture's url must be a data URL (data:image/png;base64,...) or begin with http:// or https://",
@@ -102,13 +80,11 @@ class PictureReader:
 def _pixels(file: bytes, limits: ImageLimits | None, param: str) -> int:
     """Pixels of a picture, by its header."""
     try:
-        facts = inspect_image(file)
+        facts = inspect_image(file, limits)
+    except ImageTooLargeError as error:
+        raise ApiError(413, str(error), param=param, code="image_too_large") from None
     except DataError as error:
         raise wrong(str(error), param, "invalid_image") from None
-    try:
-        (limits or ImageLimits()).check(facts.width, facts.height)
-    except DataError as error:
-        raise ApiError(413, f"the picture {error}", param=param, code="image_too_large") from None
     return facts.width * facts.height
 
 

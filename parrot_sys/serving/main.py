@@ -24,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     setup_logging()
     keys = _keys(config)
     listener = _listen(config) if platform.launch().rank == 0 else None  # before the model, which takes long
+    if config.replicas > 1:
+        return _serve_replicas(argv, config, listener)
     # Imported late: Megatron takes seconds, and a wrong command line should not.
     from parrot_sys.engine.lockstep import check_processes
     from parrot_sys.inference.pretrained import load_pretrained
@@ -47,6 +49,14 @@ def main(argv: Sequence[str]) -> int:
         return serve(model, processor, config, keys, listener)
 
     return model.lockstep.run(program)
+
+
+def _serve_replicas(argv: Sequence[str], config: ServeConfig, listener: socket.socket | None) -> int:
+    from parrot_sys.serving.replicas import serve_replicas
+
+    if platform.launch().from_launcher or listener is None:
+        raise ConfigError("replicas must be 1 under torchrun, whose processes serve one model together")
+    return serve_replicas(argv, config.replicas, listener, drain_seconds=config.drain_seconds)
 
 
 def _keys(config: ServeConfig) -> list[str]:

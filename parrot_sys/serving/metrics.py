@@ -36,8 +36,8 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self.registry.register(_EngineCollector(driver, name))  # type: ignore[arg-type]
         self._name = name
-        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Rows of prompts.")
-        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens of answers.")
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Rows of prompts.").labels(name)
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens of answers.").labels(name)
         self.successes = self._counter("vllm:request_success", "Answers that were completed.", "finished_reason")
         self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token.", _SECONDS)
         self.between = self._histogram("vllm:inter_token_latency_seconds", "From one token to the next.", _SECONDS)
@@ -50,11 +50,16 @@ class Metrics:
         return Counter(name, about, ["model_name", *labels], registry=self.registry)
 
     def _histogram(self, name: str, about: str, buckets: Iterable[float]) -> Histogram:
-        return Histogram(name, about, ["model_name"], buckets=tuple(buckets), registry=self.registry)
+        made = Histogram(name, about, ["model_name"], buckets=tuple(buckets), registry=self.registry)
+        return made.labels(self._name)
 
     def answer(self) -> AnswerTimes:
         """Measures one answer from now on."""
-        return AnswerTimes(self, self._name)
+        return AnswerTimes(self)
+
+    def count_end(self, reason: str) -> None:
+        """Counts an answer that has ended."""
+        self.successes.labels(self._name, reason).inc()
 
     def count_http(self, path: str, status: int) -> None:
         """Counts an answer."""
@@ -68,29 +73,28 @@ class Metrics:
 class AnswerTimes:
     """Times of one answer."""
 
-    def __init__(self, metrics: Metrics, name: str) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._name = name
         self._start = time.monotonic()
         self._last: float | None = None
         self._tokens = 0
 
     def take(self, piece: Piece, prompt_rows: int) -> None:
         """Notes a piece."""
-        metrics, name, delta = self._metrics, self._name, piece.delta
+        metrics, delta = self._metrics, piece.delta
         if self._last is None:
-            metrics.first_token.labels(name).observe(piece.time - self._start)
-            metrics.prompt_tokens.labels(name).inc(prompt_rows)
-            metrics.prompt_sizes.labels(name).observe(prompt_rows)
+            metrics.first_token.observe(piece.time - self._start)
+            metrics.prompt_tokens.inc(prompt_rows)
+            metrics.prompt_sizes.observe(prompt_rows)
         elif delta.tokens:
-            metrics.between.labels(name).observe(piece.time - self._last)
+            metrics.between.observe(piece.time - self._last)
         self._last = piece.time
         self._tokens += len(delta.tokens)
-        metrics.generation_tokens.labels(name).inc(len(delta.tokens))
+        metrics.generation_tokens.inc(len(delta.tokens))
         if delta.finish_reason is not None:
-            metrics.whole.labels(name).observe(piece.time - self._start)
-            metrics.answer_sizes.labels(name).observe(self._tokens)
-            metrics.successes.labels(name, delta.finish_reason).inc()
+            metrics.whole.observe(piece.time - self._start)
+            metrics.answer_sizes.observe(self._tokens)
+            metrics.count_end(delta.finish_reason)
 
 
 class _EngineCollector:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
@@ -21,8 +18,9 @@ from parrot_sys.inference.inputs import first_answer_after
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.requests import check_rows, free_rows, num_rows
 from parrot_sys.serving.config import ServeConfig
-from parrot_sys.serving.errors import ApiError, as_api_error, path_of, wrong
+from parrot_sys.serving.errors import ApiError, as_api_error, wrong
 from parrot_sys.serving.images import PictureReader
+from parrot_sys.serving.parsing import parse
 from parrot_sys.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -33,7 +31,6 @@ from parrot_sys.serving.protocol import (
 )
 from parrot_sys.serving.remote import RemoteFetcher
 
-M = TypeVar("M", bound=BaseModel)
 _ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
 
@@ -45,44 +42,6 @@ class Prompt:
     rows: int
     """Rows that it takes with its pictures: what usage counts as its tokens."""
     requests: list[EngineRequest]
-
-
-def parse(kind: type[M], body: bytes) -> M:
-    """The request in a body.
-
-    Raises:
-        ApiError: 400 names the part that is wrong.
-    """
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _first_error(error, body) from None
-
-
-def _first_error(error: ValidationError, body: bytes) -> ApiError:
-    """The error of the innermost wrong part: of the forms that a field may have, that one was meant."""
-    details = error.errors(include_url=False, include_context=False, include_input=False)
-    if details[0]["type"] == "json_invalid":
-        return wrong(f"the body is no valid JSON: {details[0]['msg']}", None, "invalid_json")
-    whole = json.loads(body)
-    located = [(_real_path(whole, detail["loc"]), detail["msg"]) for detail in details]
-    path, message = max(located, key=lambda each: len(each[0]))
-    name = path_of(path)
-    return wrong(f"{name}: {message}" if name else message, name, "invalid_value")
-
-
-def _real_path(whole: Any, location: Sequence[int | str]) -> list[int | str]:
-    """A place as the sender knows it: without the names of the forms that a field may have."""
-    path: list[int | str] = []
-    for place, part in enumerate(location):
-        if isinstance(whole, dict) and part in whole:
-            whole = whole[part]  # type: ignore[index]
-        elif isinstance(whole, list) and isinstance(part, int) and part < len(whole):
-            whole = whole[part]
-        elif not (isinstance(whole, dict) and place == len(location) - 1 and isinstance(part, str)):
-            continue  # (what is left at the end is a field that is missing)
-        path.append(part)
-    return path
 
 
 class Preparer:

@@ -17,9 +17,9 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Strict(BaseModel):
-    """Base of all: no unknown fields, no NaN."""
+    """Base of all: no unknown fields, no NaN, no numbers in texts."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class ImageUrl(Strict):

@@ -14,7 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 
-from parrot_sys.serving.config import RemoteConfig
+from parrot_sys.serving.config import RemoteImages
 from parrot_sys.serving.errors import ApiError, wrong
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -46,7 +46,7 @@ def is_public(address: Address) -> bool:
 class RemoteFetcher:
     """Fetches pictures."""
 
-    def __init__(self, config: RemoteConfig, *, resolver: Resolver = resolve) -> None:
+    def __init__(self, config: RemoteImages, *, resolver: Resolver = resolve) -> None:
         """
         Args:
             config: limits.

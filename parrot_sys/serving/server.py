@@ -1,16 +1,12 @@
-"""The server as a process: its parts, its signals, its log."""
+"""The server of one model: its parts, its start and its end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
-import signal
 import socket
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,50 +20,32 @@ from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.driver import EngineDriver
 from parrot_sys.serving.http import BodyReader, Guard
 from parrot_sys.serving.metrics import Metrics
+from parrot_sys.serving.process import Server, log, settings_of
 from parrot_sys.serving.prompts import Preparer
 from parrot_sys.serving.token_texts import TokenTexts
 from parrot_sys.serving.warmup import warm_up
 from parrot_sys.systems.registry import system_of
 
-_KEEP_ALIVE_SECONDS = 75
-"""Longer than load balancers keep a connection: else they send requests into one that just closed."""
 _SWITCH_SECONDS = 0.001
 """The loop answers while the engine's thread works in Python."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Server(uvicorn.Server):
-    """Ends in order when it is asked to, and when the engine has failed."""
+class _ModelServer(Server):
+    """Starts and ends the engine's thread, and ends when the engine has failed."""
 
     def __init__(self, settings: uvicorn.Config, service: Service, listener: socket.socket) -> None:
-        super().__init__(settings)
+        super().__init__(settings, listener, facts={"model": service.preparer.name})
         self._service = service
-        self._listener = listener
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handles signals; unlike uvicorn's own, none ends the process once answers have ended."""
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the engine's thread and listens."""
         self._service.driver.start(asyncio.get_running_loop(), self._engine_died)
         await super().startup(sockets)
-        host, port = self._listener.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        log("ready", url=f"http://{address}:{port}", model=self._service.preparer.name, pid=os.getpid())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests; answers get their time to end, then end with an error."""
-        log("draining", seconds=self._service.config.drain_seconds)
-        asyncio.get_running_loop().call_later(
-            self._service.config.drain_seconds, self._service.driver.end_all, "the server stops"
-        )
+        seconds, driver = self._service.config.drain_seconds, self._service.driver
+        asyncio.get_running_loop().call_later(seconds, driver.end_all, "the server stops")
         await super().shutdown(sockets)
 
     def _engine_died(self) -> None:
@@ -100,21 +78,14 @@ def serve(
         service.metrics.count_http(facts.pop("route"), facts["status"])
         log("request", **facts)
 
-    settings = uvicorn.Config(
-        Guard(create_app(service), keys=keys, on_answer=on_answer),
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=int(config.drain_seconds) + 5,
-    )
-    server = _Server(settings, service, listener)
+    app = Guard(create_app(service), keys=keys, on_answer=on_answer)
+    server = _ModelServer(uvicorn.Config(app, **settings_of(config.drain_seconds)), service, listener)
     asyncio.run(server.serve([listener]))
-    service.driver.stop()
+    stopped = service.driver.stop()
     service.workers.shutdown(wait=False, cancel_futures=True)
-    if service.driver.is_dead:
-        log("stopped", reason="the engine has failed", error=repr(service.driver.error))
+    if service.driver.is_dead or not stopped:
+        reason = repr(service.driver.error) if service.driver.is_dead else "a step does not end"
+        log("stopped", reason="the engine has failed", error=reason)
         sys.stderr.flush()
         os._exit(1)  # other ranks may wait in a step for ever: who has started them ends them
     log("stopped")
@@ -143,10 +114,3 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         workers=ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare"),
         bodies=BodyReader(max_bytes=config.max_body, max_pending=config.max_pending_bytes, seconds=config.body_seconds),
     )
-
-
-def log(event: str, **facts: Any) -> None:
-    """One line of JSON on standard error."""
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-    sys.stderr.write(json.dumps(line) + "\n")
-    sys.stderr.flush()
