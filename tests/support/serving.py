@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Server:
     url: str
     process: BaseProcess
     log: Path
+    followers: list[BaseProcess]
+    """Further ranks."""
 
     def openai(self, **options: Any) -> openai.OpenAI:
         """A client, without retries."""
@@ -90,6 +93,7 @@ def serving(
     checkpoint: Path = CHECKPOINT,
     before: Callable[[], None] | None = None,
     environment: Sequence[tuple[str, str]] = (),
+    ranks: int = 1,
 ) -> Iterator[Server]:
     """Runs `parrot serve`.
 
@@ -99,19 +103,35 @@ def serving(
         checkpoint: that is served.
         before: called in the process before the command.
         environment: further variables.
+        ranks: processes that serve the model together.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     log = folder / "serve.log"
     log.touch()
     argv = ["serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
-    process = context.Process(target=_run, args=(argv, str(log), before, tuple(environment)))
-    process.start()
+    processes = [
+        context.Process(target=_run, args=(argv, str(log), before, (*environment, *launch)))
+        for launch in _launches(ranks)
+    ]
+    for process in processes:
+        process.start()
     try:
-        yield Server(url=_wait_ready(process, log), process=process, log=log)
+        yield Server(url=_wait_ready(processes[0], log), process=processes[0], log=log, followers=processes[1:])
     finally:
-        process.kill()
-        process.join()
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _launches(ranks: int) -> list[list[tuple[str, str]]]:
+    """Variables that torchrun sets in each process."""
+    if ranks == 1:
+        return [[]]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free.getsockname()[1]))]
+    size = [("WORLD_SIZE", str(ranks)), ("LOCAL_WORLD_SIZE", str(ranks))]
+    return [[*place, *size, ("RANK", str(rank)), ("LOCAL_RANK", str(rank))] for rank in range(ranks)]
 
 
 def _run(argv: list[str], log: str, before: Callable[[], None] | None, environment: Sequence[tuple[str, str]]) -> None:

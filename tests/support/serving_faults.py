@@ -1,0 +1,50 @@
+"""Faults of a server under test, set up in its process before it starts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+FATAL_SEED = 666
+
+
+def fail_on_fatal_seed() -> None:
+    """A step fails that runs a request with this seed."""
+    from parrot_sys.engine.core import Engine
+
+    step = Engine.step
+
+    def failing(self: Engine) -> Any:
+        if any(own.request.sampling.seed == FATAL_SEED for own in self._answers.values()):
+            raise RuntimeError("a fault that the test asked for")
+        return step(self)
+
+    Engine.step = failing  # type: ignore[method-assign]
+
+
+def hold_pictures(gate: str) -> None:
+    """Pictures are only decoded once the file `gate` is there."""
+    from parrot_sys.serving.images import PictureReader
+
+    read = PictureReader.read
+
+    def waiting(self: PictureReader, urls: list[tuple[str, str]], size: int) -> Any:
+        while urls and not Path(gate).exists():
+            time.sleep(0.01)
+        return read(self, urls, size)
+
+    PictureReader.read = waiting  # type: ignore[method-assign]
+
+
+def slow_steps(seconds: float) -> None:
+    """Each step takes at least so long."""
+    from parrot_sys.engine.core import Engine
+
+    step = Engine.step
+
+    def slow(self: Engine) -> Any:
+        time.sleep(seconds)
+        return step(self)
+
+    Engine.step = slow  # type: ignore[method-assign]
