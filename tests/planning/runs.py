@@ -40,14 +40,15 @@ class Case:
 
     layout: Layout = field(default_factory=Layout)
     trainable: Mapping[str, bool] = field(default_factory=dict)
+    bypass: tuple[str, ...] = ()
     precision: str = "fp32"
     micro_batches: int = 1
 
     def learning(self, model: ParrotConfig) -> dict[str, bool]:
-        return system_of(model).learning(model, self.trainable)
+        return system_of(model).learning(model, self.trainable, self.bypass)
 
     def job(self, model: ParrotConfig) -> Job:
-        return make_job(model, self.learning(model), precision=self.precision, kernels="cpu")
+        return make_job(model, self.learning(model), precision=self.precision, bypass=self.bypass, kernels="cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +247,7 @@ def _step(rank: int, world_size: int, config: ParrotConfig, case: Case, batch: P
     initialize(layout.parallel)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     recompute = "full" if layout.recompute else "none"
-    chunks = build_chunks(config, layout.parallel, dtype=dtype, recompute=recompute)
+    chunks = build_chunks(config, layout.parallel, dtype=dtype, recompute=recompute, bypass=case.bypass)
     set_trainable(chunks, case.learning(config))
     if config.moe.num_experts and chunks[0].pre_process and config.moe.routing == "topk":
         balance_routes(chunks[0], batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from parrot_sys.planning.communication import micro_batch_messages, step_messages
 from parrot_sys.planning.memory import activation_bytes, state_bytes
 from parrot_sys.planning.weights import stage_weights
+from parrot_sys.systems.base import OTHERS
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.registry import system_of
 from tests.planning.runs import Case, even_experts, make_batch, run, sizes
 from tests.planning.shapes import SHAPES, SYSTEMS
 
@@ -65,6 +68,15 @@ PARTLY = {
     "frozen decoder, PP2, bf16": Case(
         layout=Layout(pipeline=2), trainable=FROZEN_DECODER, micro_batches=3, precision="bf16"
     ),
+}
+# First stages of training, which pass parts by.
+ALIGN = {"projector": True, "visual_learners": True, "others": False}
+FIRST_STAGES = {
+    "first stage": Case(trainable=ALIGN),
+    "first stage, recompute, bf16": Case(layout=Layout(recompute=True), trainable=ALIGN, precision="bf16"),
+    "first stage, TP2": Case(layout=Layout(tensor=2), trainable=ALIGN),
+    "first stage, TP2+SP": Case(layout=Layout(tensor=2, sequence=True), trainable=ALIGN),
+    "first stage, PP2": Case(layout=Layout(pipeline=2), trainable=ALIGN, micro_batches=3),
 }
 # Mixes on four processes.
 MIXES = {
@@ -144,6 +156,12 @@ def _systems() -> Iterator[Any]:
             cases |= PARTLY
         if config.llm.experts is not None:
             cases = {name: CASES[name] for name in (*EVERY_SYSTEM, *EXPERT_PARALLEL) if name != "TP2"} | TOKEN_ROUTED
+        parts = system_of(config).parts
+        if bypass := tuple(name for name, part in parts.items() if part.may_be_bypassed):
+            known = {name: ALIGN[name] for name in ALIGN if name in (*parts, OTHERS)}
+            cases |= {name: replace(case, trainable=known, bypass=bypass) for name, case in FIRST_STAGES.items()}
+        if config.llm.experts is not None:
+            del cases["first stage, TP2"]
         for name, case in cases.items():
             quick = name in ("one process", QUICK.get(shape))
             yield pytest.param(shape, case, id=f"{shape}: {name}", marks=() if quick else pytest.mark.slow)

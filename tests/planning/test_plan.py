@@ -187,9 +187,7 @@ def test_presets_of_all_systems_are_planned(model: str, stage: str, capsys: pyte
 def test_samples_are_those_that_the_system_takes() -> None:
     two = SampleConfig(images=2)
     assert PlanConfig(model=SYSTEMS["Wings"], sample=two).micro_batch(3).images == 6
-    with pytest.raises(
-        ConfigError, match=r"sample.images must be <= 1 under the rule 'released' of model.wings, got 2"
-    ):
+    with pytest.raises(ConfigError, match=r"sample.images must be <= 1 under the rule 'released' of model.wings"):
         PlanConfig(model=SYSTEMS["Wings, rule of the public code"], sample=two)
 
 

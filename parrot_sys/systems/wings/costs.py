@@ -100,12 +100,8 @@ class WingsCosts(ImageRowsCosts):
         if not wings.has_learners(layer):
             return 0.0
         rows, narrow = layout.rows_and_narrow(batch.rows)
-        width, heads, rank, parts = (
-            llm.hidden_size / tensor,
-            llm.num_attention_heads / tensor,
-            wings.rank,
-            _learners(job.bypass),
-        )
+        width, heads, rank = llm.hidden_size / tensor, llm.num_attention_heads / tensor, wings.rank
+        parts = _learners(job.bypass)
         learning = [part for part in parts if job.learns(part)]
         kept = b * rows * llm.hidden_size if learning else 0.0
         kept += len(parts) * rows * (2 * b * width + 4 * heads + 8) + b * len(learning) * rows * rank
