@@ -74,13 +74,7 @@ class ParrotDataLoader(StepLoader):
             ConfigError: settings contradict each other.
             DataError: a data set, record or image is wrong; names file, record and reason.
         """
-        if global_batch_size < 1 or not 0 <= dp_rank < dp_size:
-            raise ConfigError(
-                "global_batch_size must be >= 1 and dp_rank in [0, dp_size), "
-                f"got {global_batch_size} and rank {dp_rank} of {dp_size}"
-            )
-        if not config.paths:
-            raise ConfigError("data.paths must name at least one data set, got none")
+        _check_settings(config, global_batch_size, dp_rank, dp_size)
         capacity = max_seq_len if config.max_tokens_per_micro_batch is None else config.max_tokens_per_micro_batch
         super().__init__(
             config,
@@ -92,19 +86,15 @@ class ParrotDataLoader(StepLoader):
             images=images,
         )
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self.datasets = [
-            load_dataset(
-                source,
-                config,
-                self._processor,
-                num_visual_rows=num_visual_rows,
-                max_seq_len=max_seq_len,
-                needs_labels=needs_labels,
-                place=_index_place(config, index_dir),
-                on_progress=on_progress,
-            )
-            for source in config.sources()
-        ]
+        opened = partial(
+            load_dataset,
+            num_visual_rows=num_visual_rows,
+            max_seq_len=max_seq_len,
+            needs_labels=needs_labels,
+            place=_index_place(config, index_dir),
+            on_progress=on_progress,
+        )
+        self.datasets = [opened(source, config, self._processor) for source in config.sources()]
         self._starts = np.cumsum([0, *map(len, self.datasets)])
         self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
         self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
@@ -230,6 +220,20 @@ class ParrotDataLoader(StepLoader):
         identity |= mix_identity(self.config)
         identity["data.names"] = [dataset.source.name for dataset in self.datasets]
         return identity
+
+
+def _check_settings(config: DataConfig, global_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    """
+    Raises:
+        ConfigError: no data sets, an empty batch, or a rank that cannot be.
+    """
+    if global_batch_size < 1 or not 0 <= dp_rank < dp_size:
+        raise ConfigError(
+            "global_batch_size must be >= 1 and dp_rank in [0, dp_size), "
+            f"got {global_batch_size} and rank {dp_rank} of {dp_size}"
+        )
+    if not config.paths:
+        raise ConfigError("data.paths must name at least one data set, got none")
 
 
 def _index_place(config: DataConfig, folder: str | Path | None) -> IndexPlace:

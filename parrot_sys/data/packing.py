@@ -120,7 +120,6 @@ def pack_samples(
     lengths = np.array([len(row.input_ids) for row in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     images = np.array([row.num_images for row in rows])
-    first_image = np.concatenate([[0], np.cumsum(images)])[:-1]
     input_ids = np.concatenate([row.input_ids for row in rows])
     labels = np.concatenate([_shift(row.labels) for row in rows])
     guides = [_guidance_rows(row, guidance) for row in rows]
@@ -130,11 +129,6 @@ def pack_samples(
     image_features = _join([sample.image_features for sample in samples], images)
     if pixel_values is not None and image_features is not None:
         raise DataError("all samples of a micro-batch must have pixel_values or all image_features, got both kinds")
-    newline = num_visual_rows * int(images.sum())  # (after all features)
-    sources = [
-        np.where(row.image_source == NEWLINE, newline, row.image_source + num_visual_rows * first)
-        for row, first in zip(rows, first_image, strict=True)
-    ]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -143,7 +137,7 @@ def pack_samples(
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         visual_rows=torch.from_numpy(np.flatnonzero(input_ids == IMAGE_TOKEN_ID)),
-        visual_source=torch.from_numpy(np.concatenate(sources)),
+        visual_source=torch.from_numpy(_visual_source(rows, num_visual_rows)),
         guidance_rows=torch.from_numpy(np.concatenate([g + s for g, s in zip(guides, starts[:-1], strict=True)])),
         guidance_start=torch.from_numpy(np.repeat(guidance_starts, images).astype(np.int32)),
         guidance_end=torch.from_numpy(np.repeat(guidance_ends, images).astype(np.int32)),
@@ -154,6 +148,16 @@ def pack_samples(
         categories=tuple(sample.category for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
     )
+
+
+def _visual_source(rows: Sequence[_Rows], num_visual_rows: int) -> IntArray:
+    """[R] feature of each image row, of those of all images one after the other; the newline row comes after them."""
+    first = np.cumsum([0, *(num_visual_rows * row.num_images for row in rows)])
+    sources = [
+        np.where(row.image_source == NEWLINE, first[-1], row.image_source + start)
+        for row, start in zip(rows, first[:-1], strict=True)
+    ]
+    return np.concatenate(sources)
 
 
 def plan_micro_batches(lengths: Sequence[int] | IntArray, capacity: int, dp_size: int) -> list[list[list[int]]]:

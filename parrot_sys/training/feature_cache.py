@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -140,29 +140,45 @@ def fill_store(
     ):
         # As many rounds on every rank, also on those that have no tower: one that waits has to see that others work.
         for start in range(0, -(-len(missing) // part[1]), _IMAGES_PER_WRITE):
-            names = mine[start : start + _IMAGES_PER_WRITE]
-            files = [pictures[name] for name in names]
-            loaded = dict(zip(names, threads.map(partial(_read, processor=processor), files), strict=True))
-            images = {name: image for name, image in loaded.items() if isinstance(image, Picture)}
-            bad = {name: str(error) for name, error in loaded.items() if isinstance(error, DataError)}
-            everyone = gather_everywhere(next(iter(bad.values()), None))
-            if not skip and (message := next(filter(None, everyone), None)) is not None:
-                raise DataError(message)
+            files = [pictures[name] for name in mine[start : start + _IMAGES_PER_WRITE]]
+            images, bad = _read_some(files, threads, processor, skip=skip)
             on_progress()
-            failures |= dict(zip(store.keys(map(pictures.__getitem__, bad)), bad.values(), strict=True))
+            failures |= dict(zip(store.keys(bad), bad.values(), strict=True))
             if images and tower is not None:
-                with torch.no_grad():
-                    pixels = torch.cat([image.pixel_values for image in images.values()])
-                    features = tower(pixels.to(device, next(tower.parameters()).dtype))
+                features = _features(tower, images.values(), device)
                 if write:
                     tiles = [len(image.pixel_values) for image in images.values()]
-                    store.write(tile_keys(store.keys(map(pictures.__getitem__, images)), tiles), features)
-            bar.update(len(names))
+                    store.write(tile_keys(store.keys(images), tiles), features)
+            bar.update(len(files))
     _share_failures(store, seen[0][1] | failures)
     if mine:
         processor.image_processor.notes.log_counts()
     store.refresh()
     return len(mine)
+
+
+def _read_some(
+    files: Sequence[ImageFile], threads: Executor, processor: ParrotProcessor, *, skip: bool
+) -> tuple[dict[ImageFile, Picture], dict[ImageFile, str]]:
+    """Pictures of the files, and why others have none; every rank calls this as often.
+
+    Raises:
+        DataError: some rank cannot read one, and they are not to be skipped; on every rank.
+    """
+    loaded = list(zip(files, threads.map(partial(_read, processor=processor), files), strict=True))
+    bad = {file: str(error) for file, error in loaded if isinstance(error, DataError)}
+    everyone = gather_everywhere(next(iter(bad.values()), None))
+    if not skip and (message := next(filter(None, everyone), None)) is not None:
+        raise DataError(message)
+    return {file: image for file, image in loaded if isinstance(image, Picture)}, bad
+
+
+@torch.no_grad()
+def _features(tower: nn.Module, images: Iterable[Picture], device: torch.device) -> Tensor:
+    """[n, V, C] of all tiles of some pictures."""
+    pixels = torch.cat([image.pixel_values for image in images])
+    features: Tensor = tower(pixels.to(device, next(tower.parameters()).dtype))
+    return features
 
 
 def _share_failures(store: FeatureStore, own: Mapping[str, str]) -> None:

@@ -50,14 +50,7 @@ def learner_inputs(
         ConfigError: pipeline or context parallelism, or the released rule.
         DataError: shapes that do not fit, or samples longer than the router's positions.
     """
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if (size := getattr(config, name)) > 1:
-            raise ConfigError(
-                f"the memory of the learners reaches the layers of one stage only: {name} must be 1, got {size} "
-                "(the decoder of parrot_sys sends it on)"
-            )
-    if settings.rule != "paper":
-        raise ConfigError(f'learners in a model of your own follow settings.rule "paper", got {settings.rule!r}')
+    _check_settings(settings, config)
     batch, length = is_visual.shape
     group = parallel_state.get_tensor_model_parallel_group() if tp_group is None else tp_group
     rows = whole_rows(decoder_input, group, sequence_parallel=config.sequence_parallel)
@@ -82,6 +75,21 @@ def learner_inputs(
         "packed_seq_params": context,
         "extra_block_kwargs": {"context": memory},
     }
+
+
+def _check_settings(settings: LearnersConfig, config: TransformerConfig) -> None:
+    """
+    Raises:
+        ConfigError: pipeline or context parallelism, or the released rule.
+    """
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if (size := getattr(config, name)) > 1:
+            raise ConfigError(
+                f"the memory of the learners reaches the layers of one stage only: {name} must be 1, got {size} "
+                "(the decoder of parrot_sys sends it on)"
+            )
+    if settings.rule != "paper":
+        raise ConfigError(f'learners in a model of your own follow settings.rule "paper", got {settings.rule!r}')
 
 
 def _bounds(cu_seqlens: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

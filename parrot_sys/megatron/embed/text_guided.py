@@ -128,17 +128,7 @@ def add_text_guidance(
     projector = _submodule(model, projection)
     if projector is None or not _embeds(model, word_embeddings):
         return None
-    embedding = _submodule(model, word_embeddings)
-    if embedding is None:
-        raise ConfigError(
-            f"{type(model).__name__}.{word_embeddings} is None where {projection} is: the text guides the routing "
-            "of the projected rows, so both must be on the same pipeline stage"
-        )
-    if getattr(embedding, "reduce_scatter_embeddings", False):
-        raise ConfigError(
-            f"{word_embeddings} scatters its rows over the tensor-parallel ranks, but routing needs all of them: "
-            "build the language model with scatter_embedding_sequence_parallel=False"
-        )
+    embedding = _guiding_embedding(model, word_embeddings, projection)
     if guidance is None and pad_token_id is _NOT_SAID:
         raise ConfigError(
             "add_text_guidance needs pad_token_id, since padding must not guide the routing: give the id that pads "
@@ -163,6 +153,26 @@ def add_text_guidance(
         guidance or (lambda call: _llava_guidance(model, call, pad_token_id)),
     )
     return layer
+
+
+def _guiding_embedding(model: nn.Module, word_embeddings: str, projection: str) -> nn.Module:
+    """The word embedding beside the projection.
+
+    Raises:
+        ConfigError: it is on another pipeline stage, or gives each rank a part of the rows.
+    """
+    embedding = _submodule(model, word_embeddings)
+    if embedding is None:
+        raise ConfigError(
+            f"{type(model).__name__}.{word_embeddings} is None where {projection} is: the text guides the routing "
+            "of the projected rows, so both must be on the same pipeline stage"
+        )
+    if getattr(embedding, "reduce_scatter_embeddings", False):
+        raise ConfigError(
+            f"{word_embeddings} scatters its rows over the tensor-parallel ranks, but routing needs all of them: "
+            "build the language model with scatter_embedding_sequence_parallel=False"
+        )
+    return embedding
 
 
 def _register_hooks(
