@@ -11,12 +11,14 @@ Steps write their figures to FOLDER/figures.json and are not repeated: the comma
   part of a process that no other one shares (USS), less that of the process before.
 * `train`: ranks on the CPU train a toy model for some steps, from the index; again, killed with SIGKILL in the middle
   and started again: the models at the end must be equal to the bit.
+* `rate`: processor seconds of building the index of two sizes, with one worker.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,6 +39,7 @@ from benchmarks.harness import ROOT, machine
 
 VOCABULARY = 8192
 BATCH = 8
+RATE_RECORDS = (20_480, 122_880)
 MAX_SEQ_LEN = 512
 ROWS_OF_A_PICTURE = 17
 CONFIG = """
@@ -81,8 +84,9 @@ class Rehearsal:
 
     def run(self) -> None:
         """All steps, then the result."""
-        for step in (self.generate, self.index, self.start, self.train):
-            self.step(step.__name__, step)
+        for step in (self.generate, self.index, self.start, self.train, self.rate):
+            if self.options.only in (None, step.__name__):
+                self.step(step.__name__, step)
         if (path := self.options.json) is not None:
             settings = {name: getattr(self.options, name) for name in ("records", "pictures", "ranks", "steps")}
             result = {"benchmark": "data_scale", "machine": machine(), "settings": settings, **self.figures}
@@ -111,7 +115,7 @@ class Rehearsal:
         time.sleep(3)  # (workers end with the block that they are at)
         kept = self._parts()
         start, process = time.monotonic(), subprocess.Popen(command, cwd=self.folder)
-        with _Memory(process.pid) as memory:
+        with Memory(process.pid) as memory:
             _, status, used = os.wait4(process.pid, 0)
         assert status == 0, f"parrot data index ended with status {status}"
         seconds, processor = time.monotonic() - start, used.ru_utime + used.ru_stime
@@ -133,6 +137,32 @@ class Rehearsal:
 
     def _parts(self) -> int:
         return len(list((self.folder / "index").glob(".records.json-*.parts/*.npz")))
+
+    def rate(self) -> dict[str, Any]:
+        """Records that a core indexes in a second: two sizes tell what starting costs, and what a record does."""
+        small, large = (self._build(count) for count in RATE_RECORDS)
+        count = RATE_RECORDS[1] - RATE_RECORDS[0]
+        a_record = (large - small) / count
+        return {
+            "records": list(RATE_RECORDS),
+            "processor_seconds": [small, large],
+            "records_per_core_second": 1 / a_record,
+            "processor_seconds_of_the_start": small - RATE_RECORDS[0] * a_record,
+        }
+
+    def _build(self, count: int) -> float:
+        """Processor seconds of `parrot data index` with one worker, on the first records."""
+        folder = self.folder / "rate"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        with (self.folder / "records.json").open(encoding="utf-8") as file:
+            lines = itertools.islice(file, 1, 1 + count)  # (the first line is the bracket)
+            (folder / "part.jsonl").write_text("".join(line.rstrip(",\n") + "\n" for line in lines), encoding="utf-8")
+        command = _parrot("data", "index", "part.jsonl", "--output", "index", "--workers", "1")
+        process = subprocess.Popen([*command, "--model.tokenizer-path", str(self.folder / "tokenizer")], cwd=folder)
+        _, status, used = os.wait4(process.pid, 0)
+        assert status == 0, f"parrot data index ended with status {status}"
+        return used.ru_utime + used.ru_stime
 
     def start(self) -> dict[str, Any]:
         """The first batch on a warm index, in a process of its own."""
@@ -173,7 +203,7 @@ class Rehearsal:
             [*command, "--output", str(output)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
         )
         begun = len(_losses(output))
-        with log, _Memory(process.pid) as memory:
+        with log, Memory(process.pid) as memory:
             while process.poll() is None:
                 done = len(_losses(output))
                 if first is None and done > begun:
@@ -194,16 +224,22 @@ class Rehearsal:
         }
 
 
-class _Memory:
-    """Peak of the private memory of any process below one, looked at a few times a second."""
+class Memory:
+    """Peak of the memory of any process below one, looked at a few times a second."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid, self._ended = pid, threading.Event()
+    def __init__(self, pid: int, kind: str = r"Private_\w+") -> None:
+        """
+        Args:
+            pid: the process.
+            kind: of memory, as /proc/PID/smaps_rollup names it: `Private_...` of the process with most of it, or `Pss`
+                (a share of what several processes have) of all of them together.
+        """
+        self._pid, self._kind, self._ended = pid, kind, threading.Event()
         self.peak_mb = 0.0
         self.seen: set[int] = set()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> _Memory:
+    def __enter__(self) -> Memory:
         self._thread.start()
         return self
 
@@ -215,20 +251,26 @@ class _Memory:
         while not self._ended.wait(0.3):
             try:
                 root = psutil.Process(self._pid)
-                for process in [root, *root.children(recursive=True)]:
-                    self.seen.add(process.pid)
-                    self.peak_mb = max(self.peak_mb, private_mb(process.pid))
+                pids = [process.pid for process in [root, *root.children(recursive=True)]]
             except psutil.Error:
                 continue
+            self.seen.update(pids)
+            found = [memory_mb(pid, self._kind) for pid in pids]
+            self.peak_mb = max(self.peak_mb, sum(found) if self._kind == "Pss" else max(found))
+
+
+def memory_mb(pid: int, kind: str) -> float:
+    """Memory of a process, see `Memory`; 0 when it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return sum(int(size) for size in re.findall(rf"^{kind}: +(\d+) kB", text, re.MULTILINE)) / 1000
 
 
 def private_mb(pid: int) -> float:
     """Memory of a process that no other one shares."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:  # it has ended
-        return 0.0
-    return sum(int(size) for size in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE)) / 1000
+    return memory_mb(pid, r"Private_\w+")
 
 
 def measure_start(folder: Path) -> dict[str, Any]:
@@ -245,8 +287,8 @@ def measure_start(folder: Path) -> dict[str, Any]:
         index_dir=str(folder / "index"),
     )
     before = private_mb(os.getpid())
-    start = time.monotonic()
-    with _Memory(os.getpid()) as memory:
+    start, processor_start = time.monotonic(), time.process_time()
+    with Memory(os.getpid()) as memory:
         loader = ParrotDataLoader(
             config,
             processor,
@@ -257,13 +299,14 @@ def measure_start(folder: Path) -> dict[str, Any]:
         opened = time.monotonic() - start
         steps = iter(loader)
         next(steps)
-        first = time.monotonic() - start
+        first, used = time.monotonic() - start, time.process_time() - processor_start
         after = private_mb(os.getpid())
         steps.close()
     return {
         "records": len(loader.datasets[0]),
         "seconds_to_open": opened,
         "seconds_to_first_batch": first,
+        "processor_seconds_to_first_batch": used,
         "private_mb_before": before,
         "private_mb_of_the_loader": after - before,
         "peak_private_mb_of_the_loader": memory.peak_mb - before,
@@ -310,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2, help="processes that build the index")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--only", choices=("generate", "index", "start", "train", "rate"), help="run this step alone")
     parser.add_argument("--measure-start", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure_start:

@@ -317,7 +317,7 @@ def _to_rgb(
     else:
         raise DataError(f"has the mode {image.mode}, which is not supported; save it as RGB")
     if alpha is None or alpha.getextrema() == (255, 255):
-        return colours.convert("RGB")
+        return colours if colours.mode == "RGB" else colours.convert("RGB")  # (which would copy it)
     if transparency == "drop":
         notes.add("has transparent pixels: shown as transparency=drop says", name, level=logging.WARNING)
         return colours.convert("RGB")

@@ -6,6 +6,7 @@ released Parrot code (AIDC-AI/Parrot, parrot/utils/mm_utils.py: expand2square).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -192,10 +193,11 @@ class ImageProcessor:
 
     def _normalized(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Float32 [3, h, w] of the pixels."""
-        # float64 for the rescaling, float32 after it: as CLIPImageProcessor, so that results agree bit by bit.
-        pixels = (np.asarray(image).astype(np.float64) * self.rescale_factor).astype(np.float32)
-        normalized = (pixels - np.array(self.mean, dtype=np.float32)) / np.array(self.std, dtype=np.float32)
-        return np.ascontiguousarray(normalized.transpose(2, 0, 1))
+        pixels, values = np.asarray(image), _values(self.rescale_factor, self.mean, self.std)
+        normalized = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+        for channel, plane in enumerate(normalized):
+            np.take(values[channel], pixels[:, :, channel], out=plane, mode="clip")  # (no value is out of range)
+        return normalized
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """Width and height before the crop."""
@@ -223,11 +225,23 @@ def _resize_padded(
     rows = paper.resize((width, side), resample=Image.Resampling.NEAREST)
     step = max(1, _STRIP_PIXELS // side)
     for start in range(0, image.height, step):
-        piece = image.crop((0, start, image.width, min(start + step, image.height)))
-        strip = Image.new("RGB", (side, piece.height), color)
-        strip.paste(piece, (left, 0))
+        whole = step >= image.height
+        piece = image if whole else image.crop((0, start, image.width, min(start + step, image.height)))
+        strip = piece
+        if image.width < side:
+            strip = Image.new("RGB", (side, piece.height), color)
+            strip.paste(piece, (left, 0))
         rows.paste(strip.resize((width, piece.height), resample=resample), (0, top + start))
     return rows.resize(size, resample=resample)
+
+
+@functools.lru_cache(maxsize=32)
+def _values(scale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """[3, 256] each value of each channel, rescaled and normalised."""
+    # float64 for the rescaling, float32 after it: as CLIPImageProcessor, so that results agree bit by bit.
+    pixels = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)[:, None]
+    normalized = (pixels - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
+    return np.ascontiguousarray(normalized.T)
 
 
 def _choice(fields: Fields, name: str, allowed: tuple[str, ...], default: str) -> Any:
