@@ -52,6 +52,7 @@ class ParrotDataLoader(StepLoader):
         index_dir: str | Path | None = None,
         on_progress: Callable[[], None] = lambda: None,
         images: ImageShare | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """Opens all data sets through their indexes, and checks them.
 
@@ -69,6 +70,7 @@ class ParrotDataLoader(StepLoader):
                 none, and every process builds its own.
             on_progress: called now and then while an index is built or waited for.
             images: images that this process reads, where others have the same samples; all when not given.
+            pin_memory: give batches in page-locked memory, for a GPU.
 
         Raises:
             ConfigError: settings contradict each other.
@@ -84,6 +86,7 @@ class ParrotDataLoader(StepLoader):
             guidance=guidance,
             global_batch_size=global_batch_size,
             images=images,
+            pin_memory=pin_memory,
         )
         self._dp_rank, self._dp_size = dp_rank, dp_size
         opened = partial(

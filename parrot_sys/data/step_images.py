@@ -79,6 +79,8 @@ class ImageReader:
     pack: Callable[[Sequence[Sample]], PackedBatch]
     tiles: Callable[[ImageFile], PictureRows] | None = None
     """Rows of a picture from its size; None where pictures are not cut into tiles."""
+    join: Callable[[list[Tensor]], Tensor] = torch.cat
+    """Images of several pictures as one tensor."""
     skips_bad: bool = False
     """Leave out samples whose pictures cannot be read; otherwise they are an error, on all ranks."""
 
@@ -145,7 +147,7 @@ class ImageReader:
         parts = [draft.loaded[keys[picture]][first:end] for picture, first, end in dealt.parts]
         changes: dict[str, Any] = {} if self.share.is_whole else {"dealt_images": dealt.counts}
         if sum(dealt.counts):
-            changes[self.name] = torch.cat(parts) if parts else self.empty()
+            changes[self.name] = self.join(parts) if parts else self.empty()
         return replace(batch, **changes)
 
     def _deal(self, draft: StepDraft, rows: Sequence[int], batch: PackedBatch) -> DealtImages:

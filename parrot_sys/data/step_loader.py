@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from parrot_sys.data.batch import PackedBatch
+from parrot_sys.data.batch import PackedBatch, pinned_cat
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.image_files import ImageFile
@@ -89,6 +90,7 @@ class StepLoader(ABC):
         guidance: Guidance = "prompt",
         global_batch_size: int,
         images: ImageShare | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """
         Args:
@@ -99,6 +101,7 @@ class StepLoader(ABC):
             guidance: `moe.guidance` of the model.
             global_batch_size: samples in a step, over all ranks.
             images: images that this process reads, where others have the same samples; all when not given.
+            pin_memory: give batches in page-locked memory, for a GPU.
         """
         self.config = config
         self.statistics = LoaderStatistics()
@@ -107,7 +110,7 @@ class StepLoader(ABC):
         self._processor.tokenizer = copy.deepcopy(processor.tokenizer)
         self._num_visual_rows, self._max_seq_len, self._guidance = num_visual_rows, max_seq_len, guidance
         self._global_batch_size = global_batch_size
-        self._images = images or ImageShare()
+        self._images, self._pins = images or ImageShare(), pin_memory
         self._feature_store: FeatureStore | None = None
         self._skipped_file: SkippedRecords | None = None
 
@@ -220,7 +223,7 @@ class StepLoader(ABC):
                 logger.warning("sample left out (%d so far): %s", len(self.statistics.skipped), reason)
             if self._skipped_file is not None:
                 self._skipped_file.add(data_set, [reason])
-        return batches
+        return [batch.pinned() for batch in batches] if self._pins else batches
 
     def _encode(self, items: Sequence[StepItem]) -> list[Sample]:
         """The samples without their images."""
@@ -258,5 +261,6 @@ class StepLoader(ABC):
                 guidance=self._guidance,
                 max_seq_len=self._max_seq_len,
             ),
+            join=pinned_cat if self._pins else torch.cat,
             skips_bad=self.config.on_bad_sample == "skip",
         )

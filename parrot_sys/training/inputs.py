@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from parrot_sys import platform
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.processor import ParrotProcessor
@@ -52,6 +53,7 @@ def training_loader(
         global_batch_size=config.global_batch_size,
         ranks=stream_ranks(),
         images=image_share(),
+        pin_memory=platform.cuda_available(),
     )
 
 
@@ -98,4 +100,5 @@ def _loader(
         index_dir=Path(config.output) / "index",
         on_progress=on_progress,
         images=image_share(),
+        pin_memory=platform.cuda_available(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from parrot_sys.data import step_loader
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.feature_store import FeatureStore
@@ -150,6 +152,31 @@ def test_features_come_from_the_store(write_records, records, make_loader, tmp_p
             wanted += [image] if isinstance(image, str) else image or []
         got = [] if batch.image_features is None else batch.image_features[:, 0, 0].int().tolist()
         assert got == [names[str(tmp_path / name)] for name in wanted]
+
+
+def test_batches_for_a_gpu_are_page_locked_with_one_copy_of_the_pixels(processor, write_records, records, monkeypatch):
+    """Without a GPU there is no such memory: each tensor must have asked for it, pixels when they are joined."""
+    locked, joined = set(), []
+
+    def lock(tensor):
+        locked.add(id(tensor))
+        return tensor
+
+    def join(tensors):
+        joined.append(lock(torch.cat(tensors)))
+        return joined[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: id(tensor) in locked)
+    monkeypatch.setattr(step_loader, "pinned_cat", join)
+    config = DataConfig(paths=(write_records(records),), max_tokens_per_micro_batch=10_000)
+    size = {"num_visual_rows": 17, "max_seq_len": 512, "global_batch_size": len(records)}
+    ((batch,),), ((plain,),) = (list(ParrotDataLoader(config, processor, pin_memory=p, **size)) for p in (True, False))
+    for field in dataclasses.fields(batch):
+        if torch.is_tensor(value := getattr(batch, field.name)):
+            assert id(value) in locked, field.name
+            assert torch.equal(value, getattr(plain, field.name))
+    assert any(batch.pixel_values is each for each in joined)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])

@@ -39,7 +39,12 @@ def test_batches_are_those_of_the_files(processor, bucket, tmp_path, kind):
     server.fail("503", "short")
     assert_same(list(make_loader(processor, tmp_path, address)), wanted)
     server.requests()
-    assert_same(list(make_loader(processor, tmp_path, address)), wanted)  # from the copy
+    stopped, again = (make_loader(processor, tmp_path, address) for _ in range(2))  # from the copy
+    running = iter(stopped)
+    first = [next(running)]
+    again.load_state_dict(stopped.state_dict())
+    running.close()
+    assert_same([*first, *again], wanted)
     assert not [each for each in server.requests() if " bytes=" in each and "png" not in each]
 
 

@@ -137,6 +137,7 @@ class StreamLoader(StepLoader):
         global_batch_size: int,
         ranks: StreamRanks | None = None,
         images: ImageShare | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """Lists the shards; no record is read yet.
 
@@ -149,6 +150,7 @@ class StreamLoader(StepLoader):
             global_batch_size: samples in a step, over all ranks.
             ranks: those that share the records; this process alone when not given.
             images: images that this process reads, where others have the same samples.
+            pin_memory: give batches in page-locked memory, for a GPU.
 
         Raises:
             ConfigError: settings contradict each other.
@@ -162,6 +164,7 @@ class StreamLoader(StepLoader):
             guidance=guidance,
             global_batch_size=global_batch_size,
             images=images,
+            pin_memory=pin_memory,
         )
         self._ranks = ranks or StreamRanks()
         if global_batch_size < self._ranks.size:
