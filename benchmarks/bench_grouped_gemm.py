@@ -10,6 +10,7 @@ Rows are in the order of the groups, as every peer needs them. (Reading them thr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,20 +97,26 @@ def _swiglu_grouped_mm(inputs: Inputs) -> Run:
     return run
 
 
+def _rows(shape: MoEShape, width: int, more: int = 0) -> Callable[[Maker], Inputs]:
+    """Maker of segments of rows of a width, of others beside them if `more` is their width, and of their groups."""
+
+    def make(maker: Maker) -> Inputs:
+        segments = shape.images * shape.topk
+        found = {"rows": maker.normal(segments, shape.rows, width)}
+        if more:
+            found["more_rows"] = maker.normal(segments, shape.rows, more)
+        return found | {"expert_offsets": maker.route(shape.images, shape.experts, shape.topk)["expert_offsets"]}
+
+    return make
+
+
 def _workloads(name: str, shape: MoEShape, device: str) -> list[Workload]:
     """`shape.images` segments of `shape.rows` rows, each in `shape.topk` groups."""
     segments, hidden, ffn, groups = shape.images * shape.topk, shape.hidden, shape.ffn, shape.experts
     used, rows, size = min(groups, segments), segments * shape.rows, itemsize(device)
     sizes = {"J": segments, "V": shape.rows, "H": hidden, "I": ffn, "G": groups}
 
-    def data(width: int, more: int = 0) -> Callable[[Maker], Inputs]:
-        def make(maker: Maker) -> Inputs:
-            found = {"rows": maker.normal(segments, shape.rows, width)}
-            if more:
-                found["more_rows"] = maker.normal(segments, shape.rows, more)
-            return found | {"expert_offsets": maker.route(shape.images, groups, shape.topk)["expert_offsets"]}
-
-        return make
+    data = partial(_rows, shape)
 
     def w_gate_up(make: Maker) -> Inputs:
         return {"w_gate_up": make.normal(groups, 2, ffn, hidden, scale=hidden**-0.5)}
@@ -126,6 +133,10 @@ def _workloads(name: str, shape: MoEShape, device: str) -> list[Workload]:
         terms = max(2 * ffn, hidden, rows if kind == "wgrad" else 0)
         return Workload(op="grouped_gemm", name=f"{name}_{kind}", sizes=sizes, terms=terms, **rest)
 
+    def product(kind: str, weights: Any, data: Any, ours: Any, peers: Any, forward: Cost) -> Workload:
+        costs: dict[Pass, Cost] = {"fwd": forward}
+        return workload(kind, weights=weights, data=data, ours=ours, peers=peers, costs=costs, wanted=WANTED)
+
     up = cost(hidden, 2 * ffn)
     swiglu = Cost(flops=up.flops, bytes=size * (rows * (hidden + 3 * ffn) + 2 * used * hidden * ffn))
     swiglu_bwd_numbers = rows * (2 * hidden + 3 * ffn) + 4 * used * hidden * ffn
@@ -134,34 +145,10 @@ def _workloads(name: str, shape: MoEShape, device: str) -> list[Workload]:
     wgrad = _contenders(WGRAD, peers.wgrad_bound, "more_rows")
     wgrad_cost = Cost(flops=up.flops, bytes=size * (rows * (hidden + 2 * ffn) + 2 * groups * hidden * ffn))
     return [
-        workload("up", weights=w_gate_up, data=data(hidden), ours=_up, peers=linear, costs={"fwd": up}, wanted=WANTED),
-        workload(
-            "down",
-            weights=w_down,
-            data=data(ffn),
-            ours=_down,
-            peers=down,
-            costs={"fwd": cost(ffn, hidden)},
-            wanted=WANTED,
-        ),
-        workload(
-            "dgrad",
-            weights=w_gate_up,
-            data=data(2 * ffn),
-            ours=_dgrad,
-            peers=plain,
-            costs={"fwd": cost(2 * ffn, hidden)},
-            wanted=WANTED,
-        ),
-        workload(
-            "wgrad",
-            weights=lambda make: {},
-            data=data(2 * ffn, hidden),
-            ours=_wgrad,
-            peers=wgrad,
-            costs={"fwd": wgrad_cost},
-            wanted=WANTED,
-        ),
+        product("up", w_gate_up, data(hidden), _up, linear, up),
+        product("down", w_down, data(ffn), _down, down, cost(ffn, hidden)),
+        product("dgrad", w_gate_up, data(2 * ffn), _dgrad, plain, cost(2 * ffn, hidden)),
+        product("wgrad", lambda make: {}, data(2 * ffn, hidden), _wgrad, wgrad, wgrad_cost),
         workload(
             "swiglu",
             weights=w_gate_up,
