@@ -14,6 +14,7 @@ for _kind in ("configuration", "modeling", "processing"):
     when_imported(
         f"transformers.models.auto.{_kind}_auto", f"parrot_sys.integrations.hugging_face.registration:{_kind}"
     )
+when_imported("lm_eval.models", "parrot_sys.integrations.lm_eval:register")
 
 
 def __getattr__(name: str) -> Any:

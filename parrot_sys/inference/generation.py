@@ -237,7 +237,8 @@ def score_continuations(
             raise DataError(
                 f"prompt {index} needs at least one continuation and each at least one token, got {list(options)}"
             )
-    check_rows(model.config, samples, [max(map(len, options)) for options in continuations])
+    # (The last token of a continuation takes no row: nothing is asked of what follows it.)
+    check_rows(model.config, samples, [max(map(len, options)) - 1 for options in continuations])
     owners = [index for index, options in enumerate(continuations) for _ in options]
     requests = [
         EngineRequest(sample=samples[index], max_new_tokens=0, given=tuple(option))

@@ -50,7 +50,8 @@ def _calls(model: ParrotForConditionalGeneration, rows: int, images: int, new: i
     return {
         "forward": lambda: model(ids(text), images=pixels).logits,
         "generate": lambda: model.generate(ids(text - new), images=pixels, max_new_tokens=new, eos_token_id=[]),
-        "score": lambda: model.score(ids(text - new), [[[5] * new, [6]]], images=pixels),
+        # (The last token that is scored takes no row.)
+        "score": lambda: model.score(ids(text - new), [[[5] * new + [6], [6]]], images=pixels),
     }
 
 

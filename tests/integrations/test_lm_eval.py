@@ -1,0 +1,162 @@
+"""`--model parrot` of lm-eval against its own `--model hf` on the same decoder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import parrot_sys  # noqa: F401  (lets lm-eval know the model)
+from parrot_sys.errors import ConfigError
+from parrot_sys.megatron.runtime.initialize import shutdown
+from tests.support.plain_decoder import FIXTURE, write_plain_decoder
+from tests.support.text_tasks import TASKS, write_text_tasks
+
+lm_eval = pytest.importorskip("lm_eval", reason="runs in an environment of its own: make test-integrations")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+
+TEXTS = st.text("ab 1\nэ水.", max_size=12)
+LONG = "a cat 12 " * 200
+"""More tokens than the model has positions (512)."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plain_decoder(tmp_path_factory.mktemp("plain") / "decoder")
+
+
+@pytest.fixture(scope="module")
+def models(plain: Path) -> tuple[Any, Any]:
+    """Ours on the whole checkpoint, theirs on its decoder."""
+    hf = get_model("hf")(pretrained=str(plain), device="cpu", dtype="float32", batch_size=3)
+    return get_model("parrot")(pretrained=str(FIXTURE), device="cpu", batch_size=5), hf
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=own, idx=i) for i, own in enumerate(arguments)]
+
+
+def assert_equal_scores(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> None:
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], rel=1e-5)
+
+
+@settings(max_examples=10)
+@given(
+    # (A context of white space alone has no tokens, of which `--model hf` makes nothing that has a meaning.)
+    pairs=st.lists(
+        st.tuples(TEXTS.filter(lambda text: not text or text.strip()), TEXTS.filter(bool)), min_size=1, max_size=6
+    )
+)
+def test_log_likelihoods_are_those_of_hf(models: tuple[Any, Any], pairs: list[tuple[str, str]]) -> None:
+    ours, theirs = (own.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for own in models)
+    assert_equal_scores(ours, theirs)
+
+
+def test_contexts_that_are_too_long_lose_the_same_beginning(models: tuple[Any, Any]) -> None:
+    pairs = [(LONG, " dog"), (LONG * 2, "a cat 12"), ("", LONG[:400]), ("b", "")]
+    ours, theirs = (own.loglikelihood(instances("loglikelihood", pairs[:3]), disable_tqdm=True) for own in models)
+    assert_equal_scores(ours, theirs)
+    assert models[0].loglikelihood(instances("loglikelihood", pairs[3:]), disable_tqdm=True) == [(0.0, True)]
+
+
+def test_the_greedy_continuation_is_found(models: tuple[Any, Any]) -> None:
+    own = models[0]
+    prompt = own.tok_encode("a cat")
+    ids = own.model.generate(torch.tensor([prompt]), max_new_tokens=4)[0, len(prompt) :].tolist()
+    request = (("a cat", "any"), prompt, ids)
+    other = (request[0], request[1], [ids[0], (ids[1] + 1) % 600])
+    assert [greedy for _, greedy in own._loglikelihood_tokens([request, other], disable_tqdm=True)] == [True, False]
+
+
+@settings(max_examples=4)
+@given(texts=st.lists(TEXTS.filter(bool) | st.just(LONG), min_size=1, max_size=3))
+def test_rolling_log_likelihoods_are_those_of_hf(models: tuple[Any, Any], texts: list[str]) -> None:
+    requests = instances("loglikelihood_rolling", [(text,) for text in texts])
+    ours, theirs = (own.loglikelihood_rolling(requests, disable_tqdm=True) for own in models)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@settings(max_examples=6)
+@given(
+    contexts=st.lists(TEXTS.filter(bool) | st.just(LONG), min_size=1, max_size=3),
+    until=st.lists(st.sampled_from(["a", "e ", " ", "ş", "фр", "\n\n"]), max_size=2, unique=True),
+)
+def test_answers_are_those_of_hf_up_to_stop_strings(
+    models: tuple[Any, Any], contexts: list[str], until: list[str]
+) -> None:
+    wanted = [(text, {"until": list(until), "max_gen_toks": 8, "do_sample": False}) for text in contexts]
+    ours, theirs = (own.generate_until(instances("generate_until", wanted), disable_tqdm=True) for own in models)
+    assert ours == theirs
+    assert not any(stop in text for text in ours for stop in until)
+
+
+def test_settings_of_tasks_are_kept_apart_and_refused_by_name(models: tuple[Any, Any]) -> None:
+    own = models[0]
+    short, long = {"max_gen_toks": 2}, {"max_gen_toks": 6}
+    both = own.generate_until(instances("generate_until", [("a", short), ("b", long)]), disable_tqdm=True)
+    alone = own.generate_until(instances("generate_until", [("b", long)]), disable_tqdm=True)
+    assert both[1] == alone[0]
+    with pytest.raises(ConfigError, match="num_beams"):
+        own.generate_until(instances("generate_until", [("a", {"num_beams": 2})]), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="max_gen_toks"):
+        own.generate_until(instances("generate_until", [("a", {"max_gen_toks": 512})]), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="max_length"):
+        get_model("parrot")(pretrained=str(FIXTURE), max_length=513)
+
+
+def test_the_chat_template_is_that_of_training(models: tuple[Any, Any]) -> None:
+    own = models[0]
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a?"}]
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "a?"}]
+    expected = own.processor.format_conversation(turns, add_generation_prompt=True)
+    text = own.apply_chat_template(history)
+    assert text == expected["prompt"]
+    assert own.tok_encode(text) == expected["input_ids"]
+
+
+def test_its_command_scores_tasks_from_local_files_as_hf_does(plain: Path, tmp_path: Path) -> None:
+    data = write_text_tasks(tmp_path / "data")
+    found = {}
+    for name, folder in (("parrot", FIXTURE), ("hf", plain)):
+        command = [
+            *(sys.executable, "-m", "parrot_sys.integrations.lm_eval", "--data", str(data), "run"),
+            *("--model", name, "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"),
+            *("--tasks", ",".join(TASKS), "--num_fewshot", "1", "--output_path", str(tmp_path / f"{name}.json")),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        written = next(tmp_path.glob(f"{name}*.json"))
+        found[name] = json.loads(written.read_text(encoding="utf-8"))["results"]
+    assert found["parrot"].keys() == set(TASKS)
+    for task in TASKS:
+        ours, theirs = found["parrot"][task], found["hf"][task]
+        assert {key: ours[key] for key in ours if key.startswith("acc")} == {
+            key: theirs[key] for key in theirs if key.startswith("acc")
+        }
+        assert "acc,none" in ours
+
+
+def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "parrot_sys.integrations.lm_eval", "--data", str(tmp_path), "run"),
+        *("--model", "dummy", "--tasks", "arc_easy"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode
+    assert "no folder allenai/ai2_arc" in result.stderr
