@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,22 @@ def files(tmp_path: Path) -> list[Path]:
     return found
 
 
-def opened(browser: Browser, url: str, **options: Any) -> Page:
-    """The page in a context of its own; whatever its console says or tries to open fails the test."""
-    page = browser.new_context(**{"locale": "en-US", "viewport": DESKTOP, **options}).new_page()
-    page.on("pageerror", lambda error: pytest.fail(str(error)))
-    page.on("dialog", lambda dialog: pytest.fail(f"a script of a user ran: {dialog.message}"))
-    page.goto(url)
-    return page
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens an address in a context of its own; an error or a dialog of a script fails the test."""
+    contexts = []
+
+    def open_page(url: str, **options: Any) -> Page:
+        contexts.append(browser.new_context(**{"locale": "en-US", "viewport": DESKTOP, **options}))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: pytest.fail(str(error)))
+        page.on("dialog", lambda dialog: pytest.fail(f"a script of a user ran: {dialog.message}"))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
 
 
 def set_length(page: Page, tokens: int) -> None:
@@ -72,8 +81,8 @@ def shares(page: Page, figure: int) -> list[float]:
     return [float(text.rstrip("%")) for text in texts]
 
 
-def test_pictures_answer_and_routes(server: Server, browser: Browser, files: list[Path]) -> None:
-    page = opened(browser, server.url)
+def test_pictures_answer_and_routes(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
+    page = opened(server.url)
     page.set_input_files("#files", files)
     expect(page.locator("#pictures img")).to_have_count(2)
     set_length(page, 8)
@@ -95,8 +104,10 @@ def test_pictures_answer_and_routes(server: Server, browser: Browser, files: lis
     assert page.locator("#pictures li").count() == 0, "the pictures went with the message"
 
 
-def test_a_conversation_goes_on_and_can_be_reset(server: Server, browser: Browser, files: list[Path]) -> None:
-    page = opened(browser, server.url)
+def test_a_conversation_goes_on_and_can_be_reset(
+    server: Server, opened: Callable[..., Page], files: list[Path]
+) -> None:
+    page = opened(server.url)
     set_length(page, 4)
     sent: list[Any] = []
     page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
@@ -112,8 +123,8 @@ def test_a_conversation_goes_on_and_can_be_reset(server: Server, browser: Browse
     expect(page.locator("article")).to_have_count(0)
 
 
-def test_one_picture_in_six_languages(server: Server, browser: Browser, files: list[Path]) -> None:
-    page = opened(browser, server.url)
+def test_one_picture_in_six_languages(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
+    page = opened(server.url)
     page.click("#compare")
     expect(page.get_by_role("alert")).to_have_text("Attach a picture first.")
     page.set_input_files("#files", files[0])
@@ -135,8 +146,8 @@ def test_one_picture_in_six_languages(server: Server, browser: Browser, files: l
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_language_has_every_text(server: Server, browser: Browser, language: str) -> None:
-    page = opened(browser, server.url, locale=language)
+def test_every_language_has_every_text(server: Server, opened: Callable[..., Page], language: str) -> None:
+    page = opened(server.url, locale=language)
     assert page.evaluate("[document.documentElement.lang, document.documentElement.dir]") == [
         language,
         "rtl" if language == "ar" else "ltr",
@@ -151,9 +162,9 @@ def test_every_language_has_every_text(server: Server, browser: Browser, languag
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("language", "viewport"), [("en", DESKTOP), ("ar", PHONE)], ids=["desktop", "arabic-phone"])
 def test_no_violation_that_axe_finds(
-    server: Server, browser: Browser, files: list[Path], scheme: Any, language: str, viewport: Any
+    server: Server, opened: Callable[..., Page], files: list[Path], scheme: Any, language: str, viewport: Any
 ) -> None:
-    page = opened(browser, server.url, locale=language, color_scheme=scheme, viewport=viewport)
+    page = opened(server.url, locale=language, color_scheme=scheme, viewport=viewport)
     page.set_input_files("#files", files)
     set_length(page, 4)
     page.fill("#message", "?")
@@ -169,8 +180,8 @@ def test_no_violation_that_axe_finds(
     assert found.violations_count == 0, found.generate_report()
 
 
-def test_with_the_keyboard_alone(server: Server, browser: Browser, files: list[Path]) -> None:
-    page = opened(browser, server.url)
+def test_with_the_keyboard_alone(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
+    page = opened(server.url)
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # the link to the message
     assert page.evaluate("document.activeElement.id || location.hash") in ("message", "#message")
@@ -191,8 +202,8 @@ def test_with_the_keyboard_alone(server: Server, browser: Browser, files: list[P
     assert page.evaluate("document.activeElement.id") == "message"
 
 
-def test_escape_stops_the_answer(server: Server, browser: Browser) -> None:
-    page = opened(browser, server.url)
+def test_escape_stops_the_answer(server: Server, opened: Callable[..., Page]) -> None:
+    page = opened(server.url)
     set_length(page, 400)
     page.fill("#message", "Go on")
     page.press("#message", "Enter")
@@ -202,8 +213,10 @@ def test_escape_stops_the_answer(server: Server, browser: Browser) -> None:
     server.wait_idle()
 
 
-def test_what_is_refused_can_be_changed_and_sent_again(server: Server, browser: Browser, tmp_path: Path) -> None:
-    page = opened(browser, server.url)
+def test_what_is_refused_can_be_changed_and_sent_again(
+    server: Server, opened: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = opened(server.url)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     page.set_input_files("#files", broken)
@@ -220,11 +233,11 @@ def test_what_is_refused_can_be_changed_and_sent_again(server: Server, browser: 
     expect(page.locator("article")).to_have_count(0)
 
 
-def test_a_key_is_asked_for(browser: Browser, tmp_path: Path) -> None:
+def test_a_key_is_asked_for(opened: Callable[..., Page], tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret\n")
     with serving(tmp_path, "--api-key-file", str(keys)) as server:
-        page = opened(browser, server.url)
+        page = opened(server.url)
         expect(page.get_by_role("alert")).to_have_text("The server wants an API key: enter it under Settings.")
         page.click("summary")
         page.fill("#key", "secret")

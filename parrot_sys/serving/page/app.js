@@ -197,7 +197,7 @@ function listen() {
     find("message").focus();
   };
   find("files").onchange = async (event) => { await pictures.add(event.target.files); event.target.value = ""; };
-  find("attach").onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); find("files").click(); } };
+  find("attach").onclick = () => find("files").click();
   document.addEventListener("paste", (event) => pictures.add(event.clipboardData.files));
   document.addEventListener("dragover", (event) => { event.preventDefault(); find("composer").classList.add("over"); });
   document.addEventListener("dragleave", () => find("composer").classList.remove("over"));
