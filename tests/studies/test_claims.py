@@ -52,14 +52,15 @@ def test_what_is_missing_has_no_verdict(tmp_path: Path) -> None:
 
 def test_figures_by_hand() -> None:
     languages = {"en": {"seeds": [1.0, 3.0]}, "pt": {"seeds": [5.0, 7.0]}, "mean": {"seeds": [9.0, 9.0]}}
-    old = {"summary": {"differences": {"a - b": {"style": languages}}}}
+    asked = {"a": {"0": {"n": {"style": {"en": 10, "pt": 20}}}}}
+    old = {"summary": {"differences": {"a - b": {"style": languages}}}, "results": asked}
     found = FIGURE.read(old)
     assert found is not None
     assert found.value == 4.0  # the seeds' means over languages are 3 and 5; t with one degree of freedom is 12.706
     assert found.interval == pytest.approx((4 - 12.7062047, 4 + 12.7062047))
     others = Difference(file="some.json", comparison="a - b", part="style", key=EXCEPT_EN).read(old)
     assert others is not None
-    assert others.value == 6.0
+    assert (others.value, others.n, found.n) == (6.0, 2 * 20, 2 * 30)
 
     paired = {"difference": 2.0, "interval": [-1.0, 5.0], "n": 40, "pictures": 10, "seeds": 2}
     new = {"summary": {**old["summary"], "paired_intervals": {"a - b": {"style": {"mean": paired}}}}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -36,7 +36,7 @@ class Estimate:
     over: str
     """Things that the interval is over."""
     n: int | None
-    """Pairs of answers; None where only values of seeds are kept."""
+    """Pairs of answers; None where there are none."""
     seeds: int
     unit: str = "points"
 
@@ -89,7 +89,10 @@ class Difference:
             return None
         names = [name for name in row if name not in (AVERAGE, EXCEPT_EN) and (self.key == AVERAGE or name != "en")]
         runs = zip(*(row[name]["seeds"] for name in names), strict=True)
-        return over_seeds([fmean(values) for values in runs], self.unit)
+        asked = next(iter(next(iter(content["results"].values())).values()))["n"][self.part]
+        per_seed = sum(asked[name] for name in names)
+        found = over_seeds([fmean(values) for values in runs], self.unit)
+        return replace(found, n=per_seed * found.seeds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
