@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from parrot_sys.engine.blocks import digest
@@ -23,18 +22,12 @@ from parrot_sys.errors import ConfigError
 Key = TypeVar("Key", bound=Hashable)
 
 
-def picture_digest(picture: Image.Image) -> bytes:
-    """Identity of a picture: mode, size and pixels.
-
-    Args:
-        picture: as `load_image` returns it, turned as its EXIF says and without transparency, so that equal pictures
-            are equal however their files are written.
-    """
-    return digest(picture.mode.encode(), struct.pack("<2q", *picture.size), picture.tobytes())
-
-
 def pixels_digest(pixels: Tensor) -> bytes:
-    """Identity of a preprocessed picture [3, h, w]: dtype, shape and values."""
+    """Identity of a picture as the tower gets it, [k, 3, h, w], or of its features: dtype, shape and values.
+
+    Pixels are taken after everything that is done to a file (EXIF, transparency, padding, resizing, tiles), so pictures
+    of other modes or sizes differ as soon as the model could tell, and it does not matter how their files are written.
+    """
     shape = struct.pack(f"<{pixels.dim()}q", *pixels.shape)
     values = pixels.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return digest(str(pixels.dtype).encode(), shape, values.tobytes())
