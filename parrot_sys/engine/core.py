@@ -18,7 +18,7 @@ from parrot_sys.data.packing import Guidance
 from parrot_sys.engine.blocks import BlockPool, root_hash
 from parrot_sys.engine.detokenizer import Detokenizer, StopStrings, TextDecoder
 from parrot_sys.engine.encoder_cache import EncoderCache
-from parrot_sys.engine.inputs import StepInputs, build_step
+from parrot_sys.engine.inputs import StepBuilder, StepInputs, build_step
 from parrot_sys.engine.pictures import PictureEncoder, PictureModel
 from parrot_sys.engine.requests import (
     Delta,
@@ -27,6 +27,7 @@ from parrot_sys.engine.requests import (
     ImageReaders,
     RequestImage,
     expand,
+    finite_rows,
     not_finite,
 )
 from parrot_sys.engine.sampler import RequestSampler, TokenLogprob, next_tokens, token_logprobs
@@ -121,6 +122,8 @@ class _Answer:
         self.known = known
         """Ids of the prompt's rows and of what was given after it, also the last, which may not have to run."""
         self.num_prompt_rows = num_prompt_rows
+        self.scores = bool(request.given) or request.prompt_logprobs is not None
+        """Whether any of its rows is scored."""
         self.scored: dict[int, TokenLogprob] = {}
         """Row -> log-probability of its id, of the prompt and what was given after it."""
 
@@ -131,6 +134,8 @@ class _Answer:
 
     def targets(self, chunk: Chunk) -> list[tuple[int, int, int]]:
         """Rows of a chunk whose next id is scored: place among the wanted logits, row of the next id, the id."""
+        if not self.scores:
+            return []
         found = []
         for place, row in enumerate(chunk.logits_rows):
             nxt = row + 1
@@ -171,6 +176,7 @@ class Engine:
         self.cache = EncoderCache(feature_bytes=config.feature_bytes, routed_bytes=config.routed_bytes)
         self.steps = 0
         """Steps so far."""
+        self._builder = StepBuilder(config.block_size)
         self._encoder = PictureEncoder(model, self.cache)
         self._tokenizer = tokenizer
         self._clock = clock
@@ -280,7 +286,7 @@ class Engine:
         size = self.config.block_size
         if self._use_cache:
             self._encode(chunks, answers)
-            return self.model.run_step(build_step(chunks, [own.images for own in answers], size))
+            return self.model.run_step(self._builder.build(chunks, [own.images for own in answers]))
         # Whole requests; those of which no logits are wanted yet can wait.
         wanted = [
             (replace(chunk, start=0), own) for chunk, own in zip(chunks, answers, strict=True) if chunk.logits_rows
@@ -314,7 +320,7 @@ class Engine:
 
     def _after(self, chunks: Sequence[Chunk], answers: Sequence[_Answer], logits: Tensor) -> list[Delta]:
         """Scores and samples from the logits of a step."""
-        deltas, finite = [], logits.isfinite().all(1).tolist()
+        deltas, finite = [], finite_rows(logits)
         sampling: list[tuple[_Answer, int]] = []
         scoring: list[tuple[_Answer, int, int, int]] = []
         begin = 0
@@ -322,7 +328,7 @@ class Engine:
             count = len(chunk.logits_rows)
             rows = range(begin, begin + count)
             begin += count
-            if not all(finite[row] for row in rows):
+            if not all(finite[begin - count : begin]):
                 deltas.append(self._end(own, "error", error=not_finite(logits[list(rows)])))
                 continue
             scoring += [(own, rows[place], row, token) for place, row, token in own.targets(chunk)]

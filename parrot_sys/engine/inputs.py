@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parrot_sys.engine.requests import RequestImage
-from parrot_sys.engine.scheduler import Chunk
+from parrot_sys.engine.scheduler import Chunk, ScheduledRequest
 
 Integers = npt.NDArray[np.int64]
 
@@ -79,6 +79,56 @@ def build_step(chunks: Sequence[Chunk], images_of: Sequence[Sequence[RequestImag
         logits_rows=torch.from_numpy(_joined(wanted)),
         **seen.fields(),
     )
+
+
+class StepBuilder:
+    """Inputs of one step after the other; one with the same answers as the step before takes over what stays."""
+
+    def __init__(self, block_size: int) -> None:
+        """
+        Args:
+            block_size: rows of a block.
+        """
+        self._block_size = block_size
+        self._last: StepInputs | None = None
+        self._tables = np.empty((0, 0), dtype=np.int64)  # [S, W], W with room for the answers to grow
+        self._requests: list[tuple[ScheduledRequest, int]] = []
+        """Requests of the last step, if each had one row and read no picture with it; and how often each was
+        preempted, since they come back with other blocks."""
+
+    def build(self, chunks: Sequence[Chunk], images_of: Sequence[Sequence[RequestImage]]) -> StepInputs:
+        """See `build_step`."""
+        requests = [(chunk.request, chunk.request.preemptions) for chunk in chunks]
+        single = all(chunk.stop - chunk.start == len(chunk.logits_rows) == 1 for chunk in chunks)
+        single = single and not any(
+            image.readers.stop > chunk.start
+            for chunk, images in zip(chunks, images_of, strict=True)
+            for image in images
+        )
+        if single and self._last is not None and requests == self._requests:
+            inputs = self._next(self._last, chunks)
+        else:
+            inputs = build_step(chunks, images_of, self._block_size)
+            self._requests = requests if single else []
+            self._tables = inputs.block_tables.view(len(chunks), -1).numpy()
+        self._last = inputs
+        return inputs
+
+    def _next(self, last: StepInputs, chunks: Sequence[Chunk]) -> StepInputs:
+        size = self._block_size
+        width = max((chunk.stop - 1) // size for chunk in chunks) + 1
+        if width > self._tables.shape[1]:
+            self._tables = np.pad(self._tables, ((0, 0), (0, width)))
+        for table, chunk in zip(self._tables, chunks, strict=True):
+            if chunk.start % size == 0:
+                table[chunk.start // size] = chunk.request.blocks[-1]
+        return replace(
+            last,
+            input_ids=torch.tensor([chunk.request.ids[-1] for chunk in chunks]),
+            position_ids=last.position_ids + 1,
+            lengths=last.lengths + 1,
+            block_tables=torch.from_numpy(self._tables[:, :width].copy().ravel()),
+        )
 
 
 class _Seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class RankModel:
     def __init__(self, model: MultimodalModel) -> None:
         self.model = model
         self._cache: PagedCache | None = None
+        self._last: tuple[StepInputs, PackedBatch, PagedRows, Tensor] | None = None
+        """The last step, with its rows wanted: steps that continue the same answers share their tensors with it."""
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +85,7 @@ class RankModel:
 
     def open_cache(self, num_blocks: int, block_size: int) -> None:
         """Makes an empty cache, in the place of the last one."""
+        self._last = None
         self._cache = PagedCache(num_blocks, block_size, device=self.device)
 
     def keep_alive(self) -> None:
@@ -158,40 +162,63 @@ class RankModel:
 
     def run_step(self, inputs: StepInputs) -> Tensor:
         """See `ModelRunner.run_step`; every rank gets the logits."""
-        batch, logits_rows = self._batch(inputs), inputs.logits_rows.to(self.device)
-        output = forward_logits(self.model, batch, logits_rows=logits_rows, paged=self._paged(inputs))
+        device = self.device
+        if self._last is not None and self._last[0].bounds is inputs.bounds:
+            batch, paged, logits_rows = self._next(inputs, device)
+        else:
+            batch, paged = self._batch(inputs, device), self._paged(inputs, device)
+            logits_rows = inputs.logits_rows.to(device)
+        self._last = inputs, batch, paged, logits_rows
+        output = forward_logits(self.model, batch, logits_rows=logits_rows, paged=paged)
         assert output.logits is not None, "logits come back to every rank"
         return output.logits.float()
 
+    def _next(self, inputs: StepInputs, device: torch.device) -> tuple[PackedBatch, PagedRows, Tensor]:
+        """A step with the answers of the last one, a row each: what stays is not made again."""
+        assert self._last is not None, "there was a step before"
+        _, batch, paged, logits_rows = self._last
+        size, tables = paged.cache.block_size, inputs.block_tables.view(len(paged.lengths), -1)
+        batch = replace(batch, input_ids=inputs.input_ids.to(device), position_ids=inputs.position_ids.to(device))
+        paged = replace(
+            paged,
+            blocks=tables.gather(1, (inputs.position_ids // size)[:, None]).squeeze(1).to(device),
+            offsets=(inputs.position_ids % size).to(device),
+            block_tables=tables.int().to(device),
+            lengths=inputs.lengths.int().to(device),
+            fresh=False,
+        )
+        return batch, paged, logits_rows
+
     def run_whole(self, inputs: StepInputs) -> Tensor:
         """See `ModelRunner.run_whole`; every rank gets the logits."""
-        batch, logits_rows = self._batch(inputs), inputs.logits_rows.to(self.device)
+        device = self.device
+        batch, logits_rows = self._batch(inputs, device), inputs.logits_rows.to(device)
         output = forward_logits(self.model, batch, logits_rows=logits_rows)
         assert output.logits is not None, "logits come back to every rank"
         return output.logits.float()
 
-    def _paged(self, inputs: StepInputs) -> PagedRows:
+    def _paged(self, inputs: StepInputs, device: torch.device) -> PagedRows:
         assert self._cache is not None, "the cache is opened before the first step"
-        device, size = self.device, self._cache.block_size
-        counts = inputs.bounds.diff()
-        request = torch.repeat_interleave(counts)
-        tables = inputs.block_tables.view(len(counts), -1)
-        blocks = tables[request, inputs.position_ids // size]
-        has_images = inputs.has_images.bool()
+        size, requests = self._cache.block_size, inputs.lengths.numel()
+        tables, has_images = inputs.block_tables.view(requests, -1), inputs.has_images.bool()
+        per_row = tables, has_images
+        if inputs.input_ids.numel() > requests:
+            request = torch.repeat_interleave(inputs.bounds.diff())
+            per_row = tables.index_select(0, request), has_images.index_select(0, request)
+        blocks = per_row[0].gather(1, (inputs.position_ids // size)[:, None]).squeeze(1)
         return PagedRows(
             cache=self._cache,
             blocks=blocks.to(device),
             offsets=(inputs.position_ids % size).to(device),
             block_tables=tables.int().to(device),
             lengths=inputs.lengths.int().to(device),
-            has_images=has_images[request].to(device),
+            has_images=per_row[1].to(device),
             image_of_row=inputs.image_of_row.to(device),
             fresh=not bool(inputs.position_ids[inputs.bounds[:-1]].any()),
             any_images=bool(has_images.any()),
         )
 
-    def _batch(self, inputs: StepInputs) -> PackedBatch:
-        device = self.device
+    def _batch(self, inputs: StepInputs, device: torch.device) -> PackedBatch:
         none = inputs.bounds[:0].to(device)
         spans = torch.zeros(len(inputs.image_sample), dtype=torch.int32, device=device)
         return PackedBatch(

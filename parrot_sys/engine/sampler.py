@@ -83,6 +83,8 @@ class RequestSampler:
             device: of the logits.
         """
         self.params = params
+        self.changes = params.penalizes
+        """Whether earlier tokens change its logits."""
         self.generator: torch.Generator | None = None
         if params.temperature:
             seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
@@ -90,7 +92,7 @@ class RequestSampler:
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
         """float32 [V], how often the answer has each token; with a penalty only."""
-        if params.penalizes:
+        if self.changes:
             self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.in_prompt[[token for token in prompt if token >= 0]] = True
             self.counts = torch.zeros(vocab_size, device=device)
@@ -111,7 +113,7 @@ def next_tokens(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
     Returns:
         int64 [S].
     """
-    penalized = [row for row, own in enumerate(samplers) if own.params.penalizes]
+    penalized = [row for row, own in enumerate(samplers) if own.changes]
     if penalized:
         rows = torch.tensor(penalized, device=logits.device)
         changed = penalize(logits.index_select(0, rows), [samplers[row] for row in penalized])

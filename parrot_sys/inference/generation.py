@@ -13,7 +13,15 @@ from parrot_sys.data.packing import Sample
 from parrot_sys.engine.core import Engine, EngineConfig
 from parrot_sys.engine.detokenizer import TextDecoder
 from parrot_sys.engine.lockstep import Lockstep
-from parrot_sys.engine.requests import Delta, EngineRequest, RequestImage, merge_routes, not_finite, num_images
+from parrot_sys.engine.requests import (
+    Delta,
+    EngineRequest,
+    RequestImage,
+    finite_rows,
+    merge_routes,
+    not_finite,
+    num_images,
+)
 from parrot_sys.engine.sampler import TokenLogprob
 from parrot_sys.engine.scheduler import SchedulerConfig
 from parrot_sys.errors import CheckpointError, DataError
@@ -134,7 +142,7 @@ def check_finite(logits: Tensor, names: Sequence[str]) -> None:
     Raises:
         CheckpointError: a logit is NaN or infinite; names the first such request.
     """
-    finite = logits.isfinite().all(1).tolist()
+    finite = finite_rows(logits)
     if not all(finite):
         place, others = finite.index(False), finite.count(False) - 1
         raise CheckpointError(_named(names[place], others, not_finite(logits[place : place + 1])))

@@ -23,11 +23,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 from torch import Tensor
 
 from parrot_sys.errors import ConfigError
@@ -36,15 +32,19 @@ from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.megatron.embed.moe_layer import moe_layer_spec
+from parrot_sys.megatron.lean_layer import LeanLayer, run_layers
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.megatron.runtime.compat import mlp_submodule
 from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
-from parrot_sys.modules.rotary import rotary_cos_sin
+from parrot_sys.modules.rotary import rotary_cos_sin, turning
 from parrot_sys.ops import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.parallel import RowSplit, combine_vocab_parts, share_pack
+
+_MOST_TURNS = 2**15
+"""Positions whose rotations are kept in a table: 24 MB for heads of 128 columns in half precision."""
 
 
 def layer_spec(
@@ -64,7 +64,7 @@ def layer_spec(
     """
     column_parallel, row_parallel = parallel_linear_layers()
     return ModuleSpec(
-        module=TransformerLayer,
+        module=LeanLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
@@ -113,7 +113,9 @@ class OutputHead(ColumnParallelLinear):
         """
         weight = self.weight if weight is None else weight
         if targets is None:
-            return gather_from_tensor_model_parallel_region(F.linear(hidden, weight), group=self.tp_group)
+            logits = F.linear(hidden, weight)
+            alone = self.tp_group.size() == 1
+            return logits if alone else gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         if self.tp_group.size() == 1:
             return linear_cross_entropy(hidden, weight, targets)
         start = self.tp_group.rank() * weight.shape[0]
@@ -172,6 +174,8 @@ class Decoder(GPTModel):
         self.llm = llm
         self._memory = MemoryMessage(config.hidden_size, pg_collection.tp, sequence_parallel=config.sequence_parallel)
         self._received: Tensor | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
+        """Rotations of all positions, see `_turns`."""
         if post_process:
             self.output_layer.__class__ = OutputHead
 
@@ -186,8 +190,10 @@ class Decoder(GPTModel):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings: int64 [T] -> [T, H]. Rows with a negative id (images) get those of id 0, to be replaced."""
-        ids = input_ids.clamp(min=0).unsqueeze(0)
-        return self.embedding(input_ids=ids, position_ids=None).squeeze(1)
+        ids = input_ids.clamp(min=0)
+        if not (self.training or torch.is_grad_enabled()) and self.pg_collection.tp.size() == 1:
+            return F.embedding(ids, self.embedding.word_embeddings.weight)
+        return self.embedding(input_ids=ids.unsqueeze(0), position_ids=None).squeeze(1)
 
     def forward(
         self,
@@ -241,7 +247,10 @@ class Decoder(GPTModel):
         hidden, message = self._inputs(embeddings, memory, memory_plan, padding, split)
         # (Layers may not change it: what they return in its place is not looked at.)
         memory = None if message is None or memory_plan is None else self._memory.unpack(message, memory_plan)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, context=memory, packed_seq_params=context)
+        if paged is not None and not torch.is_grad_enabled():
+            hidden = run_layers(self.decoder, hidden, memory, context)
+        else:
+            hidden = self.decoder(hidden_states=hidden, attention_mask=None, context=memory, packed_seq_params=context)
         if not self.post_process:
             return hidden if message is None else self._memory.append(hidden, message)
         return self._head(hidden, num_rows, label_rows if targets is not None else logits_rows, targets, split)
@@ -327,17 +336,32 @@ class Decoder(GPTModel):
             position_ids = split.take(position_ids, self.pg_collection.cp.rank())
             memory = None if memory is None else memory.for_rank(split, self.pg_collection.cp.rank())
         dtype = self.config.params_dtype
-        rotary = rotary_cos_sin(position_ids, self.config.kv_channels, self.llm.rope_base, dtype, self.llm.rope_scaling)
         return make_context(
             cu_seqlens,
             max_seqlen,
             dtype=dtype,
-            rotary=rotary,
+            rotary=self._rotary(position_ids) if paged is None else None,
+            turns=None if paged is None else self._turns(position_ids),
             paged=paged,
             shared=shared,
             memory=memory,
             positions=position_ids,
         )
+
+    def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        llm, config = self.llm, self.config
+        return rotary_cos_sin(position_ids, config.kv_channels, llm.rope_base, config.params_dtype, llm.rope_scaling)
+
+    def _turns(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotations of a step over a paged cache: looked up, where the table of all positions is small."""
+        if self.llm.max_position_embeddings > _MOST_TURNS:
+            return turning(*self._rotary(position_ids))
+        if self._table is None or self._table[0].device != position_ids.device:
+            positions = torch.arange(self.llm.max_position_embeddings, device=position_ids.device)
+            with torch.inference_mode(False):  # the next call may be outside of it
+                self._table = turning(*self._rotary(positions))
+        cos, sin = self._table
+        return cos.index_select(0, position_ids), sin.index_select(0, position_ids)
 
     def _to_layers(self, embeddings: Tensor, padding: int, split: RowSplit | None) -> Tensor:
         hidden = F.pad(embeddings, (0, 0, 0, padding)) if padding else embeddings
@@ -358,6 +382,6 @@ class Decoder(GPTModel):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        else:
+        elif torch.is_grad_enabled():
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
         return hidden.squeeze(1)

@@ -73,3 +73,18 @@ def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + d/2) of each head: rows [T, heads, d]; cos, sin [T, 1, d / 2]."""
     first, second = rows.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def turning(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors for `turn`, from cosine and sine [T, 1, d / 2].
+
+    Returns:
+        [T, 1, 1, 1, d / 2], and [T, 1, 1, 2, d / 2] with the signs of both halves.
+    """
+    return cos[:, :, None, None], torch.stack((-sin, sin), dim=-2).unsqueeze(1)
+
+
+def turn(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` in a third of the calls, for inference: rows [T, g, r, d]; cos, sin from `turning`, once a step."""
+    halves = rows.unflatten(-1, (2, -1))
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
 _LIBRARY = torch.library.Library("parrot", "FRAGMENT")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -25,6 +28,7 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name = name
+        self._function = function
         self._setup_context: SetupContext | None = None
         self._backward: Callable[..., Any] = self._refuse
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -36,7 +40,8 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._overload(*args)
-        return self._below_autograd(*args)
+        # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
+        return self._below_autograd(*args) if _is_watched(args) else self._function(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -76,6 +81,15 @@ class Operator:
             return run(*args)
 
         return call
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether a dispatch mode, a transform or a kind of tensor wants to see the operator itself."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+    )
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:

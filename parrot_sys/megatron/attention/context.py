@@ -36,6 +36,7 @@ class AttentionContext(PackedSeqParams):
     max_seqlen: int
     plan: SegmentPlan | None  # None where it is not needed
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [T, 1, d / 2] each
+    turns: tuple[Tensor, Tensor] | None = None  # in its place, for `turn`: in steps over a paged cache
     paged: PagedRows | None = None  # rows of requests whose keys and values are in a paged cache
     shared: SharedPack | None = None  # the pack is dealt over context-parallel ranks; the rows here are this rank's
     memory: MemoryPlan | None = None  # who sees what of the memory that layers get as `context`
@@ -49,6 +50,7 @@ def make_context(
     *,
     dtype: torch.dtype,
     rotary: tuple[Tensor, Tensor] | None = None,
+    turns: tuple[Tensor, Tensor] | None = None,
     paged: PagedRows | None = None,
     shared: SharedPack | None = None,
     memory: MemoryPlan | None = None,
@@ -61,6 +63,7 @@ def make_context(
         max_seqlen: longest sample.
         dtype: of queries, keys and values.
         rotary: from `rotary_cos_sin`.
+        turns: from `turning`, in the place of `rotary`.
         paged: rows of requests whose keys and values are in a paged cache.
         shared: from `share_pack` under context parallelism.
         memory: for layers that read one, with the padded pack's rows of this rank.
@@ -73,6 +76,7 @@ def make_context(
         max_seqlen=max_seqlen,
         plan=plan_segments(cu_seqlens) if planned else None,
         rotary=rotary,
+        turns=turns,
         shared=shared,
         memory=memory,
         positions=positions,

@@ -18,7 +18,7 @@ from parrot_sys.megatron.attention.columns import with_columns
 from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.packed import dense_attention, planned_attention, varlen_attention
 from parrot_sys.megatron.attention.paged import PagedRows
-from parrot_sys.modules.rotary import rotate
+from parrot_sys.modules.rotary import rotate, turn
 from parrot_sys.parallel import context_attention
 
 
@@ -84,9 +84,12 @@ class CoreAttention(nn.Module):
         query, key, value = (rows.transpose(0, 1).flatten(0, 1) for rows in (query, key, value))
         if context.rotary is not None:
             query, key = rotate(query, *context.rotary), rotate(key, *context.rotary)
-        return self._packed(query, key, value, context).flatten(1).unflatten(0, (batch, -1)).transpose(0, 1)
+        elif context.turns is not None:
+            query, key = (turn(rows.unsqueeze(2), *context.turns).squeeze(2) for rows in (query, key))
+        return self.packed(query, key, value, context).flatten(1).unflatten(0, (batch, -1)).transpose(0, 1)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+    def packed(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """Rotated rows of a pack, query [T, n, d], key and value [T, g, d] -> [T, n, d]."""
         if context.paged is not None:
             buffers = context.paged.write(self.layer_number, key, value)
             if not context.paged.fresh:

@@ -32,6 +32,7 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext, ColumnSum
 from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.embed.learner_memory import KINDS, LearnerPlan
+from parrot_sys.megatron.lean_layer import LeanLayer
 from parrot_sys.modules.learners import CUT_DIMS, LearnerRouter, LearnersConfig, LorraLearner
 from parrot_sys.modules.rotary import rotary_cos_sin, rotate
 from parrot_sys.parallel import copy_to_group, reduce_from_group
@@ -56,7 +57,7 @@ def with_learners(spec: Spec, settings: LearnersConfig, *, rope_base: float) -> 
         specs = [with_learners(layer, settings, rope_base=rope_base) for layer in spec.layer_specs or []]
         return dataclasses.replace(spec, layer_specs=specs)
     plain = spec.submodules
-    if spec.module is not TransformerLayer or not isinstance(plain, TransformerLayerSubmodules):
+    if spec.module not in (TransformerLayer, LeanLayer) or not isinstance(plain, TransformerLayerSubmodules):
         raise ConfigError(f"learners go beside a TransformerLayer's attention, got the spec of {spec.module}")
     submodules = LearnersLayerSubmodules(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
     submodules.self_attention = _with_core_attention(plain.self_attention)
@@ -88,7 +89,7 @@ class LearnersLayerSubmodules(TransformerLayerSubmodules):
     learners: ModuleSpec | None = None
 
 
-class LearnersLayer(TransformerLayer):
+class LearnersLayer(LeanLayer):
     """A transformer layer whose rows also read the memory, between attention and MLP."""
 
     def __init__(

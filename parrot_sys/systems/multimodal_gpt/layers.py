@@ -15,13 +15,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.memory import MemoryPlan
+from parrot_sys.megatron.lean_layer import LeanLayer
 from parrot_sys.megatron.lora import with_lora
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
 from parrot_sys.modules.gated_cross_attention import GatedCrossAttention, MediaSpans
@@ -51,7 +52,7 @@ def flamingo_layer_spec(
     return ModuleSpec(module=FlamingoLayer, params=params, submodules=spec.submodules)
 
 
-class FlamingoLayer(TransformerLayer):
+class FlamingoLayer(LeanLayer):
     """A decoder layer after a gated cross-attention block."""
 
     def __init__(
