@@ -1,0 +1,251 @@
+"""Random schedules of requests, each answer held to a plain loop over `forward`; on any model.
+
+    python -m tests.engine.schedules runs/demo/instruct/hf runs/demo-wings/instruct/hf --json FILE
+
+runs 500 schedules on each checkpoint. Results of earlier calls in the file stay, those of the same checkpoint are
+replaced, so that the checkpoints can be given one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import parrot_sys
+from benchmarks.harness import machine
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
+from parrot_sys.data.packing import Sample
+from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.scheduler import SchedulerConfig
+from parrot_sys.inference.model import ParrotForConditionalGeneration
+
+NEW_TOKENS = 6
+
+
+class UnclearError(AssertionError):
+    """Two tokens are as likely as each other but for rounding, so that no answer is the right one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids, -1 - i for picture i of three."""
+
+    ids: tuple[int, ...]
+
+
+# Words before and behind a picture alike and not; the same picture, asked otherwise; two of the same; text alone.
+OPENING = (5, 9, 14, 30, 31, 7, 8, 11)
+PROMPTS = (
+    Prompt((*OPENING, -1, 40, 41, 42)),
+    Prompt((*OPENING, -1, 50, 51)),
+    Prompt((*OPENING, -2, 40, 41, 42)),
+    Prompt((*OPENING, -1, 40, 41, -2, 60)),
+    Prompt((*OPENING, 40, 41, 42)),
+    Prompt((-1, -1, 20)),
+    Prompt((70,)),
+    Prompt((*range(90, 121), -3)),
+)
+
+
+@dataclass
+class Served:
+    """A model, its pictures, and what a plain loop answers."""
+
+    model: ParrotForConditionalGeneration
+    pixels: Tensor
+    prompts: tuple[Prompt, ...] = PROMPTS
+    known: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    def sample(self, number: int) -> Sample:
+        ids = self.prompts[number].ids
+        pictures = [self.pixels[-1 - own] for own in ids if own < 0]
+        return Sample(
+            input_ids=[IMAGE_TOKEN_ID if own < 0 else own for own in ids],
+            pixel_values=torch.stack(pictures) if pictures else None,
+        )
+
+    @torch.no_grad()
+    def answer(self, number: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens and their log-probabilities, by running everything again for each token."""
+        if number not in self.known:
+            sample, tokens, values = self.sample(number), [], []
+            for _ in range(NEW_TOKENS):
+                # (What has a label guides no route.)
+                ids = torch.tensor([[*sample.input_ids, *tokens]])
+                labels = torch.tensor([[IGNORE_ID] * len(sample.input_ids) + tokens])
+                mask = torch.ones_like(ids)  # an answer may hold the id of the padding
+                logits = self.model(ids, mask, sample.pixel_values, labels).logits[0, -1]
+                best = logits.log_softmax(-1).topk(2)
+                if best.values[0] - best.values[1] <= 1e-4:
+                    raise UnclearError(f"prompt {number} has no clear answer: take other ids")
+                tokens.append(int(best.indices[0]))
+                values.append(float(best.values[0]))
+            self.known[number] = tokens, values
+        return self.known[number]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How requests come and go, and how much room there is."""
+
+    requests: list[tuple[int, int, int, int | None]]
+    """Prompt, tokens, step of its arrival, and after how many steps it is cancelled."""
+    block_size: int
+    spare_blocks: int
+    rows: int
+    running: int
+    feature_bytes: int = 2**20
+
+    def run(self, served: Served, **options: Any) -> Engine:
+        """Runs it and compares each answer."""
+        model = served.model.lockstep
+        longest = (
+            max(len(p.ids) + sum(own < 0 for own in p.ids) * model.rows_per_image for p in served.prompts) + NEW_TOKENS
+        )
+        sizes = SchedulerConfig(max_rows_per_step=max(self.rows, self.running), max_running=self.running)
+        config = EngineConfig(
+            num_blocks=-(-longest // self.block_size) + self.spare_blocks,
+            block_size=self.block_size,
+            feature_bytes=self.feature_bytes,
+            routed_bytes=self.feature_bytes,
+            scheduler=sizes,
+        )
+        engine = Engine(model, config, **options)
+        waiting = sorted(enumerate(self.requests), key=lambda each: each[1][2])
+        numbers: dict[int, tuple[int, int]] = {}
+        tokens: dict[int, list[int]] = {}
+        reasons: dict[int, str] = {}
+        cancels: dict[int, int] = {}
+        step = 0
+        while waiting or engine.has_requests:
+            while waiting and waiting[0][1][2] <= step:
+                _, (prompt, count, _, patience) = waiting.pop(0)
+                request = EngineRequest(sample=served.sample(prompt), max_new_tokens=count, logprobs=0)
+                number = engine.submit(request)
+                numbers[number], tokens[number] = (prompt, count), []
+                if patience is not None:
+                    cancels[number] = step + patience
+            for number in [number for number, when in cancels.items() if when <= step]:
+                engine.cancel(number)
+                del cancels[number]
+            for delta in engine.step():
+                self._compare(served, numbers[delta.number][0], tokens[delta.number], delta)
+                if delta.finish_reason is not None:
+                    reasons[delta.number] = delta.finish_reason
+            step += 1
+        assert engine.pool.num_free == config.num_blocks
+        for number, (_, count) in numbers.items():
+            if reasons[number] != "cancelled":
+                assert (reasons[number], len(tokens[number])) == ("length", count)
+        return engine
+
+    def _compare(self, served: Served, prompt: int, tokens: list[int], delta: Any) -> None:
+        wanted, values = served.answer(prompt)
+        for token, found in zip(delta.tokens, delta.logprobs, strict=True):
+            assert abs(found.logprob - values[len(tokens)]) <= 1e-4, f"prompt {prompt}"
+            assert token == wanted[len(tokens)], f"prompt {prompt}"
+            tokens.append(token)
+
+
+SCHEDULES = st.builds(
+    Schedule,
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, len(PROMPTS) - 1),
+            st.integers(1, NEW_TOKENS),
+            st.integers(0, 8),
+            st.none() | st.none() | st.integers(0, 6),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    block_size=st.integers(1, 20),
+    spare_blocks=st.integers(0, 12),
+    rows=st.sampled_from([1, 3, 7, 20, 64, 1000]),
+    running=st.integers(1, 6),
+    feature_bytes=st.sampled_from([0, 2**14, 2**20]),
+)
+
+
+def served_checkpoint(folder: Path) -> Served:
+    """A checkpoint with pictures of noise, and the first prompts of its vocabulary that have a clear answer."""
+    model, _ = parrot_sys.load_pretrained(folder)
+    side = model.config.vision.image_size
+    pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    for shift in range(0, model.config.llm.vocab_size // 2, 100):
+        prompts = tuple(Prompt(tuple(own + shift if own >= 0 else own for own in prompt.ids)) for prompt in PROMPTS)
+        served = Served(model, pixels, prompts)
+        try:
+            for number in range(len(prompts)):
+                served.answer(number)
+        except UnclearError:
+            continue
+        return served
+    raise UnclearError(f"{folder}: no prompts with clear answers")
+
+
+def walk(served: Served, examples: int) -> dict[str, int]:
+    """Runs random schedules; counts what happened in them.
+
+    Raises:
+        AssertionError: an answer is another one than that of the plain loop.
+    """
+    counts = dict.fromkeys(("schedules", "requests", "cancellations", "steps", "preemptions", "blocks_found"), 0)
+
+    @seed(0)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(schedule=SCHEDULES)
+    def run(schedule: Schedule) -> None:
+        engine = schedule.run(served)
+        counts["schedules"] += 1
+        counts["requests"] += len(schedule.requests)
+        counts["cancellations"] += sum(patience is not None for *_, patience in schedule.requests)
+        counts["steps"] += engine.steps
+        counts["preemptions"] += engine.scheduler.num_preemptions
+        counts["blocks_found"] += engine.pool.hits
+
+    run()
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="folders in the released layout")
+    parser.add_argument("--examples", type=int, default=500, help="schedules for each checkpoint (default 500)")
+    parser.add_argument("--json", type=Path, help="write the counts here")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    if arguments.json is not None and arguments.json.exists():
+        rows = json.loads(arguments.json.read_text())["checkpoints"]
+    for folder in arguments.checkpoints:
+        served, start = served_checkpoint(folder), time.process_time()
+        counts = walk(served, arguments.examples)
+        rows[str(folder)] = {**counts, "cpu_seconds": round(time.process_time() - start, 1)}
+        print(f"{folder}: every answer is that of a single request: {rows[str(folder)]}", flush=True)
+        if arguments.json is not None:
+            found = {"benchmark": "engine_schedules", "machine": machine(), "checkpoints": rows}
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
