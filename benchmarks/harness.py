@@ -21,14 +21,22 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def interleaved_times(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, taken in turns so that a disturbance hits all alike; one round warms up and is dropped."""
+def interleaved_times(
+    runs: Mapping[str, Callable[[], object]], repeats: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that a disturbance hits all alike; one round warms up and is dropped.
+
+    Args:
+        runs: what is timed, by name.
+        repeats: rounds that count.
+        clock: of the seconds.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: values[1:] for name, values in times.items()}
 
 
