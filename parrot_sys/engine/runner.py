@@ -11,6 +11,7 @@ from torch import Tensor
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.data.packing import Guidance
+from parrot_sys.engine.graphs import Capture, DecodeGraphs
 from parrot_sys.engine.inputs import StepInputs
 from parrot_sys.engine.requests import ImageReaders
 from parrot_sys.megatron.attention.paged import PagedCache, PagedRows
@@ -30,6 +31,9 @@ class RankModel:
     def __init__(self, model: MultimodalModel) -> None:
         self.model = model
         self._cache: PagedCache | None = None
+        self._graphs: DecodeGraphs | None = None
+        self.capture: Capture | None = None
+        """How caches opened from now on have steps of answers recorded (`graphs.capture_graph`); None: not at all."""
         self._last: tuple[StepInputs, PackedBatch, PagedRows, Tensor] | None = None
         """The last step, with its rows wanted: steps that continue the same answers share their tensors with it."""
 
@@ -85,8 +89,14 @@ class RankModel:
 
     def open_cache(self, num_blocks: int, block_size: int) -> None:
         """Makes an empty cache, in the place of the last one."""
-        self._last = None
-        self._cache = PagedCache(num_blocks, block_size, device=self.device)
+        self._last, self._graphs = None, None
+        device, model = self.device, self.model
+        if self.capture is None or not DecodeGraphs.supports(model):
+            self._cache = PagedCache(num_blocks, block_size, device=device)
+            return
+        self._cache = PagedCache(num_blocks + 1, block_size, device=device)
+        rows = min(self.config.max_rows, num_blocks * block_size)
+        self._graphs = DecodeGraphs(model, self._cache, max_rows=rows, capture=self.capture)
 
     def keep_alive(self) -> None:
         """Does nothing; ranks that wait for the next call hear that there are more to come."""
@@ -162,6 +172,8 @@ class RankModel:
 
     def run_step(self, inputs: StepInputs) -> Tensor:
         """See `ModelRunner.run_step`; every rank gets the logits."""
+        if self._graphs is not None and self._graphs.takes(inputs):
+            return self._graphs.run(inputs)
         device = self.device
         if self._last is not None and self._last[0].bounds is inputs.bounds:
             batch, paged, logits_rows = self._next(inputs, device)

@@ -84,6 +84,11 @@ class Bridge:
         return True
 
     @property
+    def steps_alike(self) -> bool:
+        """Whether a step of answers makes the same calls whatever its requests hold, so that it can be recorded."""
+        return True
+
+    @property
     def layers_differ(self) -> bool:
         """Whether some layers have parts that others lack."""
         return False

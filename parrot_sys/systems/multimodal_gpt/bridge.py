@@ -49,6 +49,11 @@ class MultimodalGptBridge(SystemBridge):
         """The resampler."""
         return {"resampler": self.resampler}
 
+    @property
+    def steps_alike(self) -> bool:
+        """No: what the layers read besides their rows is planned for each step."""
+        return False
+
     def layer_spec(self, spec: ModuleSpec, number: int) -> ModuleSpec:
         """The layer, with a gated block in front where there is one."""
         return flamingo_layer_spec(spec, self.flamingo, self.vision.hidden_size, number, self.model.lora)

@@ -43,6 +43,11 @@ class WingsBridge(ImageRowsBridge):
         """Whether only some layers have learners."""
         return self.wings.layers is not None
 
+    @property
+    def steps_alike(self) -> bool:
+        """No: what the layers read besides their rows is planned for each step."""
+        return False
+
     def layer_spec(self, spec: ModuleSpec, number: int) -> ModuleSpec:
         """The layer with learners, where the settings want them."""
         return with_learners(spec, self.wings, rope_base=self.llm.rope_base)
