@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from parrot_sys import __version__
 from parrot_sys.data.processor import ParrotProcessor
@@ -148,19 +148,23 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _post(app: FastAPI, path: str, body: type) -> Callable[[Callable[..., Awaitable[Response]]], object]:
+def _post(
+    app: FastAPI, path: str, body: type, *, streams: bool = False
+) -> Callable[[Callable[..., Awaitable[Response]]], object]:
     """A route that reads its body itself."""
+    events: dict[str, Any] = {"content": {EventStream.media_type: {}}}
+    answers: dict[int | str, dict[str, Any]] = {200: events} if streams else {}
     content = {"application/json": {"schema": {"$ref": _REF.format(model=body.__name__)}}}
     return app.post(
         path,
-        responses=_ERRORS,
+        responses=_ERRORS | answers,
         response_class=JSONResponse,
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @_post(app, "/v1/chat/completions", ChatRequest)
+    @_post(app, "/v1/chat/completions", ChatRequest, streams=True)
     async def chat(request: Request) -> Response:
         """Answers a conversation with pictures."""
 
@@ -170,7 +174,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
         return await service.answer(request, service.preparer.chat, answering)
 
-    @_post(app, "/v1/completions", CompletionRequest)
+    @_post(app, "/v1/completions", CompletionRequest, streams=True)
     async def completions(request: Request) -> Response:
         """Continues a text."""
         return await service.answer(request, service.preparer.completion, CompletionAnswering)
@@ -209,7 +213,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         dead = service.driver.is_dead
         return JSONResponse({"status": "dead" if dead else "ok"}, status_code=503 if dead else 200)
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")

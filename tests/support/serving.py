@@ -69,8 +69,8 @@ class Server:
 
     def wait_idle(self) -> dict[str, float]:
         """Metrics once no request holds anything."""
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-        return self.wait_for(lambda found: not any(found[name] for name in names))
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "parrot:num_requests_paused")
+        return self.wait_for(lambda found: not any(found[name] for name in (*names, "vllm:kv_cache_usage_perc")))
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         """Lines of the log about an event."""

@@ -1,0 +1,253 @@
+"""The real server under clients that leave, read slowly or ask too much; when it is to stop, and when it fails."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.support.proxy import proxy_to
+from tests.support.serving import Server, answer, chat, picture, serving
+from tests.support.serving_faults import FATAL_SEED, fail_on_fatal_seed, hold_pictures, slow_steps
+
+KEY, OTHER_KEY = "first-key", "second-key"
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1, "seed": 1}
+SECRET = "a word that nobody else writes: xylographer"
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures are decoded once this file is there."""
+    return tmp_path_factory.mktemp("gate") / "open"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "keys").write_text(f"{KEY}\n\n")
+    options = ["--api-key-file", str(folder / "keys"), "--stream-queue", "4"]
+    options += ["--engine.scheduler.max-running", "4", "--engine.scheduler.max-queue", "4"]
+    hold = functools.partial(hold_pictures, str(gate))
+    with serving(folder, *options, before=hold, environment=[("PARROT_API_KEY", OTHER_KEY)]) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx2.Client]:
+    with server.http(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        yield client
+
+
+def _raw(body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def _whole_answer(client: socket.socket) -> bytes:
+    """An answer on a connection that stays open."""
+    data = bytearray()
+    while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < _length(data):
+        data += client.recv(2**16)
+    return bytes(data)
+
+
+def _length(data: bytes) -> int:
+    (line,) = [own for own in data.split(b"\r\n") if own.lower().startswith(b"content-length:")]
+    return int(line.partition(b":")[2])
+
+
+def _address(server: Server) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("proxied", [True, False])
+def test_who_leaves_gives_everything_back(server: Server, stream: bool, proxied: bool) -> None:
+    host, port = _address(server)
+    before = server.wait_idle()["vllm:generation_tokens_total"]
+    with proxy_to(host, port) as own_port:
+        with socket.create_connection((host, own_port if proxied else port)) as client:
+            for _ in range(2):  # whole answers on a connection that is kept
+                client.sendall(_raw(chat("?", max_tokens=1)))
+                assert b"200 OK" in _whole_answer(client)
+            client.sendall(_raw(chat("?", stream=stream, **{**LONG, "n": 4})))
+            server.wait_for(lambda found: found["vllm:num_requests_running"] > 0)
+        after = server.wait_idle()
+    made = after["vllm:generation_tokens_total"] - before
+    assert made < 4 * LONG["max_tokens"], "the answers were not made to their end"
+    assert after["parrot:num_requests_paused"] == 0
+
+
+def test_a_slow_reader_rests_and_gets_all(server: Server, http: httpx2.Client) -> None:
+    body = chat("?", stream=True, logprobs=True, top_logprobs=20, n=4, **LONG)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
+        client.connect(_address(server))
+        client.sendall(_raw(body))
+        found = server.wait_for(lambda now: now["parrot:num_requests_paused"] > 0)
+        assert found["parrot:num_requests_paused"] <= 4
+        found = server.wait_for(lambda now: not now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"])
+        assert found["vllm:kv_cache_usage_perc"] == 0, "answers that rest hold no blocks"
+        assert answer(http, chat("?")), "others are answered meanwhile"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)
+        data = bytearray()
+        while b"[DONE]" not in data[-4096:]:
+            data += (more := client.recv(2**20))
+            assert more, "the stream ends with its end"
+    lines = [line for line in data.split(b"\n") if line.startswith(b"data: {")]
+    chunks = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+    tokens = [len(own["logprobs"]["content"]) for chunk in chunks for own in chunk["choices"] if own["logprobs"]]
+    assert sum(tokens) == 4 * LONG["max_tokens"]
+    assert server.wait_idle()["parrot:num_requests_paused"] == 0
+
+
+def test_too_many_requests_are_told_to_come_again(server: Server, http: httpx2.Client) -> None:
+    before = server.wait_idle()["vllm:generation_tokens_total"]
+    refused = http.post("/v1/chat/completions", json=chat("?", **{**LONG, "n": 7}))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert refused.headers["retry-after"] == "1"
+    assert server.wait_idle()["vllm:generation_tokens_total"] == before, "all of its answers are taken, or none"
+
+
+def test_health_is_told_while_every_worker_decodes(server: Server, http: httpx2.Client, gate: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(answer, http, chat("?", picture(k))) for k in range(4)]
+        for _ in range(5):
+            assert http.get("/health").status_code == 200
+            time.sleep(0.02)
+        assert not any(own.done() for own in asked)
+        gate.touch()
+        assert all(isinstance(own.result(), str) for own in asked)
+
+
+def test_keys(server: Server, http: httpx2.Client) -> None:
+    for key, status in (("", 401), ("Bearer nonsense", 401), (KEY, 401), (f"Bearer {OTHER_KEY}", 200)):
+        for path in ("/v1/models", "/v1/nothing", "/health", "/"):
+            got = httpx2.get(server.url + path, headers={"Authorization": key} if key else {})
+            wanted = status if path == "/v1/models" else {"/v1/nothing": 401 if status == 401 else 404}.get(path, 200)
+            assert got.status_code == wanted, (key, path)
+    refused = httpx2.post(f"{server.url}/v1/chat/completions", json=chat("?"))
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert "access-control-allow-origin" not in http.get("/v1/models", headers={"Origin": "https://x.y"}).headers
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "status", "param"),
+    [
+        (b'{"messages": [{"role": "user"', "application/json", 400, None),
+        (b"\xff\xfe", "application/json", 400, None),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "application/json", 400, "messages[0].content"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": 1.5}', "application/json", 400, "seed"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tempreature": 1}', "application/json", 400, "tempreature"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "text/plain", 415, None),
+    ],
+)
+def test_bodies_that_are_wrong(http: httpx2.Client, data: bytes, kind: str, status: int, param: str | None) -> None:
+    got = http.post("/v1/chat/completions", content=data, headers={"Content-Type": kind})
+    error = got.json()["error"]
+    assert (got.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_log_has_no_texts(server: Server, http: httpx2.Client) -> None:
+    assert http.post("/v1/chat/completions", json=chat(SECRET), headers={"X-Request-Id": "mine-1"}).status_code == 200
+    (line,) = [own for own in server.logged("request") if own["id"] == "mine-1"]
+    assert (line["path"], line["status"], line["completion_tokens"]) == ("/v1/chat/completions", 200, 8)
+    assert "xylographer" not in server.log.read_text()
+    assert KEY not in server.log.read_text()
+
+
+def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
+    with serving(tmp_path, before=functools.partial(slow_steps, 0.01)) as server, server.http() as http:
+        body = chat("?", stream=True, **{**LONG, "max_tokens": 60})
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert server.process.pid is not None
+            os.kill(server.process.pid, signal.SIGTERM)
+            rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.stop() == 0
+        with pytest.raises(httpx2.ConnectError):
+            http.get("/health")
+    assert [own["event"] for own in map(json.loads, server.log.read_text().splitlines()[-2:])][-1] == "stopped"
+
+
+def test_two_ranks_serve_one_model(server: Server, http: httpx2.Client, gate: Path, tmp_path: Path) -> None:
+    """They answer as one process does, end together, and a rank that is lost is told like any failure."""
+    gate.touch()
+    bodies = [chat("?"), chat("What is this?", picture(1), parrot_routing=True)]
+    wanted = [http.post("/v1/chat/completions", json=body).json() for body in bodies]
+    layout = ["--parallel.tensor-model-parallel-size", "2", "--linger-seconds", "1"]
+    for lost in (False, True):
+        with serving(tmp_path, *layout, ranks=2) as pair, pair.http() as client:
+            for body, one in zip(bodies, wanted, strict=True):
+                two = client.post("/v1/chat/completions", json=body).json()
+                assert two["choices"] == one["choices"]
+            words = [own["parrot_routing"]["images"][0]["attention"] for own in (one, two)]
+            weights = [[word["weight"] for word in own] for own in words]
+            assert weights[0] == pytest.approx(weights[1], abs=1e-4)
+            (follower,) = pair.followers
+            if lost:
+                follower.kill()
+                follower.join()
+                assert client.post("/v1/chat/completions", json=chat("?")).status_code == 503
+                pair.process.join(30)
+                assert pair.process.exitcode == 1
+            else:
+                assert pair.stop() == 0
+                follower.join(30)
+                assert follower.exitcode == 0
+        pair.log.unlink()
+
+
+def test_a_dead_engine_is_told_and_ends_the_process(tmp_path: Path) -> None:
+    with serving(tmp_path, "--linger-seconds", "2", before=fail_on_fatal_seed) as server, server.http() as http:
+        body = chat("?", stream=True, **LONG)
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            fatal = http.post("/v1/chat/completions", json=chat("?", seed=FATAL_SEED))
+            assert (fatal.status_code, fatal.json()["error"]["code"]) == (503, "engine_dead")
+            rest = [line for line in lines if line]
+            assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "engine_dead"
+        assert http.get("/health").status_code == 503
+        assert http.post("/v1/chat/completions", json=chat("?")).status_code == 503
+        server.process.join(30)
+        assert server.process.exitcode == 1
+
+
+@pytest.mark.slow
+def test_replicas_share_a_port(tmp_path: Path) -> None:
+    """Requests go to the least loaded; a replica that is lost is started again while the other answers."""
+    with serving(tmp_path, "--replicas", "2") as server, server.http() as http, ThreadPoolExecutor(4) as pool:
+        wanted = answer(http, chat("What is this?", picture(1)))
+        bodies = [chat("What is this?", picture(1), stream=False)] * 8
+        assert set(pool.map(lambda body: answer(http, body), bodies)) == {wanted}
+        text = http.get("/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
+        counts = {number: [own for own in lines if f'engine="{number}"' in own] for number in range(2)}
+        assert all(float(own[0].rsplit(" ", 1)[1]) for own in counts.values()), "both have answered"
+        children = [own["pid"] for own in server.logged("ready") if own["pid"] != server.process.pid]
+        os.kill(children[0], signal.SIGKILL)
+        for _ in range(600):
+            got = http.post("/v1/chat/completions", json=chat("What is this?", picture(1)))
+            assert got.status_code in (200, 503)
+            if len(server.logged("ready")) == 4 and got.status_code == 200:
+                break
+            time.sleep(0.1)
+        assert len(server.logged("ready")) == 4
+        assert answer(http, chat("What is this?", picture(1))) == wanted
+        assert server.stop() == 0
