@@ -81,13 +81,15 @@ async def metrics(client: httpx2.AsyncClient) -> dict[str, float]:
 
 
 async def first_token(client: httpx2.AsyncClient, body: dict[str, Any]) -> float:
-    """Seconds until the first text of a stream."""
+    """Seconds until the first token of a stream."""
     start = time.perf_counter()
-    async with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+    # (With log-probabilities, as the first token may have no text.)
+    asked = {**body, "stream": True, "logprobs": True}
+    async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
         async for line in response.aiter_lines():
-            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["logprobs"]:
                 return time.perf_counter() - start
-    raise RuntimeError("the stream had no text")
+    raise RuntimeError("the stream had no token")
 
 
 async def cached_pictures(client: httpx2.AsyncClient) -> dict[str, Any]:
