@@ -37,9 +37,9 @@ def compare(page: Page, image: Path) -> None:
 
 
 SHOTS: tuple[tuple[str, str, Literal["light", "dark"], tuple[int, int], Callable[[Page, Path], None]], ...] = (
-    ("serve_page.png", "en", "light", (1100, 620), ask),
+    ("serve_page.png", "en", "light", (1000, 760), ask),
     ("serve_phone.png", "ar", "dark", (390, 780), ask),
-    ("serve_languages.png", "en", "light", (1100, 1000), compare),
+    ("serve_languages.png", "en", "light", (1000, 1400), compare),
 )
 """File, language, colours, size in CSS pixels and content of each screenshot."""
 

@@ -208,7 +208,9 @@ function listen() {
   });
   find("compare").onclick = openComparison;
   find("cancel").onclick = () => find("languages").close();
-  find("languages").querySelector("form").onsubmit = () => {
+  find("languages").querySelector("form").onsubmit = (event) => {
+    event.preventDefault();
+    find("languages").close();
     const asked = [...find("questions").querySelectorAll("input")].map((input) => [input.name, input.value.trim()]);
     compare(asked.filter(([, question]) => question));
   };
