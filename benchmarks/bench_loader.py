@@ -95,8 +95,12 @@ def prepare_energon(folder: Path) -> None:
         subprocess.run([program, "prepare", *options, folder / "shards"], check=True, stdout=subprocess.DEVNULL)
 
 
-def ours(folder: Path, workers: int, batch: int, prefetch: int = 2) -> Samples:
+def ours(folder: Path, workers: int, batch: int) -> Samples:
     """Our loader: id, ids, labels (not shifted) and pixels of each sample, a list a step."""
+    return _unpacked(iter(_loader(folder, workers, batch)))
+
+
+def _loader(folder: Path, workers: int, batch: int, prefetch: int = 2) -> Any:
     from parrot_sys.data.config import DataConfig
     from parrot_sys.data.loader import ParrotDataLoader
     from parrot_sys.data.processor import ParrotProcessor
@@ -111,8 +115,7 @@ def ours(folder: Path, workers: int, batch: int, prefetch: int = 2) -> Samples:
         exif="ignore",
         max_tokens_per_micro_batch=batch * 1024,
     )
-    loader = ParrotDataLoader(config, processor, num_visual_rows=ROWS, max_seq_len=1024, global_batch_size=batch)
-    return _unpacked(iter(loader))
+    return ParrotDataLoader(config, processor, num_visual_rows=ROWS, max_seq_len=1024, global_batch_size=batch)
 
 
 def _unpacked(steps: Iterator[Any]) -> Samples:
@@ -181,7 +184,7 @@ def feed_steps(folder: Path, steps: int) -> dict[str, Any]:
     here: one rank on 2 cores, a fifth of a second for 5 samples.
     """
     batch = SAMPLES_A_SECOND_A_GPU // 5
-    iterator, waits = ours(folder, CORES_A_GPU, batch, prefetch=4), []
+    iterator, waits = iter(_loader(folder, CORES_A_GPU, batch, prefetch=4)), []
     begun = _processor_seconds()
     for _ in range(steps):
         start = time.perf_counter()

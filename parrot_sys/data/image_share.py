@@ -36,6 +36,11 @@ class ImageShare:
     """The lists of all ranks that have the same samples, joined; every one of them calls it in every step."""
 
     @property
+    def is_alone(self) -> bool:
+        """Whether no other rank has the same samples."""
+        return self.agree is _alone
+
+    @property
     def is_whole(self) -> bool:
         """Whether this rank reads all images itself."""
         return self.needed and self.context[1] == self.tensor[1] == 1

@@ -30,6 +30,7 @@ from parrot_sys.towers import PictureRows
 logger = logging.getLogger(__name__)
 Map = Callable[..., Any]
 """`map` of a pool of threads."""
+_Joined = tuple[list[PackedBatch], dict[int, str]]
 
 
 @dataclass(slots=True)
@@ -172,7 +173,7 @@ class StepLoader(ABC):
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         waiting = self._plans()
-        pending: deque[Future[StepPlan]] = deque()
+        pending: deque[Future[tuple[StepPlan, _Joined | None]]] = deque()
         with (
             ThreadPoolExecutor(self.config.num_workers, "parrot-images") as images,
             ThreadPoolExecutor(1, "parrot-loader") as background,
@@ -180,10 +181,10 @@ class StepLoader(ABC):
             try:
                 while True:
                     while len(pending) < self.config.prefetch_steps and (make := next(waiting, None)) is not None:
-                        pending.append(background.submit(make, images.map))
+                        pending.append(background.submit(self._make, make, images.map))
                     if not pending:
                         return
-                    yield self._finish(pending.popleft().result(), images.map)
+                    yield self._finish(*pending.popleft().result(), images.map)
             finally:
                 background.shutdown(cancel_futures=True)
 
@@ -210,9 +211,19 @@ class StepLoader(ABC):
         reader.read_own(draft, run)
         return StepPlan(reader=reader, draft=draft, items=items, **facts)
 
-    def _finish(self, plan: StepPlan, run: Map) -> list[PackedBatch]:
-        """The micro-batches, once all ranks that have the samples have said which of them are bad."""
+    def _make(self, make: Callable[[Map], StepPlan], run: Map) -> tuple[StepPlan, _Joined | None]:
+        """A step, with its micro-batches where no other rank has a say in them; the caller then waits for nothing."""
+        plan = make(run)
+        return plan, self._join(plan, run) if self._images.is_alone else None
+
+    def _join(self, plan: StepPlan, run: Map) -> _Joined:
+        """The micro-batches, once all ranks that have the samples have said which of them are bad; these, and why."""
         batches, bad = plan.reader.finish(plan.draft, run)
+        return [batch.pinned() for batch in batches] if self._pins else batches, bad
+
+    def _finish(self, plan: StepPlan, joined: _Joined | None, run: Map) -> list[PackedBatch]:
+        """The micro-batches of a step; counts it."""
+        batches, bad = joined or self._join(plan, run)
         # The state moves before the caller sees the step: a checkpoint made after training on it is right.
         self._advance(plan)
         self.statistics.samples += plan.size
@@ -223,7 +234,7 @@ class StepLoader(ABC):
                 logger.warning("sample left out (%d so far): %s", len(self.statistics.skipped), reason)
             if self._skipped_file is not None:
                 self._skipped_file.add(data_set, [reason])
-        return [batch.pinned() for batch in batches] if self._pins else batches
+        return batches
 
     def _encode(self, items: Sequence[StepItem]) -> list[Sample]:
         """The samples without their images."""

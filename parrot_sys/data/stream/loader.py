@@ -250,9 +250,9 @@ class StreamLoader(StepLoader):
         self._samples += plan.size
         self._state = plan.after
 
-    def _finish(self, plan: StepPlan, run: Map) -> list[PackedBatch]:
+    def _finish(self, plan: StepPlan, *rest: Any) -> list[PackedBatch]:
         """As many micro-batches as the rank with most of them has."""
-        batches = super()._finish(plan, run)
+        batches = super()._finish(plan, *rest)
         return batches + [PackedBatch.empty()] * (self._ranks.most(len(batches)) - len(batches))
 
     def _prepare(self, streams: _Streams, run: Map) -> StepPlan:
