@@ -164,6 +164,21 @@ def test_a_model_of_ones_own_says_where_its_guidance_is() -> None:
         model(torch.randn(5, 2, 4), tokens)
     with pytest.raises(DataError, match="outside the forward pass of Model"):
         model.projector(features)
+    # A marker for each row of an image, as MIMO's models have them.
+    with pytest.raises(DataError, match="the tokens mark 10; one marker is wanted for each image, not for each of its"):
+        model(torch.randn(5, 2, 4), torch.tensor([[IMAGE] * 10 + [4, 9]]))
+    with pytest.raises(DataError, match=r"must return rows \[V, n, H\] of n images, got \[10, 16\]"):
+        model(torch.randn(10, 4), torch.tensor([[IMAGE] * 10 + [4, 9]]))
+
+
+def test_models_with_mimos_placeholders_are_refused() -> None:
+    from megatron.core.models.mimo import MimoModel
+
+    model = MimoModel.__new__(MimoModel)
+    torch.nn.Module.__init__(model)
+    model.special_token_ids = {"images": IMAGE}
+    with pytest.raises(ConfigError, match=r"MimoModel has a placeholder for each row of an image \(special_token_ids"):
+        add_text_guidance(model, MOE, pad_token_id=None)
 
 
 @pytest.mark.parametrize(

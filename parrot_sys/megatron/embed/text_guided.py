@@ -125,6 +125,12 @@ def add_text_guidance(
     Raises:
         ConfigError: the model has no such module, or one that cannot serve.
     """
+    if guidance is None and getattr(model, "special_token_ids", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} has a placeholder for each row of an image (special_token_ids, as MIMO's models), "
+            "and its tokens do not say which rows are one image: route inside your model (text_guided_spec), or give "
+            "guidance= and a projection that returns [V, n, H]"
+        )
     projector = _submodule(model, projection)
     if projector is None or not _embeds(model, word_embeddings):
         return None
@@ -193,9 +199,16 @@ def _register_hooks(
         if not current:
             raise DataError(f"{projection} was called outside the forward pass of {type(model).__name__}: no guidance")
         rows = visual[0] if isinstance(visual, tuple) else visual
+        if rows.dim() != 3:
+            raise DataError(
+                f"{projection} must return rows [V, n, H] of n images, got {list(rows.shape)}: which rows are one "
+                "image is not said"
+            )
         ids, spans = choose(current)
-        if rows.shape[1] != len(spans.start):
-            raise DataError(f"the projection gave rows of {rows.shape[1]} images, the tokens mark {len(spans.start)}")
+        count, marked = rows.shape[1], len(spans.start)
+        if count != marked:
+            each = "; one marker is wanted for each image, not for each of its rows" * (marked == count * len(rows))
+            raise DataError(f"the projection gave rows of {count} images, the tokens mark {marked}{each}")
         text = embedding(ids.flatten().index_select(0, spans.rows.to(ids.device)))
         routed = layer(rows, text, spans.start.to(ids.device), spans.end.to(ids.device))
         return (routed, *visual[1:]) if isinstance(visual, tuple) else routed

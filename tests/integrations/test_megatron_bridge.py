@@ -1,0 +1,48 @@
+"""Megatron-Bridge on Megatron-Core 0.19, Transformer Engine reduced to its names: conversion."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.peer_suite import checkout
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("omegaconf", reason="make test-integrations ARGS=megatron_bridge")
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages of release 0.19 alone: beside them is a package `tests`, which would hide ours."""
+    folder = tmp_path_factory.mktemp("core")
+    (folder / "megatron").mkdir()
+    for name in ("core", "training"):
+        (folder / "megatron" / name).symlink_to(checkout("0.19.0") / "megatron" / name)
+    return folder
+
+
+def run(core: Path, program: str, *arguments: object, processes: int = 1) -> str:
+    """The last line that a program of this folder prints."""
+    site = Path(sys.executable).parents[1] / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    paths = [ROOT, ROOT / "kernels", core, site]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(29900 + os.getpid() % 90), "-m", f"tests.integrations.{program}"]
+    result = subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_a_hugging_face_model_goes_in_and_out(core: Path, tmp_path: Path) -> None:
+    said = run(core, "bridge_program", tmp_path, 1, 1, 1)
+    found = re.fullmatch(r"logits (\S+), (\d+) of (\d+) tensors bit-equal, (\d+) exported", said)
+    assert found is not None, said
+    assert float(found[1]) < 2e-6
+    assert found[2] == found[3] == found[4]
