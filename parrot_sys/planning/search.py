@@ -83,7 +83,7 @@ def _choices(config: PlanConfig) -> Iterator[Layout]:
                 data = max(1, gpus // (tensor * pipeline * context))
                 for expert in _fixed(fix.expert, divisors(experts, tensor * context * data)):
                     for virtual in _fixed(fix.virtual, chunks):
-                        for expert_tensor in _fixed(fix.expert_tensor, {1, tensor} if experts > 1 else {1}):
+                        for expert_tensor in _fixed(fix.expert_tensor, {1, tensor} if counts else {1}):
                             yield Layout(
                                 tensor=tensor,
                                 sequence=tensor > 1 if fix.sequence is None else fix.sequence,

@@ -31,6 +31,7 @@ from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.planning.weights import stage_weights
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.layout import Layout
+from parrot_sys.systems.registry import SYSTEMS as SYSTEM_REGISTRY
 from tests.planning.shapes import SYSTEMS
 
 # Half of the layers of Parrot-7B: quick to search, still too large for one small GPU.
@@ -173,6 +174,15 @@ RELEASED = {
 def test_every_preset_but_the_toys_is_planned() -> None:
     models = {path.stem for path in list_presets().values() if path.parent.name == "models"}
     assert {name for name in models if not name.endswith("_tiny_cpu")} == RELEASED.keys()
+
+
+def test_help_names_a_model_and_a_stage_of_every_system(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for system in SYSTEM_REGISTRY.values():
+        assert set(system.example) <= list_presets().keys()
+        assert f"parrot plan {' '.join(f'--config {preset}' for preset in system.example)}" in printed
 
 
 @pytest.mark.parametrize(("model", "stage"), RELEASED.items())
