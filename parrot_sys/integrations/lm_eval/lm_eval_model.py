@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,14 @@ from tqdm import tqdm
 from parrot_sys.data.chat_templates import chat_template
 from parrot_sys.data.packing import Sample
 from parrot_sys.engine.requests import EngineRequest
-from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.errors import ConfigError
 from parrot_sys.inference.generation import generate_texts, score_continuations
 from parrot_sys.inference.pretrained import load_pretrained
+from parrot_sys.integrations.task_requests import batches, new_tokens, task_request
 
 _BATCH = 64
 _NO_DEVICE = "cuda:0"
 """Said by lm-eval where its user says nothing."""
-_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-"""Generation settings of a task that the engine has."""
 
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
 """(context, continuation) as texts, and the ids of both."""
@@ -125,7 +123,7 @@ class ParrotLM(TemplateLM):
         # Longest first, and equal contexts next to each other: they run in one pass and share its rows.
         asked.sort(key=lambda place: (-len(requests[place][1]), requests[place][1]))
         with tqdm(total=len(asked), desc="log-likelihoods", unit="request", disable=disable_tqdm) as bar:
-            for places in _batches(asked, self.batch_size):
+            for places in batches(asked, self.batch_size):
                 samples, continuations = [], []
                 for place in places:
                     _, context, continuation = requests[place]
@@ -168,7 +166,7 @@ class ParrotLM(TemplateLM):
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].sample.input_ids))
         answers = [""] * len(prompts)
         with tqdm(total=len(order), desc="answers", unit="request", disable=disable_tqdm) as bar:
-            for places in _batches(order, self.batch_size):
+            for places in batches(order, self.batch_size):
                 own = generate_texts(self.model.lockstep, [prompts[place] for place in places], self.tokenizer)
                 for place, text in zip(places, own, strict=True):
                     answers[place] = text
@@ -182,30 +180,15 @@ class ParrotLM(TemplateLM):
             ConfigError: the task asks for what the engine does not do, or its answers leave no room for a prompt.
         """
         wanted = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        if unknown := sorted(set(wanted) - _SETTINGS):
-            raise ConfigError(f"generation_kwargs: {', '.join(unknown)} not supported by --model parrot")
-        new_tokens = int(wanted["max_gen_toks"])
-        room = self.max_length - new_tokens
+        longest = new_tokens(wanted, self.max_gen_toks)
+        room = self.max_length - longest
         if room < 1:
             raise ConfigError(
-                f"max_gen_toks must leave room for a prompt among {self.max_length} rows of a request, got {new_tokens}"
+                f"max_gen_toks must leave room for a prompt among {self.max_length} rows of a request, got {longest}"
             )
-        draws = bool(wanted.get("do_sample"))
-        names = ("top_k", "top_p", "min_p", "repetition_penalty")
-        sampling = SamplingParams(
-            temperature=float(wanted.get("temperature") or 1.0) if draws else 0.0,
-            **{name: wanted[name] for name in names if wanted.get(name) is not None},
+        return task_request(
+            Sample(input_ids=torch.tensor(self.tok_encode(context)[-room:])),
+            wanted,
+            max_new_tokens=longest,
+            stop_ids={*self.model.eos_token_ids, self.eot_token_id},
         )
-        until = wanted.get("until") or []
-        return EngineRequest(
-            sample=Sample(input_ids=torch.tensor(self.tok_encode(context)[-room:])),
-            max_new_tokens=new_tokens,
-            sampling=sampling,
-            stop_ids=frozenset({*self.model.eos_token_ids, self.eot_token_id}),
-            stop_strings=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-        )
-
-
-def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(places), size):
-        yield places[start : start + size]
