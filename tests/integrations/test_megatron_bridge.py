@@ -40,8 +40,10 @@ def run(core: Path, program: str, *arguments: object, processes: int = 1) -> str
     return result.stdout.strip().splitlines()[-1]
 
 
-def test_a_hugging_face_model_goes_in_and_out(core: Path, tmp_path: Path) -> None:
-    said = run(core, "bridge_program", tmp_path, 1, 1, 1)
+# (Expert tensor and pipeline parallelism are written, and not run yet.)
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_hugging_face_model_goes_in_and_out(core: Path, experts: int, tmp_path: Path) -> None:
+    said = run(core, "bridge_program", tmp_path, experts, 1, 1, processes=experts)
     found = re.fullmatch(r"logits (\S+), (\d+) of (\d+) tensors bit-equal, (\d+) exported", said)
     assert found is not None, said
     assert float(found[1]) < 2e-6

@@ -9,8 +9,8 @@
     provider.transformer_layer_spec = ...  # through parrot_sys.megatron.with_grouped_experts
 
 `register` derives our mappings from those that a bridge has for Megatron's own experts, so that it serves every bridge
-whose checkpoint has one tensor for each expert and projection. Tensor, expert, expert tensor and pipeline parallelism
-are those of the model.
+whose checkpoint has one tensor for each expert and projection. The layout is that of the model (docs/integrations.md
+says which were tried).
 """
 
 from __future__ import annotations
