@@ -38,13 +38,15 @@ def costs(rows: int, routed: int, experts: int, hidden: int, ffn: int, size: int
     return {"fwd": Cost(flops=flops, bytes=size * forward), "bwd": Cost(flops=2 * flops, bytes=size * backward)}
 
 
-def _ours(inputs: Inputs) -> Run:
+def ours(inputs: Inputs, *, fp8: bool = False) -> Run:
+    """`expert_mlp` on the inputs of a workload."""
     route = TopKRouting(**{name: inputs[name] for name in TopKRouting._fields}) if "plan" in inputs else None
     tensors = [inputs[name] for name in LEAVES]
-    return lambda: (expert_mlp(*tensors, plan=route, residual_scale=RESIDUAL),)
+    return lambda: (expert_mlp(*tensors, plan=route, residual_scale=RESIDUAL, fp8=fp8),)
 
 
-def _image_workload(name: str, shape: MoEShape, device: str) -> Workload:
+def image_workload(name: str, shape: MoEShape, device: str) -> Workload:
+    """Experts over images in one form; dense where every expert is chosen."""
     n, rows, experts = shape.images, shape.images * shape.rows, shape.experts
     dense = shape.topk == experts
 
@@ -70,7 +72,7 @@ def _image_workload(name: str, shape: MoEShape, device: str) -> Workload:
         sizes={"n": n, "V": shape.rows, "H": shape.hidden, "E": experts, "I": shape.ffn, "K": shape.topk},
         weights=lambda make: _weights(make, shape.hidden, experts, shape.ffn),
         data=data,
-        ours=_ours,
+        ours=ours,
         peers=found,
         costs=costs(rows, rows * shape.topk, used, shape.hidden, shape.ffn, itemsize(device)),
         leaves=LEAVES,
@@ -124,7 +126,7 @@ def _token_workload(name: str, shape: TokenShape, device: str) -> Workload:
 def workloads(device: str) -> list[Workload]:
     """Image routing at every batch size in three forms, then token routing."""
     found = [
-        _image_workload(name, sized(shape, topk=topk), device)
+        image_workload(name, sized(shape, topk=topk), device)
         for name, shape in images(device)
         for topk in (shape.experts, 2, 1)
     ]

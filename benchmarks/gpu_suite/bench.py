@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     bench_expert_mlp,
+    bench_fp8_experts,
     bench_grouped_gemm,
     bench_linear_cross_entropy,
     bench_moe_layer,
@@ -37,6 +38,7 @@ MODULES = (
     bench_permute,
     bench_segment_attention,
     bench_paged_attention,
+    bench_fp8_experts,
 )
 WORKERS = 1
 ROW_SECONDS = 150

@@ -40,6 +40,8 @@ class Case:
     make: Make
     large: bool = False
     """Fills whole tiles; too slow for the sanitizer."""
+    dtypes: tuple[str, ...] = ("bf16", "fp32", "fp16")
+    """Those that it is checked in."""
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_suite.problems import Case, Make, Problem, Tensors, normal, wide
+from parrot_kernels.fp8_experts.reference import rounded_rows, rounded_weights
 from parrot_kernels.testing import make_spans
 from parrot_sys import ops
 
@@ -258,8 +259,38 @@ def _unpermute(rows: int, width: int, topk: int, dropped: int = 0, *, weighted: 
     return make
 
 
+def _fp8_product(counts: list[int], rows: int, depth: int, width: int, *, trans_w: bool = True) -> Make:
+    """Against the product of the operands as they are quantised, which float8 must add up like any other numbers."""
+
+    def make(device: torch.device) -> Problem:
+        offsets = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+        bounds = list(itertools.pairwise(offsets.tolist()))
+        sizes = (width, depth) if trans_w else (depth, width)
+        inputs = {
+            "x": normal(device, sum(counts), rows, depth),
+            "w": normal(device, len(counts), *sizes, scale=depth**-0.5),
+        }
+
+        def op(leaves: Tensors) -> Tensors:
+            return {"y": ops.m_grouped_gemm(*leaves.values(), offsets, trans_w=trans_w, fp8=True)}
+
+        def plain(leaves: Tensors) -> Tensors:
+            x, w = rounded_rows(leaves["x"]).to(leaves["x"]), rounded_weights(leaves["w"]).to(leaves["w"])
+            parts = [x[first:last] @ (own.T if trans_w else own) for (first, last), own in zip(bounds, w, strict=True)]
+            return {"y": torch.cat(parts)}
+
+        return Problem(inputs=inputs, op=op, plain=plain, gradients=False)
+
+    return make
+
+
 def _case(op: str, name: str, make: Make, *, large: bool = False) -> Case:
     return Case(op=op, name=name, make=make, large=large)
+
+
+def _fp8_case(name: str, make: Make, *, large: bool = False) -> Case:
+    """In bfloat16 only: tensor cores add up float8 with fewer bits than float32 has."""
+    return Case(op="fp8_experts", name=name, make=make, large=large, dtypes=("bf16",))
 
 
 CASES = [
@@ -300,6 +331,9 @@ CASES = [
     _case("grouped_gemm", "wgrad_primes", _grouped("wgrad", [2, 0, 3], 7, 19, 23)),
     _case("grouped_gemm", "wgrad_planned", _grouped("wgrad", [4, 1, 6], 3, 16, 40, gathered=True, padding=1)),
     _case("grouped_gemm", "wgrad_segments", _grouped("wgrad", [1, 3, 0, 2], 577, 512, 768), large=True),
+    _fp8_case("two_blocks", _fp8_product([2, 0, 3], 7, 144, 32)),
+    _fp8_case("transposed", _fp8_product([1, 2], 5, 144, 48, trans_w=False)),
+    _fp8_case("parrot", _fp8_product([1, 3, 0, 2], 577, 4096, 1024), large=True),
     _case("swiglu", "tokens", _swiglu(7, 1, 40)),
     _case("swiglu", "images", _swiglu(2, 5, 13)),
     _case("swiglu", "unweighted", _swiglu(3, 1, 33, weighted=False)),

@@ -20,6 +20,7 @@ SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis",
 MAIN = (
     "expert_mlp/parrot_7b_b4_dense",
     "expert_mlp/parrot_7b_b4_top2",
+    "fp8_experts/parrot_7b_b4_dense",
     "token_experts/qwen3_30b_a3b",
     "grouped_gemm/parrot_7b_b16_top2_up",
     "grouped_gemm/d4096_n2048_e64_k4_up",

@@ -42,8 +42,8 @@ ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block may use
 # Loads and stores of local memory are the spills.
 # Stages of the pipeline that brings in the operands of products: the smallest number of copies of a tile that it keeps.
-_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16)\b")
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
+_BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f8E4M3FN)\b")
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 
 Figures = dict[str, Any]
 

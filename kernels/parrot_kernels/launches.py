@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction
 from triton.runtime._allocation import _allocator
@@ -24,9 +24,11 @@ from parrot_kernels.tile_choice import Tile, Tiles
 _DIRECT = triton.__version__.startswith("3.6.") and not triton_support.INTERPRETING
 _MOST_READY = 4096
 
+_Numbers = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
 _ready: dict[tuple[Any, ...], Callable[..., None]] = {}
 _compiled: set[Any] = set()
-_free_of: dict[int, tuple[bool, ...]] = {}
+_layouts: dict[int, tuple[int, _Numbers, _Numbers]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile | None = None, tiles: Tiles = ()) -> Callable[..., None]:
@@ -77,20 +79,41 @@ def _key(
     Triton compiles for dtypes, for numbers that are 1 or multiples of 16, and for addresses that are multiples of 16.
     Other addresses are rare, and numbers that differ from step to step are not specialised (`do_not_specialize`).
     """
-    free = _free_of.get(id(kernel))  # (the hash of a kernel is that of its source)
-    if free is None:
-        free = _free_of[id(kernel)] = tuple(param.do_not_specialize for param in kernel.params)
-    kinds: list[Any] = [id(kernel), device, tile, *constants, *constants.values()]
+    layout = _layouts.get(id(kernel))  # (the hash of a kernel is that of its source)
+    if layout is None:
+        layout = _layouts[id(kernel)] = _layout(kernel)
+    pointers, fixed_of, free_of = layout
     addresses = 0
-    for arg, is_free in zip(args, free, strict=False):
-        if isinstance(arg, Tensor):
-            addresses |= arg.data_ptr()
-            kinds.append(arg.dtype)
-        elif is_free:
-            kinds.append(-(2**31) <= arg < 2**31)
+    dtypes: list[Any] = []
+    for tensor in args[:pointers]:
+        if tensor is None:
+            dtypes.append(None)
         else:
-            kinds.append(arg if isinstance(arg, int) else type(arg))
-    return None if addresses % 16 else tuple(kinds)
+            addresses |= tensor.data_ptr()
+            dtypes.append(tensor.dtype)
+    if addresses % 16:
+        return None
+    for number in free_of(args):
+        if not -(2**31) <= number < 2**31:
+            dtypes.append(number)  # a kernel of its own, and rare
+    return (id(kernel), device, tile, *constants, *constants.values(), *dtypes, *fixed_of(args))
+
+
+def _layout(kernel: JITFunction[Any]) -> tuple[int, _Numbers, _Numbers]:
+    """How many tensors (or None) come first, and what picks from the arguments the numbers that are specialised, and
+    those that are not."""
+    params = [param for param in kernel.params if not param.is_constexpr]
+    pointers = [param.name.endswith("_ptr") for param in params]
+    count = sum(pointers)
+    assert all(pointers[:count]), f"{kernel.__name__}: pointers, named *_ptr, come first"
+    numbers = range(count, len(params))
+    return count, *(_picker([i for i in numbers if params[i].do_not_specialize is free]) for free in (False, True))
+
+
+def _picker(positions: list[int]) -> _Numbers:
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda args: tuple(args[position] for position in positions)
 
 
 def _direct(

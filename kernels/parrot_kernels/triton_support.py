@@ -31,11 +31,11 @@ def why_not(*args: object) -> str | None:
     They take CUDA tensors where there is a GPU, and CPU tensors in the interpreter. (The registry adds that `auto`
     never picks Triton for CPU tensors.) Kernels accumulate in float32, so float64 is refused.
     """
-    fits = INTERPRETING
+    fits, on_cuda = INTERPRETING, DEVICE == "cuda"
     for tensor in args:
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.device.type != DEVICE:
+        if not (tensor.is_cuda if on_cuda else tensor.is_cpu):
             return f"it needs {DEVICE} tensors, got {tensor.device.type} ({_HINT})"
         if tensor.dtype == torch.float64:
             return "it computes in float32, got float64"
@@ -52,22 +52,35 @@ def num_processors(device: torch.device) -> int:
 
 
 # Repairs of the interpreter. It keeps bfloat16 as uint16, and Triton 3.6 and 3.9 then multiply, add and compare those
-# integers and truncate where they should round: wrong results without a word.
+# integers and truncate where they should round: wrong results without a word. It keeps float8 as uint8,
+# and truncates where it casts to it.
 
 _Handle = interpreter.TensorHandle
+_FORMATS = "bfloat16 or float8"
 _ARITHMETIC = ("create_f", "create_min", "create_max", "create_clampf", "create_precise")
 _NOT_ARITHMETIC = ("create_fp_to_fp", "create_fp_ext", "create_fp_trunc", "create_fp_to_si", "create_fp_to_ui")
 
 
-def _is_bf16(value: object) -> bool:
-    return isinstance(value, _Handle) and value.dtype.scalar == tl.bfloat16
+def _is_storage(value: object) -> bool:
+    """Whether this is a handle of a format that is stored but not calculated with."""
+    return isinstance(value, _Handle) and value.dtype.scalar in (tl.bfloat16, tl.float8e4nv)
 
 
 def _to_float32(handle: Any) -> Any:
-    """A bfloat16 handle as float32, exactly; any other as it is."""
-    if not _is_bf16(handle):
+    """A handle of bfloat16 or float8 as float32, exactly; any other as it is."""
+    if not _is_storage(handle):
         return handle
+    if handle.dtype.scalar == tl.float8e4nv:
+        values = torch.from_numpy(np.array(handle.data)).view(torch.float8_e4m3fn).float()
+        return _Handle(values.numpy(), tl.float32)
     return _Handle((handle.data.astype(np.uint32) << np.uint32(16)).view(np.float32), tl.float32)
+
+
+def _round_to_fp8(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of e4m3, to nearest even; what is too large becomes the largest number, as on the device."""
+    limits = torch.finfo(torch.float8_e4m3fn)
+    rounded = torch.from_numpy(np.array(values, np.float32)).clamp(limits.min, limits.max).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
 
 
 def _round_to_bf16(values: np.ndarray) -> np.ndarray:
@@ -77,13 +90,13 @@ def _round_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16)).reshape(np.shape(values))
 
 
-def _refusing_bf16(name: str, operation: Any) -> Any:
-    """`operation` with a TypeError in place of wrong bfloat16 results: kernels here compute in float32."""
+def _refusing_storage(name: str, operation: Any) -> Any:
+    """`operation` with a TypeError in place of wrong results of bfloat16 and float8: kernels compute in float32."""
 
     @functools.wraps(operation)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(map(_is_bf16, args)):
-            raise TypeError(f"{name} on bfloat16: convert to float32 first")
+        if any(map(_is_storage, args)):
+            raise TypeError(f"{name} on {_FORMATS}: convert to float32 first")
         return operation(self, *args, **kwargs)
 
     return checked
@@ -94,13 +107,16 @@ def _repair_casts(builder: Any) -> None:
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if dst_type.scalar == tl.bfloat16:
-            data = src.data if _is_bf16(src) else _round_to_bf16(src.data.astype(np.float32))
+            data = src.data if src.dtype.scalar == tl.bfloat16 else _round_to_bf16(_to_float32(src).data)
             return _Handle(data, tl.bfloat16)
+        if dst_type.scalar == tl.float8e4nv:
+            data = src.data if src.dtype.scalar == tl.float8e4nv else _round_to_fp8(_to_float32(src).data)
+            return _Handle(data, tl.float8e4nv)
         src = _to_float32(src)
         return src if dst_type.scalar == src.dtype.scalar else cast(self, src, dst_type)
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
-        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+        if {tl.bfloat16, tl.float8e4nv} & {src.dtype.scalar, dst_type.scalar}:
             return cast_impl(self, src, dst_type)
         return fp_to_fp(self, src, dst_type, rounding_mode)
 
@@ -111,8 +127,8 @@ def _repair_reductions(interface: Any) -> None:
     apply = interface.apply
 
     def checked(self: Any, values: Any) -> Any:
-        if any(_is_bf16(value.handle) for value in (values if isinstance(values, tuple) else (values,))):
-            raise TypeError(f"{type(self).__name__} on bfloat16: convert to float32 first")
+        if any(_is_storage(value.handle) for value in (values if isinstance(values, tuple) else (values,))):
+            raise TypeError(f"{type(self).__name__} on {_FORMATS}: convert to float32 first")
         return apply(self, values)
 
     interface.apply = checked
@@ -147,14 +163,14 @@ def _repair_range() -> None:
 
 @functools.cache
 def install_interpreter_fixes() -> None:
-    """Repairs the interpreter: bfloat16 in casts, constants, `tl.dot` (other arithmetic on it raises), masks, ranges.
+    """Repairs the interpreter: bfloat16, float8 (casts, constants, `tl.dot`; other arithmetic raises), masks, ranges.
 
-    Raising, not widening, keeps the rule that kernels follow: bfloat16 is a storage format, arithmetic is float32.
+    Raising, not widening, keeps the rule that kernels follow: these are storage formats, arithmetic is float32.
     """
     builder = interpreter.InterpreterBuilder
     for name in dir(builder):
         if name.startswith(_ARITHMETIC) and name not in _NOT_ARITHMETIC:
-            setattr(builder, name, _refusing_bf16(name, getattr(builder, name)))
+            setattr(builder, name, _refusing_storage(name, getattr(builder, name)))
     dot = builder.create_dot
     builder.create_dot = lambda self, a, b, *rest: dot(self, _to_float32(a), _to_float32(b), *rest)
     builder.get_bf16 = lambda self, value: _Handle(_round_to_bf16(np.array([value], np.float32)), tl.bfloat16)

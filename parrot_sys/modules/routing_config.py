@@ -48,6 +48,9 @@ class TextGuidedMoEConfig:
     """Factor of the router's logits, and so of its learning rate; 1 as released."""
     recompute: bool = False
     """Store only X for the backward pass of the experts and compute the rest again."""
+    fp8: bool = False
+    """Multiply in float8 in the experts' forward pass (e4m3, scales by blocks of 128), on sm_90 and later: faster, and
+    numbers are rounded by up to 1/16. The backward pass stays in the parameters' dtype."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 0:

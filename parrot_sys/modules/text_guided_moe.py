@@ -233,13 +233,14 @@ class TextGuidedMoE(nn.Module):
             residual_scale=residual_scale,
             output_scale=output_scale,
             recompute=config.recompute,
+            fp8=config.fp8,
         )
         return output, RoutingOutput(logits=logits, probs=probs, topk_indices=indices)
 
     def _run_experts(self, features: Tensor, probs: Tensor, plan: TopKRouting | None) -> Tensor:
         """[n, V, H], the experts' weighted sum with the residual."""
         residual_scale, output_scale = _residual_scales(self.config)
-        recompute = self.config.recompute
+        options = {"recompute": self.config.recompute, "fp8": self.config.fp8}
         if self._alone:
             return expert_mlp(
                 features,
@@ -249,7 +250,7 @@ class TextGuidedMoE(nn.Module):
                 plan=plan,
                 residual_scale=residual_scale,
                 output_scale=output_scale,
-                recompute=recompute,
+                **options,
             )
         sent = dispatch_images(features, probs, plan, self.groups)
         output = expert_mlp(
@@ -259,7 +260,7 @@ class TextGuidedMoE(nn.Module):
             sent.probs,
             plan=sent.plan,
             output_scale=output_scale,
-            recompute=recompute,
+            **options,
         )
         return sent.combine(output, residual_scale=residual_scale)
 

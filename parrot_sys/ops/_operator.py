@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn import Parameter
 
 _LIBRARY = torch.library.Library("parrot", "FRAGMENT")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, Parameter)
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -28,22 +29,24 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name = name
-        self._function = function
+        self._function = _eager(function)
         self._setup_context: SetupContext | None = None
         self._backward: Callable[..., Any] = self._refuse
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(name, _eager(function), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._function, "CompositeExplicitAutograd")
         self._overload: Any = getattr(torch.ops.parrot, name).default
         _LIBRARY.impl(name, self._with_autograd(), "Autograd")
 
     def __call__(self, *args: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._overload(*args)
-        # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
-        return self._below_autograd(*args) if _is_watched(args) else self._function(*args)
+        return self._below_autograd(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
+        # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
+        if not (torch.compiler.is_compiling() or _is_watched(args)):
+            return self._function(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 

@@ -34,9 +34,10 @@ def _dense_fwd(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     args = (x, w_gate_up, w_down, probs)
-    impl = registry.select("expert_mlp", *args)
+    impl = registry.select("fp8_experts" if fp8 else "expert_mlp", *args)
     return impl.expert_mlp_dense_fwd(*args, (residual_scale, output_scale), save_z)
 
 
@@ -49,6 +50,7 @@ def _(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     z_shape = (w_gate_up.shape[0], *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else (0,)
     return x.new_empty(x.shape), x.new_empty(z_shape)
@@ -88,9 +90,10 @@ def _topk_fwd(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     args = (x, w_gate_up, w_down, probs, topk_indices, expert_offsets, plan)
-    impl = registry.select("expert_mlp", *args)
+    impl = registry.select("fp8_experts" if fp8 else "expert_mlp", *args)
     return impl.expert_mlp_topk_fwd(*args, (residual_scale, output_scale), save_z)
 
 
@@ -106,6 +109,7 @@ def _(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     z_shape = (plan.shape[0], x.shape[1], *w_gate_up.shape[1:3]) if save_z else (0,)
     return x.new_empty(x.shape), x.new_empty(z_shape)
@@ -142,7 +146,7 @@ def _fake_grads(tensors: tuple[Tensor, ...], needs: list[bool]) -> _Grads:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.residual_scale, ctx.output_scale, _ = inputs
+    *tensors, ctx.residual_scale, ctx.output_scale, _, _ = inputs
     z = output[1]
     # z is handed to this op's own backward pass only; without the second line autograd would fill a gradient of its
     # size with zeros.
@@ -153,18 +157,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _dense_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     needs = list(ctx.needs_input_grad[:4])
     grads = _dense_bwd(grad, *ctx.saved_tensors, ctx.residual_scale, ctx.output_scale, needs)
-    return *map(or_none, grads, needs), *(None,) * 3
+    return *map(or_none, grads, needs), *(None,) * 4
 
 
 def _topk_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     needs = list(ctx.needs_input_grad[:4])
     grads = _topk_bwd(grad, *ctx.saved_tensors, ctx.residual_scale, ctx.output_scale, needs)
-    return *map(or_none, grads, needs), *(None,) * 6
+    return *map(or_none, grads, needs), *(None,) * 7
 
 
 _dense_fwd.register_autograd(_dense_backward, setup_context=_setup_context)
@@ -181,6 +185,7 @@ def expert_mlp(
     residual_scale: float = 0.0,
     output_scale: float = 1.0,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """`residual_scale * x + output_scale * sum_e probs[:, e] * FFN_e(x)` with SwiGLU experts; one route per image.
 
@@ -192,7 +197,9 @@ def expert_mlp(
         plan: without it every expert runs on every row; with it only the (image, expert) pairs that it holds.
         residual_scale: factor of `x` in the sum.
         output_scale: factor of the experts' output.
-        recompute: keep only `x` for the backward pass and compute the up-projection again there.
+        recompute: keep only `x` for the backward pass and compute the up-projection again there (in the dtype of `x`).
+        fp8: round the operands of both products to float8 with scales by blocks of 128 (`parrot_kernels.fp8_experts`);
+            gradients are those of the products in the dtype of `x`, at the pre-activations of the forward pass.
 
     Returns:
         [n, V, H], dtype of `x`. Saved for the backward pass: `x` and the up-projection's output.
@@ -200,6 +207,6 @@ def expert_mlp(
     tensors = (x.contiguous(), w_gate_up.contiguous(), w_down.contiguous(), probs.contiguous())
     save_z = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if plan is None:
-        return _dense_fwd(*tensors, residual_scale, output_scale, save_z)[0]
+        return _dense_fwd(*tensors, residual_scale, output_scale, save_z, fp8)[0]
     chosen = (plan.topk_indices, plan.expert_offsets, plan.plan)
-    return _topk_fwd(*tensors, *chosen, residual_scale, output_scale, save_z)[0]
+    return _topk_fwd(*tensors, *chosen, residual_scale, output_scale, save_z, fp8)[0]

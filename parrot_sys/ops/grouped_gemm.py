@@ -19,13 +19,15 @@ def _count(x: Tensor, plan: Tensor | None) -> int:
 
 
 @operator("m_grouped_gemm")
-def _gemm_fwd(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:
+def _gemm_fwd(
+    x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool, fp8: bool
+) -> Tensor:
     args = (x, w, offsets, plan, topk, trans_w)
-    return registry.select("grouped_gemm", *args).m_grouped_gemm(*args)
+    return registry.select("fp8_experts" if fp8 else "grouped_gemm", *args).m_grouped_gemm(*args)
 
 
 @_gemm_fwd.register_fake
-def _(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:
+def _(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool, fp8: bool) -> Tensor:
     return x.new_empty(_count(x, plan), x.shape[1], w.shape[1] if trans_w else w.shape[2])
 
 
@@ -51,14 +53,14 @@ def _(grad: Tensor, x: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _gemm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.topk, ctx.trans_w = inputs
+    *tensors, ctx.topk, ctx.trans_w, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
     grads = _gemm_bwd(grad, *ctx.saved_tensors, ctx.topk, ctx.trans_w, needs)
-    return *map(or_none, grads, needs), *(None,) * 4
+    return *map(or_none, grads, needs), *(None,) * 5
 
 
 _gemm_fwd.register_autograd(_gemm_backward, setup_context=_gemm_context)
@@ -66,15 +68,29 @@ _gemm_fwd.register_autograd(_gemm_backward, setup_context=_gemm_context)
 
 @operator("m_grouped_swiglu")
 def _swiglu_fwd(
-    x: Tensor, w_gate_up: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, weights: Tensor | None, save_z: bool
+    x: Tensor,
+    w_gate_up: Tensor,
+    offsets: Tensor,
+    plan: Tensor | None,
+    topk: int,
+    weights: Tensor | None,
+    save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     args = (x, w_gate_up, offsets, plan, topk, weights)
-    return registry.select("grouped_gemm", *args).m_grouped_swiglu(*args, save_z)
+    return registry.select("fp8_experts" if fp8 else "grouped_gemm", *args).m_grouped_swiglu(*args, save_z)
 
 
 @_swiglu_fwd.register_fake
 def _(
-    x: Tensor, w_gate_up: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, weights: Tensor | None, save_z: bool
+    x: Tensor,
+    w_gate_up: Tensor,
+    offsets: Tensor,
+    plan: Tensor | None,
+    topk: int,
+    weights: Tensor | None,
+    save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, width = (_count(x, plan), x.shape[1]), w_gate_up.shape[2]
     return x.new_empty(*rows, width), x.new_empty((*rows, 2, width) if save_z else (0,))
@@ -104,7 +120,7 @@ def _(grad: Tensor, x: Tensor, w_gate_up: Tensor, *rest: Any) -> tuple[Tensor, T
 
 
 def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_gate_up, offsets, plan, ctx.topk, weights, _ = inputs
+    x, w_gate_up, offsets, plan, ctx.topk, weights, *_ = inputs
     # z is for this op's own backward pass; without the second line autograd would fill a gradient of its size.
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -113,7 +129,7 @@ def _swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _swiglu_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     x, w_gate_up, offsets, plan, weights, z = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     grad_x, grad_w, grad_weights = _swiglu_bwd(grad, x, w_gate_up, offsets, plan, ctx.topk, weights, z, needs)
@@ -124,6 +140,7 @@ def _swiglu_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[T
         None,
         None,
         or_none(grad_weights, ctx.needs_input_grad[5]),
+        None,
         None,
     )
 
@@ -151,7 +168,7 @@ def _k_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, offsets, plan = ctx.saved_tensors
     needs_a, needs_b = ctx.needs_input_grad[:2]
     # c = sum of outer(a, b): the gradient of a is b @ grad.T, that of b is a @ grad, group by group.
-    grad_a = _gemm_fwd(b, grad.contiguous(), offsets, plan, ctx.topk, True) if needs_a else None
+    grad_a = _gemm_fwd(b, grad.contiguous(), offsets, plan, ctx.topk, True, False) if needs_a else None
     grad_b = None
     if needs_b:
         # As the gradient of the input x = b of a product that maps b to rows like a.
@@ -163,7 +180,14 @@ _k_fwd.register_autograd(_k_backward, setup_context=_k_context)
 
 
 def m_grouped_gemm(
-    x: Tensor, w: Tensor, offsets: Tensor, *, plan: Tensor | None = None, topk: int = 1, trans_w: bool = True
+    x: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    *,
+    plan: Tensor | None = None,
+    topk: int = 1,
+    trans_w: bool = True,
+    fp8: bool = False,
 ) -> Tensor:
     """The rows of each group times the group's matrix.
 
@@ -175,6 +199,8 @@ def m_grouped_gemm(
         plan: [J] int64: row or segment j reads `x[plan[j] // topk]`; all entries differ (`TopKRouting.plan`).
         topk: divisor of `plan`; 1 makes it a plain index.
         trans_w: layout of `w`.
+        fp8: round the operands to float8 with scales by blocks of 128 (`parrot_kernels.fp8_experts` has the bounds);
+            gradients are those of the product in the dtype of `x`.
 
     Returns:
         [J, N] or [J, V, N], dtype of `x`.
@@ -183,7 +209,7 @@ def m_grouped_gemm(
         ValueError: shapes that do not fit together.
     """
     _check(x, w, w.shape[2] if trans_w else w.shape[1], offsets)
-    y = _gemm_fwd(*_segments(x, w, offsets, plan), topk, trans_w)
+    y = _gemm_fwd(*_segments(x, w, offsets, plan), topk, trans_w, fp8)
     return y.squeeze(1) if x.dim() == 2 else y
 
 
@@ -196,6 +222,7 @@ def m_grouped_swiglu(
     plan: Tensor | None = None,
     topk: int = 1,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> Tensor:
     """`weights * silu(x @ gate.T) * (x @ up.T)` with the matrices of each row's group, in one product.
 
@@ -206,7 +233,9 @@ def m_grouped_swiglu(
         weights: [J] float32 (float64 for float64 `x`), the factor of each row or segment; None for ones.
         plan: as for `m_grouped_gemm`.
         topk: as for `m_grouped_gemm`.
-        recompute: keep only the inputs for the backward pass and compute the pre-activations again there.
+        recompute: keep only the inputs for the backward pass and compute the pre-activations again there (in the dtype
+            of `x`).
+        fp8: as for `m_grouped_gemm`.
 
     Returns:
         [J, I] or [J, V, I], dtype of `x`.
@@ -222,7 +251,7 @@ def m_grouped_swiglu(
     learning = any(t.requires_grad for t in (x, w_gate_up, weights) if t is not None)
     save_z = not recompute and learning and torch.is_grad_enabled()
     factors = None if weights is None else weights.contiguous()
-    h, _ = _swiglu_fwd(*_segments(x, w_gate_up, offsets, plan), topk, factors, save_z)
+    h, _ = _swiglu_fwd(*_segments(x, w_gate_up, offsets, plan), topk, factors, save_z, fp8)
     return h.squeeze(1) if x.dim() == 2 else h
 
 

@@ -29,6 +29,7 @@ OPS = (
     "segment_attention",
     "paged_attention",
     "grouped_gemm",
+    "fp8_experts",
     "permute",
     "swiglu",
 )

@@ -34,18 +34,19 @@ def _fwd(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     router = (x[:, 0] if query is None else query, text, text_start, text_end, router_weight, scale)
     logits, lse = registry.select("text_guided_routing", *router).text_guided_routing_fwd(*router)
-    scales = (residual_scale, output_scale)
+    scales, op = (residual_scale, output_scale), "fp8_experts" if fp8 else "expert_mlp"
     if not topk:
         experts = (x, w_gate_up, w_down, torch.softmax(logits, -1))
-        y, z = registry.select("expert_mlp", *experts).expert_mlp_dense_fwd(*experts, scales, save_z)
+        y, z = registry.select(op, *experts).expert_mlp_dense_fwd(*experts, scales, save_z)
         return y, logits, experts[-1], lse, z, []
     route = (logits, topk, renormalize)
     probs, *_, indices, _, offsets, plan = registry.select("topk_routing", *route).topk_routing_fwd(*route)
     chosen = (x, w_gate_up, w_down, probs, indices, offsets, plan)
-    y, z = registry.select("expert_mlp", *chosen).expert_mlp_topk_fwd(*chosen, scales, save_z)
+    y, z = registry.select(op, *chosen).expert_mlp_topk_fwd(*chosen, scales, save_z)
     return y, logits, probs, lse, z, [indices, offsets, plan]
 
 
@@ -65,6 +66,7 @@ def _(
     residual_scale: float,
     output_scale: float,
     save_z: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     images, num_experts = x.shape[0], router_weight.shape[0]
     logits = x.new_empty((images, num_experts), dtype=accumulate_dtype(x.dtype))
@@ -146,7 +148,7 @@ def _(grad: Tensor | None, grad_logits: Tensor | None, grad_probs: Tensor | None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, topk, renormalize, residual_scale, output_scale, _ = inputs
+    *tensors, scale, topk, renormalize, residual_scale, output_scale, _, _ = inputs
     ctx.numbers = scale, topk, renormalize, residual_scale, output_scale
     _, *route, plan = output
     ctx.mark_non_differentiable(*route[2:], *plan)
@@ -156,13 +158,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if not any(grad is not None for grad in grads[:3]):
-        return (None,) * 14
+        return (None,) * 15
     x, query, text, _, _, router, gate_up, down = ctx.needs_input_grad[:8]
     needs = [x, query, text, router, gate_up, down]
     saved = ctx.saved_tensors
     own = map(or_none, _bwd(*grads[:3], *saved[:12], list(saved[12:]), *ctx.numbers, needs), needs)
     grad_x, grad_query, grad_text, grad_router, grad_gate_up, grad_down = own
-    return grad_x, grad_query, grad_text, None, None, grad_router, grad_gate_up, grad_down, *(None,) * 6
+    return grad_x, grad_query, grad_text, None, None, grad_router, grad_gate_up, grad_down, *(None,) * 7
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -184,6 +186,7 @@ def text_guided_experts(
     residual_scale: float = 0.0,
     output_scale: float = 1.0,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Routes each image by the text of its sample, and runs its experts: see the three ops for the exact rules.
 
@@ -202,6 +205,7 @@ def text_guided_experts(
         residual_scale: factor of `x` in the sum.
         output_scale: factor of the experts' output.
         recompute: keep only `x` of the experts for the backward pass.
+        fp8: as for `expert_mlp`.
 
     Returns:
         y [n, V, H], and of the route: logits [n, E] and probs [n, E] (float32 or float64), with gradients, and the
@@ -215,6 +219,6 @@ def text_guided_experts(
     x, w_gate_up, w_down = x.contiguous(), w_gate_up.contiguous(), w_down.contiguous()
     tensors = (x, query, text, text_start, text_end, router_weight, w_gate_up, w_down)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    numbers = (scale, topk or 0, renormalize, residual_scale, output_scale, saves and not recompute)
+    numbers = (scale, topk or 0, renormalize, residual_scale, output_scale, saves and not recompute, fp8)
     y, logits, probs, *_, plan = _fwd(*tensors, *numbers)
     return y, logits, probs, plan[0] if plan else None

@@ -23,6 +23,7 @@ _CHOICES = frozenset(
     {
         "vision.path",  # where files lie
         "moe.recompute",  # memory against time
+        "moe.fp8",  # digits against time
         "moe.aux_loss_coeff",  # how the router is trained
         "moe.z_loss_coeff",
         "moe.information_coeff",

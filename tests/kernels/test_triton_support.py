@@ -66,7 +66,9 @@ def test_casts_round_to_nearest_even() -> None:
 
 @pytest.mark.parametrize(("kernel", "name"), [(_add_kernel, "create_fadd"), (_sum_kernel, "ReduceOps")])
 def test_other_arithmetic_on_bfloat16_is_refused(kernel, name: str) -> None:
-    with pytest.raises(triton.runtime.errors.InterpreterError, match=f"{name} on bfloat16: convert to float32 first"):
+    with pytest.raises(
+        triton.runtime.errors.InterpreterError, match=f"{name} on bfloat16 or float8: convert to float32 first"
+    ):
         kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), SIZE=16)
 
 

@@ -147,7 +147,7 @@ def test_the_message_says_what_was_wanted_what_was_found_where_and_the_fix() -> 
 def test_what_a_run_chooses_may_differ() -> None:
     model = _model(PARROT)
     coefficients = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
-    moe = replace(model.moe, recompute=True, **dict.fromkeys(coefficients, 0.1))
+    moe = replace(model.moe, recompute=True, fp8=True, **dict.fromkeys(coefficients, 0.1))
     vision = replace(model.vision, path=None)
     chosen = replace(model, moe=moe, vision=vision, lora=LoRAConfig(), max_seq_len=7, tokenizer_path="elsewhere")
     assert find_differences(chosen, PARROT) == []
@@ -217,7 +217,7 @@ def test_the_fields_of_every_section_are_compared_or_named_as_choices() -> None:
             if name.split(".")[0] in ("llm", "vision", "projector", "moe", "wings", "flamingo", "llava")
         }
         left_out = {
-            *("vision.path", "moe.recompute", "moe.aux_loss_coeff", "moe.z_loss_coeff"),
+            *("vision.path", "moe.recompute", "moe.fp8", "moe.aux_loss_coeff", "moe.z_loss_coeff"),
             *("moe.information_coeff", "moe.evenness_coeff"),
             *("wings.rule", "flamingo.media_rule"),
         }

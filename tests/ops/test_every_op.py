@@ -48,9 +48,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     "expert_mlp": (ops.expert_mlp, EXPERTS),
     "expert_mlp-recompute": (lambda *t: ops.expert_mlp(*t, recompute=True), EXPERTS),
     "expert_mlp-topk": (lambda *t: ops.expert_mlp(*t, plan=route(3)), EXPERTS),
+    "expert_mlp-fp8": (lambda *t: ops.expert_mlp(*t, fp8=True), EXPERTS),
     "expert_mlp-no_image": (ops.expert_mlp, NO_IMAGE),
     "expert_mlp-topk_no_image": (lambda *t: ops.expert_mlp(*t, plan=route(0)), NO_IMAGE),
     "m_grouped_gemm": (lambda x, w: ops.m_grouped_gemm(x, w, OFFSETS), {"x": (6, 2, 8), "w": (3, 5, 8)}),
+    "m_grouped_gemm-fp8": (lambda x, w: ops.m_grouped_gemm(x, w, OFFSETS, fp8=True), {"x": (6, 2, 8), "w": (3, 5, 8)}),
     "m_grouped_gemm-planned": (
         lambda x, w: ops.m_grouped_gemm(x, w, OFFSETS, plan=PLAN, topk=2, trans_w=False),
         {"x": (3, 8), "w": (3, 8, 5)},

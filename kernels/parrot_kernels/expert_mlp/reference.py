@@ -6,12 +6,15 @@ data-dependent shapes, but costs E / 1 times the work of a back end that follows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, J <= n * K chosen segments
 
+OfH = Callable[[Tensor], Tensor]
 Scales = tuple[float, float]
 Needs = tuple[bool, bool, bool, bool]
 
@@ -49,14 +52,25 @@ def _spread(probs: Tensor) -> Tensor:
     return probs.T[:, :, None, None]
 
 
+def _as_it_is(h: Tensor) -> Tensor:
+    return h
+
+
 def expert_mlp_dense_fwd(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor, scales: Scales, save_z: bool
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    probs: Tensor,
+    scales: Scales,
+    save_z: bool,
+    *,
+    of_h: OfH = _as_it_is,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in the package docstring."""
+    """See the contract in the package docstring; `of_h` is what the down-projection takes of the weighted h."""
     dtype, acc = x.dtype, _acc(x)
     x = x.to(acc)
     z = _up(x, w_gate_up.to(acc))
-    out = torch.einsum("envi,eih->nvh", _swiglu(z) * _spread(probs), w_down.to(acc))
+    out = torch.einsum("envi,eih->nvh", of_h(_swiglu(z) * _spread(probs)), w_down.to(acc))
     residual_scale, output_scale = scales
     y = (residual_scale * x + output_scale * out).to(dtype).contiguous()
     return y, z.to(dtype) if save_z else x.new_empty(0, dtype=dtype)
@@ -119,13 +133,15 @@ def expert_mlp_topk_fwd(
     plan: Tensor,
     scales: Scales,
     save_z: bool,
+    *,
+    of_h: OfH = _as_it_is,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in the package docstring."""
+    """See the contract in the package docstring; `of_h` as above."""
     dtype, acc = x.dtype, _acc(x)
     x, w_down = x.to(acc), w_down.to(acc)
     image, expert = _segments(topk_indices, plan)
     z = _up_segments(x, w_gate_up.to(acc), image, expert)
-    weighted = _swiglu(z) * probs[image, expert][:, None, None]
+    weighted = of_h(_swiglu(z) * probs[image, expert][:, None, None])
     out = torch.zeros_like(x)
     for e, weight in enumerate(w_down):
         out = out.index_add(0, image, (weighted * (expert == e)[:, None, None]) @ weight)

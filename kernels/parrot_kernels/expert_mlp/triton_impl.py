@@ -12,7 +12,7 @@ grouped product and adds up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
@@ -20,9 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.expert_mlp.launchers import Grads, Needs, Parts
+from parrot_kernels.expert_mlp.route import Route
+from parrot_kernels.fp8_experts.quantize import quantized
 from parrot_kernels.grouped_gemm import product_tiles, tiles
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 from parrot_kernels.grouped_gemm.tiles import (
+    add_product,
     load_plane,
     load_tile,
     load_weights,
@@ -31,14 +35,10 @@ from parrot_kernels.grouped_gemm.tiles import (
 )
 from parrot_kernels.launches import launch
 from parrot_kernels.permute.triton_impl import combine_rows
-from parrot_kernels.tile_choice import cdiv, next_power_of_2, product_tile
+from parrot_kernels.tile_choice import product_tile
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk,
 # J segments: at most n * K, or E * n (dense)
-
-Scales = tuple[float, float]
-Needs = tuple[bool, bool, bool, bool]
-Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Images with fewer rows go by way of [n * K, V, H] in the top-k form.
 COMBINE_ROWS = 64
@@ -47,43 +47,6 @@ COMBINE_ROWS = 64
 def why_not(*args: object) -> str | None:
     """Needs a CUDA device (or the interpreter) and at most 32 bits; any width."""
     return triton_support.why_not(*args)
-
-
-@triton.jit(do_not_specialize=["segments"])
-def _places_kernel(plan_ptr, places_ptr, segments, BLOCK: tl.constexpr):
-    """The inverse of the plan."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < segments
-    position = tl.load(plan_ptr + place, mask=mask, other=0)
-    tl.store(places_ptr + position, place.to(tl.int64), mask=mask)
-
-
-@triton.jit(do_not_specialize=["images", "segments", "rows"])
-def _grad_probs_kernel(
-    sums_ptr, places_ptr, experts_ptr, grad_ptr, scale, images, segments, rows, blocks, topk, num_experts,
-    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """grad[i, e] = scale * the sum of sums [blocks, segments, rows] of the segment of image i and expert e; else 0."""
-    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    image, expert = pair // num_experts, pair % num_experts
-    mask = image < images
-    if places_ptr is None:
-        place = expert * images + image
-    else:
-        place = tl.full([BLOCK], -1, tl.int64)
-        for k in range(topk):
-            choice = image * topk + k
-            own = tl.load(places_ptr + choice, mask=mask, other=-1)
-            chosen = tl.load(experts_ptr + choice, mask=mask, other=-1) == expert
-            place = tl.where(chosen & (own >= 0), own, place)
-    total = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    for block in range(blocks):
-        at = (tl.cast(block, tl.int64) * segments + place) * rows
-        for row in range(0, rows, BLOCK_V):
-            cols = row + tl.arange(0, BLOCK_V)
-            own_mask = (mask & (place >= 0))[:, None] & (cols < rows)[None, :]
-            total += tl.load(sums_ptr + at[:, None] + cols[None, :], mask=own_mask, other=0.0)
-    tl.store(grad_ptr + pair, scale * tl.sum(total, axis=1), mask=mask)
 
 
 @triton.jit
@@ -100,20 +63,24 @@ def _segment_of(places_ptr, experts_ptr, image, choice, topk):
 # Not even a row count that 16 divides may be a kernel of its own: numbers of images change from step to step.
 @triton.jit(do_not_specialize=["images", "rows_per_image", "segments"])
 def _combine_kernel(
-    a_ptr, w_ptr, places_ptr, experts_ptr, residual_ptr, y_ptr,
+    a_ptr, w_ptr, a_scale_ptr, w_scale_ptr, places_ptr, experts_ptr, residual_ptr, y_ptr,
     residual_scale, images, rows_per_image, segments, topk, num_experts, N, K,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[i] = residual_scale * residual[i] + sum over k of a[place(i, k)] @ w[expert(i, k)].
 
     a [segments, V, K], w [E, K, N], residual and y [images, V, N]. Without `places` (dense) place and expert are k.
-    Place -1 adds nothing.
+    Place -1 adds nothing. Operands in float8 have scales (`add_product`), and w is [E, N, K] then.
     """
+    TRANS_W: tl.constexpr = w_scale_ptr is not None
     a_desc = None
     w_desc = None
     if TMA:
         a_desc = plane_descriptor(a_ptr, segments, rows_per_image, K, BLOCK_M, BLOCK_K)
-        w_desc = plane_descriptor(w_ptr, num_experts, K, N, BLOCK_K, BLOCK_N)
+        if TRANS_W:
+            w_desc = plane_descriptor(w_ptr, num_experts, N, K, BLOCK_N, BLOCK_K)
+        else:
+            w_desc = plane_descriptor(w_ptr, num_experts, K, N, BLOCK_K, BLOCK_N)
     tiles_v, tiles_n, steps = tl.cdiv(rows_per_image, BLOCK_M), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     for tile in range(tl.program_id(0), images * tiles_v * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, images * tiles_v, tiles_n)
@@ -124,13 +91,13 @@ def _combine_kernel(
         for step in range(0, topk * steps):
             k = step % steps * BLOCK_K
             # Past the edge of an expert's K columns, of an image's rows, and at place -1, both ways to load give zeros.
+            rows, row_mask = tl.cast(place, tl.int64) * rows_per_image + own, (own < rows_per_image) & (place >= 0)
             if TMA:
                 a = load_plane(a_desc, place, v, k, BLOCK_M, BLOCK_K)
             else:
-                rows = tl.cast(place, tl.int64) * rows_per_image + own
-                a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), (own < rows_per_image) & (place >= 0), K)
-            b = load_weights(w_ptr, w_desc, expert, n, k, N, K, False, TMA, BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+                a = load_tile(a_ptr, rows, k + tl.arange(0, BLOCK_K), row_mask, K)
+            b = load_weights(w_ptr, w_desc, expert, n, k, N, K, TRANS_W, TMA, BLOCK_N, BLOCK_K)
+            acc = add_product(acc, a, b, a_scale_ptr, rows, row_mask, w_scale_ptr, expert, n, k, N, K, BLOCK_N)
             # Those of the next step, so that no load of a tile waits for them: that would cost the pipeline a stage.
             place, expert = _segment_of(places_ptr, experts_ptr, image, tl.minimum((step + 1) // steps, topk - 1), topk)
         cols = n + tl.arange(0, BLOCK_N)
@@ -146,72 +113,29 @@ _TILES = tiles.product_tiles(
         "pointer": [product_tile(128, 128, 64, warps=8, stages=3), product_tile(64, 128, 64, warps=4, stages=4)],
         "unaligned": [product_tile(64, 64, 32, warps=8, stages=2)],
         "fp32": [product_tile(64, 64, 16, warps=8, stages=3)],
+        "fp8": [product_tile(128, 128, 128, warps=8, stages=4)],
     }
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Route:
-    """Which expert runs on which image, by segment: chosen pairs in the order of the plan, or E times all images."""
-
-    probs: Tensor
-    """[n, E] float32."""
-    scale: float
-    """Factor of `probs`."""
-    offsets: Tensor | None = None
-    """[E + 1]; None in the dense form, as all that follow."""
-    plan: Tensor | None = None
-    """[J]"""
-    places: Tensor | None = None
-    """[n * K], the inverse of the plan; -1 at positions that it lacks."""
-    experts: Tensor | None = None
-    """[n, K]"""
-    topk: int
-
-
-def _dense_route(probs: Tensor, scale: float) -> _Route:
-    return _Route(probs=probs, scale=scale, topk=probs.shape[1])
-
-
-def _topk_route(probs: Tensor, topk_indices: Tensor, offsets: Tensor, plan: Tensor, scale: float) -> _Route:
-    segments, topk = plan.shape[0], topk_indices.shape[1]
-    places = plan.new_empty(topk_indices.numel())
-    if segments < len(places):
-        places.fill_(-1)
-    if segments:
-        launch(_places_kernel, (cdiv(segments, 128),))(plan, places, segments, BLOCK=128)
-    return _Route(probs=probs, scale=scale, offsets=offsets, plan=plan, places=places, experts=topk_indices, topk=topk)
-
-
-def _grad_probs(sums: Tensor, route: _Route) -> Tensor:
-    """Gradient of probs [n, E] from the sums [B, J, V] that `swiglu_bwd_of_product` gives."""
-    probs, grad = route.probs, torch.empty_like(route.probs)
-    blocks, segments, rows = sums.shape
-    block_v = min(next_power_of_2(max(rows, 1)), 1024)
-    block = 1024 // block_v
-    if grad.numel():
-        launch(_grad_probs_kernel, (cdiv(grad.numel(), block),))(
-            sums, route.places, route.experts, grad, route.scale, probs.shape[0], segments, rows, blocks, route.topk,
-            probs.shape[1], BLOCK=block, BLOCK_V=block_v,
-        )  # fmt: skip
-    return grad
-
-
-def _up(x: Tensor, w_gate_up: Tensor, route: _Route, save_z: bool) -> tuple[Tensor, Tensor | None]:
+def _up(x: Tensor, w_gate_up: Tensor, route: Route, save_z: bool, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Weighted h [J, V, I], and z [J, V, 2, I] or None."""
     segments = route.probs.numel() if route.plan is None else route.plan.shape[0]
     rows = (segments, x.shape[1])
     h = x.new_empty(*rows, w_gate_up.shape[2])
     z = x.new_empty(*rows, *w_gate_up.shape[1:3]) if save_z else None
+    x, w_gate_up, scales = quantized(x, w_gate_up, trans_w=True) if fp8 else (x, w_gate_up, (None, None))
     grouped.launch_m_grouped(
         x, w_gate_up, (h, z, None, None), offsets=route.offsets, plan=route.plan, topk=route.topk,
         weights=route.probs, weight_scale=route.scale, route=True, rows_per_segment=x.shape[1],
-        epilogue=grouped.SWIGLU.value, trans_w=True,
+        epilogue=grouped.SWIGLU.value, trans_w=True, scales=scales,
     )  # fmt: skip
     return h, z
 
 
-def _combine_experts(a: Tensor, w: Tensor, route: _Route, residual: Tensor, residual_scale: float) -> Tensor:
+def _combine_experts(
+    a: Tensor, w: Tensor, route: Route, residual: Tensor, residual_scale: float, fp8: bool = False
+) -> Tensor:
     """residual_scale * residual [n, V, N] + the sum of a [J, V, K] @ w [E, K, N] over the segments of each image."""
     y = torch.empty_like(residual)
     images, rows = residual.shape[:2]
@@ -221,31 +145,37 @@ def _combine_experts(a: Tensor, w: Tensor, route: _Route, residual: Tensor, resi
         images, rows = 1, images * rows
     elif rows < COMBINE_ROWS:
         assert route.places is not None, "a route with offsets has places"
-        each = grouped.m_grouped_gemm(a, w, route.offsets, None, 1, False)
+        each = grouped.m_grouped_gemm(a, w, route.offsets, None, 1, False, fp8)
         combine_rows(each.flatten(1), None, route.places, route.topk, y.flatten(1), residual.flatten(1), residual_scale)
         return y
-    a = a.view(-1, rows, a.shape[-1])
-    kind = tiles.product_kind(w.shape[2], a, w)
+    experts, depth, columns = w.shape
+    a, w, scales = quantized(a, w, trans_w=False) if fp8 else (a, w, (None, None))
+    a = a.view(-1, rows, depth)
+    kind = tiles.product_kind(columns, a, w)
     tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
-    experts, depth, columns = w.shape
-
     tile, programs = product_tiles.combine_tile(
         _TILES[kind], images, rows, columns, route.topk * depth, a.element_size(), processors
     )  # fmt: skip
     launch(_combine_kernel, (programs,), tile, _TILES[kind])(
-        a, w, route.places, route.experts, residual, y,
-        residual_scale, images, rows, a.shape[0], route.topk, experts, columns, depth, TMA=kind == "tma",
+        a, w, *scales, route.places, route.experts, residual, y,
+        residual_scale, images, rows, a.shape[0], route.topk, experts, columns, depth, TMA=kind in ("tma", "fp8"),
     )  # fmt: skip
     return y
 
 
 def _fwd(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, route: _Route, residual_scale: float, save_z: bool
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    route: Route,
+    residual_scale: float,
+    save_z: bool,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y, and z [J, V, 2, I] or an empty tensor."""
-    h, z = _up(x, w_gate_up, route, save_z)
-    return _combine_experts(h, w_down, route, x, residual_scale), x.new_empty(0) if z is None else z
+    """y, and z [J, V, 2, I] or an empty tensor; with `fp8` both products take float8 operands (`fp8_experts`)."""
+    h, z = _up(x, w_gate_up, route, save_z, fp8)
+    return _combine_experts(h, w_down, route, x, residual_scale, fp8), x.new_empty(0) if z is None else z
 
 
 def _bwd(
@@ -253,16 +183,15 @@ def _bwd(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    route: _Route,
+    route: Route,
     z: Tensor,
     residual_scale: float,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Grads:
     """The first three gradients, and the sums that make that of probs; `z` as `_fwd` returned it."""
     needs_x, needs_gate_up, needs_down, _ = needs
-    none = x.new_empty(0)  # cloned for each use: outputs of an op must not alias
     # By the kernel of the forward pass, so that the gradients are the same to the last bit.
-    own_z = z if z.dim() > 1 else _up(x, w_gate_up, route, save_z=True)[1]
+    own_z = z if z.dim() > 1 else _up(x, w_gate_up, route, True, False)[1]
     assert own_z is not None, "save_z was set"
     weighted_h, grad_z, sums = grouped.swiglu_bwd_of_product(
         grad,
@@ -276,10 +205,10 @@ def _bwd(
     )
     grad_z = grad_z.flatten(2)
     w = w_gate_up.flatten(1, 2)
-    grad_x = _combine_experts(grad_z, w, route, grad, residual_scale) if needs_x else none.clone()
+    grad_x = _combine_experts(grad_z, w, route, grad, residual_scale) if needs_x else x.new_empty(0)
     grads = []
     for needed, a, b, weight in ((needs_gate_up, grad_z, x, w_gate_up), (needs_down, weighted_h, grad, w_down)):
-        out = torch.empty_like(weight) if needed else none.clone()
+        out = torch.empty_like(weight) if needed else x.new_empty(0)
         if needed:
             grouped.launch_k_grouped(
                 a, b, out.view(len(weight), -1, weight.shape[-1]), offsets=route.offsets, plan=route.plan,
@@ -289,60 +218,8 @@ def _bwd(
     return grad_x, grads[0], grads[1], sums
 
 
-def expert_mlp_dense_fwd(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor, scales: Scales, save_z: bool
-) -> tuple[Tensor, Tensor]:
-    """See the contract in the package docstring."""
-    residual_scale, output_scale = scales
-    y, z = _fwd(x, w_gate_up, w_down, _dense_route(probs, output_scale), residual_scale, save_z)
-    return y, z.view(w_down.shape[0], *x.shape[:2], *w_gate_up.shape[1:3]) if save_z else z
-
-
-def expert_mlp_dense_bwd(
-    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, probs: Tensor, z: Tensor, scales: Scales, needs: Needs
-) -> Grads:
-    """See the contract in the package docstring."""
-    residual_scale, output_scale = scales
-    route = _dense_route(probs, output_scale)
-    z = z.flatten(0, 1) if z.dim() > 1 else z
-    *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
-    grad_probs = _grad_probs(sums, route) if needs[3] else probs.new_empty(0)
-    return grads[0], grads[1], grads[2], grad_probs
-
-
-def expert_mlp_topk_fwd(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    probs: Tensor,
-    topk_indices: Tensor,
-    expert_offsets: Tensor,
-    plan: Tensor,
-    scales: Scales,
-    save_z: bool,
-) -> tuple[Tensor, Tensor]:
-    """See the contract in the package docstring."""
-    residual_scale, output_scale = scales
-    route = _topk_route(probs, topk_indices, expert_offsets, plan, output_scale)
-    return _fwd(x, w_gate_up, w_down, route, residual_scale, save_z)
-
-
-def expert_mlp_topk_bwd(
-    grad: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    probs: Tensor,
-    topk_indices: Tensor,
-    expert_offsets: Tensor,
-    plan: Tensor,
-    z: Tensor,
-    scales: Scales,
-    needs: Needs,
-) -> Grads:
-    """See the contract in the package docstring."""
-    residual_scale, output_scale = scales
-    route = _topk_route(probs, topk_indices, expert_offsets, plan, output_scale)
-    *grads, sums = _bwd(grad, x, w_gate_up, w_down, route, z, residual_scale, needs)
-    grad_probs = _grad_probs(sums, route) if needs[3] else probs.new_empty(0)
-    return grads[0], grads[1], grads[2], grad_probs
+_PARTS = Parts(forward=_fwd, backward=_bwd, weighted=False)
+expert_mlp_dense_fwd, expert_mlp_dense_bwd = _PARTS.expert_mlp_dense_fwd, _PARTS.expert_mlp_dense_bwd
+expert_mlp_topk_fwd, expert_mlp_topk_bwd = _PARTS.expert_mlp_topk_fwd, _PARTS.expert_mlp_topk_bwd
+# Of `fp8_experts`, whose backward pass is this op's.
+FP8_PARTS = Parts(forward=functools.partial(_fwd, fp8=True), backward=_bwd, weighted=False)

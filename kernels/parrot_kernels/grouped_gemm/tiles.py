@@ -24,6 +24,8 @@ IN_PLACE = tl.constexpr(0)
 EVERY_ROW = tl.constexpr(1)
 PLANNED = tl.constexpr(2)
 
+SCALE_BLOCK = tl.constexpr(128)  # numbers of float8 in a row that share a scale
+
 # Tile rows that share their columns of w before the next columns come: both then stay in the L2 cache.
 TILE_GROUP = tl.constexpr(8)
 
@@ -125,6 +127,27 @@ def load_ragged(desc, hi, row, col, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.co
 
 
 @triton.jit
+def add_product(
+    acc, a, b, a_scale_ptr, rows, row_mask, b_scale_ptr, plane, n, k, N, K, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """acc + a @ b, columns k of `rows` times columns k of the rows n of a plane [N, K] of weights.
+
+    Operands in float8 come with scales: of a for each row and SCALE_BLOCK columns, of b for each SCALE_BLOCK rows and
+    columns of a plane. The columns of a step have one scale.
+    """
+    if a_scale_ptr is None:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        depth, block = tl.cdiv(K, SCALE_BLOCK), k // SCALE_BLOCK
+        a_scale = tl.load(a_scale_ptr + rows * depth + block, mask=row_mask, other=0.0)
+        ns = n + tl.arange(0, BLOCK_N)
+        line = tl.cast(plane, tl.int64) * tl.cdiv(N, SCALE_BLOCK) + ns // SCALE_BLOCK
+        b_scale = tl.load(b_scale_ptr + line * depth + block, mask=ns < N, other=0.0)
+        acc += tl.dot(a, b) * (a_scale[:, None] * b_scale[None, :])
+    return acc
+
+
+@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The left and the right half of the columns."""
     return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
@@ -169,7 +192,7 @@ def use_tma(*matrices: Tensor) -> bool:
     """Whether TMA can read these row-major tensors: the hardware has it, two bytes an element, rows aligned to 16."""
     # (float32 products run without tensor cores; TMA would gain nothing.)
     for t in matrices:
-        if t.element_size() != 2 or t.shape[-1] % 8 or not t.numel() or t.data_ptr() % 16:
+        if t.element_size() != 2 or t.size(-1) % 8 or t.data_ptr() % 16 or not t.numel():
             return False
     return triton_support.INTERPRETING or _has_tma(driver.active.get_current_device())
 
@@ -185,7 +208,9 @@ def set_tma_allocator(device: torch.device) -> None:
 
 
 def tile_kind(*matrices: Tensor) -> str:
-    """Which list of tiles fits: "fp32", "tma" (see `use_tma`) or "pointer"."""
+    """Which list of tiles fits: "fp8", "fp32", "tma" (see `use_tma`) or "pointer"."""
+    if matrices[0].element_size() == 1:
+        return "fp8"
     if matrices[0].element_size() == 4:
         return "fp32"
     return "tma" if use_tma(*matrices) else "pointer"

@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from parrot_kernels import triton_support
+from parrot_kernels.fp8_experts.quantize import quantized
 from parrot_kernels.grouped_gemm import product_tiles, tiles
 from parrot_kernels.grouped_gemm.backward import Parts
 from parrot_kernels.grouped_gemm.tiles import (
     EVERY_ROW,
     IN_PLACE,
     PLANNED,
+    add_product,
     eighths,
     group_bounds,
     halves,
@@ -86,7 +88,7 @@ def _store_swiglu_bwd(grad, weight, cols, row_mask, z_ptr, h_ptr, grad_z_ptr, wi
 
 @triton.jit(do_not_specialize=["rows", "x_rows"])
 def _m_grouped_kernel(
-    x_ptr, w_ptr, offsets_ptr, plan_ptr, weights_ptr, out_ptr, z_ptr, grad_z_ptr, sums_ptr,
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, offsets_ptr, plan_ptr, weights_ptr, out_ptr, z_ptr, grad_z_ptr, sums_ptr,
     rows, x_rows, num_groups, N, K, rows_per_segment, topk, weight_scale,
     SOURCE: tl.constexpr, EPILOGUE: tl.constexpr, TRANS_W: tl.constexpr, TMA: tl.constexpr, ROUTE: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -95,6 +97,7 @@ def _m_grouped_kernel(
 
     w is [G, N, K] with TRANS_W, [G, K, N] without, and [2 * G, N, K] for SWIGLU. sums is [tiles along N, rows]. The
     weight of a segment is its own, or with ROUTE that of the segment of x that it comes from for its group: [S, G].
+    Operands in float8 have scales, see `add_product`.
     """
     X_TMA: tl.constexpr = TMA and SOURCE != PLANNED
     PLANES: tl.constexpr = 2 if EPILOGUE == SWIGLU else 1
@@ -133,11 +136,13 @@ def _m_grouped_kernel(
                 a = load_plane(x_desc, 0, x_row, k, BLOCK_M, BLOCK_K)
             else:
                 a = load_tile(x_ptr, from_rows, k + tl.arange(0, BLOCK_K), row_mask, K)
-            b = load_weights(w_ptr, w_desc, group * PLANES, n, k, N, K, TRANS_W, TMA, BLOCK_N, BLOCK_K)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            plane = group * PLANES
+            b = load_weights(w_ptr, w_desc, plane, n, k, N, K, TRANS_W, TMA, BLOCK_N, BLOCK_K)
+            acc = add_product(acc, a, b, x_scale_ptr, from_rows, row_mask, w_scale_ptr, plane, n, k, N, K, BLOCK_N)
             if EPILOGUE == SWIGLU:
-                b = load_weights(w_ptr, w_desc, group * PLANES + 1, n, k, N, K, TRANS_W, TMA, BLOCK_N, BLOCK_K)
-                up = tl.dot(a, b, up, input_precision="ieee")
+                plane += 1
+                b = load_weights(w_ptr, w_desc, plane, n, k, N, K, TRANS_W, TMA, BLOCK_N, BLOCK_K)
+                up = add_product(up, a, b, x_scale_ptr, from_rows, row_mask, w_scale_ptr, plane, n, k, N, K, BLOCK_N)
 
         cols = n + tl.arange(0, BLOCK_N)
         out = out_ptr + row * N
@@ -214,13 +219,15 @@ _PLAIN = {
     "unaligned": [product_tile(64, 64, 32, warps=8, stages=2)],
     "fp32": [product_tile(64, 64, 16, warps=8, stages=3)],
 }
+_FP8 = [product_tile(128, 128, 128, warps=8, stages=4)]
 _TMA = [product_tile(128, 256, 64, warps=8, stages=3), product_tile(128, 128, 64, warps=8, stages=4)]
 # For SwiGLU, which has two accumulators.
 _PAIR_TMA = [product_tile(128, 128, 64, warps=8, stages=4), product_tile(64, 128, 64, warps=4, stages=4)]
+_PAIR_FP8 = [product_tile(128, 64, 128, warps=8, stages=4)]
 _PAIR_POINTER = [product_tile(128, 64, 64, warps=8, stages=3), product_tile(64, 64, 64, warps=4, stages=4)]
 _M_TILES = {
-    STORE.value: tiles.product_tiles({"tma": _TMA, **_PLAIN}),
-    SWIGLU.value: tiles.product_tiles({**_PLAIN, "tma": _PAIR_TMA, "pointer": _PAIR_POINTER}),
+    STORE.value: tiles.product_tiles({"tma": _TMA, "fp8": _FP8, **_PLAIN}),
+    SWIGLU.value: tiles.product_tiles({**_PLAIN, "tma": _PAIR_TMA, "fp8": _PAIR_FP8, "pointer": _PAIR_POINTER}),
     # All of a kind have the same BLOCK_N: `sums` has one row for each tile along N.
     SWIGLU_BWD.value: tiles.product_tiles({"tma": _TMA[:1], **_PLAIN}),
 }
@@ -246,6 +253,7 @@ def launch_m_grouped(
     rows_per_segment: int,
     epilogue: int,
     trans_w: bool,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """Runs `_m_grouped_kernel`.
 
@@ -262,6 +270,7 @@ def launch_m_grouped(
         rows_per_segment: V.
         epilogue: STORE, SWIGLU or SWIGLU_BWD.
         trans_w: layout of w.
+        scales: of x and w where they are float8.
     """
     out, z, grad_z, sums = outputs
     num_groups, rows, x_rows = w.shape[0], _rows(out), _rows(x)
@@ -278,9 +287,9 @@ def launch_m_grouped(
         choices, rows, columns, depth, num_groups, segment, x.element_size(), results, processors
     )  # fmt: skip
     launch(_m_grouped_kernel, (programs,), tile, choices)(
-        x, w, offsets, plan, weights, out, z, grad_z, sums,
+        x, w, *scales, offsets, plan, weights, out, z, grad_z, sums,
         rows, x_rows, num_groups, columns, depth, rows_per_segment, topk, weight_scale,
-        SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind == "tma", ROUTE=route,
+        SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind in ("tma", "fp8"), ROUTE=route,
         BLOCK_G=next_power_of_2(num_groups + 1),
     )  # fmt: skip
 
@@ -333,29 +342,40 @@ def swiglu_bwd_of_product(
     return h, grad_z, sums
 
 
-def m_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:
-    """See the contract in the package docstring."""
-    segments = len(x) if plan is None else len(plan)
-    y = x.new_empty(segments, x.shape[1], w.shape[1] if trans_w else w.shape[2])
+def m_grouped_gemm(
+    x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool, fp8: bool = False
+) -> Tensor:
+    """See the contract in the package docstring; `fp8` is that of `fp8_experts`."""
+    segments, rows_per_segment = len(x) if plan is None else len(plan), x.shape[1]
+    y = x.new_empty(segments, rows_per_segment, w.shape[1] if trans_w else w.shape[2])
+    x, w, scales = quantized(x, w, trans_w=trans_w) if fp8 else (x, w, (None, None))
     launch_m_grouped(
         x, w, (y, None, None, None), offsets=offsets, plan=plan, topk=topk, weights=None,
-        rows_per_segment=x.shape[1], epilogue=STORE.value, trans_w=trans_w,
+        rows_per_segment=rows_per_segment, epilogue=STORE.value, trans_w=trans_w or fp8, scales=scales,
     )  # fmt: skip
     return y
 
 
 def m_grouped_swiglu(
-    x: Tensor, w_gate_up: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, weights: Tensor | None, save_z: bool
+    x: Tensor,
+    w_gate_up: Tensor,
+    offsets: Tensor,
+    plan: Tensor | None,
+    topk: int,
+    weights: Tensor | None,
+    save_z: bool,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in the package docstring."""
+    """See the contract in the package docstring; `fp8` is that of `fp8_experts`."""
     segments, rows_per_segment, width = len(x) if plan is None else len(plan), x.shape[1], w_gate_up.shape[2]
-    h = x.new_empty(segments, rows_per_segment, width)
+    h, empty = x.new_empty(segments, rows_per_segment, width), x.new_empty(0)
     z = x.new_empty(segments, rows_per_segment, 2, width) if save_z else None
+    x, w_gate_up, scales = quantized(x, w_gate_up, trans_w=True) if fp8 else (x, w_gate_up, (None, None))
     launch_m_grouped(
         x, w_gate_up, (h, z, None, None), offsets=offsets, plan=plan, topk=topk, weights=weights,
-        rows_per_segment=rows_per_segment, epilogue=SWIGLU.value, trans_w=True,
+        rows_per_segment=rows_per_segment, epilogue=SWIGLU.value, trans_w=True, scales=scales,
     )  # fmt: skip
-    return h, x.new_empty(0) if z is None else z
+    return h, empty if z is None else z
 
 
 def k_grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, plan: Tensor | None, topk: int) -> Tensor:

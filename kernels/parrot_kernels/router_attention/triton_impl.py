@@ -10,6 +10,8 @@ sum_c grad_extra[h, i, c] * extra[h, i, c], which is why `extra` stays apart by 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,19 @@ Needs = tuple[bool, bool, bool, bool]
 
 _POSITIONS = 32  # positions of one program of the columns' gradient
 _ROWS = 32  # query rows of one program that only passes over them
+
+
+class _Samples(NamedTuple):
+    """Where the samples of a pack are."""
+
+    lengths: tuple[Tensor, Tensor, Tensor | None]
+    """cu_seqlens_q, cu_seqlens_kv, positions."""
+    max_seqlen_q: int
+    max_seqlen_kv: int
+
+    @property
+    def count(self) -> int:
+        return self.lengths[0].shape[0] - 1
 
 
 def why_not(*args: object) -> str | None:
@@ -73,6 +88,37 @@ def router_attention_fwd(
     return out, extra, lse
 
 
+def _sizes(query: Tensor) -> dict[str, int]:
+    return {"WIDTH": query.shape[2], "D": tiles.tile_width(query.shape[2])}
+
+
+def _delta(
+    grad_out: Tensor, grad_extra: Tensor | None, grad_lse: Tensor | None, samples: _Samples, out: Tensor, extra: Tensor
+) -> Tensor:
+    """[n, T]: of each row and head the mean gradient of its weights."""
+    num_rows, num_heads, _ = out.shape
+    delta = extra.new_empty(extra.shape[:2])
+    if num_rows:
+        grid = cdiv(samples.max_seqlen_q, _ROWS), num_heads, samples.count
+        stride = 0 if grad_extra is None else grad_extra.stride(0)
+        launch(kernels.delta_kernel, grid)(
+            grad_out, grad_extra, grad_lse, *samples.lengths, out, extra, delta, stride, num_rows, **_sizes(out),
+            M=_ROWS,
+        )  # fmt: skip
+    return delta
+
+
+def _grad_columns(parts: Tensor, samples: _Samples, columns: Tensor) -> Tensor:
+    """Gradient of the columns [P, 2] from its parts by head and key [n, M, 2]."""
+    grad, (num_heads, num_keys, _) = columns.new_empty(columns.shape), parts.shape
+    if columns.shape[0]:
+        launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
+            parts, *samples.lengths, grad, samples.count, num_keys, columns.shape[0],
+            NUM_HEADS=num_heads, HEADS=next_power_of_2(num_heads), P=_POSITIONS,
+        )  # fmt: skip
+    return grad
+
+
 def router_attention_bwd(
     grad_out: Tensor,
     grad_extra: Tensor | None,
@@ -95,81 +141,40 @@ def router_attention_bwd(
     """See the contract in the package docstring."""
     num_rows, num_heads, width = query.shape
     num_keys, kv_heads, _ = key.shape
-    lengths = (cu_seqlens_q, cu_seqlens_kv, positions)
-    others = (num_heads, cu_seqlens_q.shape[0] - 1)
-    grad_query, grad_key, grad_value, grad_columns = (
-        own.new_empty(own.shape) if needed else None
-        for own, needed in zip((query, key, value, columns), needs, strict=True)
-    )
+    samples = _Samples((cu_seqlens_q, cu_seqlens_kv, positions), max_seqlen_q, max_seqlen_kv)
+    needs_query, *needs_pair, needs_columns = needs
     columns, grad_out = columns.contiguous(), grad_out.contiguous()
     if grad_extra is not None and grad_extra.stride()[1:] != (2, 1):
         grad_extra = grad_extra.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    delta = torch.empty_like(lse)
-    stride_gh = 0 if grad_extra is None else grad_extra.stride(0)
-    sizes = {"WIDTH": width, "D": tiles.tile_width(width)}
-    if num_rows:
-        launch(kernels.delta_kernel, (cdiv(max_seqlen_q, _ROWS), *others))(
-            grad_out, grad_extra, grad_lse, *lengths, out, extra, delta, stride_gh, num_rows, **sizes, M=_ROWS
-        )
-    # Query heads that share a key head leave its gradients apart.
+    delta = _delta(grad_out, grad_extra, None if grad_lse is None else grad_lse.contiguous(), samples, out, extra)
+    # Query heads that share a key head leave its gradients apart, in float32.
     shared = num_heads != kv_heads
-    by_head = [
-        lse.new_empty(num_keys, num_heads, width) if shared and own is not None else own
-        for own in (grad_key, grad_value)
+    pair = [
+        (lse if shared else query).new_empty(num_keys, num_heads, width) if needed else None for needed in needs_pair
     ]
-    of_columns = None if grad_columns is None else lse.new_empty(num_heads, num_keys, 2)
+    of_columns = lse.new_empty(num_heads, num_keys, 2) if needs_columns else None
+    grad_query = None
+    if needs_query:
+        grad_query = query.new_empty(query.shape) if num_keys else query.new_zeros(query.shape)
     if num_keys:
+        others = num_heads, samples.count
         run, strips, tile = tiles.by_strips(
             kernels.bwd_kernel, tiles.STRIP_TILES, query, max_seqlen_kv, max_seqlen_q, *others
         )
-        parts = (strips, num_heads, num_rows // tile["M"] + others[1], sizes["D"], tile["M"])
-        of_query = None if grad_query is None else lse.new_empty(parts)
+        sizes, rows = _sizes(query), tile["M"]
+        parts = (strips, num_heads, num_rows // rows + samples.count, sizes["D"], rows)
+        of_query = lse.new_empty(parts) if needs_query else None
         run(
-            grad_out,
-            grad_extra,
-            query,
-            key,
-            value,
-            columns,
-            *lengths,
-            lse,
-            delta,
-            of_query,
-            *by_head,
-            of_columns,
-            stride_gh,
-            *tiles.strides(query, key, value),
-            num_rows,
-            num_keys,
-            columns.shape[0],
-            scale * tiles.LOG2_E.value,
-            scale,
-            GROUP=num_heads // kv_heads,
-            **sizes,
-        )
-        if of_query is not None and num_rows:
-            launch(kernels.query_sum_kernel, (cdiv(max_seqlen_q, tile["M"]), *others))(
-                of_query, *lengths, grad_query, num_rows, strips, tile["N"], scale, **sizes, M=tile["M"]
+            grad_out, grad_extra, query, key, value, columns, *samples.lengths, lse, delta, of_query, *pair, of_columns,
+            0 if grad_extra is None else grad_extra.stride(0), *tiles.strides(query, key, value),
+            num_rows, num_keys, columns.shape[0], scale * tiles.LOG2_E.value, scale,
+            GROUP=num_heads // kv_heads, **sizes,
+        )  # fmt: skip
+        if needs_query and num_rows:
+            launch(kernels.query_sum_kernel, (cdiv(max_seqlen_q, rows), *others))(
+                of_query, *samples.lengths, grad_query, num_rows, strips, tile["N"], scale, **sizes, M=rows
             )
-    elif grad_query is not None:
-        grad_query.zero_()
     if shared:
-        grad_key, grad_value = (
-            None if own is None else own.unflatten(1, (kv_heads, -1)).sum(2).to(key.dtype) for own in by_head
-        )
-    if of_columns is not None and columns.shape[0]:
-        launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
-            of_columns,
-            *lengths,
-            grad_columns,
-            others[1],
-            num_keys,
-            columns.shape[0],
-            NUM_HEADS=num_heads,
-            HEADS=next_power_of_2(num_heads),
-            P=_POSITIONS,
-        )
-    grads = (grad_query, grad_key, grad_value, grad_columns)
-    returned = [query.new_empty(0) if grad is None else grad for grad in grads]
-    return returned[0], returned[1], returned[2], returned[3]
+        pair = [own if own is None else own.unflatten(1, (kv_heads, -1)).sum(2).to(key.dtype) for own in pair]
+    grads = (grad_query, *pair, None if of_columns is None else _grad_columns(of_columns, samples, columns))
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)

@@ -151,10 +151,8 @@ def text_guided_routing_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the contract in the package docstring."""
     query, text, router_weight = map(_rows, (query, text, router_weight))
-    grads = tuple(
-        tensor.new_empty(tensor.shape if needed else 0)
-        for tensor, needed in zip((query, text, router_weight), needs, strict=True)
-    )
+    tensors = (query, text, router_weight)
+    grads = [torch.empty_like(own) if needs[i] else own.new_empty(0) for i, own in enumerate(tensors)]
     num_images, num_rows = query.shape[0], text.shape[0]
     if not (num_images and num_rows):
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
@@ -196,4 +194,4 @@ def text_guided_routing_bwd(
             num_images, num_rows, text.stride(0), scale,
             **images_constants, PRECISION=precision, NEEDS_QUERY=needs[0], NEEDS_ROUTER=needs[2],
         )  # fmt: skip
-    return grads  # type: ignore[return-value]
+    return grads[0], grads[1], grads[2]

@@ -1,0 +1,82 @@
+"""Which expert runs on which image, laid out for the kernels of `expert_mlp`: one small launch, of either form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parrot_kernels.expert_mlp import kernels
+from parrot_kernels.launches import launch
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
+
+# n images, V rows an image, E experts, K topk, J segments: at most n * K, or E * n (dense)
+
+_SEGMENTS = 128  # of one program
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """By segment: chosen pairs in the order of the plan, or E times all images (dense)."""
+
+    probs: Tensor
+    """[n, E] float32."""
+    scale: float
+    """Factor of `probs`."""
+    weights: Tensor | None = None
+    """[J] float32, `scale` times the weight of each segment; None where the kernels look at `probs` themselves."""
+    offsets: Tensor | None = None
+    """[E + 1]; None in the dense form, as all that follow."""
+    plan: Tensor | None = None
+    """[J]"""
+    places: Tensor | None = None
+    """[n * K], the inverse of the plan; -1 at positions that it lacks."""
+    experts: Tensor | None = None
+    """[n, K]"""
+    topk: int
+
+
+def _lay_out(route: Route, segments: int) -> Route:
+    if segments and (route.plan is not None or route.weights is not None):
+        launch(kernels.layout_kernel, (cdiv(segments, _SEGMENTS),))(
+            route.plan, route.experts, route.probs, route.places, route.weights, route.scale, segments,
+            route.probs.shape[0], route.topk, route.probs.shape[1], BLOCK=_SEGMENTS,
+        )  # fmt: skip
+    return route
+
+
+def dense_route(probs: Tensor, scale: float, *, weighted: bool = False) -> Route:
+    """Every expert for all images; with `weighted` the weights of the segments."""
+    weights = probs.new_empty(probs.numel()) if weighted else None
+    return _lay_out(Route(probs=probs, scale=scale, weights=weights, topk=probs.shape[1]), probs.numel())
+
+
+def topk_route(
+    probs: Tensor, topk_indices: Tensor, offsets: Tensor, plan: Tensor, scale: float, *, weighted: bool = False
+) -> Route:
+    """The pairs of the plan; with `weighted` the weights of the segments."""
+    segments = plan.shape[0]
+    places = plan.new_empty(topk_indices.numel())
+    if segments < len(places):
+        places.fill_(-1)
+    weights = probs.new_empty(segments) if weighted else None
+    route = Route(
+        probs=probs, scale=scale, weights=weights, offsets=offsets, plan=plan, places=places, experts=topk_indices,
+        topk=topk_indices.shape[1],
+    )  # fmt: skip
+    return _lay_out(route, segments)
+
+
+def grad_probs(sums: Tensor, route: Route) -> Tensor:
+    """Gradient of probs [n, E] from sums [B, J, V] over B and V."""
+    grad = torch.empty_like(route.probs)
+    blocks, segments, rows = sums.shape
+    block_v = min(next_power_of_2(max(rows, 1)), 1024)
+    block = 1024 // block_v
+    if grad.numel():
+        launch(kernels.grad_probs_kernel, (cdiv(grad.numel(), block),))(
+            sums, route.places, route.experts, grad, route.scale, route.probs.shape[0], segments, rows, blocks,
+            route.topk, route.probs.shape[1], BLOCK=block, BLOCK_V=block_v,
+        )  # fmt: skip
+    return grad

@@ -1,0 +1,192 @@
+"""fp8_experts: bits of the quantised operands, products against float64, and how far float8 may be from the formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from parrot_kernels import triton_support
+from parrot_kernels.expert_mlp import reference as expert_reference
+from parrot_kernels.fp8_experts import reference, triton_impl
+from parrot_kernels.fp8_experts.reference import BLOCK, LARGEST, rounded_rows, rounded_weights
+from parrot_kernels.testing import MoEShape, assert_accurate, make_expert_inputs
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import TextGuidedMoE
+from parrot_sys.ops import expert_mlp, m_grouped_gemm, m_grouped_swiglu, topk_routing
+
+BACKENDS = ["reference", "triton"]
+DTYPES = [torch.bfloat16, *([torch.float32] if triton_support.INTERPRETING else [])]
+# Rows that end within a tile, sums that end within a second block of 128, an expert of which nothing is chosen.
+SHAPE = MoEShape(images=2, rows=5, hidden=144, experts=3, ffn=144, topk=1)
+SILU_SLOPE = 1.0999  # the largest
+
+
+def rounding(values: Tensor, scales: Tensor) -> Tensor:
+    """How far an element of float8 may be from its value: half of its last place, normal or not."""
+    return values.abs() / 16 + scales / 1024
+
+
+def row_scales(values: Tensor) -> Tensor:
+    """The largest of each row's blocks over 448, for each element."""
+    padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    return (padded.amax(-1) / LARGEST).repeat_interleave(BLOCK, -1)[..., : values.shape[-1]]
+
+
+def weight_scales(w: Tensor) -> Tensor:
+    """The same of the squares of [..., N, K]."""
+    lines = row_scales(w.mT).mT * LARGEST
+    return row_scales(lines)
+
+
+def product_bound(x: Tensor, w: Tensor, error_of_x: Tensor | None = None) -> Tensor:
+    """Of x [..., K] @ w [N, K].T, all float64: what the rounding of both can change, and float32 sums."""
+    dx = rounding(x, row_scales(x)) if error_of_x is None else error_of_x
+    dw = rounding(w, weight_scales(w))
+    return (dx @ w.mT.abs() + x.abs() @ dw.mT + dx @ dw.mT) + x.abs() @ w.mT.abs() * x.shape[-1] * 2**-23
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(-30, 30), st.booleans())
+@example(3, 130, 0, True)
+def test_quantised_operands_are_the_same_bits_and_within_half_a_place(
+    triton_device: torch.device, rows: int, width: int, exponent: int, transposed: bool
+) -> None:
+    """Magnitudes from 2^-60 to 2^60 of the largest, a block of zeros, and widths that are no multiple of anything."""
+    x = torch.randn(2, rows, width) * 2.0 ** torch.randint(-30, 31, (2, rows, width)) * 2.0**exponent
+    x[0, :, :BLOCK] = 0
+    rows_q, rows_s = reference.quantize_rows(x)
+    q, scales = triton_impl.quantize_rows(x.to(triton_device))
+    assert torch.equal(q.cpu().view(torch.uint8), rows_q.view(torch.uint8))
+    assert torch.equal(scales.cpu(), rows_s)
+    exact = x.double()
+    assert bool(((rounded_rows(x).double() - exact).abs() <= rounding(exact, row_scales(exact)) * (1 + 1e-6)).all())
+
+    w = x.mT.contiguous() if transposed else x
+    weights_q, weights_s = reference.quantize_weights(w, transposed)
+    q, scales = triton_impl.quantize_weights(w.to(triton_device), transposed)
+    assert q.shape == x.shape
+    assert torch.equal(q.cpu().view(torch.uint8), weights_q.view(torch.uint8))
+    assert torch.equal(scales.cpu(), weights_s)
+    bound = rounding(exact, weight_scales(exact)) * (1 + 1e-6)
+    assert bool(((rounded_weights(x).double() - exact).abs() <= bound).all())
+
+
+def grouped_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, gate and up, offsets, a plan of 5 of 6 positions and weights: 3 groups, of which one is empty; padding."""
+    x, w = torch.randn(3, 2, 144).to(dtype), (torch.randn(3, 2, 48, 144) / 12).to(dtype)
+    return x, w, torch.tensor([0, 3, 3, 4]), torch.tensor([0, 5, 2, 1, 4]), torch.rand(5)
+
+
+# (The tensor cores of Hopper add up float8 with some 14 bits: too few for results in float32.)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_add_up_exactly_what_is_quantised(ran_on, triton_device: torch.device, dtype: torch.dtype) -> None:
+    x, w, offsets, plan, weights = grouped_inputs(dtype)
+    groups = torch.tensor([0, 0, 0, 2, -1])
+    live = (groups >= 0)[:, None, None]
+    stored = torch.randn(5, 2, 48).to(dtype)  # an h, for the down-projection
+
+    def plain(of: torch.dtype) -> dict[str, Tensor]:
+        rows, down_rows = rounded_rows(x).to(of)[plan // 2], rounded_rows(stored).to(of)
+        matrices, together = rounded_weights(w).to(of)[groups], rounded_weights(w.flatten(1, 2)).to(of)[groups]
+        gate, up = torch.einsum("jvk,jsik->sjvi", rows, matrices)
+        h = torch.nn.functional.silu(gate) * up * weights.to(of)[:, None, None]
+        y = torch.einsum("jvi,jik->jvk", down_rows, matrices[:, 0])
+        return {"z": torch.einsum("jvk,jik->jvi", rows, together) * live, "h": h * live, "y": y * live}
+
+    tensors = [t.to(triton_device) for t in (x, w, offsets, plan, weights)]
+    options = {"plan": tensors[3], "topk": 2, "fp8": True}
+    with ran_on("triton", "fp8_experts", "m_grouped_gemm", "m_grouped_swiglu"):
+        actual = {
+            "z": m_grouped_gemm(tensors[0], tensors[1].flatten(1, 2), tensors[2], **options),
+            "h": m_grouped_swiglu(*tensors[:3], weights=tensors[4], **options),
+            # Matrices [K, N]: they are transposed while they are quantised.
+            "y": m_grouped_gemm(stored.to(triton_device), tensors[1][:, 0], tensors[2], trans_w=False, fp8=True),
+        }
+    exact, same_dtype = plain(torch.float64), plain(torch.float32)
+    for name, value in actual.items():
+        assert_accurate(name, value.cpu(), exact[name], same_dtype[name].to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "topk"])
+def test_experts_are_as_near_to_float64_as_the_bound_says(ran_on, device_of, backend: str, form: str) -> None:
+    inputs = {name: value.bfloat16().double() for name, value in make_expert_inputs(SHAPE).items()}
+    x, gate_up, down = inputs["x"], inputs["w_gate_up"], inputs["w_down"]
+    device = device_of(backend)
+    probs = inputs["logits"].float().softmax(-1)
+    plan = None
+    if form == "topk":
+        plan = topk_routing(inputs["logits"].float(), SHAPE.topk, renormalize=True)
+        probs = plan.probs
+    chosen = probs > 0
+    tensors = [t.bfloat16().to(device) for t in (x, gate_up, down)]
+    on_device = None if plan is None else type(plan)(*(t.to(device) if isinstance(t, Tensor) else t for t in plan))
+    with ran_on(backend, "fp8_experts", f"expert_mlp_{form}_fwd"):
+        y = expert_mlp(*tensors, probs.to(device), plan=on_device, residual_scale=0.5, output_scale=0.7, fp8=True)
+
+    exact, bound = 0.5 * x, torch.zeros_like(x)
+    for e in range(SHAPE.experts):
+        p = (probs[:, e] * chosen[:, e]).double()[:, None, None] * 0.7
+        gate, up = x @ gate_up[e, 0].T, x @ gate_up[e, 1].T
+        gate_error, up_error = product_bound(x, gate_up[e, 0]), product_bound(x, gate_up[e, 1])
+        silu = torch.nn.functional.silu(gate)
+        h = silu * up * p
+        error = p * (SILU_SLOPE * gate_error * (up.abs() + up_error) + silu.abs() * up_error)
+        error = error + 2**-8 * (h.abs() + error)  # h is stored in bfloat16
+        largest = h.abs() + error
+        error = error + rounding(largest, row_scales(largest))
+        exact = exact + h @ down[e]
+        bound = bound + product_bound(h, down[e].T, error)
+    bound = bound + 2**-8 * (exact.abs() + bound)
+    difference = (y.cpu().double() - exact).abs()
+    assert bool((difference <= bound).all()), float((difference / bound).max())
+    # Errors of a product that are independent have a mean square of at most 2/3 of 2^-8 of its own (both operands are
+    # evenly off by up to 2^-4), and three products stand one after or beside the other: gate, up, down.
+    root_mean_square = float(difference.square().mean().sqrt() / (exact - 0.5 * x).square().mean().sqrt())
+    assert 2**-6 < root_mean_square < math.sqrt(3 * 2 / 3) / 16, "of float8, and no worse than that"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_stored_preactivations(ran_on, device_of, backend: str) -> None:
+    device = device_of(backend)
+    inputs = {name: value.to(device, torch.bfloat16) for name, value in make_expert_inputs(SHAPE).items()}
+    leaves = [inputs[name].requires_grad_() for name in ("x", "w_gate_up", "w_down")]
+    probs = inputs["logits"].float().softmax(-1)
+    with ran_on(backend, "fp8_experts", "expert_mlp_dense_fwd"):
+        y = expert_mlp(*leaves, probs, residual_scale=0.5, fp8=True)
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    detached = [leaf.detach().cpu() for leaf in leaves]
+    _, z = reference.expert_mlp_dense_fwd(*detached, probs.cpu(), (0.5, 1.0), True)
+    upstream = torch.ones_like(y).cpu()
+    wanted = expert_reference.expert_mlp_dense_bwd(
+        upstream, *detached, probs.cpu(), z, (0.5, 1.0), (True, True, True, False)
+    )
+    for own, other in zip(grads, wanted, strict=False):
+        torch.testing.assert_close(own.cpu(), other, rtol=2**-6, atol=2**-6 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("routing", ["dense", "topk"])
+def test_module_takes_the_option_with_and_without_the_fused_op(routing: str) -> None:
+    settings_ = {"num_experts": 4, "ffn_hidden_size": 48, "routing": routing}
+    features, text = torch.randn(2, 5, 32), torch.randn(9, 32)
+    spans = torch.tensor([0, 4]), torch.tensor([4, 9])
+    outputs = []
+    for options in ({}, {"fp8": True}, {"fp8": True, "aux_loss_coeff": 0.1}):
+        torch.manual_seed(0)
+        layer = TextGuidedMoE(TextGuidedMoEConfig(**settings_, **options), 32)
+        outputs.append(layer(features, text, *spans)[0].detach())
+    assert torch.equal(outputs[1], outputs[2])
+    difference = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
+    assert 2**-14 < difference < 2**-4
+
+
+def test_reasons_for_a_refusal(triton_device: torch.device) -> None:
+    x, w = torch.zeros(2, 3, 24, device=triton_device), torch.zeros(1, 2, 16, 24, device=triton_device)
+    assert triton_impl.why_not(x, w) == "each width must be a multiple of 16, got 24"
+    assert triton_impl.why_not(x[..., :16], w[..., :16]) is None
+    assert math.isclose(LARGEST, torch.finfo(torch.float8_e4m3fn).max)
