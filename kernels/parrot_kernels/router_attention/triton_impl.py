@@ -38,7 +38,7 @@ class _Samples(NamedTuple):
     max_seqlen_kv: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return self.lengths[0].shape[0] - 1
 
 
@@ -99,7 +99,7 @@ def _delta(
     num_rows, num_heads, _ = out.shape
     delta = extra.new_empty(extra.shape[:2])
     if num_rows:
-        grid = cdiv(samples.max_seqlen_q, _ROWS), num_heads, samples.count
+        grid = cdiv(samples.max_seqlen_q, _ROWS), num_heads, samples.number
         stride = 0 if grad_extra is None else grad_extra.stride(0)
         launch(kernels.delta_kernel, grid)(
             grad_out, grad_extra, grad_lse, *samples.lengths, out, extra, delta, stride, num_rows, **_sizes(out),
@@ -113,7 +113,7 @@ def _grad_columns(parts: Tensor, samples: _Samples, columns: Tensor) -> Tensor:
     grad, (num_heads, num_keys, _) = columns.new_empty(columns.shape), parts.shape
     if columns.shape[0]:
         launch(kernels.column_bwd_kernel, (cdiv(columns.shape[0], _POSITIONS),))(
-            parts, *samples.lengths, grad, samples.count, num_keys, columns.shape[0],
+            parts, *samples.lengths, grad, samples.number, num_keys, columns.shape[0],
             NUM_HEADS=num_heads, HEADS=next_power_of_2(num_heads), P=_POSITIONS,
         )  # fmt: skip
     return grad
@@ -157,12 +157,12 @@ def router_attention_bwd(
     if needs_query:
         grad_query = query.new_empty(query.shape) if num_keys else query.new_zeros(query.shape)
     if num_keys:
-        others = num_heads, samples.count
+        others = num_heads, samples.number
         run, strips, tile = tiles.by_strips(
             kernels.bwd_kernel, tiles.STRIP_TILES, query, max_seqlen_kv, max_seqlen_q, *others
         )
         sizes, rows = _sizes(query), tile["M"]
-        parts = (strips, num_heads, num_rows // rows + samples.count, sizes["D"], rows)
+        parts = (strips, num_heads, num_rows // rows + samples.number, sizes["D"], rows)
         of_query = lse.new_empty(parts) if needs_query else None
         run(
             grad_out, grad_extra, query, key, value, columns, *samples.lengths, lse, delta, of_query, *pair, of_columns,
