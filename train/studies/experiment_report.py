@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_report(experiment: Experiment, content: Mapping[str, Any], folder: Pat
             {name: {part: row[part][AVERAGE]["seeds"] for part in parts} for name, row in summary["variants"].items()},
             chance=content["chance"],
             title=f"{content['unit'].capitalize()}, mean over languages",
-            y_label=content["unit"],
+            y_label=textwrap.fill(content["unit"], 40),
             path=folder / "parts.png",
         )
         lines += ["![Mean over languages of each part](parts.png)", ""]
@@ -106,7 +107,7 @@ def _part(content: Mapping[str, Any], part: str, folder: Path) -> list[str]:
         {name: {language: row[language]["seeds"] for language in shared} for name, row in rows.items()},
         chance=content["chance"],
         title=f"{part}: {content['unit']}",
-        y_label=content["unit"],
+        y_label=textwrap.fill(content["unit"], 40),
         path=folder / f"{_file_name(part)}.png",
     )
     lines += [f"![{content['unit'].capitalize()}, {part}]({_file_name(part)}.png)", ""]
