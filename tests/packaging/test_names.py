@@ -18,6 +18,7 @@ HOMES = ("parrot_sys/systems/", "parrot_sys/towers/", "parrot_sys/models/llm/")
 EXCEPTIONS: dict[str, str] = {
     "parrot_sys/data/corpora/default/initial_decoder.py: qwen2": "the kind of decoder that the demo starts from",
     "parrot_sys/data/corpora/public/instructions.py: llava": "a data set of that name",
+    "parrot_sys/data/images.py: clip": "the mode of NumPy's take that needs no buffer",
     "parrot_sys/data/processor.py: multimodal_gpt": "its released files state no template, and may lack a tokenizer",
     "parrot_sys/inference/convert.py: flamingo": "an option for one of the files that MultiModal-GPT was released as",
     "parrot_sys/inference/convert.py: multimodal_gpt": "puts the files together that it was released as",
