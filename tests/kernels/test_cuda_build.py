@@ -29,11 +29,11 @@ STORES = {
     "HiddenBackwardProduct": 3 * 2 * 2,  # h and the gradients of gate and up
 }
 # Instructions that kernels of this name must have: wgmma, tensor copies to both blocks of a cluster, tensor stores,
-# mma, register budgets, barriers and addresses of a cluster.
+# mma, register budgets, barriers of a cluster.
 REQUIRED = {
     **dict.fromkeys(PRODUCTS, ("HGMMA", "UTMALDG", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
     **{
-        f"{kernel}INS0_{dtype}": ("HMMA", "UCGABAR_ARV", "UCGABAR_WAIT", "MAPA")
+        f"{kernel}INS0_{dtype}": ("HMMA", "UCGABAR_ARV", "UCGABAR_WAIT")
         for kernel in ("routing_fwd_kernel", "routing_bwd_means_kernel")
         for dtype in ("8BFloat16", "7Float16")
     },

@@ -10,7 +10,8 @@ from torch import Tensor
 from parrot_kernels.compile_only import Case
 from parrot_kernels.fp8_experts import triton_impl
 
-IMAGES, HIDDEN, EXPERTS, TOPK, ROWS = 4, 4096, 6, 2, 577
+# (One choice an image: 1 makes kernels of their own, which no case of expert_mlp compiles.)
+IMAGES, HIDDEN, EXPERTS, TOPK, ROWS = 4, 4096, 6, 1, 577
 SCALES = (0.1, 1.0)
 
 
