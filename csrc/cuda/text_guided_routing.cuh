@@ -163,8 +163,8 @@ struct ProjectShared {
 };
 
 // Counts that this block's part of the rows [first, last) of a chunk is done, and calls finish(image) in this block for
-// each image whose last part of a chunk this was. No block ever waits for another: they may run in any order, and one at a time. The whole block
-// calls it; `finished` is shared and lies apart from what `finish` uses.
+// each image whose last part of a chunk this was. No block ever waits for another: they may run in any order, and one
+// at a time. The whole block calls it; `finished` is shared and lies apart from what `finish` uses.
 template <typename Finish>
 __device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* arrived, int64_t first, int64_t last,
                                               unsigned& finished, Finish finish) {
@@ -192,8 +192,9 @@ __device__ __forceinline__ void finish_images(const RoutingInputs& in, int32_t* 
   }
 }
 
-// Adds up partial[warp] of all warps of the cluster in a fixed order, and calls store(row, column, sum) for the share of
-// this block; whole warps call it. All blocks of the cluster call this, and may write their shared memory afterwards.
+// Adds up partial[warp] of all warps of the cluster in a fixed order, and calls store(row, column, sum) for the share
+// of this block; whole warps call it. All blocks of the cluster call this, and may write their shared memory
+// afterwards.
 template <int kExpertTiles, typename Store>
 __device__ __forceinline__ void reduce_cluster(ProjectShared<kExpertTiles>& shared, Store store) {
   constexpr int kColumns = 8 * (kExpertTiles + 1), kSums = kChunk * kColumns;
