@@ -17,7 +17,7 @@ from parrot_sys.errors import CheckpointError
 def test_help_shows_each_command_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert list(COMMANDS) == ["data", "train", "plan", "eval", "compare", "attention", "chat", "convert", "info"]
+    assert " ".join(COMMANDS) == "data train plan eval compare attention chat serve convert info"
     for command in COMMANDS.values():
         assert command.summary in text
         for example in command.examples:
@@ -34,7 +34,7 @@ def test_unknown_commands(name: str, hint: str, capsys: pytest.CaptureFixture[st
     assert main([name]) == 2
     text = capsys.readouterr().err
     assert (
-        f"unknown command '{name}', want one of data, train, plan, eval, compare, attention, chat, convert, info"
+        f"unknown command '{name}', want one of data, train, plan, eval, compare, attention, chat, serve, convert, info"
         in text
     )
     assert hint in text

@@ -161,6 +161,7 @@ def _calls(root: Path, out: Path) -> dict[tuple[tuple[str, ...], str], list[str]
         (("compare",), ""): ["--evaluations", str(root), str(root), "--output", str(out / "compare")],
         (("attention",), ""): ["--checkpoint", model, "--data", table, "--output", str(out / "attention")],
         (("chat",), ""): ["--checkpoint", model, "--message", "Hi", "--max-new-tokens", "1"],
+        (("serve",), ""): ["--checkpoint", model, "--port", "0"],
         (("convert",), ""): ["--checkpoint", model, "--output", str(out / "new")],
     }
     return calls | {(("convert",), part): assembled for part in ("llm", "flamingo", "lora", "vision")}

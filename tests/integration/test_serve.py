@@ -10,7 +10,14 @@ import torch
 
 import parrot_sys
 from parrot_sys.data.parts import human_turn
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.serving import CHECKPOINT, Server, chat, picture, serving, user
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()  # of the model that the answers are compared with
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.proxy import proxy_to
 from tests.support.serving import Server, answer, chat, picture, serving
-from tests.support.serving_faults import FATAL_SEED, fail_on_fatal_seed, hold_pictures, slow_steps
+from tests.support.serving_faults import FATAL_SEED, fail_on_fatal_seed, hold_pictures, slow_steps, small_send_buffers
 
 KEY, OTHER_KEY = "first-key", "second-key"
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1, "seed": 1}
@@ -31,14 +31,19 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gate") / "open"
 
 
+def _prepare(gate: str) -> None:
+    hold_pictures(gate)
+    small_send_buffers()  # else the operating system takes all that a slow reader does not read
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "keys").write_text(f"{KEY}\n\n")
     options = ["--api-key-file", str(folder / "keys"), "--stream-queue", "4"]
     options += ["--engine.scheduler.max-running", "4", "--engine.scheduler.max-queue", "4"]
-    hold = functools.partial(hold_pictures, str(gate))
-    with serving(folder, *options, before=hold, environment=[("PARROT_API_KEY", OTHER_KEY)]) as running:
+    before = functools.partial(_prepare, str(gate))
+    with serving(folder, *options, before=before, environment=[("PARROT_API_KEY", OTHER_KEY)]) as running:
         yield running
 
 

@@ -15,9 +15,16 @@ from PIL import Image
 
 import parrot_sys
 from parrot_sys.data.parts import human_turn
+from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.serving import CHECKPOINT, Server, answer, chat, data_url, picture, png, serving
 
 ROWS_PER_PICTURE = 17
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _groups() -> Iterator[None]:
+    yield
+    shutdown()  # of the model that the answers are compared with
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ print(len(names))
 # The modules that are written in Triton; only the launchers of `triton_impl` and `compile_only` import them.
 IN_TRITON = [
     *("triton_impl", "launches", "kernels", "tiles", "attention_tiles", "triton_support", "compile_cases"),
-    "compile_only",
+    *("compile_only", "quantize"),
 ]
 OF_TOOLS = ["lm_eval_model", "lmms_eval_model"]
 """Modules that the program of somebody else imports."""

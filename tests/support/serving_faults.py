@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,15 @@ def slow_steps(seconds: float) -> None:
         return step(self)
 
     Engine.step = slow  # type: ignore[method-assign]
+
+
+def small_send_buffers() -> None:
+    """Connections that the server accepts hold few bytes that nobody has read: they inherit this of the listener."""
+    create = socket.create_server
+
+    def small(*args: Any, **kwargs: Any) -> socket.socket:
+        listener = create(*args, **kwargs)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)
+        return listener
+
+    socket.create_server = small

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parrot_kernels.expert_mlp import kernels
-from parrot_kernels.launches import launch
 from parrot_kernels.tile_choice import cdiv, next_power_of_2
 
 # n images, V rows an image, E experts, K topk, J segments: at most n * K, or E * n (dense)
@@ -39,6 +37,10 @@ class Route:
 
 def _lay_out(route: Route, segments: int) -> Route:
     if segments and (route.plan is not None or route.weights is not None):
+        # Imported here: the CUDA back end has to import without Triton, to say what it lacks.
+        from parrot_kernels.expert_mlp import kernels
+        from parrot_kernels.launches import launch
+
         launch(kernels.layout_kernel, (cdiv(segments, _SEGMENTS),))(
             route.plan, route.experts, route.probs, route.places, route.weights, route.scale, segments,
             route.probs.shape[0], route.topk, route.probs.shape[1], BLOCK=_SEGMENTS,
@@ -75,6 +77,9 @@ def grad_probs(sums: Tensor, route: Route) -> Tensor:
     block_v = min(next_power_of_2(max(rows, 1)), 1024)
     block = 1024 // block_v
     if grad.numel():
+        from parrot_kernels.expert_mlp import kernels
+        from parrot_kernels.launches import launch
+
         launch(kernels.grad_probs_kernel, (cdiv(grad.numel(), block),))(
             sums, route.places, route.experts, grad, route.scale, route.probs.shape[0], segments, rows, blocks,
             route.topk, route.probs.shape[1], BLOCK=block, BLOCK_V=block_v,
