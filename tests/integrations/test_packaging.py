@@ -71,6 +71,7 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PYTHONS)
 def test_sdist_and_wheel_install_and_import_without_a_compiler(name: str, sdist: Path, tmp_path: Path) -> None:
     python = environment(name, tmp_path / "from_sdist")

@@ -73,3 +73,8 @@ def test_the_folder_kernels_does_not_shadow_the_package_of_that_name() -> None:
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin or 'none')"
     origin = run_python(code)
     assert origin == "none" or "site-packages" in origin
+
+
+def test_tokenizers_do_not_import_the_models_of_transformers() -> None:
+    code = "import sys, parrot_sys.data.processor; print([m for m in sys.modules if m.endswith('.modeling_utils')])"
+    assert run_python(code) == "[]"

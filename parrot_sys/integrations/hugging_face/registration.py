@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from parrot_sys.integrations.hugging_face.configuration import CONFIGURATIONS
+from typing import Any
+
+from parrot_sys.integrations.hugging_face.configuration import CONFIGURATIONS, ReleasedConfig
 
 
 def configuration() -> None:
@@ -17,11 +19,32 @@ def modeling() -> None:
     """Models: each answers to text and pictures, and is a causal language model."""
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from parrot_sys.integrations.hugging_face.modeling import MODELS
+    for own in CONFIGURATIONS.values():
+        model = _deferred(own)
+        AutoModelForCausalLM.register(own, model)
+        AutoModelForImageTextToText.register(own, model)
 
-    for model in MODELS:
-        AutoModelForCausalLM.register(model.config_class, model)
-        AutoModelForImageTextToText.register(model.config_class, model)
+
+def _deferred(configuration: type[ReleasedConfig]) -> type:
+    """A class that stands for the model of a configuration until somebody wants one.
+
+    The import of a tokenizer imports the Auto classes of models, too, but not the two seconds of what a model needs.
+    """
+
+    def model() -> Any:
+        from parrot_sys.integrations.hugging_face import modeling
+
+        return getattr(modeling, configuration.architecture)
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return model().from_pretrained(*args, **kwargs)
+
+    def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return model()._from_config(*args, **kwargs)
+
+    members: dict[str, Any] = {"__module__": __name__, "config_class": configuration}
+    members |= {"from_pretrained": classmethod(from_pretrained), "_from_config": classmethod(from_config)}
+    return type(configuration.architecture, (), members)
 
 
 def processing() -> None:
