@@ -77,7 +77,6 @@ class ParrotDataLoader(StepLoader):
             DataError: a data set, record or image is wrong; names file, record and reason.
         """
         _check_settings(config, global_batch_size, dp_rank, dp_size)
-        capacity = max_seq_len if config.max_tokens_per_micro_batch is None else config.max_tokens_per_micro_batch
         super().__init__(
             config,
             processor,
@@ -98,9 +97,14 @@ class ParrotDataLoader(StepLoader):
             on_progress=on_progress,
         )
         self.datasets = [opened(source, config, self._processor) for source in config.sources()]
+        self._open(config, max_seq_len, global_batch_size)
+
+    def _open(self, config: DataConfig, max_seq_len: int, global_batch_size: int) -> None:
+        """Sums up the data sets, and puts the loader before the first sample of the first epoch."""
         self._starts = np.cumsum([0, *map(len, self.datasets)])
         self._rows = np.concatenate([dataset.rows for dataset in self.datasets])
         self._is_long = np.concatenate([dataset.is_long for dataset in self.datasets])
+        capacity = max_seq_len if config.max_tokens_per_micro_batch is None else config.max_tokens_per_micro_batch
         self._capacity = check_capacity(capacity, int(self._rows.max()))
         self._curriculum_batch = global_batch_size
         self._order = sample_order(config, self.datasets, global_batch_size)

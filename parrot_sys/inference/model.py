@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,12 @@ from parrot_sys.data.packing import Sample
 from parrot_sys.engine.detokenizer import TextDecoder
 from parrot_sys.engine.lockstep import Lockstep
 from parrot_sys.engine.requests import EngineRequest
-from parrot_sys.engine.sampler import SamplingParams, TokenLogprob
+from parrot_sys.engine.sampler import TokenLogprob
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.generation import Streamer, generate_tokens, score_continuations
 from parrot_sys.inference.inputs import Images, pad_rows, padding_mask, split_batch
 from parrot_sys.inference.requests import check_rows, free_rows
+from parrot_sys.inference.sampling_options import SamplingOptions, sampling_params
 from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 from parrot_sys.systems.build import config_of
@@ -152,13 +153,6 @@ class ParrotForConditionalGeneration(nn.Module):
         images: Images = None,
         *,
         max_new_tokens: int | Sequence[int] | None = None,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        num_beams: int = 1,
         use_cache: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
@@ -168,19 +162,15 @@ class ParrotForConditionalGeneration(nn.Module):
         streamer: Streamer | None = None,
         routing_override: RoutingOverride | None = None,
         return_routing: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> Tensor | tuple[Tensor, RoutingOutput | None]:
-        """Answers, greedy unless `do_sample`; the prompt guides the routing, which the prefill fixes.
-
-        Each request gets the answer that it would get alone.
+        """Answers, each as its request would get it alone; the prompt guides the routing, which the prefill fixes.
 
         Args:
             input_ids: int64 [B, N].
             attention_mask: as in `forward`.
             images: as in `forward`.
             max_new_tokens: longest answer, of all or of each; None: 512, or as many as there is room for.
-            do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingParams`; None takes its
-                default, and a temperature of 1.
-            num_beams: 1 only, for calls written for the released code.
             use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
             eos_token_id: ids that end an answer; those of the checkpoint when None.
             pad_token_id: fills rows behind the end; that of the checkpoint when None.
@@ -191,6 +181,7 @@ class ParrotForConditionalGeneration(nn.Module):
             streamer: receives tokens as they come.
             routing_override: replaces the routes.
             return_routing: also return the routes of the images.
+            sampling: `do_sample`, `temperature` and others, see `SamplingOptions`.
 
         Returns:
             int64 [B, N + M] on the device of `input_ids`: the prompt as given, then at most `max_new_tokens` tokens.
@@ -199,40 +190,16 @@ class ParrotForConditionalGeneration(nn.Module):
             DataError: ids, mask and images do not fit together, or a request with its answer is too long.
             CheckpointError: the model's logits are not finite.
         """
-        if num_beams != 1:
-            raise ConfigError(f"num_beams must be 1, got {num_beams}")
-        if do_sample and temperature == 0:
-            raise ConfigError("temperature must be > 0 to draw, got 0; for the most likely token set do_sample=False")
-        given = {
-            "temperature": (1.0 if temperature is None else temperature) if do_sample else 0.0,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        sampling = SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-        ends = self._eos(eos_token_id)
+        params, stops, ends = sampling_params(**sampling), tuple(stop_strings), self._eos(eos_token_id)
         pad = self.pad_token_id if pad_token_id is None else pad_token_id
         samples = self._split(input_ids, attention_mask, images, pad_token_id=pad)
+        lengths, seeds = self._lengths(samples, max_new_tokens), _each(seed, len(samples), "seed")
+        requests = [
+            EngineRequest(sample=sample, max_new_tokens=new, stop_ids=ends, stop_strings=stops, sampling=own)
+            for sample, new, own in zip(samples, lengths, [replace(params, seed=own) for own in seeds], strict=True)
+        ]
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        if max_new_tokens is None:
-            max_new_tokens = [min(_LONGEST_ANSWER, max(1, free_rows(self.config, sample))) for sample in samples]
-        requests = [
-            EngineRequest(
-                sample=sample,
-                max_new_tokens=_positive(new),
-                stop_ids=ends,
-                stop_strings=tuple(stop_strings),
-                sampling=replace(sampling, seed=own_seed),
-            )
-            for sample, new, own_seed in zip(
-                samples,
-                _each(max_new_tokens, len(samples), "max_new_tokens"),
-                _each(seed, len(samples), "seed"),
-                strict=True,
-            )
-        ]
         answers, routing = generate_tokens(
             self.lockstep,
             requests,
@@ -333,6 +300,12 @@ class ParrotForConditionalGeneration(nn.Module):
                     f"got {int(wrong[0])} in sample {index}"
                 )
         return samples
+
+    def _lengths(self, samples: Sequence[Sample], max_new_tokens: int | Sequence[int] | None) -> list[int]:
+        """Longest answer of each sample."""
+        if max_new_tokens is None:
+            return [min(_LONGEST_ANSWER, max(1, free_rows(self.config, sample))) for sample in samples]
+        return [_positive(new) for new in _each(max_new_tokens, len(samples), "max_new_tokens")]
 
     def _eos(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
         if eos_token_id is None:

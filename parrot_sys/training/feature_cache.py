@@ -126,10 +126,7 @@ def fill_store(
         DataError: an image cannot be read; on every rank.
     """
     rank, skip = dist.get_rank(), on_bad_image == "skip"
-    # One list for all: a file that some ranks cannot read must not shift the shares.
-    seen: list[Any] = [(_missing(store, pictures, skip, on_progress), store.failures)]
-    dist.broadcast_object_list(seen, src=0)  # (also: no rank may write before every rank has looked)
-    missing: list[str] = seen[0][0]
+    missing, known = _seen_by_rank_0(store, pictures, skip, on_progress)
     failures: dict[str, str] = {}
     mine = missing[part[0] :: part[1]] if tower is not None else []
     if missing and rank == 0:
@@ -147,14 +144,24 @@ def fill_store(
             if images and tower is not None:
                 features = _features(tower, images.values(), device)
                 if write:
-                    tiles = [len(image.pixel_values) for image in images.values()]
-                    store.write(tile_keys(store.keys(images), tiles), features)
+                    store.write(_tile_keys(store, images), features)
             bar.update(len(files))
-    _share_failures(store, seen[0][1] | failures)
+    _share_failures(store, known | failures)
     if mine:
         processor.image_processor.notes.log_counts()
     store.refresh()
     return len(mine)
+
+
+def _seen_by_rank_0(
+    store: FeatureStore, pictures: Mapping[str, ImageFile], skip: bool, on_progress: Callable[[], None]
+) -> tuple[list[str], dict[str, str]]:
+    """Pictures without features, and failures so far: one list for all, as a file that some ranks cannot read must not
+    shift the shares; and no rank writes before every rank has looked."""
+    seen: list[Any] = [(_missing(store, pictures, skip, on_progress), store.failures)]
+    dist.broadcast_object_list(seen, src=0)
+    missing, failures = seen[0]
+    return missing, failures
 
 
 def _read_some(
@@ -171,6 +178,11 @@ def _read_some(
     if not skip and (message := next(filter(None, everyone), None)) is not None:
         raise DataError(message)
     return {file: image for file, image in loaded if isinstance(image, Picture)}, bad
+
+
+def _tile_keys(store: FeatureStore, images: Mapping[ImageFile, Picture]) -> list[str]:
+    """Keys of all tiles of some pictures."""
+    return tile_keys(store.keys(images), [len(image.pixel_values) for image in images.values()])
 
 
 @torch.no_grad()

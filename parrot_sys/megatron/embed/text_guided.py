@@ -125,12 +125,8 @@ def add_text_guidance(
     Raises:
         ConfigError: the model has no such module, or one that cannot serve.
     """
-    if guidance is None and getattr(model, "special_token_ids", None) is not None:
-        raise ConfigError(
-            f"{type(model).__name__} has a placeholder for each row of an image (special_token_ids, as MIMO's models), "
-            "and its tokens do not say which rows are one image: route inside your model (text_guided_spec), or give "
-            "guidance= and a projection that returns [V, n, H]"
-        )
+    if guidance is None:
+        _check_images_are_told_apart(model)
     projector = _submodule(model, projection)
     if projector is None or not _embeds(model, word_embeddings):
         return None
@@ -143,11 +139,7 @@ def add_text_guidance(
     if isinstance(spec, TextGuidedMoEConfig):
         spec = text_guided_spec(spec)
     layer = build_module(spec, config=model.config)
-    if layer.query == "cls" and (reason := _why_no_cls_row(model)):
-        raise ConfigError(
-            f"row 0 of an image is no CLS row in this model, since {reason}: build it with a class token that is kept, "
-            'or say which row asks the text, text_guided_spec(config, query="mean")'
-        )
+    _check_query(model, layer)
     layer.to(next(projector.parameters()).device)
     model.text_guided = layer
     _register_hooks(
@@ -159,6 +151,33 @@ def add_text_guidance(
         guidance or (lambda call: _llava_guidance(model, call, pad_token_id)),
     )
     return layer
+
+
+def _check_images_are_told_apart(model: nn.Module) -> None:
+    """Refuses models whose tokens do not tell images apart.
+
+    Raises:
+        ConfigError: every row of an image has a placeholder of its own, so that tokens do not tell images apart.
+    """
+    if getattr(model, "special_token_ids", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} has a placeholder for each row of an image (special_token_ids, as MIMO's models), "
+            "and its tokens do not say which rows are one image: route inside your model (text_guided_spec), or give "
+            "guidance= and a projection that returns [V, n, H]"
+        )
+
+
+def _check_query(model: nn.Module, layer: TextGuidedLayer) -> None:
+    """Refuses a query that the model does not have.
+
+    Raises:
+        ConfigError: row 0 of an image is to ask the text and is none of the whole image.
+    """
+    if layer.query == "cls" and (reason := _why_no_cls_row(model)):
+        raise ConfigError(
+            f"row 0 of an image is no CLS row in this model, since {reason}: build it with a class token that is kept, "
+            'or say which row asks the text, text_guided_spec(config, query="mean")'
+        )
 
 
 def _guiding_embedding(model: nn.Module, word_embeddings: str, projection: str) -> nn.Module:
