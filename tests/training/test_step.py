@@ -18,7 +18,6 @@ from parrot_sys.megatron.model import MultimodalModel
 from parrot_sys.megatron.runtime.initialize import ParallelConfig, initialize
 from parrot_sys.megatron.runtime.optimizer import build_optimizer, wrap_data_parallel
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import RoutingOutput
 from parrot_sys.systems.build import build_model
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.flops import FlopCounter
@@ -28,6 +27,7 @@ from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.faults import TrainingError
 from parrot_sys.training.step import StepRunner
 from tests.megatron.parrot_reference import CONFIG, MIXED, Sample, V, make_batch
+from tests.training.auxiliary_losses import COEFFICIENTS, auxiliary_losses
 
 FIRST = make_batch(MIXED, seed=1)
 SECOND = make_batch((Sample(prompt=4, images=1, answer=9),), seed=2)
@@ -139,7 +139,7 @@ def _plain(
             if reduction == "micro_batch":
                 loss = sum(output.losses.mean() for output in outputs) / len(outputs)
             languages = [batch.image_languages() for batch in batches if batch.num_rows]
-            extra = _auxiliary([output.routing for output in outputs], languages, config.moe)
+            extra = auxiliary_losses([output.routing for output in outputs], languages, config.moe)
             (loss + extra).backward()
             gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
@@ -150,27 +150,6 @@ def _plain(
         return losses, norms, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
 
     return run_distributed(train, 1)[0]
-
-
-def _auxiliary(routes: Sequence[RoutingOutput], languages: Sequence[Tensor], moe: TextGuidedMoEConfig) -> Tensor:
-    """Auxiliary losses over the images of all micro-batches, from their definitions."""
-    logits, probs = (torch.cat([getattr(route, name) for route in routes]) for name in ("logits", "probs"))
-    shares = (probs > 0).float().sum(0) / (probs > 0).sum()
-    balance = moe.num_experts * (shares * logits.softmax(-1).mean(0)).sum()
-    scores, names = logits.softmax(-1), torch.cat(list(languages))
-
-    def entropy(rows: Tensor) -> Tensor:
-        mean = rows.mean(0)
-        return -(mean * mean.log()).sum()
-
-    # Without a language, each image has one of its own.
-    groups = [scores[names == name] for name in set(names.tolist()) - {-1}]
-    groups += [row[None] for row in scores[names == -1]]
-    information = entropy(scores) - sum(len(rows) / len(scores) * entropy(rows) for rows in groups)
-    z_loss = logits.logsumexp(-1).square().mean()
-    evenness = ((scores.mean(0).detach() - 1 / moe.num_experts) * logits.mean(0)).sum()
-    losses = {"aux_loss": balance, "z_loss": z_loss, "information": -information, "evenness": evenness}
-    return sum(getattr(moe, f"{name}_coeff") * loss for name, loss in losses.items())
 
 
 def _assert_same(got: Any, wanted: Any, *, parameters: bool = True) -> None:
@@ -187,7 +166,6 @@ def _assert_same(got: Any, wanted: Any, *, parameters: bool = True) -> None:
             torch.testing.assert_close(parameter[sure], wanted[3][name][sure], rtol=1e-3, atol=2e-5, msg=name)
 
 
-COEFFICIENTS = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
 LAYOUTS = {
     "one rank": [[FIRST, SECOND, TEXT]],
     "two ranks": [[FIRST, EMPTY], [SECOND, TEXT]],
