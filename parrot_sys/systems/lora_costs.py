@@ -64,7 +64,7 @@ def linear_bytes(
 ) -> float:
     """Bytes that the layer keeps: its input, if the weight or an update learns, and the r-wide rows of the updates.
 
-    With dropout each update has an input of its own, and a mask.
+    With dropout each update has an input of its own, and a mask, which the rows' gradients need also if it is frozen.
 
     Args:
         linear: the layer.
@@ -74,18 +74,18 @@ def linear_bytes(
         narrow: of this rank under sequence parallelism.
         input_is_kept: something else keeps the input.
     """
-    lora, updates = job.model.lora, linear.updates(job.model.lora) if job.learns("lora") else []
+    lora, updates = job.model.lora, linear.updates(job.model.lora)
     width = linear.inputs / layout.tensor if linear.row else linear.inputs
     before, between = (rows, narrow) if linear.row else (narrow, rows)
-    dropout = lora is not None and lora.dropout > 0
+    dropout, learns = lora is not None and lora.dropout > 0, bool(updates) and job.learns("lora")
     kept = 0.0
-    if (job.learns(linear.part) or (updates and not dropout)) and not input_is_kept:
+    if (job.learns(linear.part) or (learns and not dropout)) and not input_is_kept:
         kept += job.bytes * width * before
-    if updates and lora is not None:
+    if dropout:
+        mask = job.bytes if job.kernels == "cpu" else 1
+        kept += (mask + job.bytes * learns) * len(updates) * width * before
+    if learns and lora is not None:
         kept += job.bytes * len(updates) * lora.rank * between
-        if dropout:
-            mask = job.bytes if job.kernels == "cpu" else 1
-            kept += (job.bytes + mask) * len(updates) * width * before
     return kept
 
 

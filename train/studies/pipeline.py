@@ -142,7 +142,7 @@ class Pipeline:
         code = run_program(arguments)
         if code:
             raise PipelineError(
-                f"exit code {code} of: {' '.join(arguments)}\nMend what it says and start again to go on here"
+                f"exit code {code} of: {' '.join(arguments)}\nFix what it says and start again to go on here"
             )
 
 
