@@ -2,8 +2,9 @@
 
     python -m tests.engine.schedules runs/demo/instruct/hf runs/demo-wings/instruct/hf --json FILE
 
-runs 500 schedules on each checkpoint. Results of earlier calls in the file stay, those of the same checkpoint are
-replaced, so that the checkpoints can be given one after the other.
+runs 500 schedules on each checkpoint, of which half have hardly more blocks than one request, so that requests are
+preempted. Then it takes parts of a picture's identity out of the hash of blocks, and asks how many schedules it takes
+until an answer is wrong. All rows of the file are of one call.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -26,11 +30,11 @@ from benchmarks.harness import machine
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
 from parrot_sys.engine.core import Engine, EngineConfig
-from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.requests import EngineRequest, RequestImage, expand
 from parrot_sys.engine.scheduler import SchedulerConfig
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 
-NEW_TOKENS = 6
+NEW_TOKENS = 12
 
 
 class UnclearError(AssertionError):
@@ -66,6 +70,8 @@ class Served:
     pixels: Tensor
     prompts: tuple[Prompt, ...] = PROMPTS
     known: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+    preempted_with_pictures: int = 0
+    """Requests with pictures that schedules have preempted and computed again."""
 
     def sample(self, number: int) -> Sample:
         ids = self.prompts[number].ids
@@ -74,6 +80,12 @@ class Served:
             input_ids=[IMAGE_TOKEN_ID if own < 0 else own for own in ids],
             pixel_values=torch.stack(pictures) if pictures else None,
         )
+
+    def rows(self, number: int) -> int:
+        """Rows of a prompt, with its pictures."""
+        sample, model = self.sample(number), self.model.lockstep
+        request = EngineRequest(sample=sample, max_new_tokens=1)
+        return len(expand(request, model.rows_per_image, model.guidance, model.readers, guided=model.guided).ids)
 
     @torch.no_grad()
     def answer(self, number: int) -> tuple[list[int], list[float]]:
@@ -110,12 +122,10 @@ class Schedule:
     def run(self, served: Served, **options: Any) -> Engine:
         """Runs it and compares each answer."""
         model = served.model.lockstep
-        longest = (
-            max(len(p.ids) + sum(own < 0 for own in p.ids) * model.rows_per_image for p in served.prompts) + NEW_TOKENS
-        )
+        most = max((served.rows(prompt) + count for prompt, count, *_ in self.requests), default=1)
         sizes = SchedulerConfig(max_rows_per_step=max(self.rows, self.running), max_running=self.running)
         config = EngineConfig(
-            num_blocks=-(-longest // self.block_size) + self.spare_blocks,
+            num_blocks=-(-most // self.block_size) + self.spare_blocks,
             block_size=self.block_size,
             feature_bytes=self.feature_bytes,
             routed_bytes=self.feature_bytes,
@@ -127,6 +137,7 @@ class Schedule:
         tokens: dict[int, list[int]] = {}
         reasons: dict[int, str] = {}
         cancels: dict[int, int] = {}
+        preempted: set[int] = set()
         step = 0
         while waiting or engine.has_requests:
             while waiting and waiting[0][1][2] <= step:
@@ -143,7 +154,9 @@ class Schedule:
                 self._compare(served, numbers[delta.number][0], tokens[delta.number], delta)
                 if delta.finish_reason is not None:
                     reasons[delta.number] = delta.finish_reason
+            preempted |= {own.number for own in engine.scheduler.waiting if own.preemptions and own.pictures}
             step += 1
+        served.preempted_with_pictures += len(preempted)
         assert engine.pool.num_free == config.num_blocks
         for number, (_, count) in numbers.items():
             if reasons[number] != "cancelled":
@@ -158,7 +171,7 @@ class Schedule:
             tokens.append(token)
 
 
-SCHEDULES = st.builds(
+LOOSE = st.builds(
     Schedule,
     requests=st.lists(
         st.tuples(
@@ -176,6 +189,26 @@ SCHEDULES = st.builds(
     running=st.integers(1, 6),
     feature_bytes=st.sampled_from([0, 2**14, 2**20]),
 )
+# Long answers at the same time, and hardly more blocks than the largest of them takes alone.
+TIGHT = st.builds(
+    Schedule,
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, len(PROMPTS) - 1),
+            st.integers(NEW_TOKENS - 4, NEW_TOKENS),
+            st.integers(0, 3),
+            st.none() | st.none() | st.none() | st.integers(0, 2 * NEW_TOKENS),
+        ),
+        min_size=4,
+        max_size=8,
+    ),
+    block_size=st.integers(1, 4),
+    spare_blocks=st.integers(0, 2),
+    rows=st.sampled_from([7, 20, 64, 1000]),
+    running=st.integers(4, 6),
+    feature_bytes=st.sampled_from([0, 2**14, 2**20]),
+)
+SCHEDULES = LOOSE | TIGHT
 
 
 def served_checkpoint(folder: Path) -> Served:
@@ -195,13 +228,20 @@ def served_checkpoint(folder: Path) -> Served:
     raise UnclearError(f"{folder}: no prompts with clear answers")
 
 
-def walk(served: Served, examples: int) -> dict[str, int]:
-    """Runs random schedules; counts what happened in them.
+@contextmanager
+def forgetting(part: str) -> Iterator[None]:
+    """Leaves `guidance` or `image` out of the hash of blocks, which is a fault."""
+    known = RequestImage.span
+    with mock.patch.object(RequestImage, "span", lambda image: replace(known(image), **{part: b""})):
+        yield
+
+
+def walk(served: Served, examples: int, counts: Counter[str]) -> None:
+    """Runs random schedules, and counts what happens in them.
 
     Raises:
         AssertionError: an answer is another one than that of the plain loop.
     """
-    counts = dict.fromkeys(("schedules", "requests", "cancellations", "steps", "preemptions", "blocks_found"), 0)
 
     @seed(0)
     @settings(
@@ -209,20 +249,32 @@ def walk(served: Served, examples: int) -> dict[str, int]:
         deadline=None,
         database=None,
         phases=[Phase.generate],
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(schedule=SCHEDULES)
     def run(schedule: Schedule) -> None:
-        engine = schedule.run(served)
         counts["schedules"] += 1
+        engine = schedule.run(served)
         counts["requests"] += len(schedule.requests)
         counts["cancellations"] += sum(patience is not None for *_, patience in schedule.requests)
         counts["steps"] += engine.steps
         counts["preemptions"] += engine.scheduler.num_preemptions
+        counts["schedules_with_preemptions"] += engine.scheduler.num_preemptions > 0
         counts["blocks_found"] += engine.pool.hits
 
     run()
-    return counts
+
+
+def schedules_until_found(served: Served, part: str, examples: int) -> int | None:
+    """Schedules until the first wrong answer when `part` is left out of the hash of blocks; None: there was none."""
+    counts: Counter[str] = Counter()
+    try:
+        with forgetting(part):
+            walk(served, examples, counts)
+    except AssertionError:
+        return counts["schedules"]
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -234,17 +286,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
-    if arguments.json is not None and arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())["checkpoints"]
     for folder in arguments.checkpoints:
         served, start = served_checkpoint(folder), time.process_time()
-        counts = walk(served, arguments.examples)
-        rows[str(folder)] = {**counts, "cpu_seconds": round(time.process_time() - start, 1)}
+        counts: Counter[str] = Counter()
+        walk(served, arguments.examples, counts)
+        counts["preempted_requests_with_pictures"] = served.preempted_with_pictures
+        seconds = round(time.process_time() - start, 1)
+        parts = ("guidance", "image") if served.model.lockstep.guided else ("image",)
+        found = {part: schedules_until_found(served, part, arguments.examples) for part in parts}
+        rows[str(folder)] = {**counts, "schedules_until_found_without": found, "cpu_seconds": seconds}
         print(f"{folder}: every answer is that of a single request: {rows[str(folder)]}", flush=True)
-        if arguments.json is not None:
-            found = {"benchmark": "engine_schedules", "machine": machine(), "checkpoints": rows}
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.json is not None:
+        result = {"benchmark": "engine_schedules", "machine": machine(), "checkpoints": rows}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
