@@ -59,6 +59,7 @@ class Preparer:
         self._answer_header = model.answer_header
         self._processor = processor.with_image_limits(config.image_limits)
         self._config = config
+        self._max_queue = config.engine.scheduler.max_queue
         self._name = config.name or config.checkpoint.resolve().name
         remote = RemoteFetcher(config.remote) if config.remote.enabled else None
         self._pictures = PictureReader(self._processor, config.engine.limits, remote)
@@ -103,8 +104,7 @@ class Preparer:
         given: Any = request.prompt
         several = isinstance(given, list) and not isinstance(given[0], int)
         prompts: list[Any] = given if several else [given]
-        if len(prompts) * (request.n or 1) > self._config.max_choices:
-            raise wrong(f"a request may have at most {self._config.max_choices} answers in all", "prompt")
+        self._check_choices(len(prompts) * (request.n or 1), "prompt" if several else "n")
         echoed = (request.logprobs or 0) if request.echo and request.logprobs is not None else None
         made = []
         for place, prompt in enumerate(prompts):
@@ -190,6 +190,13 @@ class Preparer:
         assert ids.count(IMAGE_TOKEN_ID) == len(urls), "no text stands for a picture"
         return ids, urls
 
+    def _check_choices(self, count: int, param: str) -> None:
+        """Refuses more answers than the server ever takes together: the queue takes all of a request or none."""
+        limits = {"max_choices": self._config.max_choices, "engine.scheduler.max_queue": self._max_queue}
+        for name, limit in limits.items():
+            if count > limit:
+                raise wrong(f"a request may have at most {limit} answers in all ({name}), got {count}", param)
+
     def _prompt(
         self,
         request: Sampling,
@@ -200,8 +207,7 @@ class Preparer:
         prompt_logprobs: int | None = None,
     ) -> Prompt:
         count = request.n or 1
-        if count > self._config.max_choices:
-            raise wrong(f"n must be at most {self._config.max_choices}, got {count}", "n")
+        self._check_choices(count, "n")
         rows = num_rows(self._model, sample)
         room = min(free_rows(self._model, sample), self.max_rows - rows)
         try:

@@ -1,0 +1,88 @@
+"""What a server that does nothing else would not take is refused for good, not told to come again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import parrot_sys
+from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.scheduler import AdmissionLimits, SchedulerConfig
+from parrot_sys.errors import DataError
+from parrot_sys.megatron.runtime.initialize import shutdown
+from parrot_sys.serving.config import ServeConfig
+from parrot_sys.serving.errors import ApiError, as_api_error
+from parrot_sys.serving.prompts import Preparer
+from tests.support.serving import CHECKPOINT, picture, user
+
+REFUSED = (400, 413)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Any]:
+    yield parrot_sys.load_pretrained(CHECKPOINT)
+    shutdown()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.builds(
+        EngineConfig,
+        num_blocks=st.integers(1, 40),
+        block_size=st.integers(1, 8),
+        scheduler=st.builds(
+            SchedulerConfig,
+            max_rows_per_step=st.integers(6, 40),
+            max_running=st.integers(1, 6),
+            max_queue=st.integers(1, 6),
+        ),
+        limits=st.builds(AdmissionLimits, max_prompt_rows=st.none() | st.integers(1, 60)),
+    ),
+    max_choices=st.integers(1, 8),
+    body=st.fixed_dictionaries(
+        {"n": st.integers(1, 9), "max_tokens": st.none() | st.integers(1, 5) | st.sampled_from([60, 400, 10**12])}
+    ),
+    prompts=st.integers(0, 4),
+    pictures=st.integers(0, 2),
+)
+def test_an_idle_engine_takes_a_request_or_it_is_refused_for_good(
+    loaded: Any, sizes: EngineConfig, max_choices: int, body: dict[str, Any], prompts: int, pictures: int
+) -> None:
+    """`prompts` 0 asks for a conversation with pictures, and more of them for that many texts."""
+    model, processor = loaded
+    config = ServeConfig(checkpoint=CHECKPOINT, engine=sizes, max_choices=max_choices)
+    preparer = Preparer(model, processor, config)
+    asked = (
+        {"messages": [user("What?", *map(picture, range(pictures)))]} if not prompts else {"prompt": ["a"] * prompts}
+    )
+    prepare = preparer.completion if prompts else preparer.chat
+    engine = Engine(model.lockstep, sizes, tokenizer=processor.tokenizer)
+    try:
+        made = prepare(json.dumps({**body, **asked}).encode())[1]
+        requests = [own for prompt in made for own in prompt.requests]
+        numbers = {engine.submit(own) for own in requests}
+    except (ApiError, DataError) as error:
+        refused = as_api_error(error)
+    else:
+        refused = None
+    if refused is not None:
+        assert refused.status in REFUSED
+        return
+    assert len(requests) == max(prompts, 1) * body["n"] <= min(max_choices, sizes.scheduler.max_queue)
+    while numbers and engine.steps < 20:
+        numbers -= {delta.number for delta in engine.step() if delta.finish_reason}
+    assert not numbers or engine.scheduler.running, "answers are done, or go on"
+
+
+def test_more_answers_than_the_queue_names_the_queue(loaded: Any) -> None:
+    sizes = EngineConfig(scheduler=SchedulerConfig(max_queue=4))
+    preparer = Preparer(*loaded, ServeConfig(checkpoint=CHECKPOINT, engine=sizes))
+    for param, body in (("n", {"prompt": "a", "n": 5}), ("prompt", {"prompt": ["a", "b", "c"], "n": 2})):
+        with pytest.raises(ApiError, match=r"at most 4 answers in all \(engine.scheduler.max_queue\)") as caught:
+            preparer.completion(json.dumps(body).encode())
+        assert (caught.value.status, caught.value.param) == (400, param)
