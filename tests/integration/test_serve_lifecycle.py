@@ -119,11 +119,24 @@ def test_a_slow_reader_rests_and_gets_all(server: Server, http: httpx2.Client) -
 
 
 def test_too_many_requests_are_told_to_come_again(server: Server, http: httpx2.Client) -> None:
+    """And one that is larger than the queue is not: it would come again for ever."""
     before = server.wait_idle()["vllm:generation_tokens_total"]
-    refused = http.post("/v1/chat/completions", json=chat("?", **{**LONG, "n": 7}))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-    assert refused.headers["retry-after"] == "1"
-    assert server.wait_idle()["vllm:generation_tokens_total"] == before, "all of its answers are taken, or none"
+    body = chat("?", **{**LONG, "n": 4})
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(http.post, "/v1/chat/completions", json=body) for _ in range(6)]
+        answered = [own.result() for own in asked]
+    refused = [own for own in answered if own.status_code != 200]
+    assert 0 < len(refused) < len(answered)
+    for own in refused:
+        assert (own.status_code, own.json()["error"]["code"]) == (429, "queue_full")
+        assert own.headers["retry-after"] == "1"
+    made = server.wait_idle()["vllm:generation_tokens_total"] - before
+    assert made == 4 * LONG["max_tokens"] * (len(answered) - len(refused)), (
+        "all answers of a request are taken, or none"
+    )
+    never = http.post("/v1/chat/completions", json=chat("?", n=5))
+    assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+    assert "engine.scheduler.max_queue" in never.json()["error"]["message"]
 
 
 def test_health_is_told_while_every_worker_decodes(server: Server, http: httpx2.Client, gate: Path) -> None:
