@@ -35,3 +35,7 @@ def assert_same(steps, wanted):
             one, other = getattr(a, name), getattr(b, name)
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one, other), name
+
+
+def ids_of(step):
+    return [record_id for batch in step for record_id in batch.record_ids]
