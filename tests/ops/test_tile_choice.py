@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,10 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.autotuner import Autotuner
 
-from parrot_kernels import compile_only, tile_choice
+import parrot_kernels
+from parrot_kernels import attention_tiles, compile_only, tile_choice
 from parrot_kernels.grouped_gemm import tiles
 from parrot_kernels.tile_choice import attention_cost, cheapest, product_cost, product_tile
 
@@ -86,6 +90,30 @@ def test_length_decides_in_attention() -> None:
 
     assert choice(128) is small  # 64 programs for 132 processors, where large tiles make 32
     assert choice(4096) is large
+
+
+def test_launches_of_attention_choose_by_both_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (tile_choice.Tile(sizes={"M": m, "N": 64}, warps=8) for m in (64, 128))
+    chosen: list[tile_choice.Tile] = []
+    monkeypatch.setattr(attention_tiles, "launch", lambda kernel, grid, tile, tiles: chosen.append(tile))
+    monkeypatch.setattr(attention_tiles.triton_support, "num_processors", lambda device: 132)
+    query = torch.empty(1, 32, 64, dtype=torch.bfloat16, device="meta")
+    for rows, keys in ((128, 128), (4096, 4096), (128, 4096)):
+        attention_tiles.by_rows(None, {64: (large, small)}, query, rows, keys, 32)
+    assert chosen == [small, large, small]
+
+
+def test_no_kernel_is_autotuned() -> None:
+    """What was timed at one size, or beside other programs, could come back for another through Triton's cache."""
+    kernels = [
+        (f"{name}.{attribute}", value)
+        for name in (found.name for found in pkgutil.walk_packages(parrot_kernels.__path__, "parrot_kernels."))
+        if name.endswith(("triton_impl", "kernels", "tiles"))
+        for attribute, value in vars(importlib.import_module(name)).items()
+        if hasattr(value, "fn")
+    ]
+    assert len(kernels) > 30
+    assert [name for name, value in kernels if isinstance(value, Autotuner)] == []
 
 
 @given(st.integers(1, 10**5), st.integers(1, 256), st.sampled_from([64, 128]))
