@@ -177,15 +177,19 @@ class StepLoader(ABC):
         with (
             ThreadPoolExecutor(self.config.num_workers, "parrot-images") as images,
             ThreadPoolExecutor(1, "parrot-loader") as background,
+            ThreadPoolExecutor(1, "parrot-join") as joining,
         ):
             try:
                 while True:
                     while len(pending) < self.config.prefetch_steps and (make := next(waiting, None)) is not None:
-                        pending.append(background.submit(self._make, make, images.map))
+                        plan = background.submit(make, images.map)
+                        pending.append(joining.submit(self._made, plan, images.map))
                     if not pending:
                         return
                     yield self._finish(*pending.popleft().result(), images.map)
             finally:
+                # (A cancelled plan ends the wait of the thread that would join it.)
+                joining.shutdown(wait=False, cancel_futures=True)
                 background.shutdown(cancel_futures=True)
 
     def _plan(
@@ -211,9 +215,12 @@ class StepLoader(ABC):
         reader.read_own(draft, run)
         return StepPlan(reader=reader, draft=draft, items=items, **facts)
 
-    def _make(self, make: Callable[[Map], StepPlan], run: Map) -> tuple[StepPlan, _Joined | None]:
-        """A step, with its micro-batches where no other rank has a say in them; the caller then waits for nothing."""
-        plan = make(run)
+    def _made(self, planned: Future[StepPlan], run: Map) -> tuple[StepPlan, _Joined | None]:
+        """A step, with its micro-batches where no other rank has a say in them; the caller then waits for nothing.
+
+        A thread of its own joins them while the next step is read.
+        """
+        plan = planned.result()
         return plan, self._join(plan, run) if self._images.is_alone else None
 
     def _join(self, plan: StepPlan, run: Map) -> _Joined:
