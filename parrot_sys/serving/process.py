@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,10 +10,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import uvicorn
+
+from parrot_sys.serving.acceptor import Acceptor
 
 _KEEP_ALIVE_SECONDS = 75
 """Longer than load balancers keep a connection: else they send requests into one that just closed."""
@@ -34,16 +37,26 @@ def settings_of(drain_seconds: float) -> dict[str, Any]:
 class Server(uvicorn.Server):
     """Says when it is ready, and ends in order when it is asked to."""
 
-    def __init__(self, settings: uvicorn.Config, listener: socket.socket, *, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: uvicorn.Config,
+        listener: socket.socket,
+        *,
+        facts: Mapping[str, Any],
+        is_healthy: Callable[[], bool],
+    ) -> None:
         """
         Args:
             settings: of uvicorn.
             listener: takes connections.
             facts: for the log, when it is ready.
+            is_healthy: whether requests are answered; a thread of its own asks.
         """
         super().__init__(settings)
         self._listener = listener
         self._facts = facts
+        self._is_healthy = is_healthy
+        self._arriving: set[asyncio.Task[Any]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -56,16 +69,37 @@ class Server(uvicorn.Server):
                 signal.signal(number, old)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens."""
-        await super().startup(sockets)
+        """Listens; connections come from the acceptor's thread."""
+        await super().startup(sockets=[])
+        loop = asyncio.get_running_loop()
+
+        def hand_over(connection: socket.socket) -> None:
+            loop.call_soon_threadsafe(self._arrive, connection)
+
+        self._acceptor = Acceptor(self._listener, self._is_healthy, hand_over)
         host, port = self._listener.getsockname()[:2]
+        self._acceptor.start()
         address = f"[{host}]" if ":" in host else host
         log("ready", url=f"http://{address}:{port}", pid=os.getpid(), **self._facts)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more requests; those that are there may end."""
         log("draining")
-        await super().shutdown(sockets)
+        await asyncio.to_thread(self._acceptor.stop)
+        await asyncio.sleep(0)  # what was handed over last arrives
+        await asyncio.gather(*self._arriving, return_exceptions=True)
+        await super().shutdown(sockets=[])
+
+    def _arrive(self, connection: socket.socket) -> None:
+        """A connection from the acceptor."""
+        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection))
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
 
 
 def log(event: str, **facts: Any) -> None:

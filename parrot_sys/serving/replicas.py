@@ -57,6 +57,11 @@ class Replicas:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica answers."""
+        return any(own.port is not None for own in self._replicas)
+
     async def start(self) -> None:
         """Starts all replicas; returns when each is ready."""
         ready = [asyncio.Event() for _ in self._replicas]
@@ -241,7 +246,9 @@ def serve_replicas(argv: Sequence[str], count: int, listener: socket.socket, *, 
 
     async def run() -> int:
         await replicas.start()
-        server = Server(uvicorn.Config(replicas, **settings_of(drain_seconds)), listener, facts={"replicas": count})
+        settings = uvicorn.Config(replicas, **settings_of(drain_seconds))
+        facts = {"replicas": count}
+        server = Server(settings, listener, facts=facts, is_healthy=lambda: replicas.is_ready)
         await server.serve([listener])
         await replicas.stop()
         return 0

@@ -34,7 +34,8 @@ class _ModelServer(Server):
     """Starts and ends the engine's thread, and ends when the engine has failed."""
 
     def __init__(self, settings: uvicorn.Config, service: Service, listener: socket.socket) -> None:
-        super().__init__(settings, listener, facts={"model": service.preparer.name})
+        facts = {"model": service.preparer.name}
+        super().__init__(settings, listener, facts=facts, is_healthy=lambda: not service.driver.is_dead)
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

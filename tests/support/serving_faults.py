@@ -24,6 +24,20 @@ def fail_on_fatal_seed() -> None:
     Engine.step = failing  # type: ignore[method-assign]
 
 
+def block_loop_on_fatal_seed(seconds: float) -> None:
+    """A request with this seed blocks the server's event loop for so long."""
+    from parrot_sys.serving.driver import EngineDriver
+
+    submit = EngineDriver.submit
+
+    async def blocking(self: EngineDriver, requests: Any) -> Any:
+        if any(own.sampling.seed == FATAL_SEED for own in requests):
+            time.sleep(seconds)
+        return await submit(self, requests)
+
+    EngineDriver.submit = blocking  # type: ignore[method-assign]
+
+
 def hold_pictures(gate: str) -> None:
     """Pictures are only decoded once the file `gate` is there."""
     from parrot_sys.serving.images import PictureReader
