@@ -70,4 +70,6 @@ def test_health_models_and_page(server: Server) -> None:
         page = http.get("/")
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'self'" in page.headers["content-security-policy"]
-        assert http.post("/v1/chat/completions", json=chat("?")).status_code == 200
+        answered = http.post("/v1/chat/completions", json=chat("?"), headers={"Origin": "https://page.example"})
+        assert answered.status_code == 200
+        assert "access-control-allow-origin" not in answered.headers, "pages of other origins may not read it"
