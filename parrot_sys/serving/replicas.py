@@ -136,8 +136,13 @@ class Replicas:
         async def collect(message: Message) -> None:
             got.extend(message.get("body", b""))
 
+        bodies = iter([b""])
+
         async def nothing() -> Message:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            for body in bodies:
+                return {"type": "http.request", "body": body, "more_body": False}
+            await asyncio.Event().wait()  # nobody leaves
+            raise AssertionError("it is never set")
 
         request = {"type": "http", "method": "GET", "raw_path": b"/metrics", "query_string": b"", "headers": []}
         with contextlib.suppress(OSError, h11.RemoteProtocolError):
