@@ -37,6 +37,14 @@ def test_training_goes_on_with_the_other_experts_on_another_layout(
         np.testing.assert_allclose(losses, wanted[2:], rtol=1e-5, equal_nan=False)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_optimizer_of_two_expert_parallel_processes_does_not_go_to_one(ours: bool, tmp_path: Path) -> None:
+    size, parallel = LAYOUTS["ep2"]
+    run_distributed(gpt.save_in_the_middle, size, parallel, tmp_path, ours, timeout=120)
+    with pytest.raises(Exception, match="optimizer"):  # a limit of Megatron's, with its own experts too
+        run_distributed(gpt.go_on, 1, ParallelConfig(), tmp_path, ours, timeout=120)
+
+
 @pytest.mark.usefixtures("_groups")
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("ours_first", [False, True])
