@@ -40,11 +40,21 @@ def run(core: Path, program: str, *arguments: object, processes: int = 1) -> str
     return result.stdout.strip().splitlines()[-1]
 
 
-# (Expert tensor and pipeline parallelism are written, and not run yet.)
-@pytest.mark.parametrize("experts", [1, 2])
-def test_a_hugging_face_model_goes_in_and_out(core: Path, experts: int, tmp_path: Path) -> None:
-    said = run(core, "bridge_program", tmp_path, experts, 1, 1, processes=experts)
+@pytest.mark.parametrize(("experts", "expert_tensor", "stages"), [(1, 1, 1), (2, 1, 1), (1, 1, 2)])
+def test_a_hugging_face_model_goes_in_and_out(
+    core: Path, experts: int, expert_tensor: int, stages: int, tmp_path: Path
+) -> None:
+    processes = experts * expert_tensor * stages
+    said = run(core, "bridge_program", tmp_path, experts, expert_tensor, stages, processes=processes)
     found = re.fullmatch(r"logits (\S+), (\d+) of (\d+) tensors bit-equal, (\d+) exported", said)
     assert found is not None, said
     assert float(found[1]) < 2e-6
     assert found[2] == found[3] == found[4]
+
+
+def test_checkpoints_with_all_experts_in_one_tensor_are_refused_by_name(core: Path) -> None:
+    both = run(core, "bridge_refusal_program").split(" | ")
+    assert [said.partition(":")[0] for said in both] == [
+        f"decoder.layers.0.mlp.experts.{name}" for name in ("w_down", "w_gate_up")
+    ]
+    assert all("Megatron's own experts" in said and "model.layers.0.mlp.experts." in said for said in both)

@@ -25,6 +25,8 @@ from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import AutoMapping, MegatronParamMapping
 from torch import Tensor, nn
 
+from parrot_sys.errors import ConfigError
+
 # E experts, N of them on this rank, I inner width of an expert, P of it on this rank, H hidden size
 
 _GROUPED = ".experts.linear_fc{}.weight*"
@@ -82,7 +84,45 @@ class StackedExpertsMapping(MegatronParamMapping):
         }
 
 
-def stacked_mappings(mappings: list[Any], num_experts: int) -> Iterator[StackedExpertsMapping]:
+class RefusedExpertsMapping(MegatronParamMapping):
+    """Stands for `w_gate_up` or `w_down` where a checkpoint has its experts in another form, and says so when used."""
+
+    is_expert = True
+
+    def _validate_patterns(self) -> None:
+        """The other side may have any names."""
+
+    def hf_to_megatron(self, hf_weights: Any, megatron_module: nn.Module) -> Tensor:
+        """Refused."""
+        raise self._refusal()
+
+    def megatron_to_hf(self, megatron_weights: Tensor | None, megatron_module: nn.Module | None) -> dict[str, Tensor]:
+        """Refused."""
+        raise self._refusal()
+
+    def _refusal(self) -> ConfigError:
+        return ConfigError(
+            f"{self.megatron_param}: the checkpoint has {self.hf_param}, and GroupedExperts of parrot_sys reads one"
+            " tensor for each expert and projection (gate, up, down): convert with Megatron's own experts, save with"
+            " torch_dist, and load that with ours"
+        )
+
+
+def _patterns(mapping: Any) -> dict[str, str] | None:
+    """Projection -> name in the checkpoint with a wildcard for the expert; None where its experts have another form."""
+    name, theirs = mapping.megatron_param, mapping.hf_param
+    if name.endswith(_GROUPED.format(2)):
+        patterns, wanted = {"down": theirs}, {"down"}
+    else:
+        patterns, wanted = theirs, {"gate", "up"}
+    known = isinstance(patterns, dict) and patterns.keys() == wanted
+    if not known or getattr(mapping, "is_grouped_export", False):
+        return None
+    each = all(isinstance(found, str) and found.count("*") == name.count("*") for found in patterns.values())
+    return patterns if each else None
+
+
+def stacked_mappings(mappings: list[Any], num_experts: int) -> Iterator[MegatronParamMapping]:
     """Our mappings beside those for Megatron's grouped experts.
 
     Args:
@@ -90,12 +130,12 @@ def stacked_mappings(mappings: list[Any], num_experts: int) -> Iterator[StackedE
         num_experts: E.
     """
     for mapping in mappings:
-        name, theirs = mapping.megatron_param, mapping.hf_param
-        if name.endswith(_GROUPED.format(1)) and isinstance(theirs, dict) and {"gate", "up"} == theirs.keys():
-            ours, patterns = "w_gate_up", theirs
-        elif name.endswith(_GROUPED.format(2)) and isinstance(theirs, str):
-            ours, patterns = "w_down", {"down": theirs}
-        else:
+        name = mapping.megatron_param
+        if not name.endswith((_GROUPED.format(1), _GROUPED.format(2))):
+            continue
+        ours = "w_gate_up" if name.endswith(_GROUPED.format(1)) else "w_down"
+        if (patterns := _patterns(mapping)) is None:
+            yield RefusedExpertsMapping(f"{name.partition('.experts.')[0]}.experts.{ours}", mapping.hf_param)
             continue
         names = {
             f"{expert}.{key}": str(expert).join(pattern.rsplit("*", 1))
