@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     bench_expert_mlp,
+    bench_few_rows_linear,
     bench_fp8_experts,
     bench_grouped_gemm,
     bench_linear_cross_entropy,
@@ -38,6 +39,7 @@ MODULES = (
     bench_permute,
     bench_segment_attention,
     bench_paged_attention,
+    bench_few_rows_linear,
     bench_fp8_experts,
 )
 WORKERS = 1

@@ -1,4 +1,4 @@
-"""Problems of the two attentions and of the LM head."""
+"""Problems of the attentions, of the LM head and of the linear layers of a step of answers."""
 
 from __future__ import annotations
 
@@ -161,6 +161,30 @@ def _paged_attention(requests: list[tuple[int, int]], heads: int, groups: int, w
     return make
 
 
+def _few_rows_linear(rows: int, depth: int, width: int, *, gated: bool = False) -> Make:
+    """With gates before the product, or with a norm before it, and bias and residual after it."""
+
+    def make(device: torch.device) -> Problem:
+        inputs = {"x": normal(device, rows, depth * (1 + gated)), "weight": normal(device, width, depth)}
+        if not gated:
+            inputs |= {"norm": normal(device, depth), "bias": normal(device, width)}
+            inputs["residual"] = normal(device, rows, width)
+
+        def op(leaves: Tensors) -> Tensors:
+            return {"out": ops.few_rows_linear(**leaves, gated=gated, eps=1e-6)}
+
+        def plain(leaves: Tensors) -> Tensors:
+            if gated:
+                gate, up = leaves["x"].chunk(2, dim=-1)
+                return {"out": F.linear(F.silu(gate) * up, leaves["weight"])}
+            normed = F.rms_norm(leaves["x"], (depth,), leaves["norm"], 1e-6)
+            return {"out": F.linear(normed, leaves["weight"], leaves["bias"]) + leaves["residual"]}
+
+        return Problem(inputs=inputs, op=op, plain=plain, gradients=False)
+
+    return make
+
+
 def _case(op: str, name: str, make: Make, *, large: bool = False) -> Case:
     return Case(op=op, name=name, make=make, large=large)
 
@@ -184,6 +208,9 @@ CASES = [
     _case("paged_attention", "no_row", _paged_attention([(0, 5)], 2, 2, 16)),
     _case("paged_attention", "answers", _paged_attention([(1, 700), (1, 64), (1, 333)], 28, 4, 128), large=True),
     _case("paged_attention", "prompts", _paged_attention([(256, 256), (100, 612)], 8, 8, 64), large=True),
+    _case("few_rows_linear", "primes", _few_rows_linear(7, 13, 29)),
+    _case("few_rows_linear", "gated", _few_rows_linear(3, 40, 24, gated=True)),
+    _case("few_rows_linear", "no_row", _few_rows_linear(0, 8, 5)),
     _case("linear_cross_entropy", "primes", _linear_cross_entropy(7, 13, 97)),
     _case("linear_cross_entropy", "one_row", _linear_cross_entropy(1, 8, 50)),
     _case("linear_cross_entropy", "no_row", _linear_cross_entropy(0, 8, 50)),

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.modules.rotary import turn
+from parrot_sys.ops import few_rows_linear
+
+_FEW_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +90,7 @@ class LeanLayer(TransformerLayer):
     def _lean_attention(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         attention, known = self.self_attention, self._parts
         rows = hidden.squeeze(1)
-        mixed = _rows(attention.linear_qkv, _normed(self.input_layernorm, rows))
+        mixed = _normed_rows(self.input_layernorm, attention.linear_qkv, rows)
         heads = mixed.view(len(rows), known.groups, known.repeat + 2, -1)
         value = heads[:, :, -1]
         query, key = heads[:, :, :-2], heads[:, :, -2:-1]
@@ -102,8 +105,12 @@ class LeanLayer(TransformerLayer):
 
     def _lean_mlp(self, hidden: Tensor) -> Tensor:
         rows = hidden.squeeze(1)
-        gate, up = _rows(self.mlp.linear_fc1, _normed(self.pre_mlp_layernorm, rows)).chunk(2, dim=-1)
-        return _added(self.mlp.linear_fc2, F.silu(gate).mul_(up), rows).unsqueeze(1)
+        mixed = _normed_rows(self.pre_mlp_layernorm, self.mlp.linear_fc1, rows)
+        down = self.mlp.linear_fc2
+        if are_few(rows) and _is_whole(down):
+            return few_rows_linear(mixed, down.weight, residual=rows, gated=True).unsqueeze(1)
+        gate, up = mixed.chunk(2, dim=-1)
+        return _added(down, F.silu(gate).mul_(up), rows).unsqueeze(1)
 
 
 def run_layers(block: Any, hidden: Tensor | None, memory: Tensor | None, context: AttentionContext) -> Tensor:
@@ -159,6 +166,11 @@ def _is(module: Any, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+def _is_whole(linear: Any) -> bool:
+    """Whether a row-parallel layer has all of its inputs here, and no bias."""
+    return _is(linear, RowParallelLinear) and linear.tp_group.size() == 1 and linear.bias is None
+
+
 def _normed(norm: Any, rows: Tensor) -> Tensor:
     if norm is None:
         return rows
@@ -168,9 +180,18 @@ def _normed(norm: Any, rows: Tensor) -> Tensor:
     return normed
 
 
-def _rows(linear: Any, rows: Tensor) -> Tensor:
-    """This rank's part of a column-parallel layer's output, with its bias."""
-    if _is(linear, ColumnParallelLinear) and not linear.gather_output:
+def are_few(rows: Tensor) -> bool:
+    """Whether `few_rows_linear` is the way to multiply: for up to 32 rows on the CPU."""
+    return rows.is_cpu and len(rows) <= _FEW_ROWS and rows.dtype in (torch.float32, torch.bfloat16)
+
+
+def _normed_rows(norm: Any, linear: Any, rows: Tensor) -> Tensor:
+    """This rank's part of a column-parallel layer's output for rows that are to be normed, with its bias."""
+    known = _is(linear, ColumnParallelLinear) and not linear.gather_output
+    if known and are_few(rows) and _is(norm, nn.RMSNorm) and norm.eps is not None:
+        return few_rows_linear(rows, linear.weight, norm=norm.weight, bias=linear.bias, eps=norm.eps)
+    rows = _normed(norm, rows)
+    if known:
         return F.linear(rows, linear.weight, linear.bias)
     output, bias = linear(rows.unsqueeze(1))
     return (output if bias is None else output + bias).squeeze(1)
@@ -178,7 +199,9 @@ def _rows(linear: Any, rows: Tensor) -> Tensor:
 
 def _added(linear: Any, rows: Tensor, residual: Tensor) -> Tensor:
     """Residual and output of a row-parallel layer."""
-    if _is(linear, RowParallelLinear) and linear.tp_group.size() == 1 and linear.bias is None:
+    if _is_whole(linear):
+        if are_few(rows):
+            return few_rows_linear(rows, linear.weight, residual=residual)
         return torch.addmm(residual, rows, linear.weight.t())
     output, bias = linear(rows.unsqueeze(1))
     output = output.squeeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parrot_sys.ops.expert_mlp import ExpertPlan, expert_mlp
+from parrot_sys.ops.few_rows_linear import few_rows_linear
 from parrot_sys.ops.grouped_gemm import k_grouped_gemm, m_grouped_gemm, m_grouped_swiglu
 from parrot_sys.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_parts
 from parrot_sys.ops.paged_attention import paged_attention
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertPlan",
     "TopKRouting",
     "expert_mlp",
+    "few_rows_linear",
     "force_backend",
     "k_grouped_gemm",
     "linear_cross_entropy",

@@ -28,6 +28,7 @@ OPS = (
     "router_attention",
     "segment_attention",
     "paged_attention",
+    "few_rows_linear",
     "grouped_gemm",
     "fp8_experts",
     "permute",

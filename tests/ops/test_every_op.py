@@ -140,6 +140,14 @@ CACHE = torch.arange(2 * 2 * 4 * 4).remainder(7).view(2, 2, 4, 4).float()
 REQUESTS = (torch.tensor([[1, 0], [0, 0]], dtype=torch.int32), *torch.tensor([[0, 2, 5], [5, 3, 0]]).int())
 # As CALLS, of ops for inference, which have no gradients.
 INFERENCE_CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
+    "few_rows_linear": (
+        lambda x, w, n, b, r: (ops.few_rows_linear(x, w, norm=n, bias=b, residual=r, eps=1e-6),),
+        {"x": (3, 8), "weight": (5, 8), "norm": (8,), "bias": (5,), "residual": (3, 5)},
+    ),
+    "few_rows_linear-gated": (
+        lambda x, w: (ops.few_rows_linear(x, w, gated=True),),
+        {"x": (0, 16), "weight": (5, 8)},
+    ),
     "paged_attention": (
         lambda query: ops.paged_attention(
             query, CACHE, CACHE, *REQUESTS[:2], REQUESTS[2][:2], max_seqlen_q=3, scale=0.3
