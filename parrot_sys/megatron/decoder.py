@@ -32,7 +32,7 @@ from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.megatron.attention.memory import MemoryMessage, MemoryPlan
 from parrot_sys.megatron.attention.paged import PagedRows
 from parrot_sys.megatron.embed.moe_layer import moe_layer_spec
-from parrot_sys.megatron.lean_layer import LeanLayer, are_few, run_layers
+from parrot_sys.megatron.lean_layer import LeanLayer, run_layers
 from parrot_sys.megatron.lora import QKV, with_lora
 from parrot_sys.megatron.norms import Norm
 from parrot_sys.megatron.runtime.backends import parallel_linear_layers
@@ -41,6 +41,7 @@ from parrot_sys.models.llm import LLMConfig
 from parrot_sys.modules.lora import LoRAConfig
 from parrot_sys.modules.rotary import rotary_cos_sin, turning
 from parrot_sys.ops import few_rows_linear, linear_cross_entropy, linear_cross_entropy_parts
+from parrot_sys.ops.few_rows_linear import takes_few_rows
 from parrot_sys.parallel import RowSplit, combine_vocab_parts, share_pack
 
 _MOST_TURNS = 2**15
@@ -113,7 +114,7 @@ class OutputHead(ColumnParallelLinear):
         """
         weight = self.weight if weight is None else weight
         if targets is None:
-            few = not torch.is_grad_enabled() and are_few(hidden)
+            few = not torch.is_grad_enabled() and takes_few_rows(hidden)
             logits = few_rows_linear(hidden, weight) if few else F.linear(hidden, weight)
             alone = self.tp_group.size() == 1
             return logits if alone else gather_from_tensor_model_parallel_region(logits, group=self.tp_group)

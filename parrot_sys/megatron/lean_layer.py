@@ -27,8 +27,7 @@ from parrot_sys.megatron.attention.context import AttentionContext
 from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.modules.rotary import turn
 from parrot_sys.ops import few_rows_linear
-
-_FEW_ROWS = 32
+from parrot_sys.ops.few_rows_linear import takes_few_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +106,7 @@ class LeanLayer(TransformerLayer):
         rows = hidden.squeeze(1)
         mixed = _normed_rows(self.pre_mlp_layernorm, self.mlp.linear_fc1, rows)
         down = self.mlp.linear_fc2
-        if are_few(rows) and _is_whole(down):
+        if takes_few_rows(rows) and _is_whole(down):
             return few_rows_linear(mixed, down.weight, residual=rows, gated=True).unsqueeze(1)
         gate, up = mixed.chunk(2, dim=-1)
         return _added(down, F.silu(gate).mul_(up), rows).unsqueeze(1)
@@ -180,15 +179,10 @@ def _normed(norm: Any, rows: Tensor) -> Tensor:
     return normed
 
 
-def are_few(rows: Tensor) -> bool:
-    """Whether `few_rows_linear` is the way to multiply: for up to 32 rows on the CPU."""
-    return rows.is_cpu and len(rows) <= _FEW_ROWS and rows.dtype in (torch.float32, torch.bfloat16)
-
-
 def _normed_rows(norm: Any, linear: Any, rows: Tensor) -> Tensor:
     """This rank's part of a column-parallel layer's output for rows that are to be normed, with its bias."""
     known = _is(linear, ColumnParallelLinear) and not linear.gather_output
-    if known and are_few(rows) and _is(norm, nn.RMSNorm) and norm.eps is not None:
+    if known and takes_few_rows(rows) and _is(norm, nn.RMSNorm) and norm.eps is not None:
         return few_rows_linear(rows, linear.weight, norm=norm.weight, bias=linear.bias, eps=norm.eps)
     rows = _normed(norm, rows)
     if known:
@@ -200,7 +194,7 @@ def _normed_rows(norm: Any, linear: Any, rows: Tensor) -> Tensor:
 def _added(linear: Any, rows: Tensor, residual: Tensor) -> Tensor:
     """Residual and output of a row-parallel layer."""
     if _is_whole(linear):
-        if are_few(rows):
+        if takes_few_rows(rows):
             return few_rows_linear(rows, linear.weight, residual=residual)
         return torch.addmm(residual, rows, linear.weight.t())
     output, bias = linear(rows.unsqueeze(1))

@@ -8,6 +8,12 @@ from parrot_sys.ops import registry
 from parrot_sys.ops._operator import operator
 
 # M rows, K inputs, N outputs
+_FEW_ROWS = 32
+
+
+def takes_few_rows(x: Tensor) -> bool:
+    """Whether the C++ loops would multiply these rows; where they do not, layers go on as without the op."""
+    return x.is_cpu and len(x) <= _FEW_ROWS and registry.runs_on("few_rows_linear", "cpu", x)
 
 
 @operator("few_rows_linear")

@@ -81,6 +81,11 @@ def select(op: str, *args: object) -> ModuleType:
     return module
 
 
+def runs_on(op: str, name: str, *args: object) -> bool:
+    """Whether back end `name` can run `op` and nobody has forced another one."""
+    return (_forced[-1] if _forced else env.backend()) in ("auto", name) and _why_not(op, name, args) is None
+
+
 @contextmanager
 def force_backend(name: str) -> Iterator[None]:
     """Every op called inside runs on back end `name` or raises NotImplementedError with the reason.

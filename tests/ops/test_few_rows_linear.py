@@ -15,6 +15,7 @@ from torch import Tensor
 from parrot_kernels.few_rows_linear import cpu_impl
 from parrot_kernels.testing import assert_accurate, poisoned_memory
 from parrot_sys.ops import few_rows_linear, force_backend
+from parrot_sys.ops.few_rows_linear import takes_few_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = (
@@ -113,3 +114,12 @@ def test_shapes_and_options_that_do_not_fit() -> None:
         few_rows_linear(x, weight, gated=True)
     with pytest.raises(ValueError, match="do not go together"):
         few_rows_linear(torch.zeros(2, 16), weight, gated=True, norm=torch.ones(8))
+
+
+@pytest.mark.skipif(bool(cpu_impl.why_not()), reason=str(cpu_impl.why_not()))
+def test_layers_use_it_only_where_the_loops_run() -> None:
+    assert takes_few_rows(torch.zeros(32, 8))
+    others = torch.zeros(33, 8), torch.zeros(2, 8).double(), torch.zeros(2, 8, device="meta")
+    assert not any(takes_few_rows(other) for other in others)
+    with force_backend("reference"):
+        assert not takes_few_rows(torch.zeros(2, 8))
