@@ -6,15 +6,17 @@ as long as the launch itself. Here a launch with the dtypes and constants of an 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction
-from triton.runtime._allocation import _allocator
 from triton.runtime.driver import driver
 
 from parrot_kernels import triton_support
@@ -48,6 +50,8 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile | None = None, tiles: 
                 _ready[key](grid, active.get_current_stream(device), args)
                 return
         options = constants if tile is None else {**constants, **tile.options}
+        if not triton_support.INTERPRETING:
+            triton.set_allocator(_allocator(_device(args)))
         compiled = kernel[grid](*args, **options)
         if triton_support.INTERPRETING:
             return
@@ -63,6 +67,17 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile | None = None, tiles: 
             _ready[key] = _direct(kernel, compiled, args, options)
 
     return call
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    """Where the arguments are."""
+    return next(arg.device for arg in args if isinstance(arg, Tensor))
+
+
+@functools.cache
+def _allocator(device: torch.device) -> Callable[[int, int, Any], Tensor]:
+    """Of the scratch memory that a kernel's descriptors need, which Triton asks of the host at each launch."""
+    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
 
 
 def _hooked(kernel: JITFunction[Any]) -> bool:
@@ -83,16 +98,14 @@ def _key(
     if layout is None:
         layout = _layouts[id(kernel)] = _layout(kernel)
     pointers, fixed_of, free_of = layout
+    tensors = args[:pointers]
     addresses = 0
-    dtypes: list[Any] = []
-    for tensor in args[:pointers]:
-        if tensor is None:
-            dtypes.append(None)
-        else:
+    for tensor in tensors:
+        if tensor is not None:
             addresses |= tensor.data_ptr()
-            dtypes.append(tensor.dtype)
     if addresses % 16:
         return None
+    dtypes: list[Any] = [None if tensor is None else tensor.dtype for tensor in tensors]
     for number in free_of(args):
         if not -(2**31) <= number < 2**31:
             dtypes.append(number)  # a kernel of its own, and rare
@@ -134,11 +147,11 @@ def _direct(
 
         return through_triton
     flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-    size, align = launcher.global_scratch_size * launcher.num_ctas, launcher.global_scratch_align
-    start = launcher.launch
+    size = launcher.global_scratch_size * launcher.num_ctas
+    start, device = launcher.launch, _device(args)
 
     def call(grid: tuple[int, ...], stream: Any, args: tuple[Any, ...]) -> None:
-        scratch = _allocator.get()(math.prod(grid) * size, align, stream) if size else None
+        scratch = torch.empty(math.prod(grid) * size, dtype=torch.int8, device=device) if size else None
         start(*grid, *_ONES[len(grid)], stream, function, *flags, scratch, None, *hooks, *args, *rest)
 
     return call

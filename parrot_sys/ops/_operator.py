@@ -20,6 +20,8 @@ from torch.nn import Parameter
 _LIBRARY = torch.library.Library("parrot", "FRAGMENT")
 
 _PLAIN = (Tensor, Parameter)
+# Arguments of these types alone are the usual case, which one look at their types tells.
+_UNWATCHED = frozenset({*_PLAIN, type(None), bool, int, float, str, list, tuple})
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 
@@ -36,15 +38,24 @@ class Operator:
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, self._function, "CompositeExplicitAutograd")
         self._overload: Any = getattr(torch.ops.parrot, name).default
-        _LIBRARY.impl(name, self._with_autograd(), "Autograd")
+        self._differentiable = self._autograd_function()
+        _LIBRARY.impl(name, lambda *args: self._with_gradients(self._below_autograd, args), "Autograd")
 
     def __call__(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
+        if not (torch.compiler.is_compiling() or _is_watched(args)):
+            return self._with_gradients(self._function, args)
+        if torch.is_grad_enabled():
             return self._overload(*args)
         return self._below_autograd(*args)
 
+    def _with_gradients(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Through the autograd function where a gradient is wanted, else by `run`."""
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._differentiable.apply(*args)
+        return run(*args)
+
     def _below_autograd(self, *args: Any) -> Any:
-        # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
         if not (torch.compiler.is_compiling() or _is_watched(args)):
             return self._function(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -62,8 +73,8 @@ class Operator:
         # Operators for inference alone, and gradients of gradients: refused as torch's custom_op does, not wrong.
         raise NotImplementedError(f"parrot::{self._name} has no autograd formula")
 
-    def _with_autograd(self) -> Callable[..., Any]:
-        """The operator where autograd is listening."""
+    def _autograd_function(self) -> Any:
+        """The operator as a `torch.autograd.Function`."""
         run = self._below_autograd
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -76,23 +87,21 @@ class Operator:
             return self._backward(ctx, *grads)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        function: Any = type(f"parrot_{self._name}", (torch.autograd.Function,), methods)
-
-        def call(*args: Any) -> Any:
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return function.apply(*args)
-            return run(*args)
-
-        return call
+        return type(f"parrot_{self._name}", (torch.autograd.Function,), methods)
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a dispatch mode, a transform or a kind of tensor wants to see the operator itself."""
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
-        or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
+        or not (_UNWATCHED.issuperset(map(type, args)) or _are_plain(args))
     )
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:

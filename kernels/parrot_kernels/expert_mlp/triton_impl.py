@@ -152,7 +152,6 @@ def _combine_experts(
     a, w, scales = quantized(a, w, trans_w=False) if fp8 else (a, w, (None, None))
     a = a.view(-1, rows, depth)
     kind = tiles.product_kind(columns, a, w)
-    tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
     tile, programs = product_tiles.combine_tile(
         _TILES[kind], images, rows, columns, route.topk * depth, a.element_size(), processors

@@ -2,15 +2,15 @@
 
 A kernel walks output tiles in a persistent loop. Group bounds are read on the device: every program counts the tiles of
 all groups once and finds the group of each of its tiles by comparing with the running total.
+Descriptors of TMA are made by the kernels. The scratch memory that these need comes from `parrot_kernels.launches`,
+which every launcher goes through.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -195,16 +195,6 @@ def use_tma(*matrices: Tensor) -> bool:
         if t.element_size() != 2 or t.size(-1) % 8 or t.data_ptr() % 16 or not t.numel():
             return False
     return triton_support.INTERPRETING or _has_tma(driver.active.get_current_device())
-
-
-@functools.cache
-def _allocator(device: torch.device) -> Callable[[int, int, Any], Tensor]:
-    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
-
-
-def set_tma_allocator(device: torch.device) -> None:
-    """Descriptors that a kernel makes need scratch memory, which Triton asks of the host at each launch."""
-    triton.set_allocator(_allocator(device))
 
 
 def tile_kind(*matrices: Tensor) -> str:

@@ -279,7 +279,6 @@ def launch_m_grouped(
     columns, depth = out.shape[-1], x.shape[-1]
     source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
     kind = tiles.product_kind(columns, x, w)
-    tiles.set_tma_allocator(x.device)
     processors = triton_support.num_processors(x.device)
     choices, results = _M_TILES[epilogue][kind], 2 if epilogue == SWIGLU.value else 1
     segment = None if offsets is None else rows_per_segment
@@ -302,7 +301,6 @@ def launch_k_grouped(
     rows, x_rows = _rows(a), _rows(b)
     source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
     kind = tiles.product_kind(depth, a, b)
-    tiles.set_tma_allocator(a.device)
     processors = triton_support.num_processors(a.device)
     choices = _K_TILES[kind]
     tile, programs = product_tiles.k_tile(choices, rows, columns, depth, num_groups, a.element_size(), processors)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.grouped_gemm.tiles import set_tma_allocator, tile_kind
+from parrot_kernels.grouped_gemm.tiles import tile_kind
 from parrot_kernels.launches import launch
 from parrot_kernels.linear_cross_entropy import kernels
 from parrot_kernels.tile_choice import Tile, Tiles, cdiv, cheapest, product_cost, product_tile, tables
@@ -89,7 +89,6 @@ def linear_cross_entropy_fwd(
     kind = tile_kind(hidden, weight)
     num_tiles = cdiv(num_columns, _FWD_TILES[kind][0]["BLOCK_N"])
     tops, totals = lse.new_empty(num_tiles, num_rows), lse.new_empty(num_tiles, num_rows)
-    set_tma_allocator(hidden.device)
     _launch(kernels.fwd_kernel, _FWD_TILES[kind], hidden, num_rows, num_columns, width)(
         hidden, weight, targets, tops, totals, target_logits, num_rows, num_columns, width, vocab_start,
         TMA=kind == "tma",
@@ -134,7 +133,6 @@ def linear_cross_entropy_bwd(
     stride = buffer.shape[1]
     kind = tile_kind(hidden, weight)
     tma = kind == "tma"
-    set_tma_allocator(hidden.device)
     for start, stop in chunks:
         columns, block = stop - start, weight[start:stop]
         _launch(kernels.grad_logits_kernel, _GRAD_LOGITS_TILES[kind], hidden, num_rows, columns, width)(
