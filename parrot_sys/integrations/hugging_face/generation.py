@@ -17,6 +17,8 @@ _LENGTHS = frozenset({"max_new_tokens", "max_length"})
 _IDS = frozenset({"eos_token_id", "pad_token_id"})
 _SAY_NOTHING = frozenset({"bos_token_id", "transformers_version", "cache_implementation", "stop_strings"})
 _NEUTRAL: Mapping[str, Any] = {
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
     "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
@@ -26,12 +28,15 @@ _NEUTRAL: Mapping[str, Any] = {
     "min_length": 0,
     "min_new_tokens": 0,
     "no_repeat_ngram_size": 0,
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
     "num_beam_groups": 1,
     "num_beams": 1,
     "num_return_sequences": 1,
+    "target_lookbehind": 10,
     "typical_p": 1.0,
 }
-"""Settings that ask for nothing by these values."""
+"""Settings that ask for nothing by these values. (transformers 5.12 writes those of assistants into every one.)"""
 
 
 def merged(own: GenerationConfig, given: GenerationConfig | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
