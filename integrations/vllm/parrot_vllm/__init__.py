@@ -1,0 +1,17 @@
+"""vLLM on exported checkpoints of Parrot: `register` is the entry point that vLLM calls in each of its processes."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Makes configurations and models known."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from parrot_vllm.config import ARCHITECTURES, CONFIGURATIONS
+
+    for kind, configuration in CONFIGURATIONS.items():
+        AutoConfig.register(kind, configuration, exist_ok=True)
+    for architecture in ARCHITECTURES:
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, "parrot_vllm.model:ParrotForVllm")

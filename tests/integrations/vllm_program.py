@@ -1,0 +1,73 @@
+"""Greedy answers of vLLM with the plugin, for `test_vllm.py`: JSON on standard input, a last line of JSON out.
+
+Input: `model`, `options` of the engine, `image_identity` (True: a picture's hash leaves its prompt out, as vLLM's own
+models have it), and `rounds`, each a list of requests `{prompt | ids, images, tokens}`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+
+def leave_guidance_out() -> None:
+    from parrot_vllm.processing import GUIDANCE, Processor
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    def hashes(self: Any, inputs: Any) -> Any:
+        others = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if name != GUIDANCE}
+        return BaseMultiModalProcessor._get_mm_hashes(self, dataclasses.replace(inputs, hf_processor_mm_kwargs=others))
+
+    Processor._get_mm_hashes = hashes
+
+
+def encoded(model: Any) -> int | None:
+    return None if model.visual is None else model.visual.cache.encoded
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    if asked.get("image_identity"):
+        leave_guidance_out()
+    llm = LLM(
+        asked["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        limit_mm_per_prompt={"image": 4},
+        **asked.get("options", {}),
+    )
+    rounds = []
+    for requests in asked["rounds"]:
+        prompts: list[Any] = []
+        for request in requests:
+            prompt: dict[str, Any] = (
+                {"prompt": request["prompt"]} if "prompt" in request else {"prompt_token_ids": request["ids"]}
+            )
+            if request["images"]:
+                prompt["multi_modal_data"] = {"image": [Image.open(path) for path in request["images"]]}
+            prompts.append(prompt)
+        options = [SamplingParams(temperature=0, max_tokens=r["tokens"], ignore_eos=True) for r in requests]
+        outputs = llm.generate(prompts, options, use_tqdm=False)
+        rounds.append(
+            {
+                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+                "rows": [len(output.prompt_token_ids) for output in outputs],
+                "cached": [output.num_cached_tokens for output in outputs],
+                "encoded": llm.apply_model(encoded),
+            }
+        )
+    print("\n" + json.dumps(rounds))
+
+
+if __name__ == "__main__":
+    main()
