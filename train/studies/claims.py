@@ -50,6 +50,11 @@ PARROT = (
     ),
     *(_grid(_EXPERTS, "default", "projector", place, "more") for place in _PLACES),
     *(_grid("it is the choice, not the number of parameters", "default", "wide", place, "more") for place in _PLACES),
+    *(
+        _grid(f"(without a choice) {what} give better answers", model, "projector", place, "more")
+        for what, model in (("more parameters", "wide"), ("experts with uniform routes", "dense"))
+        for place in _PLACES
+    ),
     *(_grid("it is the choice, not that there are experts", "default", "dense", place, "more") for place in _PLACES),
     *(
         _grid(_EXPERTS, "default", "projector", f"{decoder} decoder, 6 languages, imbalanced", "more")
