@@ -64,8 +64,7 @@ class ParrotDataLoader(StepLoader):
             guidance: `moe.guidance` of the model.
             needs_labels: whether a sample without a label is a bad one; False names it in the log and keeps it.
             global_batch_size: samples in a step, over all ranks.
-            dp_rank: this process's place among the data-parallel ranks.
-            dp_size: number of data-parallel ranks.
+            dp_rank, dp_size: this process's place among the data-parallel ranks, and their number.
             index_dir: where indexes are kept when neither `data.index_dir` nor `data.cache_dir` says so; None keeps
                 none, and every process builds its own.
             on_progress: called now and then while an index is built or waited for.

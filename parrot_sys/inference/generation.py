@@ -189,6 +189,8 @@ def generate_tokens(
             streamer.put(torch.tensor([own[column] if column < len(own) else pad_token_id for own in answers]))
         shown = ready
     longest = max(map(len, answers))
+    if streamer is not None:
+        streamer.end()
     rows = [own + [pad_token_id] * (longest - len(own)) for own in answers]
     return torch.tensor(rows), batch.routes()
 

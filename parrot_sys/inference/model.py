@@ -168,19 +168,14 @@ class ParrotForConditionalGeneration(nn.Module):
 
         Args:
             input_ids: int64 [B, N].
-            attention_mask: as in `forward`.
-            images: as in `forward`.
+            attention_mask, images: as in `forward`.
             max_new_tokens: longest answer, of all or of each; None: 512, or as many as there is room for.
             use_cache: False runs the whole sequence again for each token; so does the released rule of Wings always.
-            eos_token_id: ids that end an answer; those of the checkpoint when None.
-            pad_token_id: fills rows behind the end; that of the checkpoint when None.
-            stop_strings: texts that end an answer; the token that completes one is its last.
-            tokenizer: of the checkpoint, for `stop_strings`.
-            seed: of the random numbers of every request, which draws as it would alone (so that equal prompts get
-                equal answers), or of each; new ones from torch's own state when None.
+            eos_token_id, pad_token_id: end an answer, and fill rows after it; those of the checkpoint when None.
+            stop_strings, tokenizer: texts that end an answer with the token that completes one; of the checkpoint.
+            seed: of every request's random numbers (equal prompts get equal answers), or of each; None: new ones.
             streamer: receives tokens as they come.
-            routing_override: replaces the routes.
-            return_routing: also return the routes of the images.
+            routing_override, return_routing: replaces the routes; also return those of the images.
             sampling: `do_sample`, `temperature` and others, see `SamplingOptions`.
 
         Returns:
@@ -209,8 +204,6 @@ class ParrotForConditionalGeneration(nn.Module):
             use_cache=use_cache,
             tokenizer=tokenizer,
         )
-        if streamer is not None:
-            streamer.end()
         output = torch.cat([input_ids, answers.to(input_ids.device)], dim=1)
         return (output, routing) if return_routing else output
 

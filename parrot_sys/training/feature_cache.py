@@ -102,9 +102,7 @@ def fill_store(
     progress: bool = True,
     on_progress: Callable[[], None] = lambda: None,
 ) -> int:
-    """Computes and stores the features of images that have none yet; every rank calls this.
-
-    An interrupted run goes on where it was.
+    """Computes and stores the features of images that have none yet; every rank calls this, and may again to go on.
 
     Args:
         store: from `open_store`.
@@ -116,8 +114,7 @@ def fill_store(
         write: False on ranks that only help to compute (a tower that is cut over tensor-parallel ranks).
         on_bad_image: `error`, or `skip` to leave unreadable images without features (their samples are left out later).
         num_workers: threads that read images.
-        progress: show a bar on rank 0.
-        on_progress: called when all ranks have come on by some images.
+        progress, on_progress: show a bar on rank 0; called when all ranks have come on by some images.
 
     Returns:
         Images this rank computed.
