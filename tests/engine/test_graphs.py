@@ -53,9 +53,7 @@ def test_any_schedule_gives_the_tokens_of_single_requests(served: Served, schedu
         served.model.lockstep.capture = None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="recorded steps (off by default) err with blocks of one row"
-)
+@pytest.mark.xfail(strict=True, reason="recorded steps (off by default) err with blocks of one row")
 def test_blocks_of_one_row(served: Served) -> None:
     requests = [(0, 7, 0, None), (0, 2, 0, None), (0, 2, 0, None), (0, 1, 0, None)]
     served.model.lockstep.capture = Recorded()
