@@ -61,7 +61,7 @@ class StaticStep:
         self._cache = cache
         self._rest = torch.zeros(size, 2 + table_width, dtype=torch.int64)
         self._rest[:, 2] = cache.num_blocks - 1  # position 0 of nobody's block
-        self.numbers = self._rest.to(cache.device)
+        self.numbers = self._rest.to(cache.device, copy=True)  # (on the CPU too: `_rest` stays as it is)
         """int64 [S, 2 + W]: id, position and blocks of each answer."""
         rows = torch.arange(size + 1, dtype=torch.int32, device=cache.device)
         self._bounds, self._rows = rows, rows[:-1].long()
