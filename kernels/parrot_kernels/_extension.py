@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _REBUILD = "rebuild with `pip install --no-build-isolation -e .`"
 
@@ -24,6 +25,26 @@ def why_not() -> str | None:
         torch.ops.load_library(str(binaries[0]))
     except OSError as error:
         return f"{binaries[0].name} does not load with torch {torch.__version__}: {error}; {_REBUILD}"
+    return None
+
+
+def why_not_loops(args: tuple[object, ...], *, op: str | None = None) -> str | None:
+    """None when C++ loops over float32 or bfloat16 take these arguments, else the reason.
+
+    Args:
+        args: of an op.
+        op: of the extension, if binaries that lack it may still be in use.
+    """
+    if reason := why_not():
+        return reason
+    if op is not None and not hasattr(torch.ops.parrot_ext, op):
+        return f"the C++ extension was built before it had {op}; {_REBUILD}"
+    for tensor in args:
+        if isinstance(tensor, Tensor):
+            if tensor.device.type != "cpu":
+                return f"it needs CPU tensors, got {tensor.device.type}"
+            if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
+                return f"it needs float32 or bfloat16, got {tensor.dtype}"
     return None
 
 

@@ -105,11 +105,7 @@ class LeanLayer(TransformerLayer):
     def _lean_mlp(self, hidden: Tensor) -> Tensor:
         rows = hidden.squeeze(1)
         mixed = _normed_rows(self.pre_mlp_layernorm, self.mlp.linear_fc1, rows)
-        down = self.mlp.linear_fc2
-        if takes_few_rows(rows) and _is_whole(down):
-            return few_rows_linear(mixed, down.weight, residual=rows, gated=True).unsqueeze(1)
-        gate, up = mixed.chunk(2, dim=-1)
-        return _added(down, F.silu(gate).mul_(up), rows).unsqueeze(1)
+        return _added(self.mlp.linear_fc2, mixed, rows, gated=True).unsqueeze(1)
 
 
 def run_layers(block: Any, hidden: Tensor | None, memory: Tensor | None, context: AttentionContext) -> Tensor:
@@ -165,11 +161,6 @@ def _is(module: Any, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_whole(linear: Any) -> bool:
-    """Whether a row-parallel layer has all of its inputs here, and no bias."""
-    return _is(linear, RowParallelLinear) and linear.tp_group.size() == 1 and linear.bias is None
-
-
 def _normed(norm: Any, rows: Tensor) -> Tensor:
     if norm is None:
         return rows
@@ -191,11 +182,15 @@ def _normed_rows(norm: Any, linear: Any, rows: Tensor) -> Tensor:
     return (output if bias is None else output + bias).squeeze(1)
 
 
-def _added(linear: Any, rows: Tensor, residual: Tensor) -> Tensor:
-    """Residual and output of a row-parallel layer."""
-    if _is_whole(linear):
-        if takes_few_rows(rows):
-            return few_rows_linear(rows, linear.weight, residual=residual)
+def _added(linear: Any, rows: Tensor, residual: Tensor, *, gated: bool = False) -> Tensor:
+    """Residual and output of a row-parallel layer; with `gated` of silu(gate) * up for the halves of the rows."""
+    known = _is(linear, RowParallelLinear) and linear.tp_group.size() == 1 and linear.bias is None
+    if known and takes_few_rows(rows):
+        return few_rows_linear(rows, linear.weight, residual=residual, gated=gated)
+    if gated:
+        gate, up = rows.chunk(2, dim=-1)
+        rows = F.silu(gate).mul_(up)
+    if known:
         return torch.addmm(residual, rows, linear.weight.t())
     output, bias = linear(rows.unsqueeze(1))
     output = output.squeeze(1)

@@ -153,8 +153,9 @@ def _wait_ready(process: BaseProcess, log: Path) -> str:
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         for line in log.read_text().splitlines():
-            if line.startswith("{") and json.loads(line)["event"] == "ready":
-                url: str = json.loads(line)["url"]
+            facts = json.loads(line) if line.startswith("{") else {"event": ""}
+            if facts["event"] == "ready" and facts["pid"] == process.pid:  # (replicas log as well)
+                url: str = facts["url"]
                 return url
         assert process.is_alive(), log.read_text()
         time.sleep(0.05)

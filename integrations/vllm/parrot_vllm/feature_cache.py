@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-
-def pixels_digest(pixels: Tensor) -> bytes:
-    """Digest of preprocessed pixels: of their shape, dtype and bytes."""
-    whole = pixels.detach().contiguous().cpu()
-    digest = hashlib.blake2b(f"{tuple(whole.shape)} {whole.dtype}".encode(), digest_size=16)
-    digest.update(whole.view(torch.uint8).numpy())
-    return digest.digest()
+from parrot_sys.engine.encoder_cache import TensorCache, pixels_digest
 
 
 class FeatureCache:
@@ -26,30 +18,18 @@ class FeatureCache:
         Args:
             max_bytes: of all features; 0 keeps none.
         """
-        self.max_bytes = max_bytes
         self.encoded = 0
         """Pictures that the tower was run on."""
-        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._bytes = 0
+        self._held: TensorCache[bytes] = TensorCache(max_bytes)
 
     def features(self, pictures: Sequence[Tensor], tower: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """[V, C] of each picture [3, h, w]; the tower runs once, on those that are not held, each taken once."""
         digests = [pixels_digest(picture) for picture in pictures]
-        found = {digest: self._held[digest] for digest in digests if digest in self._held}
+        found = {digest: held[0] for digest in dict.fromkeys(digests) if (held := self._held.get(digest)) is not None}
         missing = {digest: picture for digest, picture in zip(digests, pictures, strict=True) if digest not in found}
         if missing:
-            encoded = tower(torch.stack(list(missing.values())))
             self.encoded += len(missing)
-            found |= dict(zip(missing, (rows.clone() for rows in encoded), strict=True))
-        for digest in dict.fromkeys(digests):
-            self._keep(digest, found[digest])
+            for digest, rows in zip(missing, tower(torch.stack(list(missing.values()))), strict=True):
+                found[digest] = rows
+                self._held.put(digest, (rows,))
         return [found[digest] for digest in digests]
-
-    def _keep(self, digest: bytes, rows: Tensor) -> None:
-        if digest not in self._held:
-            self._bytes += rows.nbytes
-            self._held[digest] = rows
-        self._held.move_to_end(digest)
-        while self._bytes > self.max_bytes:
-            _, dropped = self._held.popitem(last=False)
-            self._bytes -= dropped.nbytes

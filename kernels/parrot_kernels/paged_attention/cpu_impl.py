@@ -10,17 +10,7 @@ from parrot_kernels import _extension
 
 def why_not(*args: object) -> str | None:
     """Needs the C++ extension, CPU tensors, and float32 or bfloat16."""
-    if reason := _extension.why_not():
-        return reason
-    if not hasattr(torch.ops.parrot_ext, "paged_attention"):
-        return "the C++ extension was built before it had paged_attention; build it again"
-    for tensor in args:
-        if isinstance(tensor, Tensor):
-            if tensor.device.type != "cpu":
-                return f"it needs CPU tensors, got {tensor.device.type}"
-            if tensor.dtype not in (torch.float32, torch.bfloat16) and tensor.is_floating_point():
-                return f"it needs float32 or bfloat16, got {tensor.dtype}"
-    return None
+    return _extension.why_not_loops(args, op="paged_attention")
 
 
 def paged_attention(

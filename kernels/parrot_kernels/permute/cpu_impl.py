@@ -14,15 +14,7 @@ Needs = tuple[bool, bool]
 
 def why_not(*args: object) -> str | None:
     """Needs the C++ extension, CPU tensors, and float32 or bfloat16."""
-    if reason := _extension.why_not():
-        return reason
-    for tensor in args:
-        if isinstance(tensor, Tensor):
-            if tensor.device.type != "cpu":
-                return f"it needs CPU tensors, got {tensor.device.type}"
-            if tensor.dtype not in (torch.float32, torch.bfloat16) and tensor.is_floating_point():
-                return f"it needs float32 or bfloat16, got {tensor.dtype}"
-    return None
+    return _extension.why_not_loops(args)
 
 
 def permute_fwd(x: Tensor, probs: Tensor | None, plan: Tensor, topk: int) -> tuple[Tensor, Tensor]:
