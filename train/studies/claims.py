@@ -8,6 +8,9 @@ from studies.evidence import Claim, Difference, Direction, Information
 from studies.measures import EXCEPT_EN
 
 _EXPERTS = "experts chosen by the language of the prompt give better answers in languages with little data"
+_CHOICE = "it is the choice, not that there are experts"
+_WIDER = "(without a choice) more parameters give better answers"
+_UNIFORM = "(without a choice) experts with uniform routes give better answers"
 _OLD = "make experiment at commit f7ae865"
 
 
@@ -51,18 +54,23 @@ PARROT = (
     *(_grid(_EXPERTS, "default", "projector", place, "more") for place in _PLACES),
     *(_grid("it is the choice, not the number of parameters", "default", "wide", place, "more") for place in _PLACES),
     *(
-        _grid(f"(without a choice) {what} give better answers", model, "projector", place, "more")
-        for what, model in (("more parameters", "wide"), ("experts with uniform routes", "dense"))
+        _grid(says, model, "projector", place, "more")
+        for says, model in ((_WIDER, "wide"), (_UNIFORM, "dense"))
         for place in _PLACES
     ),
-    *(_grid("it is the choice, not that there are experts", "default", "dense", place, "more") for place in _PLACES),
+    *(_grid(_CHOICE, "default", "dense", place, "more") for place in _PLACES),
     *(
         _grid(_EXPERTS, "default", "projector", f"{decoder} decoder, 6 languages, imbalanced", "more")
         for decoder in ("LoRA", "slow", "tuned")
     ),
     *(
-        _grid(_EXPERTS, "default", "projector", f"frozen decoder, {count} languages, imbalanced", "more")
+        _grid(says, first, second, f"frozen decoder, {count} languages, imbalanced", "more")
         for count in (24, 48)
+        for says, first, second in (
+            (_EXPERTS, "default", "projector"),
+            (_UNIFORM, "dense", "projector"),
+            (_CHOICE, "default", "dense"),
+        )
     ),
     Claim(
         says="with little data of a language, answers in it are worse",

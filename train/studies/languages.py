@@ -3,7 +3,7 @@
 question                          cells (each from three seeds)
 does a frozen decoder need them   frozen decoder, six languages, both mixes, all four models
 how freely the decoder learns     six languages, imbalanced: projector and default with LoRA, slow and tuned decoders
-how many languages                frozen decoder, imbalanced: projector and default with 24 and 48 languages
+how many languages                frozen decoder, imbalanced: projector, default and dense with 24 and 48 languages
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ CELLS = (
     *(
         Cell(model=model, languages=count, rank=3 + number)
         for number, count in enumerate((24, 48))
-        for model in ("projector", "default")
+        for model in ("projector", "default", "dense")
     ),
 )
 
