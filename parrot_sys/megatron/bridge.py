@@ -206,6 +206,12 @@ class Bridge:
         """
         return None
 
+    def start_step(self, step: int) -> None:
+        """Called before each training step, with its number in the run, counted from 0."""
+
+    def finish_step(self, *, updated: bool) -> None:
+        """Called after each training step on every rank, with whether the parameters were updated."""
+
     def image_features(self, batch: PackedBatch) -> Tensor:
         """[n, V, C] from the tower, or as cached; the first pipeline stage has them.
 

@@ -119,6 +119,14 @@ class MultimodalModel(MegatronModule):
         """Statistics over the micro-batches of a training step on this rank; see `Bridge.prepare_step`."""
         return self.bridge.prepare_step(self.decoder, batches, group)
 
+    def start_step(self, step: int) -> None:
+        """Sets what depends on the number of the training step, counted from 0; see `Bridge.start_step`."""
+        self.bridge.start_step(step)
+
+    def finish_step(self, *, updated: bool) -> None:
+        """Changes what a training step changes besides the parameters; see `Bridge.finish_step`."""
+        self.bridge.finish_step(updated=updated)
+
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Every tensor with its place in the whole model, for distributed checkpoints that load on any layout.
 

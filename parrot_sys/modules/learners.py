@@ -27,6 +27,7 @@ from parrot_sys.ops import segment_attention
 from parrot_sys.parallel import copy_to_group
 
 Rule = Literal["paper", "released"]
+Routing = Literal["attention", "even"]
 CUT_DIMS = {"q_up": 0, "k_up": 0, "v_up": 0, "o_down": 1}
 """Parameters of a learner of which each tensor-parallel rank holds a part -> the dimension that is cut."""
 
@@ -45,6 +46,9 @@ class LearnersConfig:
     """Rows at the beginning of a sample with images that its textual learners do not read (14: ChatML)."""
     router_positions: int = 4096
     """Longest sample: the router has two weights for each position."""
+    routing: Routing = "attention"
+    """`attention`: the router weighs both learners by the layer's own attention; `even`: each has one half and the
+    router is not used (ablation)."""
     rule: Rule = "paper"
     """`paper`: learners see no later row, the blend is added once; `released`: as the public code computes."""
 
@@ -54,8 +58,9 @@ class LearnersConfig:
                 raise ConfigError(f"{self.key}.{name} must be >= 1, got {getattr(self, name)}")
         if self.system_prompt_length < 0:
             raise ConfigError(f"{self.key}.system_prompt_length must be >= 0, got {self.system_prompt_length}")
-        if self.rule not in get_args(Rule):
-            raise ConfigError(f"{self.key}.rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}")
+        for name, known in (("rule", get_args(Rule)), ("routing", get_args(Routing))):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{self.key}.{name} must be one of {', '.join(known)}, got {value!r}")
         if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
             raise ConfigError(
                 f"{self.key}.layers must name each layer once, in ascending order, got {list(self.layers)}; "

@@ -94,6 +94,8 @@ def auxiliary_losses(
     losses = []
     if config.aux_loss_coeff:
         losses.append(config.aux_loss_coeff * _balance(config, routing, totals, group))
+    if config.entropy_coeff:
+        losses.append(config.entropy_coeff * _entropy(logits, totals, group))
     if config.information_coeff or config.evenness_coeff:
         if languages is None:
             languages = routing.topk_indices.new_full((len(logits),), UNKNOWN)
@@ -119,6 +121,16 @@ def _balance(
     fraction = counts / counts.sum().clamp(min=1)
     images = totals.num_images.to(routing.scores).clamp(min=1)
     return config.num_experts * (fraction * routing.scores.sum(0)).sum() / images
+
+
+def _entropy(logits: Tensor, totals: RoutingTotals | None, group: ProcessGroup | None) -> Tensor:
+    """Mean entropy of an image's own scores, or the share of these images in it."""
+    logs = logits.log_softmax(-1)
+    own = -(logs.exp() * logs).sum()
+    if totals is not None:
+        return own / totals.num_images.to(own).clamp(min=1)
+    together = reduce_from_group(torch.stack((own, own.new_tensor(float(len(logits))))), group)
+    return together[0] / together[1].clamp(min=1)
 
 
 def _share(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parrot_sys.errors import CheckpointError, ConfigError
+from parrot_sys.errors import ConfigError
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.routing_losses import RoutingTotals, auxiliary_losses, routing_rows
 from parrot_sys.ops import TopKRouting, expert_mlp, text_guided_experts, text_guided_routing, topk_routing
@@ -60,11 +61,13 @@ class TextGuidedMoE(nn.Module):
     every rank. Under `over_step` they are the forward pass's share of the means over a whole step, so that the sum over
     micro-batches and ranks, and its gradient, do not depend on how the images were dealt.
 
-    Parameters are stored fused, in the layout of `parrot_sys.ops.expert_mlp`; `experts_to_released` and
-    `experts_from_released` convert:
+    Parameters are stored fused, in the layout of `parrot_sys.ops.expert_mlp`; `released_experts.py`
+    converts:
         router_weight  [E, H]
         w_gate_up      [E, 2, I, H], `[:, 0]` gate_proj.weight, `[:, 1]` up_proj.weight
         w_down         [E, I, H], down_proj.weight transposed
+    and, with `expert_bias`, a buffer that `finish_step` moves:
+        selection_bias [E] float32, added to the scores for the choice alone
     With `groups` each rank holds E / ep whole experts or, of these, I / etp inner columns; whole images go to the ranks
     of their experts (`parrot_sys.parallel.dispatch_images`). Router and results are the same on all ranks of
     `groups.tp`, and so are their gradients. Gradients of the experts are those of all images that any rank sent here.
@@ -101,11 +104,17 @@ class TextGuidedMoE(nn.Module):
         self.groups = groups or ExpertGroups()
         self._alone = self.groups == ExpertGroups()
         self._step_totals: RoutingTotals | None = None
+        self._scale = config.router_scale
+        self._chosen: Tensor | None = None
         check_experts(config.num_experts, config.ffn_hidden_size, self.groups.ep_size, self.groups.etp_size)
         num_local, ffn_size = config.num_experts // self.groups.ep_size, config.ffn_hidden_size // self.groups.etp_size
         self.router_weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, device=device, dtype=dtype))
         self.w_gate_up = nn.Parameter(torch.empty(num_local, 2, ffn_size, hidden_size, device=device, dtype=dtype))
         self.w_down = nn.Parameter(torch.empty(num_local, ffn_size, hidden_size, device=device, dtype=dtype))
+        # (Megatron updates any module's `expert_bias` by counts of tokens: this one has another name.)
+        bias = torch.zeros(config.num_experts, device=device, dtype=torch.float32) if config.expert_bias else None
+        self.selection_bias: Tensor | None
+        self.register_buffer("selection_bias", bias)
         self.reset_parameters()
 
     @property
@@ -190,6 +199,9 @@ class TextGuidedMoE(nn.Module):
             even = torch.full_like(probs, 1 / config.num_experts)
             probs = even if override.probs is None else override.probs.to(probs)
         output = self._run_experts(features, probs, plan)
+        if override is None and self.selection_bias is not None and torch.is_grad_enabled():
+            counts = routing.tokens_per_expert.detach().double()
+            self._chosen = counts if self._chosen is None else self._chosen + counts
         aux_loss = z_loss = None
         if torch.is_grad_enabled():  # their statistics need every rank of the group: only training brings all of them
             aux_loss, z_loss = auxiliary_losses(
@@ -200,9 +212,8 @@ class TextGuidedMoE(nn.Module):
 
     def _fusable(self) -> bool:
         """Whether nothing is needed between router and experts: no other rank, and no loss of the routes."""
-        config = self.config
-        losses = config.aux_loss_coeff or config.z_loss_coeff or config.information_coeff or config.evenness_coeff
-        return self._alone and config.router_scale == 1.0 and not (losses and torch.is_grad_enabled())
+        plain = self._scale == 1.0 and self.selection_bias is None
+        return self._alone and plain and not (self.config.has_losses and torch.is_grad_enabled())
 
     def _guidance(self, text: Tensor) -> tuple[Tensor, float]:
         """The rows that guide, and the factor of the scores."""
@@ -271,11 +282,12 @@ class TextGuidedMoE(nn.Module):
         config = self.config
         text, scale = self._guidance(text)
         logits, _ = text_guided_routing(cls_rows, text, guidance_start, guidance_end, self.router_weight, scale=scale)
-        if config.router_scale != 1.0:
-            logits = logits * config.router_scale
+        if self._scale != 1.0:
+            logits = logits * self._scale
         sparse = config.routing == "topk"
         topk = config.topk if sparse else config.num_experts
-        return logits, topk_routing(logits, topk, renormalize=sparse and config.renormalize)
+        renormalize = sparse and config.renormalize
+        return logits, topk_routing(logits, topk, renormalize=renormalize, expert_bias=self.selection_bias)
 
     def attention(self, cls_rows: Tensor, text: Tensor) -> Tensor:
         """Weights float32 [n, G] by which each of n images attends over the rows of one guiding text.
@@ -302,6 +314,26 @@ class TextGuidedMoE(nn.Module):
         """
         return routing_rows(self._route(cls_rows, text, guidance_start, guidance_end)[1], languages)
 
+    def start_step(self, step: int) -> None:
+        """Sets the factor of the logits for a step of a run, counted from 0; it stays until the next one."""
+        self._scale = self.config.scale_at(step)
+
+    @torch.no_grad()
+    def finish_step(self, *, updated: bool) -> None:
+        """Moves the selection bias by what the images of the step chose, on all ranks of `statistics_group`.
+
+        Args:
+            updated: whether the step changed the parameters; otherwise its choices are forgotten.
+        """
+        chosen, self._chosen = self._chosen, None
+        bias, rate = self.selection_bias, self.config.bias_update_rate
+        if bias is None or not rate or not updated or not self.router_weight.requires_grad:
+            return
+        counts = bias.new_zeros(bias.shape, dtype=torch.float64) if chosen is None else chosen
+        if self.statistics_group is not None:
+            dist.all_reduce(counts, group=self.statistics_group)
+        bias.add_((counts.mean() - counts).sign().to(bias), alpha=rate)
+
     @contextmanager
     def over_step(self, totals: RoutingTotals) -> Iterator[None]:
         """Within it, auxiliary losses are shares of the loss of the whole step that `totals` counted."""
@@ -319,60 +351,3 @@ def _residual_scales(config: TextGuidedMoEConfig) -> tuple[float, float]:
     if config.residual == "paper":
         return 1.0, config.residual_weight
     return 0.0, 1.0
-
-
-def released_keys(num_experts: int) -> dict[str, tuple[str, ...]]:
-    """For each parameter of TextGuidedMoE the released tensors it is made of, in the order `pack_released` wants.
-
-    Released names are relative to `model.moe_model.`: `gate.weight` [E, H], `experts.N.gate_proj.weight` and `up_proj`
-    [I, H], `experts.N.down_proj.weight` [H, I].
-    """
-    experts = [f"experts.{e}" for e in range(num_experts)]
-    return {
-        "router_weight": ("gate.weight",),
-        "w_gate_up": tuple(f"{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")),
-        "w_down": tuple(f"{e}.down_proj.weight" for e in experts),
-    }
-
-
-def pack_released(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    """One parameter of TextGuidedMoE from its released tensors (order of `released_keys`); values are only moved."""
-    if name == "router_weight":
-        return tensors[0]
-    if name == "w_gate_up":
-        return torch.stack(list(tensors)).unflatten(0, (-1, 2))
-    return torch.stack([tensor.T for tensor in tensors])
-
-
-def unpack_released(name: str, tensor: Tensor) -> list[Tensor]:
-    """The reverse of `pack_released`; contiguous tensors in the order of `released_keys`."""
-    if name == "router_weight":
-        return [tensor]
-    if name == "w_gate_up":
-        return list(tensor.flatten(0, 1).unbind())
-    return [expert.T.contiguous() for expert in tensor]
-
-
-def experts_from_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of TextGuidedMoE from the released tensors (names relative to `model.moe_model.`), bit-equal.
-
-    Raises:
-        CheckpointError: lists the missing and the unexpected names.
-    """
-    num_experts = sum(key.endswith(".down_proj.weight") for key in tensors)
-    keys = released_keys(num_experts)
-    wanted = {key for names in keys.values() for key in names}
-    if wanted != tensors.keys():
-        missing, unexpected = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
-        raise CheckpointError(f"released MoE tensors do not fit: missing {missing}, unexpected {unexpected}")
-    return {name: pack_released(name, [tensors[key] for key in names]) for name, names in keys.items()}
-
-
-def experts_to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `experts_from_released`."""
-    keys = released_keys(state["router_weight"].shape[0])
-    return {
-        key: part
-        for name, names in keys.items()
-        for key, part in zip(names, unpack_released(name, state[name]), strict=True)
-    }

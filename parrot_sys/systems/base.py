@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,10 +36,17 @@ class Part:
     """Whether it learns unless a run says otherwise."""
     may_be_bypassed: bool = False
     """Whether a stage of training may pass it by and keep it as it is."""
+    inner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name -> marks of some of its parameters, which may have a learning rate of their own in `optimizer.lrs`."""
 
     def has(self, name: str) -> bool:
         """Whether a parameter of `MultimodalModel` belongs to the part, as `named_parameters` names it."""
-        return any(name.startswith(mark) if mark[0] != "." else mark in name for mark in self.marks)
+        return is_marked(name, self.marks)
+
+
+def is_marked(name: str, marks: Iterable[str]) -> bool:
+    """Whether a parameter's name begins with one of the marks, or holds one that begins with a dot."""
+    return any(name.startswith(mark) if mark[0] != "." else mark in name for mark in marks)
 
 
 OTHERS = "others"
@@ -78,6 +85,20 @@ class System(ABC):
         """Name -> part, those that hold others before them."""
         return {**_OUTER, **self.own_parts, **_LORA}
 
+    @property
+    def rated(self) -> Mapping[str, str]:
+        """Name that may have a learning rate of its own -> its part: all parts, and then what lies in them."""
+        within = {inner: name for name, part in self.parts.items() for inner in part.inner}
+        return {**{name: name for name in self.parts}, **within}
+
+    def rate_of(self, name: str, rates: Collection[str]) -> str:
+        """Name in `rates` (of `optimizer.lrs`) whose rate a parameter has, the innermost; "" for the common rate."""
+        part = next((part for part in reversed(list(self.parts)) if self.parts[part].has(name)), "")
+        if not part:
+            return ""
+        within = [inner for inner, marks in self.parts[part].inner.items() if inner in rates and is_marked(name, marks)]
+        return within[-1] if within else part if part in rates else ""
+
     def present_parts(self, model: ParrotConfig) -> list[str]:
         """Names of the parts that a model of this configuration has."""
         return [
@@ -102,21 +123,23 @@ class System(ABC):
             for name, part in self.parts.items()
         }
 
-    def check_parts(self, names: Iterable[str], where: str) -> None:
+    def check_parts(self, names: Iterable[str], where: str, known: Collection[str] | None = None) -> None:
         """Refuses names that are no parts of the system.
 
         Args:
             names: to be checked.
             where: setting that has them.
+            known: names that there are; those of the parts when not given.
 
         Raises:
             ConfigError: names the parts, and the nearest.
         """
+        known = self.parts if known is None else known
         for name in names:
-            if name not in self.parts:
-                guess = nearest(name, list(self.parts))
+            if name not in known:
+                guess = nearest(name, list(known))
                 raise ConfigError(
-                    f"{where}.{name}: {self.title} has no such part; its parts are {', '.join(self.parts)}"
+                    f"{where}.{name}: {self.title} has no such part; its parts are {', '.join(known)}"
                     + (f"; the nearest is {guess}" if guess else "")
                 )
 

@@ -28,6 +28,10 @@ _CHOICES = frozenset(
         "moe.z_loss_coeff",
         "moe.information_coeff",
         "moe.evenness_coeff",
+        "moe.entropy_coeff",
+        "moe.router_scale_start",
+        "moe.router_scale_steps",
+        "moe.bias_update_rate",
         "wings.rule",  # the public code's rules or the paper's, with the same weights
         "flamingo.media_rule",
     }
@@ -138,5 +142,5 @@ def comparable(model: ParrotConfig) -> dict[str, Any]:
     if model.moe.num_experts == 0:
         unread |= {f"moe.{name}" for name in values["moe"] if name != "num_experts"}
     elif model.moe.routing == "dense":
-        unread |= {"moe.topk", "moe.renormalize"}
+        unread |= {"moe.topk", "moe.renormalize", "moe.expert_bias"}
     return {name: value for name, value in leaves({name: values[name] for name in _SECTIONS}) if name not in unread}

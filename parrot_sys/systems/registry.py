@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from parrot_sys.systems.base import System
@@ -29,6 +29,12 @@ def part_of(name: str, model: ParrotConfig) -> str:
     name of anything else."""
     found = [part for part, what in system_of(model).parts.items() if what.has(name)]
     return found[-1] if found else ""  # the innermost
+
+
+def rate_of(name: str, model: ParrotConfig, rates: Collection[str]) -> str:
+    """Name in `rates` (of `optimizer.lrs`) whose learning rate a parameter of `MultimodalModel` has; "" for the common
+    one."""
+    return system_of(model).rate_of(name, rates)
 
 
 def saved_bypass(settings: Mapping[str, Any], model: ParrotConfig) -> frozenset[str]:

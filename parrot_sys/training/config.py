@@ -43,7 +43,8 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest norm of all gradients together; 0 does not clip."""
     lrs: Annotated[dict[str, float], BY_KEY] = field(default_factory=dict)
-    """Part of the model -> its peak learning rate, when it differs from `lr` (`--optimizer.lrs.llm 1e-5`)."""
+    """Part of the model -> its peak learning rate, when it differs from `lr` (`--optimizer.lrs.llm 1e-5`). `router`,
+    within Parrot's experts and Wings' textual learners, may have one as well; it learns whenever these do."""
     distributed: bool = False
     """Split the optimizer's state over the data-parallel ranks (Megatron's distributed optimizer)."""
 
@@ -271,9 +272,11 @@ class TrainConfig:
         return system_of(self.model).learning(self.model, self.trainable, self.bypass)
 
     def part_lrs(self) -> dict[str, float]:
-        """Part that learns -> its own peak learning rate, for those that have one."""
-        learning = self.learning()
-        return {part: lr for part, lr in self.optimizer.lrs.items() if learning[part] and lr != self.optimizer.lr}
+        """Part that learns, or what lies in one -> its own peak learning rate, for those that have one."""
+        learning, rated = self.learning(), system_of(self.model).rated
+        return {
+            name: lr for name, lr in self.optimizer.lrs.items() if learning[rated[name]] and lr != self.optimizer.lr
+        }
 
     def __post_init__(self) -> None:
         if not self.output:
@@ -311,11 +314,11 @@ class TrainConfig:
     def _check_parts(self) -> None:
         system = system_of(self.model)
         system.check_parts(self.trainable.keys() - {OTHERS}, "trainable")
-        system.check_parts(self.optimizer.lrs, "optimizer.lrs")
+        system.check_parts(self.optimizer.lrs, "optimizer.lrs", known=system.rated)
         system.check_bypass(self.bypass)
         present, learning = system.present_parts(self.model), self.learning()
-        for part in self.optimizer.lrs:
-            if learning[part]:
+        for name in self.optimizer.lrs:
+            if learning[part := system.rated[name]]:
                 continue
             if part not in present:
                 why = f"because the model has none: set {system.parts[part].setting}, or unset it"
@@ -323,7 +326,7 @@ class TrainConfig:
                 why = f"because bypass names {part}: unset one of them"
             else:
                 why = f"with trainable.{part}=false: unset it, or train that part"
-            raise ConfigError(f"optimizer.lrs.{part} has no effect, {why}")
+            raise ConfigError(f"optimizer.lrs.{name} has no effect, {why}")
         if not any(learning.values()):
             asked = [part for part, learns in self.trainable.items() if learns and part != OTHERS]
             raise ConfigError(

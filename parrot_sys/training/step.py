@@ -65,6 +65,8 @@ class StepRunner:
             TrainingError: the loss or the gradient is no number or spikes, on every rank, and `guard` says stop, or
                 too many steps had to be left out; the message names step and records. Nothing has been updated.
         """
+        model = self.chunks[0].module  # what routes images is in the first part
+        model.start_step(step - 1)
         metrics = self._run(batches, backward=True, stop=stop)
         grad_norm, guilty = math.nan, []
         bad: BadStep | None
@@ -78,6 +80,7 @@ class StepRunner:
         else:
             grad_norm = gradient_norm(self.optimizer)
             bad = self.guard.judge(step, loss, grad_norm, self.device)
+        model.finish_step(updated=bad is None)
         if bad is None:
             optimizer_step(self.optimizer)
             return StepResult(metrics, grad_norm)

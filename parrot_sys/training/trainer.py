@@ -31,7 +31,7 @@ from parrot_sys.systems.constants import check_constants
 from parrot_sys.systems.export import export_released
 from parrot_sys.systems.flops import FlopCounter
 from parrot_sys.systems.parts import set_trainable
-from parrot_sys.systems.registry import part_of
+from parrot_sys.systems.registry import rate_of
 from parrot_sys.training.checkpoint import (
     CheckpointStore,
     check_same_model,
@@ -135,7 +135,7 @@ class Trainer:
             lr=settings.lr,
             min_lr=settings.min_lr,
             part_lrs=config.part_lrs(),
-            part_of=functools.partial(part_of, model=config.model),
+            part_of=functools.partial(rate_of, model=config.model, rates=settings.lrs),
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             eps=settings.eps,

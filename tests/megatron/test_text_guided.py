@@ -236,6 +236,8 @@ def test_what_cannot_serve_is_refused() -> None:
     model.vision_projection = None
     assert add_text_guidance(model, MOE, pad_token_id=None) is None
     config = tiny_config(ParallelConfig())
+    with pytest.raises(ConfigError, match="when a step begins or ends"):
+        TextGuidedLayer(config, TextGuidedMoEConfig(routing="topk", expert_bias=True))
     config.pipeline_model_parallel_size = 2
     with pytest.raises(ConfigError, match="first pipeline stage"):
         TextGuidedLayer(config, TextGuidedMoEConfig(aux_loss_coeff=0.1))

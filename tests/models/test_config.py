@@ -32,11 +32,18 @@ VISION_SIZES = ("image_size", "patch_size", "hidden_size", "num_layers", "num_at
         ("vision", {"type": "efficientnet_lite0"}, "vision.hidden_size must be 1280"),
         *(
             ("moe", {name: value}, f"moe.{name}")
-            for name in ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
+            for name in (
+                *("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff", "entropy_coeff"),
+                "bias_update_rate",
+            )
             for value in (-1, "nan")
         ),
         ("moe", {"residual_weight": "inf"}, "moe.residual_weight"),
         ("moe", {"router_scale": 0}, "moe.router_scale"),
+        ("moe", {"router_scale_start": 0, "router_scale_steps": 3}, "moe.router_scale_start must be"),
+        ("moe", {"router_scale_start": 2.0}, "moe.router_scale_steps belong together"),
+        ("moe", {"router_scale_steps": 5}, "moe.router_scale_steps belong together"),
+        ("moe", {"expert_bias": True}, 'moe.expert_bias needs moe.routing="topk"'),
         ("moe", {"topk": 7}, "moe.topk"),
         ("moe", {"topk": 0}, "moe.topk"),
         ("moe", {"topk": 7, "routing": "topk"}, "moe.topk"),

@@ -146,8 +146,9 @@ def test_the_message_says_what_was_wanted_what_was_found_where_and_the_fix() -> 
 
 def test_what_a_run_chooses_may_differ() -> None:
     model = _model(PARROT)
-    coefficients = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
-    moe = replace(model.moe, recompute=True, fp8=True, **dict.fromkeys(coefficients, 0.1))
+    numbers = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff", "entropy_coeff")
+    schedule = {"router_scale_start": 0.5, "router_scale_steps": 7, "bias_update_rate": 0.0}
+    moe = replace(model.moe, recompute=True, fp8=True, **dict.fromkeys(numbers, 0.1), **schedule)
     vision = replace(model.vision, path=None)
     chosen = replace(model, moe=moe, vision=vision, lora=LoRAConfig(), max_seq_len=7, tokenizer_path="elsewhere")
     assert find_differences(chosen, PARROT) == []
@@ -218,11 +219,12 @@ def test_the_fields_of_every_section_are_compared_or_named_as_choices() -> None:
         }
         left_out = {
             *("vision.path", "moe.recompute", "moe.fp8", "moe.aux_loss_coeff", "moe.z_loss_coeff"),
-            *("moe.information_coeff", "moe.evenness_coeff"),
+            *("moe.information_coeff", "moe.evenness_coeff", "moe.entropy_coeff"),
+            *("moe.router_scale_start", "moe.router_scale_steps", "moe.bias_update_rate"),
             *("wings.rule", "flamingo.media_rule"),
         }
         if not model.moe.num_experts:
             left_out |= {name for name in every if name.startswith("moe.") and name != "moe.num_experts"}
         elif model.moe.routing == "dense":
-            left_out |= {"moe.topk", "moe.renormalize"}
+            left_out |= {"moe.topk", "moe.renormalize", "moe.expert_bias"}
         assert every - left_out == set(comparable(model))

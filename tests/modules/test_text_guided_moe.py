@@ -13,16 +13,15 @@ from torch import Tensor
 
 from parrot_kernels.testing import make_spans
 from parrot_sys.errors import CheckpointError, ConfigError
-from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import (
-    RoutingOverride,
-    TextGuidedMoE,
+from parrot_sys.modules.released_experts import (
     experts_from_released,
     experts_to_released,
     pack_released,
     released_keys,
     unpack_released,
 )
+from parrot_sys.modules.routing_config import TextGuidedMoEConfig
+from parrot_sys.modules.text_guided_moe import RoutingOverride, TextGuidedMoE
 from tests.comparisons import differ
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "parrot_tiny"

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from parrot_sys.cli import parse_config
+from parrot_sys.errors import DataError
 from parrot_sys.systems.constants import comparable
 from parrot_sys.training.config import TrainConfig
 from studies import recipes
 from studies.experiment import Experiment, Run, Variant, compare_variants
+from studies.joining import join_results
 from studies.languages import LANGUAGES
 from studies.measures import with_averages
 from studies.pipeline import Pipeline, Step
@@ -100,6 +102,9 @@ def test_cells_train_what_their_names_say(trained: dict[str, tuple[str, ...]], t
     assert wide.data.language_weights == {}
     assert wide.model.moe.num_experts * wide.model.moe.ffn_hidden_size == 6 * frozen.model.moe.ffn_hidden_size
     assert not wide.model.moe.has_losses
+    bias = cell("seed0/bias-frozen-imbalanced").model.moe
+    assert (bias.routing, bias.topk, bias.expert_bias, bias.evenness_coeff) == ("topk", 1, True, 0.0)
+    assert cell("seed0/wings-router-off-5e-4").model.wings.routing == "even"
     assert "llm" not in learning(cell("seed0/wings-0"))
     assert cell("seed0/wings-5e-4").part_lrs()["llm"] == cell("seed0/plain-lora-5e-4").part_lrs()["llm"] == 5e-4
     assert "textual_learners" not in learning(cell("seed0/wings-visual-learners-only-5e-4"))
@@ -244,4 +249,41 @@ def test_plots_of_what_is_there(study: str, part: str, tmp_path: Path) -> None:
 def test_comparisons_of_the_grid_are_within_one_place() -> None:
     at = {variant.name: {**variant.at, "line": ""} for variant in LANGUAGES.variants}
     assert all(at[first] == at[second] for _, first, second in LANGUAGES.comparisons)
-    assert {first.split(",")[0] for _, first, _ in LANGUAGES.comparisons} == {"default", "wide", "dense"}
+    assert {first.split(",")[0] for _, first, _ in LANGUAGES.comparisons} == {
+        *("default", "wide", "dense", "bias", "sharpening", "entropy"),
+    }
+
+
+def result_of(commit: str, names: Sequence[str], value: float) -> dict[str, Any]:
+    """A kept result whose variants all have one value, with the comparisons that it can make."""
+    pairs = {"a - b": ("a", "b"), "c - d": ("c", "d"), "a - c": ("a", "c")}
+    compared = {name: value for name, both in pairs.items() if set(both) <= set(names)}
+    return {
+        **dict.fromkeys(("title", "unit"), "x"),
+        "commit": commit,
+        "variants": dict.fromkeys(names, "text"),
+        "results": {name: {"0": {"accuracy": value}} for name in names},
+        "summary": {
+            "variants": dict.fromkeys(names, value),
+            "intervals": dict.fromkeys(names, value),
+            **dict.fromkeys(("differences", "tests", "paired_intervals"), compared),
+        },
+    }
+
+
+def test_results_of_two_commits_are_joined_and_not_compared_with_each_other() -> None:
+    comparisons = {"a - b": ("a", "b"), "c - d": ("c", "d"), "a - c": ("a", "c")}
+    first, second = result_of("one", "abcd", 1.0), result_of("two", "cde", 2.0)
+    joined = join_results(first, second, comparisons)
+    assert joined["commits"] == {"a": "one", "b": "one", "c": "two", "d": "two", "e": "two"}
+    assert {name: runs["0"]["accuracy"] for name, runs in joined["results"].items()} == {
+        **dict.fromkeys("ab", 1.0),
+        **dict.fromkeys("cde", 2.0),
+    }
+    assert joined["summary"]["variants"] == {**dict.fromkeys("ab", 1.0), **dict.fromkeys("cde", 2.0)}
+    assert joined["summary"]["tests"] == {"a - b": 1.0, "c - d": 2.0}
+    again = join_results(joined, result_of("three", "e", 3.0), comparisons)
+    assert again["commits"] == {**joined["commits"], "e": "three"}
+    assert again["summary"]["paired_intervals"] == {"a - b": 1.0, "c - d": 2.0}
+    with pytest.raises(DataError, match="same unit"):
+        join_results(first, {**second, "unit": "y"}, comparisons)

@@ -10,7 +10,7 @@ from torch import Tensor
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.text_guided_moe import RoutingOutput
 
-COEFFICIENTS = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff")
+COEFFICIENTS = ("aux_loss_coeff", "z_loss_coeff", "information_coeff", "evenness_coeff", "entropy_coeff")
 
 
 def auxiliary_losses(routes: Sequence[RoutingOutput], languages: Sequence[Tensor], moe: TextGuidedMoEConfig) -> Tensor:
@@ -31,4 +31,5 @@ def auxiliary_losses(routes: Sequence[RoutingOutput], languages: Sequence[Tensor
     z_loss = logits.logsumexp(-1).square().mean()
     evenness = ((scores.mean(0).detach() - 1 / moe.num_experts) * logits.mean(0)).sum()
     losses = {"aux_loss": balance, "z_loss": z_loss, "information": -information, "evenness": evenness}
+    losses["entropy"] = sum(entropy(row[None]) for row in scores) / len(scores)
     return sum(getattr(moe, f"{name}_coeff") * loss for name, loss in losses.items())

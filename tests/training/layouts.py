@@ -52,8 +52,13 @@ TOPK = replace(
         topk=2,
         normalize_guidance=True,
         router_scale=2.0,
+        router_scale_start=0.5,
+        router_scale_steps=2,
         information_coeff=0.2,
         evenness_coeff=0.1,
+        entropy_coeff=0.05,
+        expert_bias=True,
+        bias_update_rate=0.05,
     ),
 )
 """With every switch of the router that changes what it learns."""

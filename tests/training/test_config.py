@@ -10,6 +10,7 @@ import pytest
 from parrot_sys.cli import config_from_dict, list_presets, load_config, parse_config, save_config
 from parrot_sys.errors import ConfigError
 from parrot_sys.modules.lora import LoRAConfig
+from parrot_sys.systems.registry import rate_of
 from parrot_sys.training.config import TrainConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -114,6 +115,18 @@ def test_flags_win_over_presets() -> None:
 def test_rates_of_parts_leave_out_those_equal_to_the_base() -> None:
     config = config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lr": 1e-3, "lrs": {"moe": 1e-3, "llm": 1e-5}}})
     assert config.part_lrs() == {"llm": 1e-5}
+
+
+def test_the_router_has_a_rate_of_its_own_within_its_part() -> None:
+    lrs = {"moe": 1e-4, "router": 1e-3, "llm": 1e-5}
+    config = config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lr": 1e-3, "lrs": lrs}})
+    assert config.part_lrs() == {"moe": 1e-4, "llm": 1e-5}
+    named = {"moe.router_weight": "router", "moe.w_down": "moe", "decoder.x": "llm", "projector.x": "", "other": ""}
+    assert {name: rate_of(name, config.model, lrs) for name in named} == named
+    assert rate_of("moe.router_weight", config.model, {"moe": 1e-4}) == "moe"
+    assert rate_of("moe.router_weight", config.model, {}) == ""
+    with pytest.raises(ConfigError, match="router has no effect, with trainable"):
+        config_from_dict(TrainConfig, NEEDED | {"optimizer": {"lrs": {"router": 1e-3}}, "trainable": {"moe": False}})
 
 
 def test_resolved_config_reads_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.lora_maps import is_lora
+from parrot_sys.modules.released_experts import is_expert_bias
 from parrot_sys.systems.config import ParrotConfig
 from tests.training.layouts import ALL, DINOV2, LLAMA, LORA, MODEL, QWEN3, TIED, TOPK, Run, assert_same, layout, train
 
@@ -74,6 +75,13 @@ def one_process(config: ParrotConfig, frozen: tuple[str, ...] = (), sgd: bool = 
 )
 def test_trains_like_one_process(config: ParrotConfig, parallel: ParallelConfig, settings: dict[str, Any]) -> None:
     assert_same(train(config, parallel, **settings), one_process(config))
+
+
+def test_the_experts_bias_is_among_what_layouts_agree_on() -> None:
+    """Moved by the counts of three steps, by the same amount each."""
+    moved = next(value for name, value in one_process(TOPK).parameters.items() if is_expert_bias(name))
+    assert set(abs(moved / TOPK.moe.bias_update_rate).round(4).tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    assert abs(moved).max() > 0
 
 
 @pytest.mark.parametrize(

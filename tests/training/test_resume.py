@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from parrot_sys.data.batch import PackedBatch
 from parrot_sys.data.constants import IGNORE_ID
 from parrot_sys.data.tokenizer_files import load_tokenizer
 from parrot_sys.errors import ConfigError
+from parrot_sys.modules.released_experts import is_expert_bias
 from parrot_sys.testing.distributed import run_distributed
 from parrot_sys.training.config import (
     CheckpointConfig,
@@ -89,6 +91,31 @@ def test_records_do_not_depend_on_interruptions(tmp_path: Path) -> None:
         assert _records(config) == wanted, stops
 
 
+def test_bias_and_scale_of_the_router_go_on_where_they_were(tmp_path: Path) -> None:
+    """Stopped at a step in the middle of the schedule; the model that it starts from has no bias."""
+    plain = tiny_config(tmp_path)
+    moe = dataclasses.replace(
+        plain.model.moe,
+        **{"routing": "topk", "topk": 1, "expert_bias": True, "bias_update_rate": 0.03},
+        **{"router_scale_start": 0.25, "router_scale_steps": 7},
+    )
+    checkpoint = CheckpointConfig(
+        interval=2,
+        load_from=str(MODEL),
+        allow_differences=("model.moe.routing", "model.moe.topk", "model.moe.expert_bias"),
+    )
+    model = dataclasses.replace(plain.model, moe=moe)
+    runs = [tiny_config(tmp_path, output=name, model=model, checkpoint=checkpoint) for name in ("whole", "stopped")]
+    run(runs[0])
+    run(runs[1], 1, signal_before(4, signal.SIGTERM))
+    run(runs[1])
+    assert _records(runs[0]) == _records(runs[1])
+    whole, stopped = (load_file(Path(each.output) / "hf" / "model.safetensors") for each in runs)
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
+    (bias,) = (tensor for name, tensor in whole.items() if is_expert_bias(name))
+    assert bias.any()
+
+
 @pytest.mark.parametrize(
     ("precision", "distributed"),
     [
@@ -99,12 +126,12 @@ def test_records_do_not_depend_on_interruptions(tmp_path: Path) -> None:
     ],
 )
 def test_changed_optimizer_settings_take_effect(precision: str, distributed: bool, tmp_path: Path) -> None:
-    first = OptimizerConfig(lr=1e-3, lrs={"projector": 2e-3}, weight_decay=0.1, distributed=distributed)
+    first = OptimizerConfig(lr=1e-3, lrs={"projector": 2e-3, "router": 4e-3}, weight_decay=0.1, distributed=distributed)
     config = tiny_config(tmp_path, precision=precision, optimizer=first, max_steps=4)
     run(config, 1, signal_before(2, signal.SIGTERM))
     changed = OptimizerConfig(
         lr=5e-4,
-        lrs={"projector": 3e-3, "moe": 1e-4},
+        lrs={"projector": 3e-3, "moe": 1e-4, "router": 2e-3},
         weight_decay=0.3,
         betas=(0.8, 0.9),
         eps=1e-6,
@@ -118,13 +145,13 @@ def test_changed_optimizer_settings_take_effect(precision: str, distributed: boo
         return [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
 
     (groups,) = run_distributed(go_on, 1)
-    assert {group["max_lr"] for group in groups} == {5e-4, 3e-3, 1e-4}
+    assert {group["max_lr"] for group in groups} == {5e-4, 3e-3, 1e-4, 2e-3}
     for group in groups:
         assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.9), 1e-6)
         assert group["weight_decay"] == pytest.approx(0.3 * group["wd_mult"])
         assert group["step"] == 4, "the averages go on"
     last = read_metrics(config.output, "train")[-1]
-    logged = {last["lr"], last["lr/projector"], last["lr/moe"]}
+    logged = {last["lr"], last["lr/projector"], last["lr/moe"], last["lr/router"]}
     assert logged == {group["lr"] for group in groups}, "the log has what was applied"
 
 

@@ -238,6 +238,7 @@ def test_auxiliary_losses_are_those_of_the_global_batch(split: str, losses: str,
             z_loss_coeff=0.0,
             information_coeff=50.0,
             evenness_coeff=20.0,
+            entropy_coeff=10.0,
             normalize_guidance=True,
             router_scale=10.0,  # where routes are uniform, information has no gradient but rounding
         )
@@ -261,6 +262,7 @@ def test_a_micro_batch_of_text_leaves_the_auxiliary_losses_alone(routing: str) -
         z_loss_coeff=0.5,
         information_coeff=2.0,
         evenness_coeff=0.5,
+        entropy_coeff=0.5,
     )
     config = dataclasses.replace(CONFIG, moe=moe)
     wanted = _plain([FIRST, SECOND, TEXT], config=config, clip=0.0)

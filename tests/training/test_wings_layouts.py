@@ -14,6 +14,8 @@ from tests.training.layouts import ALL, WINGS, Run, assert_same, layout, train
 
 SOME = replace(WINGS, wings=replace(WINGS.wings, layers=(1, 3)))
 """Two of four layers have learners."""
+EVEN = replace(WINGS, wings=replace(WINGS.wings, routing="even"))
+"""Without the router's weights."""
 DEEP = replace(WINGS, llm=replace(WINGS.llm, num_layers=8))
 STAGE_1 = {**dict.fromkeys(ALL, False), "projector": True, "visual_learners": True, "textual_learners": False}
 
@@ -33,6 +35,9 @@ def one_process(config: ParrotConfig, first_stage: bool = False) -> Run:
         pytest.param(WINGS, layout(pipeline=2, chunks=2), {}, id="pp2-vpp2", marks=pytest.mark.slow),
         pytest.param(DEEP, layout(pipeline=4, chunks=2), {}, id="pp4-vpp2"),
         pytest.param(WINGS, layout(context=2), {}, id="cp2"),
+        pytest.param(
+            EVEN, layout(tensor=2, sequence=True), {"data_parallel": 2, "overlap": True}, id="tp2-sp-dp2-even"
+        ),
         pytest.param(
             WINGS, layout(), {"data_parallel": 2, "distributed": True}, id="dp2-zero1", marks=pytest.mark.slow
         ),
@@ -56,3 +61,14 @@ def test_first_stage_trains_like_one_process() -> None:
     reference = one_process(WINGS, first_stage=True)
     assert all("mm_projector" in name or ".attn_pool." in name for name in reference.gradients)
     assert_same(run, reference)
+
+
+def test_even_routes_leave_the_router_alone() -> None:
+    """Its gradient is zero, that of both learners is not."""
+    gradients = one_process(EVEN).gradients
+    routers = [each for name, each in gradients.items() if "reweight_module" in name]
+    learners = [each for name, each in gradients.items() if ".attn_pool." in name or ".attn_t_pool." in name]
+    assert routers
+    assert not any(each.any() for each in routers)
+    assert learners
+    assert all(each.any() for each in learners)

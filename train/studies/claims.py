@@ -132,6 +132,8 @@ WINGS = (
         _curve(f"Wings keeps more text than with {name} learners only", f"Wings - {name} learners only", "TTT", "more")
         for name in ("visual", "textual")
     ),
+    _curve("Wings keeps more text than without its router", "Wings - router off", "TTT", "more"),
+    _curve("Wings sees more than without its router", "Wings - router off", "V", "more"),
     _curve("Wings sees more than with visual learners only", "Wings - visual learners only", "V", "more"),
 )
 

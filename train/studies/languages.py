@@ -4,6 +4,7 @@ question                          cells (each from three seeds)
 does a frozen decoder need them   frozen decoder, six languages, both mixes, all four models
 how freely the decoder learns     six languages, imbalanced: projector and default with LoRA, slow and tuned decoders
 how many languages                frozen decoder, imbalanced: projector, default and dense with 24 and 48 languages
+other routers                     frozen decoder, six languages, imbalanced: a bias, a schedule of the scale, entropy
 """
 
 from __future__ import annotations
@@ -42,6 +43,21 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector": ("the projector alone", None),
     "default": ("six experts, chosen by the default router", {}),
     "dense": ("six experts under the released rule, whose routes stay uniform", RELEASED),
+    "bias": (
+        "the one best expert of six, balanced by a bias without a loss of evenness",
+        {
+            **{"routing": "topk", "topk": 1, "renormalize": False},
+            **{"evenness-coeff": 0.0, "expert-bias": True, "bias-update-rate": 0.01},
+        },
+    ),
+    "sharpening": (
+        "the default router, whose scale begins at 1",
+        {"router-scale-start": 1.0, "router-scale-steps": 250},
+    ),
+    "entropy": (
+        "the default router with a loss of each picture's entropy in place of that of information",
+        {"information-coeff": 0.0, "entropy-coeff": 0.02},
+    ),
     "wide": (
         "one expert for everything, as wide as the six together: as many trained parameters, and no choice",
         {"num-experts": 1, "ffn-hidden-size": 6 * 192, **RELEASED},
@@ -58,10 +74,12 @@ DECODERS: Mapping[str, tuple[str, ...]] = {
 MIXES = ("imbalanced", "balanced")
 COUNTS: Mapping[int, tuple[str, ...]] = {
     6: (),
-    24: ("--text-rounds", "6", "--align-rounds", "1", "--instruct-rounds", "4", "--vocab-size", "8192"),
-    48: ("--text-rounds", "3", "--align-rounds", "1", "--instruct-rounds", "2", "--vocab-size", "8192"),
+    24: ("--align-rounds", "1", "--instruct-rounds", "4", "--vocab-size", "8192"),
+    48: ("--align-rounds", "1", "--instruct-rounds", "2", "--vocab-size", "8192"),
 }
-"""Languages -> further settings of `parrot data build`: all take about as many steps, so a language has fewer."""
+"""Languages -> further settings of `parrot data build`. A language has as much text in stage 0, whatever their
+number: a decoder that has seen a third of it answers at chance level once it is frozen. Stages 1 and 2 take as many
+steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +116,7 @@ CELLS = (
         for number, count in enumerate((24, 48))
         for model in ("projector", "default", "dense")
     ),
+    *(Cell(model=model, rank=5) for model in ("bias", "sharpening", "entropy")),
 )
 
 
@@ -176,6 +195,7 @@ def _comparisons() -> tuple[tuple[str, str, str], ...]:
             ("default", "dense"),
             ("wide", "projector"),
             ("dense", "projector"),
+            *((router, other) for router in ("bias", "sharpening", "entropy") for other in ("projector", "default")),
         ),
     )
     return tuple(
@@ -191,8 +211,9 @@ LANGUAGES = Experiment(
     about=(
         "All variants and seeds start from one text-pretrained decoder, bit for bit; per seed and mix, all share the "
         f"aligned projector and differ in the {_STEPS} steps of the instruction stage. Imbalanced stages 1 and 2 take "
-        f"{_SHARE:.0%} of the conversations that are not English. Sets of 24 and 48 languages have as many steps, so "
-        "that each language has fewer; their questions differ in form (docs/data.md), and there are six experts."
+        f"{_SHARE:.0%} of the conversations that are not English. With 24 and 48 languages the decoder has "
+        "seen as much text in each, and both stages have as many steps, so that each language has fewer; their "
+        "questions differ in form (docs/data.md), and there are six experts."
     ),
     variants=tuple(
         Variant(

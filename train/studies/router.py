@@ -14,7 +14,7 @@ from studies.route_tables import routes_of
 
 _STEPS = 500
 """Steps of the instruction stage; an epoch has 1,260."""
-_CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale")
+_CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale", "expert_bias")
 """Settings of `model.moe` that the aligned projector has no part in."""
 RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0, "evenness-coeff": 0.0}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
@@ -32,7 +32,8 @@ def router_flags(settings: Mapping[str, Any] | None) -> list[str]:
         return ["--model.moe.num-experts", "0"]
     flags: list[str] = []
     for key, value in settings.items():
-        flags += [f"--model.moe.no-{key}"] if value is False else [f"--model.moe.{key}", str(value)]
+        switch = f"--model.moe.{'' if value else 'no-'}{key}"
+        flags += [switch] if isinstance(value, bool) else [f"--model.moe.{key}", str(value)]
     allowed = [f"model.moe.{name}" for key in settings if (name := key.replace("-", "_")) in _CONSTANTS]
     return [*flags, "--checkpoint.allow-differences", *allowed] if allowed else flags
 

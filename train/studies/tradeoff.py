@@ -61,6 +61,11 @@ ABLATIONS: Mapping[str, Model] = {
         align=("--trainable.no-visual-learners",),
         instruct=("--trainable.no-visual-learners",),
     ),
+    "Wings, router off": Model(
+        description="both learners with one half each",
+        system=WINGS,
+        instruct=("--model.wings.routing", "even", "--checkpoint.allow-differences", "model.wings.routing"),
+    ),
 }
 _ABLATION_RATE = "5e-4"
 
@@ -138,8 +143,7 @@ WINGS_CURVE = Experiment(
         "All variants and seeds start from one text-pretrained decoder, bit for bit, and see the same conversations: "
         f"an epoch of alignment, then {_STEPS} steps of instruction in which the decoder learns at the rate in the "
         "name (0: frozen) and all other parts at 2e-3. Parts are the six types of dialogue (T a turn about words, V "
-        "about a picture, the last one counts), options hidden. Wings without a router but with both learners is not "
-        "among the ablations: no switch does that."
+        "about a picture, the last one counts), options hidden."
     ),
     variants=(
         Variant(name="text decoder", description="before it sees a picture", evaluate=run_text),

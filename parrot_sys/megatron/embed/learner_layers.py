@@ -134,7 +134,7 @@ class LearnersLayer(LeanLayer):
             )
         # The layer's own copy: nothing of one layer is left for the next.
         own = copy.copy(packed_seq_params)
-        if isinstance(own.memory, LearnerPlan) and own.memory.routed:
+        if isinstance(own.memory, LearnerPlan) and own.memory.routed and not self.learners.even:
             own.router = ColumnSum(columns=self.learners.router.columns())
         hidden, _ = super()._forward_attention(*args, packed_seq_params=own, **kwargs)
         return hidden + self.learners(hidden, context, own), context
@@ -162,6 +162,7 @@ class Learners(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.rope_base = rope_base
+        self.even = settings.routing == "even"
         self.tp_group = tp_group
         self._shared = tp_group if tp_group.size() > 1 else None
         sizes = (config.hidden_size, config.num_attention_heads, settings.rank)
@@ -191,9 +192,11 @@ class Learners(MegatronModule):
         rotary = self._rotary(context)
         parts = [self._read(0, self.visual_learner, rows, memory, context, rotary)]
         if plan.routed:
+            parts.append(self._read(1, self.textual_learner, rows, memory, context, rotary))
+        if plan.routed and not self.even:
             assert asked is not None, "the layer has asked its attention"
             assert asked.sums is not None, "and it has answered"
-            parts += [self._read(1, self.textual_learner, rows, memory, context, rotary), asked.sums]
+            parts.append(asked.sums)
         # One message for all: r numbers a learner, two for the router; summed in float32.
         widths = [part.shape[1] for part in parts]
         together = _by_place(torch.cat([part.float() for part in parts], dim=1), batch)
@@ -202,13 +205,22 @@ class Learners(MegatronModule):
         read = [F.linear(part.to(up.dtype), up) for part, up in zip(summed, ups, strict=False)]
         if not plan.routed:
             return read[0]
-        visual, textual = self._weights(plan, summed[2]).to(hidden.dtype).split(1, dim=-1)
+        routed = self._halves(summed[0]) if self.even else self._routed(summed[2])
+        visual, textual = self._weights(plan, routed, batch).to(hidden.dtype).split(1, dim=-1)
         return visual * read[0] + textual * read[1]
 
-    def _weights(self, plan: LearnerPlan, attended: Tensor) -> Tensor:
+    def _routed(self, attended: Tensor) -> Tensor:
+        weights: Tensor = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
+        return weights
+
+    def _halves(self, like: Tensor) -> Tensor:
+        """One half for each learner, with a zero gradient for the router: gradients of all that learns are awaited."""
+        unused = 0.0 * (self.router.weight.sum() + self.router.bias.sum())
+        return like.new_full((*like.shape[:2], 2), 0.5) + unused.float()
+
+    def _weights(self, plan: LearnerPlan, routed: Tensor, batch: int) -> Tensor:
         """Float32 [s, b, 2], of this rank's rows: those of text alone take the textual learner as it is."""
-        active, factors = (_by_place(rows, attended.shape[1]) for rows in (plan.active, plan.factors))
-        routed = self.router(attended, shared_bias=self._shared if self.config.sequence_parallel else None)
+        active, factors = (_by_place(rows, batch) for rows in (plan.active, plan.factors))
         if self.config.sequence_parallel:
             active, factors = (self._part(rows) for rows in (active, factors))
         alone = torch.arange(2.0, device=routed.device)  # nothing visual, the text as it is

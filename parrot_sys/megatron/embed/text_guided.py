@@ -53,7 +53,8 @@ class TextGuidedLayer(MegatronModule):
             pg_collection: process groups; not needed.
 
         Raises:
-            ConfigError: auxiliary losses under pipeline parallelism, where the loss is formed on another stage.
+            ConfigError: auxiliary losses under pipeline parallelism, where the loss is formed on another stage; what
+                changes from step to step.
         """
         super().__init__(config=config)
         if query not in ("cls", "mean") and (isinstance(query, str) or query < 0):
@@ -63,6 +64,11 @@ class TextGuidedLayer(MegatronModule):
             raise ConfigError(
                 "auxiliary losses of text-guided routing belong to the first pipeline stage, the loss to the last: "
                 "set the coefficients of moe to 0, or pipeline_model_parallel_size to 1"
+            )
+        if (moe.expert_bias and moe.bias_update_rate) or moe.router_scale_start is not None:
+            raise ConfigError(
+                "Megatron's own training does not say when a step begins or ends: set moe.bias_update_rate to 0 and "
+                "leave moe.router_scale_start unset, or train with parrot train"
             )
         self.moe = TextGuidedMoE(moe, config.hidden_size, dtype=config.params_dtype)
 

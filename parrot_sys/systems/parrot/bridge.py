@@ -91,6 +91,16 @@ class ParrotBridge(ImageRowsBridge):
         cls_rows = self.projector(self.image_features(batch)[:, 0])
         return self.active.attention(cls_rows, decoder.embed(batch.input_ids))
 
+    def start_step(self, step: int) -> None:
+        """The schedule of the router's scale."""
+        if self.active is not None:
+            self.active.start_step(step)
+
+    def finish_step(self, *, updated: bool) -> None:
+        """The experts' bias follows what the images chose."""
+        if self.active is not None:
+            self.active.finish_step(updated=updated)
+
     @torch.no_grad()
     def prepare_step(self, decoder: Any, batches: Sequence[PackedBatch], group: ProcessGroup) -> PreparedStep | None:
         """Statistics over all images of the step, where the auxiliary losses need them.

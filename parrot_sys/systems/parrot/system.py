@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from parrot_sys.files import Fields
 from parrot_sys.models.llm import FAMILIES, DecoderFamily, LLMConfig
 from parrot_sys.models.tensor_map import Shape, TensorMap
+from parrot_sys.modules.released_experts import is_expert_bias, pack_released, released_keys, unpack_released
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import pack_released, released_keys, unpack_released
 from parrot_sys.systems.base import PROJECTOR, Part, System
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.image_rows import NEW_FIELDS, image_fields, image_rows_maps, projector_from_hf
@@ -31,7 +31,11 @@ class Parrot(System):
     own_parts: ClassVar[Mapping[str, Part]] = {
         **PROJECTOR,
         "moe": Part(
-            description="router and experts", marks=("moe.",), setting="model.moe.num_experts", may_be_bypassed=True
+            description="router and experts",
+            marks=("moe.",),
+            setting="model.moe.num_experts",
+            may_be_bypassed=True,
+            inner={"router": ("moe.router_weight",)},
         ),
     }
 
@@ -98,6 +102,10 @@ class Parrot(System):
         """Costs of its parts."""
         return ParrotCosts()
 
+    def is_of_later_stage(self, key: str) -> bool:
+        """Bias of the experts: a stage may bring it in, at zero."""
+        return is_expert_bias(key)
+
     def is_carried(self, key: str, model: ParrotConfig) -> bool:
         """Experts of a checkpoint that bypasses them (`use_moe: false`)."""
         return model.moe.num_experts == 0 and key.startswith(_MOE)
@@ -131,6 +139,8 @@ def moe_maps(model: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
     shapes = {"gate.weight": (model.moe.num_experts, hidden), "down_proj.weight": (hidden, inner)}
 
     def shape(key: str) -> Shape:
+        if is_expert_bias(key):
+            return (model.moe.num_experts,)
         return shapes.get(key.removeprefix(f"experts.{key.split('.')[1]}."), (inner, hidden))
 
     return [
@@ -140,7 +150,7 @@ def moe_maps(model: ParrotConfig, prefix: str = "moe.") -> list[TensorMap]:
             shapes=tuple(shape(key) for key in keys),
             pack=partial(pack_released, name),
             unpack=partial(unpack_released, name),
-            experts=name != "router_weight",
+            experts=name.startswith("w_"),
         )
-        for name, keys in released_keys(model.moe.num_experts).items()
+        for name, keys in released_keys(model.moe.num_experts, expert_bias=model.moe.expert_bias).items()
     ]

@@ -48,7 +48,7 @@ class WingsCosts(ImageRowsCosts):
 
     def asks_attention(self, job: Job, layer: int) -> bool:
         """True for the router."""
-        return _wings(job.model).has_learners(layer) and TEXTUAL not in job.bypass
+        return _wings(job.model).has_learners(layer) and _asks(job)
 
     def layer_weights(self, model: ParrotConfig, layout: Layout, layer: int) -> Iterator[Weight]:
         """Learners, whose heads are cut, and router; each rank uses the whole ones for its own heads or rows."""
@@ -110,7 +110,8 @@ class WingsCosts(ImageRowsCosts):
         kept += sum(2 * b * kinds[part] * (width + rank * (part in learning)) for part in parts)
         if TEXTUAL not in parts:
             return kept + narrow * rank * (4 if b == 4 else b) * bool(learning)
-        kept += b * 2 * wings.router_positions
+        if _asks(job):
+            kept += b * 2 * wings.router_positions
         sums = 4 * (2 * rank + 2) if b == 4 else b * 2 * rank
         return kept + narrow * (sums + 4 * 4 + 2 * b + 2 * b * llm.hidden_size)
 
@@ -124,7 +125,7 @@ class WingsCosts(ImageRowsCosts):
         rows, again = layout.rows_and_narrow(batch.rows)[0], int(layout.recompute)
         parts = _learners(job.bypass)
         hidden = b * rows * llm.hidden_size
-        sums = 4 * rows * (wings.rank * len(parts) + (2 if TEXTUAL in parts else 0))
+        sums = 4 * rows * (wings.rank * len(parts) + (2 if _asks(job) else 0))
         back = int(rows_learn or job.learns("lora"))
         if layout.sequence:
             yield message("tensor", "all_gather", hidden, 1, size)
@@ -141,7 +142,7 @@ class WingsCosts(ImageRowsCosts):
         for part in parts:
             if job.learns(part):
                 yield message("tensor", "all_reduce", low, 3 + layout.sequence, size, backward=True)
-        if TEXTUAL in parts and job.learns(TEXTUAL):
+        if _asks(job) and job.learns(TEXTUAL):
             router = 2 * b * (wings.router_positions + layout.sequence)
             yield message("tensor", "all_reduce", router, 1, size, backward=True)
 
@@ -149,6 +150,11 @@ class WingsCosts(ImageRowsCosts):
 def _wings(model: ParrotConfig) -> WingsConfig:
     assert model.wings is not None, "the registry chose this system"
     return model.wings
+
+
+def _asks(job: Job) -> bool:
+    """Whether routers read the attention of their layers."""
+    return TEXTUAL not in job.bypass and _wings(job.model).routing == "attention"
 
 
 def _learners(bypass: Collection[str]) -> list[str]:

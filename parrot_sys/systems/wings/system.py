@@ -42,6 +42,7 @@ class Wings(System):
             description="textual learners and routers",
             marks=(".textual_learner.", ".learners.router."),
             may_be_bypassed=True,
+            inner={"router": (".learners.router.",)},
         ),
     }
     select_feature = "patch"
