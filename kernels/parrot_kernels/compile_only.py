@@ -1,13 +1,14 @@
 """Compiles the Triton kernels for GPUs that are not there, and checks what the compiler made of them.
 
-    python -m parrot_kernels.compile_only [--op NAME] [--arch 90] [--all]    check against compile_figures.json
-    python -m parrot_kernels.compile_only [--op NAME] [--arch 90] --update   compile all of it and write the figures
+    python -m parrot_kernels.compile_only [--op NAME] [--arch 90] [--which all]   check against compile_figures.json
+    python -m parrot_kernels.compile_only [--op NAME] [--arch 90] --update        compile all and write the figures
 
 `parrot_kernels/<op>/compile_cases.py` holds `CASES`, calls of the op's launchers with meta tensors. A driver that never
 launches stands in for CUDA's, so each call compiles the kernels that it would launch, in every tile size that it may
 choose. Of each compiled kernel this checks that nothing spills, that shared memory fits, and that it has the
-instructions that its case claims; figures must equal the recorded ones where the same Triton made them. Without --all,
-kernels whose source and compiler did not change are not compiled again, except those of an op's first case on sm_90.
+instructions that its case claims; figures must equal the recorded ones where the same Triton made them. Without
+--which, kernels whose source and compiler did not change are not compiled again, except those of an op's first case on
+sm_90.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import triton
@@ -46,6 +47,7 @@ _BUFFERS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(
 INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 
 Figures = dict[str, Any]
+Which = Literal["changed", "some", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +238,7 @@ def problems_of(case: Case, rows: Mapping[str, Figures], known: Mapping[str, Fig
     return found
 
 
-def compile_op(op: str, arch: int, recorded: Figures | None, compile_all: bool) -> tuple[Figures, list[str]]:
+def compile_op(op: str, arch: int, recorded: Figures | None, which: Which) -> tuple[Figures, list[str]]:
     """Figures by case and kernel, and what is wrong with them; `recorded` None compares no figures."""
     figures: Figures = {}
     problems: list[str] = []
@@ -244,7 +246,7 @@ def compile_op(op: str, arch: int, recorded: Figures | None, compile_all: bool) 
     cases = [case for case in importlib.import_module(f"parrot_kernels.{op}.compile_cases").CASES if arch in case.archs]
     for number, case in enumerate(cases):
         known = None if recorded is None else recorded.get(case.name, {})
-        recorder = Recorder(known or {}, seen, compile_all or (number == 0 and arch == 90))
+        recorder = Recorder(known or {}, seen, which == "all" or (which == "some" and number == 0 and arch == 90))
         knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = recorder.before, recorder.after
         case.run()
         figures[case.name] = recorder.rows
@@ -268,7 +270,7 @@ def write_figures(op: str, arch: int, figures: Figures) -> None:
     FIGURES.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def compile_ops(ops: list[str], arch: int, compile_all: bool, update: bool) -> list[str]:
+def compile_ops(ops: list[str], arch: int, which: Which, update: bool) -> list[str]:
     """Compiles the cases of `ops` for one architecture; returns what is wrong."""
     driver.set_active(CompileOnlyDriver(arch))
     content = read_figures()
@@ -276,7 +278,7 @@ def compile_ops(ops: list[str], arch: int, compile_all: bool, update: bool) -> l
     problems = []
     for op in ops:
         recorded = content.get(f"sm_{arch}", {}).get(op, {}) if compare else None
-        figures, found = compile_op(op, arch, recorded, compile_all or update)
+        figures, found = compile_op(op, arch, recorded, which)
         if update and figures and not found:
             write_figures(op, arch, figures)
         problems += found
@@ -288,7 +290,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--op", choices=op_names(), action="append", help="only this op; may be repeated")
     parser.add_argument("--arch", type=int, choices=ARCHS, help="only this compute capability")
-    parser.add_argument("--all", action="store_true", help="compile what did not change too")
+    parser.add_argument(
+        "--which",
+        choices=get_args(Which),
+        default="some",
+        help="changed: what changed since its figures were recorded; some (default): also one case of each op; all",
+    )
     parser.add_argument("--update", action="store_true", help="compile everything and write compile_figures.json")
     args = parser.parse_args()
     if env.triton_interpret():
@@ -297,7 +304,7 @@ def main() -> int:
         # One process for each architecture: Triton's caches of compiled kernels do not know the architecture.
         command = [sys.executable, "-m", "parrot_kernels.compile_only", *sys.argv[1:], "--arch"]
         return max(subprocess.run([*command, str(arch)], check=False).returncode for arch in ARCHS)
-    problems = compile_ops(args.op or op_names(), args.arch, args.all, args.update)
+    problems = compile_ops(args.op or op_names(), args.arch, "all" if args.update else args.which, args.update)
     print("\n".join(problems))
     return int(bool(problems))
 

@@ -154,7 +154,7 @@ def test_report_says_what_the_model_has_to_say(data: Path, tmp_path: Path) -> No
     ("routing", "caption"),
     [
         (("model",), "with the model's own routing*"),
-        (("model", "off"), "with the model's own routing and with routing off*"),
+        pytest.param(("model", "off"), "with the model's own routing and with routing off*", marks=pytest.mark.slow),
         (
             ("model", "off", "other-language"),
             "with the model's own routing and with routing off and other-language*",

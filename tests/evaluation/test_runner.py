@@ -238,7 +238,9 @@ def test_report_with_training_curves(data: Path, tmp_path: Path) -> None:
     assert "| stage 1 | 3 | 3.000 | 1.000 | 1.500 |" in (tmp_path / "r" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("rules", ["current", "2025", "2024", "lenient"])
+@pytest.mark.parametrize(
+    "rules", ["current", *(pytest.param(year, marks=pytest.mark.slow) for year in ("2025", "2024")), "lenient"]
+)
 def test_lenient_rules_stand_next_to_those_of_the_kit(data: Path, tmp_path: Path, rules: str) -> None:
     model = Scripted(answer=lambda item, routing: f"答案是{item.question.answer}")  # no version of the kit reads it
     evaluate(config(data, languages=("zh",), rules=rules), model)

@@ -83,10 +83,10 @@ TOWERS: dict[str, Callable[[], Any]] = {
 }
 CASES = [
     pytest.param("llava", "llama", "clip", "default", id="1.5-llama"),
-    pytest.param("llava", "qwen3", "clip", "full", id="1.5-qwen3-full"),
-    pytest.param("llava_next", "qwen3", "clip", "default", id="next-qwen3"),
+    pytest.param("llava", "qwen3", "clip", "full", id="1.5-qwen3-full", marks=pytest.mark.slow),
+    pytest.param("llava_next", "qwen3", "clip", "default", id="next-qwen3", marks=pytest.mark.slow),
     pytest.param("llava_next", "llama", "siglip", "full", id="next-llama-siglip"),
-    pytest.param("llava", "qwen2", "siglip", "full", id="1.5-qwen2-tied-siglip"),
+    pytest.param("llava", "qwen2", "siglip", "full", id="1.5-qwen2-tied-siglip", marks=pytest.mark.slow),
     pytest.param("llava_next", "qwen3_moe", "clip", "default", id="next-qwen3-moe"),
 ]
 SIZES = [(40, 90), (90, 40), (30, 30), (200, 20)]

@@ -75,7 +75,7 @@ def test_peak_memory(layout: str, stored: torch.dtype, asked: str, tmp_path: Pat
     ("asked", "size"),
     [
         pytest.param("float32", 1, marks=pytest.mark.slow),
-        ("bfloat16", 1),
+        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
         pytest.param("bfloat16", 2, marks=pytest.mark.slow),
     ],
 )

@@ -103,6 +103,7 @@ def test_steps_of_answers_are_sent_without_objects(monkeypatch: pytest.MonkeyPat
     assert followers == []
 
 
+@pytest.mark.slow
 def test_chat_under_torchrun() -> None:
     command = ["-m", "parrot_sys", "chat", "--checkpoint", str(FIXTURE / "model"), "--image", str(IMAGE)]
     command += ["--message", "What is this?", "--max-new-tokens", "6"]

@@ -36,6 +36,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_gpt_moe_with_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "examples" / "gpt_moe.py"), "--expert-parallel", "2", "--dispatcher", "alltoall"]

@@ -53,6 +53,7 @@ index_of(processor, sys.argv[2], Path(sys.argv[3]), workers=2)
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on_and_leaves_no_process(tmp_path, processor, pictures):
     path = write(tmp_path / "set.json", make_records(400, 3, pictures))
     wanted = facts(index_of(processor, path, tmp_path / "whole"))

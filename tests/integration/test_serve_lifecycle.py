@@ -203,32 +203,39 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
     assert [own["event"] for own in map(json.loads, server.log.read_text().splitlines()[-2:])][-1] == "stopped"
 
 
-def test_two_ranks_serve_one_model(server: Server, http: httpx2.Client, gate: Path, tmp_path: Path) -> None:
-    """They answer as one process does, end together, and a rank that is lost is told like any failure."""
+@pytest.mark.parametrize(
+    "layout", ["tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"]
+)
+def test_two_ranks_serve_one_model(
+    server: Server, http: httpx2.Client, gate: Path, tmp_path: Path, layout: str
+) -> None:
+    """They answer as one process does, and end together."""
     gate.touch()
     bodies = [chat("?"), chat("What is this?", picture(1), parrot_routing=True)]
     wanted = [http.post("/v1/chat/completions", json=body).json() for body in bodies]
+    with serving(tmp_path, f"--parallel.{layout}", "2", ranks=2) as pair, pair.http() as client:
+        for body, one in zip(bodies, wanted, strict=True):
+            two = client.post("/v1/chat/completions", json=body).json()
+            assert two["choices"] == one["choices"]
+        words = [own["parrot_routing"]["images"][0]["attention"] for own in (one, two)]
+        weights = [[word["weight"] for word in own] for own in words]
+        assert weights[0] == pytest.approx(weights[1], abs=1e-4)
+        (follower,) = pair.followers
+        assert pair.stop() == 0
+        follower.join(30)
+        assert follower.exitcode == 0
+
+
+def test_a_rank_that_is_lost_is_told_like_any_failure(tmp_path: Path) -> None:
     layout = ["--parallel.tensor-model-parallel-size", "2", "--linger-seconds", "1"]
-    for lost in (False, True):
-        with serving(tmp_path, *layout, ranks=2) as pair, pair.http() as client:
-            for body, one in zip(bodies, wanted, strict=True):
-                two = client.post("/v1/chat/completions", json=body).json()
-                assert two["choices"] == one["choices"]
-            words = [own["parrot_routing"]["images"][0]["attention"] for own in (one, two)]
-            weights = [[word["weight"] for word in own] for own in words]
-            assert weights[0] == pytest.approx(weights[1], abs=1e-4)
-            (follower,) = pair.followers
-            if lost:
-                follower.kill()
-                follower.join()
-                assert client.post("/v1/chat/completions", json=chat("?")).status_code == 503
-                pair.process.join(30)
-                assert pair.process.exitcode == 1
-            else:
-                assert pair.stop() == 0
-                follower.join(30)
-                assert follower.exitcode == 0
-        pair.log.unlink()
+    with serving(tmp_path, *layout, ranks=2) as pair, pair.http() as client:
+        assert answer(client, chat("?"))
+        (follower,) = pair.followers
+        follower.kill()
+        follower.join()
+        assert client.post("/v1/chat/completions", json=chat("?")).status_code == 503
+        pair.process.join(30)
+        assert pair.process.exitcode == 1
 
 
 def test_a_dead_engine_is_told_and_ends_the_process(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def _start(
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
+@pytest.mark.slow
 def test_killed_and_hanging_workers_are_restarted_and_the_curve_is_the_same(tmp_path: Path) -> None:
     whole = _config(tmp_path, "whole")
     run(whole, 2)

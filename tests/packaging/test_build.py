@@ -59,6 +59,7 @@ def has_cuda_kernels(project: Path) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100).stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_second_build_compiles_nothing_and_a_header_only_its_users(project: Path) -> None:
     first = build(project)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -68,7 +68,7 @@ def test_a_rank_that_hangs_is_killed_and_its_place_named() -> None:
 
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="1 of 2 ranks failed") as caught:
-        run_distributed(wait_for_nothing, 2, timeout=1.5)
+        run_distributed(wait_for_nothing, 2, timeout=6)  # a busy machine needs seconds to reach the function
     assert time.monotonic() - start < 30
     assert "in wait_for_nothing" in str(caught.value)
 

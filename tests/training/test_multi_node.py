@@ -54,6 +54,7 @@ def _check_went_on(whole: TrainConfig, cut: TrainConfig, log: str) -> None:
     assert len(_curve(cut)) == STEPS
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_comes_back(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     whole, cut = _configs(tmp_path)
     arguments = ("train", "--config", str(tmp_path / "settings.yaml"))

@@ -72,12 +72,12 @@ def _train(config: TrainConfig, ranks: int, *, stop_at: int | None = None) -> No
 @pytest.mark.parametrize(
     ("before", "after", "distributed"),
     [
-        pytest.param((PP2, 2), (ONE, 1), False, id="pp2-one"),
+        pytest.param((PP2, 2), (ONE, 1), False, id="pp2-one", marks=pytest.mark.slow),
         pytest.param((ONE, 1), (TP2_PP2, 4), True, id="one-tp2-sp-pp2-zero1"),
-        pytest.param((TP2, 2), (VPP, 2), False, id="tp2-vpp2"),
-        pytest.param((VPP, 2), (ONE, 4), True, id="vpp2-dp4-zero1"),
+        pytest.param((TP2, 2), (VPP, 2), False, id="tp2-vpp2", marks=pytest.mark.slow),
+        pytest.param((VPP, 2), (ONE, 4), True, id="vpp2-dp4-zero1", marks=pytest.mark.slow),
         pytest.param((EP2, 2), (TP2_EP2, 4), False, id="ep2-tp2-sp-ep2-etp2"),
-        pytest.param((EP2, 2), (ONE, 1), False, id="ep2-one"),
+        pytest.param((EP2, 2), (ONE, 1), False, id="ep2-one", marks=pytest.mark.slow),
         pytest.param((ONE, 1), (EP2, 4), True, id="one-ep2-dp2-zero1"),
     ],
 )
