@@ -1,22 +1,25 @@
-"""Parrot in vLLM: vLLM's own decoder behind tower, projector and text-guided experts."""
+"""Parrot in vLLM, and what it shares with Wings: vLLM's own decoder behind `Visual`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 
+from parrot_sys.errors import ConfigError
 from parrot_sys.files import read_json
 from parrot_sys.models.llm import FAMILIES
 from parrot_sys.systems.hf_config import CONFIG, find_tower_directory
 from parrot_vllm.checkpoint import MARKER_TEXT, open_checkpoint
-from parrot_vllm.processing import GUIDANCE, DummyInputs, ProcessingInfo, Processor
+from parrot_vllm.processing import DummyInputs, ProcessingInfo, Processor
 from parrot_vllm.visual import Visual
 
 CACHE_OPTION = "parrot_feature_cache_mb"
@@ -25,9 +28,24 @@ _CACHE_MB = 256
 _VISUAL_KEYS = ("model.mm_projector.", "model.moe_model.", "model.vision_tower.")
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)
-class ParrotForVllm(nn.Module, SupportsMultiModal, SupportsPP):
-    """The decoder is cut by vLLM's parallelism; each rank of the first stage holds the rest whole."""
+def _check_stages(config: VllmConfig) -> None:
+    """
+    Raises:
+        ConfigError: no stage but the first would have room for what it receives.
+    """
+    stages, eager = config.parallel_config.pipeline_parallel_size, CompilationMode.NONE
+    if stages > 1 and current_platform.is_cpu() and config.compilation_config.mode == eager:
+        raise ConfigError(
+            f"pipeline_parallel_size={stages}: vLLM's CPU engine makes room for what a stage receives in a trial run, "
+            "which it leaves out under enforce_eager. Start without it, or with --compilation-config "
+            """'{"mode": 2, "backend": "eager"}'"""
+        )
+
+
+class ImageRowsForVllm(nn.Module, SupportsMultiModal, SupportsPP):
+    """The decoder is cut by vLLM's parallelism; the ranks of the first stage share the rest, see `Visual`."""
+
+    supports_encoder_tp_data = True
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -39,8 +57,12 @@ class ParrotForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         Args:
             vllm_config: of the engine.
             prefix: of parameters' names.
+
+        Raises:
+            ConfigError: pipeline stages without a trial run.
         """
         super().__init__()
+        _check_stages(vllm_config)
         self.checkpoint = open_checkpoint(vllm_config.model_config.model)
         config, text = self.checkpoint.config, vllm_config.model_config.hf_config.text_config
         self.configure_mm_token_handling(config.llm.vocab_size, [self.checkpoint.marker])
@@ -48,7 +70,8 @@ class ParrotForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         self.visual: Visual | None = None
         with self._mark_tower_model(vllm_config, "image"):
             if get_pp_group().is_first_rank:
-                self.visual = Visual(config, vllm_config.model_config.dtype, int(megabytes) << 20)
+                dtype, name = vllm_config.model_config.dtype, maybe_prefix(prefix, "visual")
+                self.visual = Visual(config, dtype, int(megabytes) << 20, name)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -64,8 +87,12 @@ class ParrotForVllm(nn.Module, SupportsMultiModal, SupportsPP):
         """Rows [V, H] of each picture, routed by the text of its prompt."""
         if pixel_values is None or guidance_ids is None:
             return []
-        assert self.visual is not None, f"{GUIDANCE} reach the first stage alone"
-        texts = [self.language_model.embed_input_ids(ids.flatten()) for ids in guidance_ids]
+        if self.visual is None:  # (later stages are asked in the engine's trial run, for the size of the rows)
+            config, dtype = self.checkpoint.config, pixel_values[0].dtype
+            shape = (config.vision.num_visual_rows, config.llm.hidden_size)
+            return [torch.zeros(shape, dtype=dtype, device=picture.device) for picture in pixel_values]
+        routed = self.visual.moe is not None
+        texts = [self.language_model.embed_input_ids(ids.flatten()) for ids in guidance_ids] if routed else []
         return self.visual(list(pixel_values), texts)
 
     def forward(
@@ -103,3 +130,8 @@ class ParrotForVllm(nn.Module, SupportsMultiModal, SupportsPP):
             beside = find_tower_directory(read_json(directory / CONFIG), directory)
             loaded |= {f"visual.{name}" for name in self.visual.load(own, beside, str(directory))}
         return loaded
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=ProcessingInfo, dummy_inputs=DummyInputs)
+class ParrotForVllm(ImageRowsForVllm):
+    """Rows of pictures are turned by experts that the prompt chooses."""

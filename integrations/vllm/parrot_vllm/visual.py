@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 
 from parrot_sys.errors import ConfigError
 from parrot_sys.models.efficientnet import EfficientNetLite0
@@ -15,6 +16,7 @@ from parrot_sys.models.tensor_map import TensorMap, check_tensors
 from parrot_sys.models.tower_maps import is_passed_over, tower_maps
 from parrot_sys.modules.projector import Projector
 from parrot_sys.modules.text_guided_moe import TextGuidedMoE
+from parrot_sys.parallel import ExpertGroups
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.image_rows import projector_maps
 from parrot_sys.systems.maps import is_carried
@@ -27,14 +29,19 @@ _VISION_MODEL = "vision_model."
 
 
 class Visual(nn.Module):
-    """What Parrot has before the decoder. Each tensor-parallel rank of the first pipeline stage holds it whole."""
+    """Tower, projector, router and experts, on the first pipeline stage.
 
-    def __init__(self, config: ParrotConfig, dtype: torch.dtype, cache_bytes: int) -> None:
+    Its tensor-parallel ranks share the tower (`VisionTransformer`; a convolutional one is whole on each), the layers of
+    the projector two by two, and the inner columns of each expert. All have the router, and all get the same rows.
+    """
+
+    def __init__(self, config: ParrotConfig, dtype: torch.dtype, cache_bytes: int, prefix: str = "") -> None:
         """
         Args:
             config: of the checkpoint.
             dtype: of parameters and rows.
             cache_bytes: of features that are kept, see `FeatureCache`.
+            prefix: of the names of its layers in the engine.
 
         Raises:
             ConfigError: routes that are guided by a part of the prompt.
@@ -50,10 +57,13 @@ class Visual(nn.Module):
         self.vision_tower: nn.Module = (
             EfficientNetLite0(with_mean=vision.select_feature == "cls_patch").to(dtype)
             if vision.tower.transformer is None
-            else VisionTransformer(vision, dtype)
+            else VisionTransformer(vision, dtype, f"{prefix}.vision_tower")
         )
-        self.projector = Projector(config.projector, vision.hidden_size, width, dtype=dtype)
-        self.moe = TextGuidedMoE(config.moe, width, dtype=dtype) if config.moe.num_experts else None
+        ranks = get_tp_group()
+        group = ranks.device_group if ranks.world_size > 1 else None
+        self.projector = Projector(config.projector, vision.hidden_size, width, dtype=dtype, group=group)
+        groups = ExpertGroups(tp=group, etp=group, joint=group)
+        self.moe = TextGuidedMoE(config.moe, width, dtype=dtype, groups=groups) if config.moe.num_experts else None
         self.cache = FeatureCache(cache_bytes)
 
     @torch.no_grad()
@@ -65,7 +75,8 @@ class Visual(nn.Module):
             texts: [G, H] word embeddings of each picture's prompt.
         """
         dtype = self.projector[0].weight.dtype
-        features = torch.stack(self.cache.features(pixels, lambda new: self.vision_tower(new.to(dtype)).to(dtype)))
+        tower = self.vision_tower.encode if isinstance(self.vision_tower, VisionTransformer) else self.vision_tower
+        features = torch.stack(self.cache.features(pixels, lambda new: tower(new.to(dtype)).to(dtype)))
         rows = self.projector(features)
         if self.moe is not None:
             ends = torch.tensor([len(text) for text in texts], device=rows.device).cumsum(0)
@@ -120,9 +131,22 @@ class Visual(nn.Module):
             return self._fill(maps, {name: files.tensor(name) for name in names})
 
     def _fill(self, maps: Sequence[TensorMap], tensors: Mapping[str, Tensor]) -> set[str]:
-        """Copies into parameters and buffers; blocks of the tower that never run are left out."""
+        """Fills parameters and buffers; blocks of the tower that never run are left out."""
         targets = dict([*self.named_parameters(), *self.named_buffers()])
         for entry in maps:
             if (target := targets.get(entry.name)) is not None:
-                target.copy_(entry.pack([tensors[name] for name in entry.keys]).view_as(target))
+                fill(target, entry.pack([tensors[name] for name in entry.keys]))
         return {entry.name for entry in maps if entry.name in targets}
+
+
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copies what this tensor-parallel rank holds of a tensor: vLLM's layers know their part, of others it is cut where
+    the sizes differ."""
+    if (loader := getattr(target, "weight_loader", None)) is not None:
+        loader(target, whole)
+        return
+    ranks = get_tp_group()
+    for dim, (size, wanted) in enumerate(zip(whole.shape, target.shape, strict=True)):
+        if size != wanted:
+            whole = whole.chunk(ranks.world_size, dim)[ranks.rank_in_group]
+    target.copy_(whole)
