@@ -4,142 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import parrot_sys
-from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride, TextGuidedMoE
+from parrot_sys.modules.text_guided_moe import RoutingOverride
 from parrot_sys.systems.registry import RELEASED_TYPES
+from tests.integrations.vllm_cases import (
+    CACHED,
+    FIXTURES,
+    QUESTIONS,
+    answer,
+    cases,
+    expected,
+    parrot_checkpoint,
+    program,
+    request,
+    run,
+)
 
 pytest.importorskip("parrot_vllm", reason="runs in an environment of its own: make test-vllm")
-
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
-PICTURES = [str(FIXTURES / "parrot_tiny" / f"image_{i}.png") for i in range(4)]
-NEW_TOKENS = 8
-OWN_EXPERT = 6.0  # logit of the expert that a question prefers; the others have 0
-CACHED = {"enable_prefix_caching": True, "block_size": 32}  # its CPU engine takes 128 rows a block otherwise
-QUESTIONS = (
-    "What is in the picture?",
-    "图片里有什么",
-    "O que há na imagem?",
-    "ماذا يوجد في الصورة؟",
-    "Resimde ne var?",
-    "Что на картинке?",
-)
-SYSTEM = {"from": "system", "value": "Answer briefly. " * 6}
-
-
-def checkpoint(folder: Path) -> Path:
-    """The tiny model with heads as wide as vLLM's CPU engine wants them, and a router that tells `QUESTIONS` apart.
-
-    Rows of its matrix solve `weight @ x_i = OWN_EXPERT * one_hot(i)` for what the router sees of picture 0 under
-    question i, so that this picture has another expert for each question.
-    """
-    shutil.copytree(FIXTURES / "parrot_tiny", folder)
-    model = folder / "model"
-    config = json.loads((model / "config.json").read_text())
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-    (model / "config.json").write_text(json.dumps(config))
-    tensors = load_file(model / "model.safetensors")
-    for name in tensors:
-        if ".experts." in name:
-            tensors[name] *= 3  # so that the choice of an expert is seen in the answer
-        elif "mm_projector" in name:
-            tensors[name] *= 1.5
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    seen = router_inputs(*parrot_sys.load_pretrained(model, dtype="float32"))
-    tensors["model.moe_model.gate.weight"] = (OWN_EXPERT * torch.linalg.pinv(seen.double()).T).float().contiguous()
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    return model
-
-
-@torch.no_grad()
-def router_inputs(own: Any, processor: Any) -> Tensor:
-    """[6, H], the attended text of picture 0 under each of `QUESTIONS`."""
-    (moe,) = (module for module in own.modules() if isinstance(module, TextGuidedMoE))
-    calls: list[tuple[Any, ...]] = []
-    handle = moe.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-    for question in QUESTIONS:
-        ids = processor.format_conversation(turns(question, (0,)), add_generation_prompt=True)["input_ids"]
-        own(torch.tensor([ids]), images=processor.images(PICTURES[:1]))
-    handle.remove()
-    return torch.cat([moe.attention(features[:, 0], text) @ text for features, text, *_ in calls])
-
-
-@cache
-def reference(model: Path) -> Any:
-    return parrot_sys.load_pretrained(model, dtype="float32")
-
-
-def turns(question: str, images: Sequence[int]) -> list[dict[str, str]]:
-    return [SYSTEM, {"from": "human", "value": "<image>\n" * len(images) + question}]
-
-
-def request(model: Path, question: str, images: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
-    """A request for the program, with the ids that `parrot_sys` makes of it under `ids`."""
-    made = reference(model)[1].format_conversation(turns(question, images), add_generation_prompt=True)
-    return {
-        "prompt": made["prompt"],
-        "own_ids": made["input_ids"],
-        "images": [PICTURES[i] for i in images],
-        "tokens": NEW_TOKENS,
-        **fields,
-    }
-
-
-def answer(
-    model: Path, asked: dict[str, Any], override: RoutingOverride | None = None
-) -> tuple[list[int], RoutingOutput | None]:
-    """The greedy answer of `parrot_sys`, and the routes."""
-    own, processor = reference(model)
-    ids, images = asked["own_ids"], asked["images"]
-    whole, routing = own.generate(
-        torch.tensor([ids]),
-        images=processor.images(images) if images else None,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=[],
-        routing_override=override,
-        return_routing=True,
-    )
-    return whole[0, len(ids) :].tolist(), routing
-
-
-def expected(model: Path, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
-    return [answer(model, each)[0] for each in requests]
-
-
-def program(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    file = ROOT / "tests" / "integrations" / "vllm_program.py"
-    return subprocess.run([sys.executable, file], input=json.dumps(asked), capture_output=True, text=True)
-
-
-def run(model: Path, rounds: Sequence[Sequence[dict[str, Any]]], **asked: Any) -> list[dict[str, Any]]:
-    """What the program says of each round."""
-    done = program({"model": str(model), "rounds": rounds, **asked})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("vllm") / "parrot")
-
-
-def cases(model: Path) -> list[dict[str, Any]]:
-    """Six languages with none, one, two and three pictures, and the pictures in another order."""
-    return [request(model, q, images) for q in QUESTIONS for images in ((), (0,), (1, 2), (2, 1), (3, 0, 1))]
+    return parrot_checkpoint(tmp_path_factory.mktemp("vllm") / "parrot")
 
 
 def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: Path) -> None:
@@ -201,32 +94,19 @@ def test_prompts_with_another_number_of_places_are_refused(model: Path) -> None:
         own.prompt_ids(text["prompt"], 3)
 
 
-@pytest.mark.parametrize(
-    ("fields", "missing"),
-    [
-        (FIXTURES / "wings_tiny" / "model" / "config.json", "wings is missing: its learners"),
-        ({"model_type": "wings_llama", "hidden_size": 64}, "wings is missing: its learners"),
-        ({"model_type": "multimodal_gpt", "hidden_size": 64}, "multimodal_gpt is missing: its gated cross-attention"),
-    ],
-)
-def test_checkpoints_of_other_systems_are_refused_with_what_is_missing(
-    fields: Path | dict[str, Any], missing: str, tmp_path: Path
-) -> None:
+def test_multimodal_gpt_is_refused_with_what_is_missing(tmp_path: Path) -> None:
     from parrot_vllm import register
     from transformers import AutoConfig
 
     register()
-    text = fields.read_text() if isinstance(fields, Path) else json.dumps(fields)
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"parrot-vllm serves parrot_.*{missing}.*parrot serve"):
-        AutoConfig.from_pretrained(tmp_path)
-
-
-def test_the_engine_says_so_too(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURES / "wings_tiny" / "model", tmp_path / "model")
+    shutil.copytree(FIXTURES / "parrot_tiny" / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "multimodal_gpt", "hidden_size": 64}))
+    missing = "multimodal_gpt is missing: its gated cross-attention"
+    with pytest.raises(ValueError, match=rf"parrot-vllm serves parrot_.*wings_.*{missing}.*parrot serve"):
+        AutoConfig.from_pretrained(tmp_path / "model")
     done = program({"model": str(tmp_path / "model"), "rounds": []})
     assert done.returncode
-    assert "wings is missing: its learners" in done.stdout + done.stderr
+    assert missing in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])

@@ -1,4 +1,4 @@
-"""vLLM on exported checkpoints of Parrot: `register` is the entry point that vLLM calls in each of its processes."""
+"""Exported checkpoints of Parrot and Wings in vLLM: `register` is the entry point that it calls in each process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def register() -> None:
 
     for kind, configuration in CONFIGURATIONS.items():
         AutoConfig.register(kind, configuration, exist_ok=True)
-    for architecture in ARCHITECTURES:
+    for architecture, path in ARCHITECTURES.items():
         if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, "parrot_vllm.model:ParrotForVllm")
+            ModelRegistry.register_model(architecture, path)

@@ -10,12 +10,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from parrot_sys.systems.parrot.system import Parrot
 from parrot_sys.systems.registry import RELEASED_TYPES
+from parrot_sys.systems.wings.system import Wings
 
-_SUPPORTED = Parrot()
-ARCHITECTURES = tuple(_SUPPORTED.model_types.values())
-"""Of the models that are served."""
+_CLASSES = {Parrot(): "parrot_vllm.model:ParrotForVllm", Wings(): "parrot_vllm.wings:WingsForVllm"}
+ARCHITECTURES = {name: path for system, path in _CLASSES.items() for name in system.model_types.values()}
+"""Of the models that are served -> their classes."""
+_SERVED = tuple(kind for system in _CLASSES for kind in system.model_types)
 _MISSING = {
-    "wings": "its learners need attention over the input rows, in caches of their own in each layer",
     "multimodal_gpt": "its gated cross-attention needs memory of pictures in layers, and low-rank updates that are "
     "merged first",
 }
@@ -23,8 +24,14 @@ _MISSING = {
 _OTHER = "this plugin has no part for it"
 
 
-def _served(kind: str, decoder: str) -> type[PretrainedConfig]:
-    """A configuration with the fields of the file, and those of the decoder again below `text_config`."""
+def _served(kind: str, decoder: str, *, rows_differ: bool) -> type[PretrainedConfig]:
+    """A configuration with the fields of the file, and those of the decoder again below `text_config`.
+
+    Args:
+        kind: model_type.
+        decoder: model_type of the decoder.
+        rows_differ: the model numbers the rows of a request itself, as M-RoPE models do (`wings.py`).
+    """
 
     # (Each class has a constructor of its own: transformers gives one to every class without.)
     def __init__(self: PretrainedConfig, text_config: Any = None, **fields: Any) -> None:
@@ -34,6 +41,8 @@ def _served(kind: str, decoder: str) -> type[PretrainedConfig]:
             own = {name: value for name, value in fields.items() if name not in others}
             text_config = AutoConfig.for_model(decoder, **own)
         self.text_config = text_config
+        if rows_differ:
+            self.mrope_section = [1]
 
     return _class(kind, __init__)
 
@@ -46,7 +55,7 @@ def _refused(kind: str, system: str) -> type[PretrainedConfig]:
             PretrainedConfig.__init__(self)
             return
         raise ValueError(
-            f"model_type {kind!r}: parrot-vllm serves {', '.join(_SUPPORTED.model_types)}; {system} is missing: "
+            f"model_type {kind!r}: parrot-vllm serves {', '.join(_SERVED)}; {system} is missing: "
             f"{_MISSING.get(system, _OTHER)}. Serve this checkpoint with `parrot serve`"
         )
 
@@ -59,8 +68,8 @@ def _class(kind: str, constructor: Callable[..., None]) -> type[PretrainedConfig
 
 
 CONFIGURATIONS: dict[str, type[PretrainedConfig]] = {
-    kind: _served(kind, kind.removeprefix(f"{system.name}_"))
-    if kind in _SUPPORTED.model_types
+    kind: _served(kind, kind.removeprefix(f"{system.name}_"), rows_differ=isinstance(system, Wings))
+    if kind in _SERVED
     else _refused(kind, system.name)
     for kind, system in RELEASED_TYPES.items()
     if kind not in CONFIG_MAPPING_NAMES  # vLLM reads the layouts of transformers itself

@@ -1,0 +1,124 @@
+"""Wings in vLLM, by the paper's rule: greedy answers are those of `parrot_sys` on the same exported checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.integrations.vllm_cases import (
+    CACHED,
+    QUESTIONS,
+    cases,
+    expected,
+    program,
+    request,
+    run,
+    wings_checkpoint,
+)
+
+pytest.importorskip("parrot_vllm", reason="runs in an environment of its own: make test-vllm")
+
+PARTS = {"visual learners": "attn_pool.o_proj.1", "textual learners": "attn_t_pool.o_proj.1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wings_checkpoint(tmp_path_factory.mktemp("vllm") / "wings")
+
+
+def changed(model: Path, folder: Path, part: str, factor: float) -> Path:
+    """The checkpoint with some tensors multiplied."""
+    shutil.copytree(model.parent, folder)
+    tensors = load_file(folder / "model" / "model.safetensors")
+    for name in tensors:
+        if part in name:
+            tensors[name] *= factor
+    save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model"
+
+
+def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: Path) -> None:
+    asked = cases(model)
+    wanted = expected(model, asked)
+    assert len({tuple(each) for each in wanted}) > len(wanted) // 2, "the answers tell requests apart"
+    first, again = run(model, [asked, asked], options={**CACHED, "max_num_batched_tokens": 128})
+    assert first["tokens"] == wanted
+    assert again["tokens"] == wanted
+    assert sum(again["cached"]) > sum(first["cached"]) >= 0, "the second round finds its prompts in the cache"
+    (plain,) = run(model, [asked], options={"enable_prefix_caching": False})
+    assert plain["tokens"] == wanted
+
+
+@pytest.mark.parametrize("part", [*PARTS.values(), "reweight_module.linear.weight"])
+def test_answers_depend_on_each_part(model: Path, part: str, tmp_path: Path) -> None:
+    """What the test above rests on, by `parrot_sys` alone."""
+    without = changed(model, tmp_path / "without", part, 0.0)
+    requests = [request(model, question, (0,)) for question in QUESTIONS]
+    assert expected(without, requests) != expected(model, requests)
+
+
+def same_words(model: Path) -> list[list[dict[str, object]]]:
+    """The same words without and with a picture behind the first blocks, one request at a time."""
+    requests = [request(model, question, images) for question in QUESTIONS for images in ((), (0,))]
+    return [[each] for each in requests]
+
+
+def test_requests_with_pictures_do_not_share_the_first_blocks_of_those_without(model: Path) -> None:
+    asked = same_words(model)
+    wanted = [expected(model, each) for each in asked]
+    rounds = run(model, asked, options=CACHED)
+    assert [each["tokens"] for each in rounds] == wanted
+    cached = [each["cached"][0] for each in rounds]
+    assert not any(cached[:2]), "the first of each kind finds nothing"
+    assert all(cached[2:]), "but all others the system's words of their kind"
+    salted = [[{**each, "salt": "a customer's"} for each in requests] for requests in asked]
+    rounds = run(model, salted, options=CACHED)
+    assert [each["tokens"] for each in rounds] == wanted
+    assert not any(each["cached"][0] for each in rounds[:2]), "nor where the request has a salt of its own"
+
+
+def test_with_shared_first_blocks_answers_are_wrong(model: Path) -> None:
+    """The check above sees what it looks for."""
+    asked = same_words(model)
+    rounds = run(model, asked, options=CACHED, one_salt=True)
+    assert rounds[1]["cached"][0]
+    assert [each["tokens"] for each in rounds] != [expected(model, each) for each in asked]
+
+
+def test_the_first_stage_has_visual_learners_alone(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model.parent, tmp_path / "first")
+    first = tmp_path / "first" / "model"
+    tensors = load_file(first / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".reweight_module." not in name}
+    save_file(kept, first / "model.safetensors", metadata={"format": "pt"})
+    asked = [request(first, question, images) for question in QUESTIONS for images in ((), (0,), (2, 1))]
+    wanted = expected(first, asked)
+    assert wanted != expected(model, asked)
+    (got,) = run(first, [asked], options=CACHED)
+    assert got["tokens"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parrot_sys": {"wings": {"rule": "released"}}}, "wings.rule='released': earlier rows read later ones"),
+        (
+            {"parrot_sys": {"wings": {"router_positions": 256}}, "tokenizer_max_length": 256},
+            "weights for 256 positions, but requests may have 512: start with --max-model-len 256",
+        ),
+    ],
+)
+def test_what_the_learners_cannot_do_is_refused(
+    model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(model.parent, tmp_path / "changed")
+    file = tmp_path / "changed" / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    done = program({"model": str(file.parent), "rounds": []})
+    assert done.returncode
+    assert message in done.stdout + done.stderr
