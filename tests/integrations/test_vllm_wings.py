@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +91,28 @@ def test_with_shared_first_blocks_answers_are_wrong(model: Path) -> None:
     assert [each["tokens"] for each in rounds] != [expected(model, each) for each in asked]
 
 
-def test_the_first_stage_has_visual_learners_alone(model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model.parent, tmp_path / "first")
-    first = tmp_path / "first" / "model"
-    tensors = load_file(first / "model.safetensors")
+def first_stage(model: Path) -> None:
+    """Takes the routers out of a checkpoint."""
+    tensors = load_file(model / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".reweight_module." not in name}
-    save_file(kept, first / "model.safetensors", metadata={"format": "pt"})
-    asked = [request(first, question, images) for question in QUESTIONS for images in ((), (0,), (2, 1))]
-    wanted = expected(first, asked)
+    save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def equal_weights(model: Path) -> None:
+    """Has the learners added alike."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"parrot_sys": {"wings": {"routing": "even"}}}))
+
+
+@pytest.mark.parametrize("change", [first_stage, equal_weights])
+def test_checkpoints_that_use_no_router(model: Path, change: Callable[[Path], None], tmp_path: Path) -> None:
+    shutil.copytree(model.parent, tmp_path / "changed")
+    without = tmp_path / "changed" / "model"
+    change(without)
+    asked = [request(without, question, images) for question in QUESTIONS for images in ((), (0,), (2, 1))]
+    wanted = expected(without, asked)
     assert wanted != expected(model, asked)
-    (got,) = run(first, [asked], options=CACHED)
+    (got,) = run(without, [asked], options=CACHED)
     assert got["tokens"] == wanted
 
 

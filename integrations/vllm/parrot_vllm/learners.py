@@ -104,6 +104,7 @@ class Learners(nn.Module):
         self.router = LearnerRouter(wings.router_positions, dtype=dtype, group=group) if routed else None
         for part in self.children():
             part.group = None  # (of gradients, which there are none here: what compiles the layers cannot follow it)
+        self.even = wings.routing == "even"
         self.attended: Tensor | None = None
         self._step = (step,)  # (not a part of each layer)
         self.heads, self.width, self.count = self.visual_learner.num_heads, self.visual_learner.head_dim, 1 + routed
@@ -147,7 +148,7 @@ class Learners(nn.Module):
         ]
         if self.router is None:
             return read[0]
-        routed = self.router(summed[:, -2:])
+        routed = summed.new_full((count, 2), 0.5) if self.even else self.router(summed[:, -2:])
         alone = torch.arange(2.0, device=rows.device)  # without pictures: nothing visual, the text as it is
         weights = torch.where(step.pictured[:count], routed, alone).to(rows.dtype)
         return weights[:, :1] * read[0] + weights[:, 1:] * read[1]
@@ -252,7 +253,7 @@ def add_learners(
     for number in filter(model.wings.has_learners, range(decoder.start_layer, decoder.end_layer)):
         layer = decoder.layers[number]
         learners = Learners(model, number, step, config, f"{prefix}.layers.{number}", routed=routed)
-        if routed:
+        if routed and not learners.even:
             layer.self_attn.attn = RoutedAttention(layer.self_attn.attn, learners, config)
         layer.post_attention_layernorm = LearnersThenNorm(layer.post_attention_layernorm, learners)
 
