@@ -30,6 +30,7 @@ from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.messages import turns_of
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.files import read_json
+from parrot_sys.integrations.hugging_face import modeling
 from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.systems.registry import RELEASED_TYPES
 from tests.foreign_files import copy_fixture
@@ -241,6 +242,13 @@ def test_settings_that_ask_for_nothing_are_taken(model: Any) -> None:
 def test_what_loading_does_not_do_is_refused_by_name(directory: Path, arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         AutoModelForCausalLM.from_pretrained(directory, **arguments)
+
+
+def test_what_comes_where_peft_is_installed_is_taken(directory: Path) -> None:
+    model = {own.config_class.model_type: own for own in modeling.MODELS}["parrot_qwen2"]
+    assert model.from_pretrained(directory, adapter_kwargs={"revision": None, "token": None}).device.type == "cpu"
+    with pytest.raises(ConfigError, match="adapter_kwargs"):
+        model.from_pretrained(directory, adapter_kwargs={"_adapter_model_path": "adapter"})
 
 
 def test_other_calls_that_have_no_meaning_are_refused(model: Any, directory: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from parrot_sys.errors import CheckpointError, ConfigError, DataError
 from parrot_sys.integrations.hugging_face.configuration import CONFIGURATIONS, ReleasedConfig
 from parrot_sys.integrations.hugging_face.generation import generate_arguments, merged
-from parrot_sys.integrations.hugging_face.refusals import besides_hub, refuse
+from parrot_sys.integrations.hugging_face.refusals import asked_of_adapters, besides_hub, refuse
 from parrot_sys.staging import scratch_directory
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ReleasedModel(PreTrainedModel, GenerationMixin):
             CheckpointError: see `parrot_sys.load_pretrained`.
         """
         directory = Path(pretrained_model_name_or_path)
-        refuse(besides_hub(kwargs))
+        refuse(besides_hub(kwargs, "adapter_kwargs") | asked_of_adapters(kwargs.get("adapter_kwargs")))
         if not directory.is_dir():
             raise CheckpointError(
                 f"{directory} is no directory; wanted an exported checkpoint on this machine (one of a hub can be "

@@ -136,6 +136,25 @@ class ReleasedProcessor(ProcessorMixin):
         batch = self._batch([each["input_ids"] for each in formatted], pictures, padding, return_tensors)
         return batch if return_dict else batch["input_ids"]
 
+    def picture_inputs(self, images: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
+        """`pixel_values`, and `image_sizes` where pictures are cut into tiles; nothing for no pictures.
+
+        Args:
+            images: files, addresses or pictures.
+            return_tensors: "pt", or None for sizes as lists.
+        """
+        if not images:
+            return {}
+        loaded = [_file_or_image(picture) for picture in images]
+        data: dict[str, Any] = {
+            "pixel_values": torch.cat([each.pixel_values for each in self.processor.pictures(loaded)])
+        }
+        if self.processor.tiling is not None:  # tells how many rows each picture takes
+            exif = self.processor.image_processor.exif
+            sizes = [list(image_size(picture, exif=exif)) for picture in loaded]
+            data["image_sizes"] = torch.tensor(sizes) if return_tensors else sizes
+        return data
+
     def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, *args, **kwargs) for row in sequences]
@@ -182,12 +201,7 @@ class ReleasedProcessor(ProcessorMixin):
             "input_ids": [[pad] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)],
             "attention_mask": [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)],
         }
-        if pictures:
-            loaded = [_file_or_image(picture) for picture in pictures]
-            data["pixel_values"] = torch.cat([each.pixel_values for each in self.processor.pictures(loaded)])
-            if self.processor.tiling is not None:  # tells how many rows each picture takes
-                exif = self.processor.image_processor.exif
-                data["image_sizes"] = [list(image_size(picture, exif=exif)) for picture in loaded]
+        data |= self.picture_inputs(pictures)
         return BatchFeature(data, tensor_type=return_tensors)
 
 

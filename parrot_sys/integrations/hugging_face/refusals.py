@@ -22,6 +22,12 @@ def besides_hub(arguments: Mapping[str, Any], *others: str) -> dict[str, Any]:
     }
 
 
+def asked_of_adapters(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`adapter_kwargs` of `from_pretrained`, if it asks for anything; where peft is installed it always comes."""
+    asked = {name: value for name, value in (arguments or {}).items() if name not in _OF_A_HUB and value is not None}
+    return {"adapter_kwargs": asked} if asked else {}
+
+
 def refuse(arguments: Mapping[str, Any], instead: str = "") -> None:
     """Refuses arguments that ask for something; None and False ask for nothing.
 
