@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from parrot_sys.megatron.runtime import backends
+
+_INSIDE_ATTENTION = ("q_layernorm", "k_layernorm", "kv_layernorm")
+_WITHOUT_WEIGHTS = (None, IdentityOp, L2Norm)
 
 
 class Norm:
@@ -41,7 +46,8 @@ class Norm:
 def with_norms(layer_spec: ModuleSpec | TransformerBlockSubmodules, num_layers: int) -> TransformerBlockSubmodules:
     """A copy of a model's layer spec with `Norm` before attention and MLP and after the last layer.
 
-    Megatron's own norms refuse sequence parallelism where neither Transformer Engine nor apex is installed.
+    The norms of queries and keys become `Norm` too, where the spec has some with weights (`qk_layernorm`). Megatron's
+    own norms refuse sequence parallelism where neither Transformer Engine nor apex is installed.
 
     Args:
         layer_spec: of one layer, or of each.
@@ -52,5 +58,9 @@ def with_norms(layer_spec: ModuleSpec | TransformerBlockSubmodules, num_layers: 
         changed = TransformerBlockSubmodules(layer_specs=[changed] * num_layers)
     for layer in changed.layer_specs:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        attention = layer.submodules.self_attention.submodules
+        for name in _INSIDE_ATTENTION:
+            if getattr(attention, name, None) not in _WITHOUT_WEIGHTS:
+                setattr(attention, name, Norm)
     changed.layer_norm = Norm
     return changed
