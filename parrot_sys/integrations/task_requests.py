@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from parrot_sys.data.decoding import ImageInput
 from parrot_sys.data.packing import Sample
+from parrot_sys.data.parts import human_turn
+from parrot_sys.data.picture import join_pictures
+from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.errors import ConfigError
@@ -18,6 +24,15 @@ def new_tokens(settings: Mapping[str, Any], usual: int) -> int:
     """Longest answer that a task asks for; `usual` where it does not say."""
     asked = (settings.get(name) for name in ("max_gen_toks", "max_new_tokens"))
     return next((int(number) for number in asked if number is not None), usual)
+
+
+def question_sample(processor: ParrotProcessor, text: str, images: Sequence[ImageInput]) -> Sample:
+    """The prompt of a question, its pictures before the text."""
+    pictures = processor.pictures(images)
+    turns = [human_turn(text, images=len(pictures))]
+    ids = processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
+    pixels, rows = join_pictures(pictures)
+    return Sample(input_ids=torch.tensor(ids), pixel_values=pixels, pictures=rows)
 
 
 def task_request(

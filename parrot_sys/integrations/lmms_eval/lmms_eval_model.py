@@ -10,13 +10,11 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from parrot_sys.data.packing import Sample
-from parrot_sys.data.parts import human_turn
-from parrot_sys.data.picture import join_pictures
 from parrot_sys.errors import ConfigError
 from parrot_sys.inference.generation import generate_texts, score_continuations
 from parrot_sys.inference.pretrained import load_pretrained
 from parrot_sys.inference.requests import free_rows
-from parrot_sys.integrations.task_requests import batches, new_tokens, task_request
+from parrot_sys.integrations.task_requests import batches, new_tokens, question_sample, task_request
 
 _NEW_TOKENS = 512
 _OF_OTHERS = ("image_aspect_ratio",)
@@ -101,11 +99,7 @@ class ParrotLMM(lmms):
 
     def _sample(self, context: str, visuals_of: Any, *place: Any) -> Sample:
         """The prompt of a question with its pictures."""
-        pictures = self.processor.pictures(visuals_of(self._document(*place)) or [])
-        turns = [human_turn(context, images=len(pictures))]
-        ids = self.processor.format_conversation(turns, add_generation_prompt=True)["input_ids"]
-        pixels, rows = join_pictures(pictures)
-        return Sample(input_ids=torch.tensor(ids), pixel_values=pixels, pictures=rows)
+        return question_sample(self.processor, context, visuals_of(self._document(*place)) or [])
 
     def _document(self, number: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][number]
