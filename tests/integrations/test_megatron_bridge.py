@@ -1,7 +1,8 @@
-"""Megatron-Bridge on Megatron-Core 0.19, Transformer Engine reduced to its names: conversion."""
+"""Megatron-Bridge on Megatron-Core 0.19, Transformer Engine reduced to its names: conversion, and training."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,10 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
+import parrot_sys
+from parrot_sys.megatron.runtime.initialize import shutdown
+from tests.foreign_files import copy_fixture
 from tests.integrations.peer_suite import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
+FIXTURE = ROOT / "tests" / "fixtures" / "parrot_tiny"
 pytest.importorskip("omegaconf", reason="make test-integrations ARGS=megatron_bridge")
 
 
@@ -26,11 +33,46 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_fixture(tmp_path_factory.mktemp("released"))
+
+
+@pytest.fixture(scope="module")
+def wanted(directory: Path) -> list[float]:
+    """Losses of three steps of Adam over four records, in plain PyTorch on the model of `load_pretrained`."""
+    model, processor = parrot_sys.load_pretrained(directory)
+    records = json.loads((FIXTURE / "conversations.json").read_text(encoding="utf-8"))[:4]
+    encoded = [processor.format_conversation(record["conversations"]) for record in records]
+    ids, labels, mask = (
+        pad_sequence([torch.tensor(values) for values in rows], batch_first=True, padding_value=filler)
+        for rows, filler in (
+            ([each["input_ids"] for each in encoded], 0),
+            ([each["labels"] for each in encoded], -100),
+            ([[1] * len(each["input_ids"]) for each in encoded], 0),
+        )
+    )
+    pictures = processor.images([FIXTURE / f"image_{record['image']}.png" for record in records])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(ids, attention_mask=mask, images=pictures, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        losses.append(float(loss))
+    shutdown()
+    return losses
+
+
 def run(core: Path, program: str, *arguments: object, processes: int = 1) -> str:
     """The last line that a program of this folder prints."""
     site = Path(sys.executable).parents[1] / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     paths = [ROOT, ROOT / "kernels", core, site]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # (Megatron-LM's make calls python3)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "PATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--master-port", str(29900 + os.getpid() % 90), "-m", f"tests.integrations.{program}"]
     result = subprocess.run(
@@ -40,7 +82,9 @@ def run(core: Path, program: str, *arguments: object, processes: int = 1) -> str
     return result.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("experts", "expert_tensor", "stages"), [(1, 1, 1), (2, 1, 1), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("experts", "expert_tensor", "stages"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
+)
 def test_a_hugging_face_model_goes_in_and_out(
     core: Path, experts: int, expert_tensor: int, stages: int, tmp_path: Path
 ) -> None:
@@ -50,6 +94,14 @@ def test_a_hugging_face_model_goes_in_and_out(
     assert found is not None, said
     assert float(found[1]) < 2e-6
     assert found[2] == found[3] == found[4]
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(1, 1), (2, 1), (1, 2)])
+def test_its_training_loop_trains_our_models(
+    core: Path, directory: Path, wanted: list[float], tensor: int, stages: int
+) -> None:
+    said = run(core, "bridge_training_program", directory, tensor, stages, processes=tensor * stages)
+    assert [float(loss) for loss in said.split()] == pytest.approx(wanted, abs=2e-5)
 
 
 def test_checkpoints_with_all_experts_in_one_tensor_are_refused_by_name(core: Path) -> None:

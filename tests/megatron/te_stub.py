@@ -71,10 +71,13 @@ class _Module(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = packages
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in PACKAGES:
+        if fullname.partition(".")[0] not in self.packages:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
@@ -85,9 +88,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing runs."""
 
 
-def install() -> None:
-    """From now on Transformer Engine can be imported in this process."""
-    sys.meta_path.insert(0, _Finder())
+def install(*others: str) -> None:
+    """From now on Transformer Engine, and other packages for GPUs, can be imported in this process."""
+    sys.meta_path.insert(0, _Finder((*PACKAGES, *others)))
 
 
 def newer_typing() -> None:
