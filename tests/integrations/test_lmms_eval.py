@@ -14,30 +14,10 @@ import pytest
 
 from parrot_sys.errors import DataError
 from parrot_sys.integrations.lmms_eval.tables import circular_accuracy, write_tasks
-from tests.evaluation.tables import picture, write_table
+from tests.evaluation.tables import write_table
+from tests.integrations.kit_tables import MODEL, NEW_TOKENS, table
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "tests" / "fixtures" / "parrot_tiny" / "model"
-NEW_TOKENS = 8
-# An answer names A where it holds its one letter, and no other option ever.
-OPTIONS = {"A": "e", "B": "z" * 12, "C": "q" * 12, "D": "x" * 12}
-
-
-def table(path: Path, rows: int = 6) -> Path:
-    return write_table(
-        path,
-        [
-            {
-                "index": index,
-                "question": f"What is in picture {index}?",
-                **OPTIONS,
-                "answer": "AB"[index % 2],
-                "category": "one",
-                "image": picture((40 * index, 200 - 30 * index, 9), (12 + index, 9)),
-            }
-            for index in range(rows)
-        ],
-    )
 
 
 def run(command: list[str], folder: Path, extra: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from parrot_sys.evaluation.extraction import extract_option
-from tests.integrations.test_lmms_eval import MODEL, NEW_TOKENS, OPTIONS, table
+from tests.integrations.kit_tables import MODEL, NEW_TOKENS, OPTIONS, table
 from tests.support.serving import serving
 
 ROOT = Path(__file__).parents[2]

@@ -36,7 +36,7 @@ from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.load import load_released
 
 _FUNCTIONS = ("finalize_model_grads_func", "grad_scale_func", "grad_sync_func", "no_sync_func", "param_sync_func")
-"""What Megatron-Bridge puts into the provider once the model is there, and Megatron's schedules read from the model."""
+"""Functions that Megatron-Bridge puts into the provider once the model is there; schedules read them from the model."""
 _LAYOUT = tuple(each.name for each in dataclasses.fields(ParallelConfig) if each.name != "pipeline_layers")
 
 

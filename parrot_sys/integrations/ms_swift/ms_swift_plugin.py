@@ -35,8 +35,8 @@ NAME = "parrot_sys"
 """Of the template and of the architecture."""
 _FROM = {role: name for name, role in ROLE_NAMES.items()}
 _NOT_OURS = ("tools", "videos", "audios", "objects", "chat_template_kwargs")
-"""What a record of ms-swift may hold besides, and its messages in `_NOT_OF_MESSAGES`."""
 _NOT_OF_MESSAGES = ("loss", "loss_scale")
+"""Parts that records of ms-swift, and their messages, may have besides."""
 
 
 class ReleasedLoader(ModelLoader):
