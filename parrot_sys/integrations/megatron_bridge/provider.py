@@ -48,6 +48,8 @@ class ParrotProvider(TransformerConfig, ModelProviderMixin[MultimodalModel]):  #
     """Sizes and options of the model."""
     checkpoint: str | None = None
     """Directory in the released layout with the weights to start from; None starts from new ones."""
+    freeze_vision_tower: bool = True
+    """Train everything but the tower; other parts are chosen by a hook (`register_pre_wrap_hook`)."""
     vocab_size: int | None = None
     should_pad_vocab: bool = False
     make_vocab_size_divisible_by: int = 1
@@ -116,6 +118,8 @@ class ParrotProvider(TransformerConfig, ModelProviderMixin[MultimodalModel]):  #
         )
         if self.checkpoint is not None:
             load_released(model, self.checkpoint)
+        if model.vision_tower is not None:
+            model.vision_tower.requires_grad_(not self.freeze_vision_tower)
         model.config.calculate_per_token_loss = True
         self._configs = (*vars(self).get("_configs", ()), model.config)
         return model
