@@ -20,6 +20,7 @@ from tests.integrations.vllm_cases import (
     QUESTIONS,
     answer,
     cases,
+    check_preempted,
     expected,
     parrot_checkpoint,
     program,
@@ -51,6 +52,10 @@ def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: P
 def same_picture(model: Path) -> list[list[dict[str, Any]]]:
     """One picture under one prompt after the other, one request at a time."""
     return [[request(model, question, (0,))] for question in (*QUESTIONS, *QUESTIONS)]
+
+
+def test_preempted_requests_get_the_same_answers(model: Path) -> None:
+    check_preempted(model)
 
 
 def test_each_prompt_has_a_route_of_its_own_and_the_answer_depends_on_it(model: Path) -> None:

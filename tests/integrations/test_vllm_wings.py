@@ -15,6 +15,7 @@ from tests.integrations.vllm_cases import (
     CACHED,
     QUESTIONS,
     cases,
+    check_preempted,
     expected,
     program,
     request,
@@ -53,6 +54,10 @@ def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: P
     assert sum(again["cached"]) > sum(first["cached"]) >= 0, "the second round finds its prompts in the cache"
     (plain,) = run(model, [asked], options={"enable_prefix_caching": False})
     assert plain["tokens"] == wanted
+
+
+def test_preempted_requests_get_the_same_answers(model: Path) -> None:
+    check_preempted(model)
 
 
 @pytest.mark.parametrize("part", [*PARTS.values(), "reweight_module.linear.weight"])

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 PICTURES = [str(FIXTURES / "parrot_tiny" / f"image_{i}.png") for i in range(4)]
 NEW_TOKENS = 8
+LONG = 40
 OWN_EXPERT = 6.0  # logit of the expert that a question prefers; the others have 0
 CACHED = {"enable_prefix_caching": True, "block_size": 32}  # its CPU engine takes 128 rows a block otherwise
 QUESTIONS = (
@@ -130,7 +131,7 @@ def answer(
     whole, routing = own.generate(
         torch.tensor([ids]),
         images=processor.images(images) if images else None,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=asked["tokens"],
         do_sample=False,
         eos_token_id=[],
         routing_override=override,
@@ -154,3 +155,12 @@ def run(model: Path, rounds: Sequence[Sequence[dict[str, Any]]], **asked: Any) -
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("[{"))  # (the engine logs there as well)
     return json.loads(line)
+
+
+def check_preempted(model: Path) -> None:
+    """Long answers to all `cases` at once with a cache that holds a few of them."""
+    asked = [{**each, "tokens": LONG} for each in cases(model)]
+    small = {"num_gpu_blocks_override": 20, "max_model_len": 256, "disable_log_stats": False}
+    (got,) = run(model, [asked], options={**CACHED, **small})
+    assert got["preempted"], "there was not enough room"
+    assert got["tokens"] == expected(model, asked)

@@ -43,6 +43,11 @@ def encoded(model: Any) -> int | None:
     return None if visual is None else visual.cache.encoded
 
 
+def preempted(llm: Any) -> int:
+    """Times that a request lost its blocks so far; 0 without `disable_log_stats=False`."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -61,9 +66,8 @@ def main() -> None:
     llm = LLM(
         asked["model"],
         dtype="float32",
-        max_model_len=512,
         limit_mm_per_prompt={"image": 4},
-        **{"enforce_eager": True, **options},
+        **{"enforce_eager": True, "max_model_len": 512, **options},
     )
     rounds = []
     for requests in asked["rounds"]:
@@ -85,6 +89,7 @@ def main() -> None:
                 "rows": [len(output.prompt_token_ids) for output in outputs],
                 "cached": [output.num_cached_tokens for output in outputs],
                 "encoded": llm.apply_model(encoded),
+                "preempted": preempted(llm) if "disable_log_stats" in options else 0,
             }
         )
     print("\n" + json.dumps(rounds))
