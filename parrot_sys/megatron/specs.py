@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
@@ -20,7 +21,12 @@ from parrot_sys.megatron import with_grouped_experts, with_norms
 
 
 def _layers_of_this_stage() -> int | None:
-    """Layers that the running program of Megatron-LM builds here, from its arguments; None without one."""
+    """Layers that the running program of Megatron-LM builds here, from its arguments; None without one.
+
+    From release 0.19 on a program reads specs before it has process groups, and calls functions of them later.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return None
     try:
         from megatron.training import get_args
         from megatron.training.arguments import core_transformer_config_from_args
