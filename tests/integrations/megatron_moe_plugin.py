@@ -181,12 +181,13 @@ own_groups(utilities, parallel_state)
 if os.environ.get("SWAP") == "experts":
     swap_parts()
 
-_available = torch.cuda.is_available
+_real = {name: getattr(torch.cuda, name) for name in ("is_available", "get_device_capability")}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Marks such as skipif are read as on a machine with GPUs."""
+    """Marks such as skipif, and what modules ask when they are imported, are answered as on a machine with GPUs."""
     torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda *_: (10, 0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -197,7 +198,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Whoever asks from here on hears the truth."""
-    torch.cuda.is_available = _available
+    for name, function in _real.items():
+        setattr(torch.cuda, name, function)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

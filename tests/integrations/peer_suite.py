@@ -28,6 +28,9 @@ FILES = (
     "token_dispatcher",
     "upcycling",
 )
+NOISE = ("test_routers.py::TestTop2Router::test_force_load_balancing",)
+"""Tests that ask for a gradient other than 0 where it is 0 but for rounding (of the sum of weights that add up to 1);
+with `TokenRouter` it is 0."""
 _ORDER = ("failed", "skipped", "passed")
 """What a test did: the first of these that any process saw."""
 
@@ -62,8 +65,8 @@ def run_peer_files(
     Configurations are those that our experts take (SwiGLU without biases) either way.
     """
     sources = checkout(version)
-    for old in report.parent.glob(f"{report.name}.*"):
-        old.unlink()
+    for rank in range(processes):
+        Path(f"{report}.{rank}").unlink(missing_ok=True)
     paths = [sources, Path(__file__).parent, ROOT, ROOT / "kernels"]
     variables = {
         **os.environ,
@@ -79,8 +82,9 @@ def run_peer_files(
     command += [str(29500 + os.getpid() % 400), "-m", "pytest", "-p", "megatron_moe_plugin"]
     # (Without the project's own options, which stop at the first failure.)
     command += [*["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-q", "--no-header", "--tb=line"]]
+    command += ["--continue-on-collection-errors"]
     command += [f"tests/unit_tests/transformer/moe/test_{file}.py" for file in files]
-    with open(report.with_suffix(".log"), "w", encoding="utf-8") as log:
+    with open(Path(f"{report}.log"), "w", encoding="utf-8") as log:
         subprocess.run(command, cwd=sources, env=variables, stdout=log, stderr=log, timeout=3600, check=False)
     return _outcomes(report, processes)
 
@@ -105,16 +109,18 @@ def count(outcomes: dict[str, Outcome]) -> dict[str, int]:
 def compare(version: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Counts without and with our parts, and the tests that pass without them alone.
 
-    `refused` are those that end in a ConfigError of ours; `lost` are the others.
+    `refused` are those that end in a ConfigError of ours, `noise` those of `NOISE`; `lost` are the others.
     """
     theirs = run_peer_files(version, files, folder / f"{version}-theirs", swapped=False)
     ours = run_peer_files(version, files, folder / f"{version}-ours", swapped=True)
     passed = [name for name, each in theirs.items() if each.result == "passed"]
     gone = [name for name in passed if ours.get(name, _LOST).result != "passed"]
     refused = [name for name in gone if "parrot_sys.errors.ConfigError" in ours.get(name, _LOST).message]
+    noise = [name for name in gone if name.endswith(NOISE)]
     return {
         "theirs": count(theirs),
         "ours": count(ours),
         "refused": refused,
-        "lost": [name for name in gone if name not in refused],
+        "noise": noise,
+        "lost": [name for name in gone if name not in refused and name not in noise],
     }

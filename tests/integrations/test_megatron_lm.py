@@ -1,4 +1,4 @@
-"""Megatron-LM's own MoE tests with our router and experts in every MoELayer."""
+"""Megatron-LM's own MoE tests and its program of pretraining, with our router and experts in every MoELayer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.peer_suite import compare
+from tests.integrations.peer_losses import LAYOUTS, Layout, losses
+from tests.integrations.peer_suite import FILES, compare
+
+VERSIONS = ("0.16.1", "0.19.0")
 
 
-# (peer_suite.FILES has the others, which nobody has run with our parts yet.)
-@pytest.mark.parametrize(("version", "files"), [("0.16.1", ["moe_layer"])])
-def test_tests_that_pass_with_the_peers_parts_pass_with_ours_or_are_refused(
-    version: str, files: list[str], tmp_path: Path
-) -> None:
-    result = compare(version, files, tmp_path)
-    assert result["theirs"]["passed"] > 0
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("peer")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tests_that_pass_with_the_peers_parts_pass_with_ours_or_are_refused(version: str, folder: Path) -> None:
+    result = compare(version, FILES, folder)
+    assert result["theirs"]["passed"] > 100
     assert result["lost"] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pretraining_has_the_losses_of_the_peers_parts(version: str, layout: Layout, folder: Path) -> None:
+    theirs = losses(version, folder, layout, ours=False)
+    ours = losses(version, folder, layout, ours=True)
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert len(set(ours)) == len(ours), "the weights change"
