@@ -69,6 +69,7 @@ def losses(
     resume = f"--train-iters {STEPS} --load {start} --finetune --no-load-optim --no-load-rng"
     log = folder / f"{version}-{layout.name.replace(' ', '')}-{'ours' if ours else 'theirs'}.log"
     said = _run(version, layout, f"{layout.options} {chosen} {resume}", log)
+    assert ("topk_routing runs on" in said) == ours, f"{log}: the router is not the one that was asked for"
     found = [float(each) for each in re.findall(r"lm loss: (\S+)", said)]
     assert len(found) == STEPS, f"{log}: {len(found)} losses"
     return found
