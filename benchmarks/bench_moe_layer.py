@@ -20,8 +20,9 @@ from benchmarks.released_loop import ReleasedLoop
 from benchmarks.shapes import TEXT_ROWS, images
 from benchmarks.workload import Contender, Grads, Inputs, Maker, Pass, Prepared, Workload, itemsize
 from parrot_kernels.testing import MoEShape, make_spans
+from parrot_sys.modules.released_experts import experts_from_released
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoE, experts_from_released
+from parrot_sys.modules.text_guided_moe import TextGuidedMoE
 
 WEIGHTS = ("router_weight", "w_gate_up", "w_down")
 LEAVES = ("features", "text", *WEIGHTS)

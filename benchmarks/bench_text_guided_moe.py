@@ -21,8 +21,9 @@ from benchmarks.harness import interleaved_times, parse_arguments, ratio, report
 from benchmarks.released_loop import ReleasedLoop
 from benchmarks.shapes import CPU_DENSE, CPU_MANY_SMALL, TEXT_ROWS
 from parrot_kernels.testing import MoEShape, make_spans
+from parrot_sys.modules.released_experts import experts_to_released
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import TextGuidedMoE, experts_to_released
+from parrot_sys.modules.text_guided_moe import TextGuidedMoE
 
 Routing = Literal["dense", "topk"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parrot_sys.modules.released_experts import experts_to_released
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
-from parrot_sys.modules.text_guided_moe import experts_to_released
 
 
 class ReleasedLoop(nn.Module):

@@ -17,6 +17,7 @@ from benchmarks import (
     bench_linear_cross_entropy,
     bench_moe_layer,
     bench_paged_attention,
+    bench_paged_layer,
     bench_permute,
     bench_router_attention,
     bench_segment_attention,
@@ -39,6 +40,7 @@ MODULES = (
     bench_permute,
     bench_segment_attention,
     bench_paged_attention,
+    bench_paged_layer,
     bench_few_rows_linear,
     bench_fp8_experts,
 )

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import bench_paged_layer
 from benchmarks.gpu_suite.problems import Case, Make, Problem, Tensors, normal
+from benchmarks.workload import Maker
 from parrot_sys import ops
 
 
@@ -185,6 +187,26 @@ def _few_rows_linear(rows: int, depth: int, width: int, *, gated: bool = False) 
     return make
 
 
+def _paged_layer(answers: int, length: int, groups: int, repeat: int, width: int) -> Make:
+    """The next row of answers; what is written is seen by the attention that reads it."""
+    shape = bench_paged_layer.Shape(answers, length, 40, groups, repeat, width, 24)
+
+    def make(device: torch.device) -> Problem:
+        maker = Maker(device=device, dtype=torch.float64, generator=torch.Generator(device).manual_seed(0))
+        tensors = {**bench_paged_layer.make_weights(maker, shape), **bench_paged_layer.make_data(maker, shape)}
+        inputs = {name: own for name, own in tensors.items() if own.is_floating_point()}
+
+        def op(leaves: Tensors) -> Tensors:
+            return {"out": bench_paged_layer.ours(tensors | leaves)()[0]}
+
+        def plain(leaves: Tensors) -> Tensors:
+            return {"out": bench_paged_layer.calls(tensors | leaves)()[0]}
+
+        return Problem(inputs=inputs, op=op, plain=plain, gradients=False)
+
+    return make
+
+
 def _case(op: str, name: str, make: Make, *, large: bool = False) -> Case:
     return Case(op=op, name=name, make=make, large=large)
 
@@ -211,6 +233,8 @@ CASES = [
     _case("few_rows_linear", "primes", _few_rows_linear(7, 13, 29)),
     _case("few_rows_linear", "gated", _few_rows_linear(3, 40, 24, gated=True)),
     _case("few_rows_linear", "no_row", _few_rows_linear(0, 8, 5)),
+    _case("paged_layer", "answers", _paged_layer(3, 32, 2, 3, 8)),
+    _case("paged_layer", "one_head", _paged_layer(1, 16, 1, 1, 2)),
     _case("linear_cross_entropy", "primes", _linear_cross_entropy(7, 13, 97)),
     _case("linear_cross_entropy", "one_row", _linear_cross_entropy(1, 8, 50)),
     _case("linear_cross_entropy", "no_row", _linear_cross_entropy(0, 8, 50)),

@@ -10,6 +10,7 @@
 
 #include "../common/check.h"
 #include "few_rows.h"
+#include "launchers.h"
 
 namespace parrot {
 namespace {
@@ -129,6 +130,8 @@ void check_like(const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "weight, norm, bias and residual must have the dtype of x");
 }
 
+}  // namespace
+
 Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool gated,
                        double eps) {
@@ -174,7 +177,6 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optiona
   return out;
 }
 
-}  // namespace
 }  // namespace parrot
 
 STABLE_TORCH_LIBRARY_FRAGMENT(parrot_ext, m) {

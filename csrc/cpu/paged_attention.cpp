@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "launchers.h"
 #include "simd.h"
 
 namespace parrot {
@@ -254,6 +255,8 @@ Sizes check_inputs(const Tensor& query, const Tensor& keys, const Tensor& values
   return s;
 }
 
+}  // namespace
+
 void paged_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
                      const Tensor& bounds, const Tensor& lengths, const Tensor& columns, const Tensor& visible,
                      double scale, Tensor out, Tensor extra) {
@@ -284,7 +287,6 @@ void paged_attention(const Tensor& query, const Tensor& keys, const Tensor& valu
   launch(0.0f);
 }
 
-}  // namespace
 }  // namespace parrot
 
 STABLE_TORCH_LIBRARY_FRAGMENT(parrot_ext, m) {

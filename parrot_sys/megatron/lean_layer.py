@@ -4,6 +4,7 @@ A step of answers has few rows, so the host decides how long it takes: one layer
 calls of torch and 60 of Python. `LeanLayer` is Megatron's layer with its parameters and names; for a step over a paged
 cache, without gradients, it multiplies by the weights itself. Each part for itself: what it does not know (low-rank
 updates, experts, other norms, layers of an accelerator, hooks, sums over tensor-parallel ranks) it calls as a module.
+Few rows on a CPU through a layer of which it knows every part are one call, `paged_layer`.
 
 T rows, H hidden size, g key/value heads of this rank with r query heads each, d width of a head.
 """
@@ -28,6 +29,7 @@ from parrot_sys.megatron.attention.core import CoreAttention
 from parrot_sys.modules.rotary import turn
 from parrot_sys.ops import few_rows_linear
 from parrot_sys.ops.few_rows_linear import takes_few_rows
+from parrot_sys.ops.paged_layer import LayerWeights, paged_layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,8 @@ class _Known:
     groups: int = 0  # g
     repeat: int = 0  # r
     normed: bool = False  # queries and keys
+    whole: tuple[Any, ...] = ()  # modules of a layer that is one call, in the order of `_weights`
+    eps: float = 0.0  # of their norms
 
 
 class LeanLayer(TransformerLayer):
@@ -58,6 +62,9 @@ class LeanLayer(TransformerLayer):
         kwargs |= {"context": context, "packed_seq_params": packed_seq_params}
         if not self._goes_lean(packed_seq_params):
             return super().forward(hidden_states, *args, **kwargs)
+        if self._is_one_call(packed_seq_params, hidden_states):
+            assert packed_seq_params is not None, "a step over a paged cache has a context"
+            return self._whole(hidden_states, packed_seq_params), context
         hidden, context = self._forward_attention(hidden_states, *args, **kwargs)
         return (self._lean_mlp(hidden) if self._parts.mlp else self._forward_mlp(hidden)), context
 
@@ -79,6 +86,27 @@ class LeanLayer(TransformerLayer):
         # (Other programs of Megatron give such layers contexts of their own.)
         paged = getattr(context, "paged", None)
         return paged is not None and not self.training and not torch.is_grad_enabled()
+
+    def _is_one_call(self, context: Any, hidden: Tensor) -> bool:
+        # A step that reads whole prompts alone attends to their rows as they are; a router asks its attention.
+        if not self._parts.whole or context.paged.fresh or context.router is not None or context.turns is None:
+            return False
+        # (Hooks may come at any time.)
+        return takes_few_rows(hidden) and not any(
+            own._forward_hooks or own._forward_pre_hooks for own in self._parts.whole if own is not None
+        )
+
+    def _whole(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        known, paged, core = self._parts, context.paged, self.self_attention.core_attention
+        assert paged is not None, "the layer goes lean"
+        assert context.turns is not None, "and has rotations"
+        rows, weights = hidden.squeeze(1), _weights(known.whole)
+        width = len(weights.w_qkv) // (known.groups * (known.repeat + 2))
+        caches = paged.cache.buffers(core.layer_number, known.groups, width, rows.dtype)
+        places, requests = (paged.blocks, paged.offsets), (paged.block_tables, context.cu_seqlens, paged.lengths)
+        turns = context.turns
+        out = paged_layer(rows, weights, turns, caches, places, requests, eps=known.eps, scale=core.scale)
+        return out.unsqueeze(1)
 
     @property
     def _parts(self) -> _Known:
@@ -148,7 +176,44 @@ def _known_parts(layer: LeanLayer) -> _Known:
     groups = attention.num_query_groups_per_partition
     repeat = attention.num_attention_heads_per_partition // groups
     normed = any(not isinstance(norm, IdentityOp | None) for norm in (attention.q_layernorm, attention.k_layernorm))
-    return _Known(attention=True, mlp=knows_mlp, groups=groups, repeat=repeat, normed=normed)
+    whole, eps = _one_call(layer) if knows_mlp else ((), 0.0)
+    return _Known(attention=True, mlp=knows_mlp, groups=groups, repeat=repeat, normed=normed, whole=whole, eps=eps)
+
+
+def _one_call(layer: LeanLayer) -> tuple[tuple[Any, ...], float]:
+    """Modules whose work `paged_layer` does, and the eps of their norms; none if it does not know them all."""
+    attention, mlp = layer.self_attention, layer.mlp
+    heads = [None if isinstance(own, IdentityOp) else own for own in (attention.q_layernorm, attention.k_layernorm)]
+    norms: list[Any] = [layer.input_layernorm, layer.pre_mlp_layernorm, *heads]
+    columns, rows = (attention.linear_qkv, mlp.linear_fc1), (attention.linear_proj, mlp.linear_fc2)
+    epsilons: set[Any] = {own.eps for own in norms if type(own) is nn.RMSNorm}
+    if (
+        type(layer)._forward_attention is not LeanLayer._forward_attention
+        or not all(own is None or type(own) is nn.RMSNorm for own in norms)
+        or None in (*norms[:2], *epsilons)
+        or len(epsilons) != 1
+        or not all(type(own) is ColumnParallelLinear and not own.gather_output for own in columns)
+        or not all(type(own) is RowParallelLinear and own.tp_group.size() == 1 and own.bias is None for own in rows)
+        or mlp.linear_fc1.bias is not None
+    ):
+        return (), 0.0
+    first, second, q_norm, k_norm = norms
+    return (first, columns[0], q_norm, k_norm, rows[0], second, columns[1], rows[1]), epsilons.pop()
+
+
+def _weights(modules: tuple[Any, ...]) -> LayerWeights:
+    first, qkv, q_norm, k_norm, out, second, gate_up, down = modules
+    return LayerWeights(
+        norm_1=first.weight,
+        w_qkv=qkv.weight,
+        b_qkv=qkv.bias,
+        q_norm=None if q_norm is None else q_norm.weight,
+        k_norm=None if k_norm is None else k_norm.weight,
+        w_out=out.weight,
+        norm_2=second.weight,
+        w_gate_up=gate_up.weight,
+        w_down=down.weight,
+    )
 
 
 def _is_special(config: TransformerConfig) -> bool:

@@ -29,6 +29,7 @@ OPS = (
     "segment_attention",
     "paged_attention",
     "few_rows_linear",
+    "paged_layer",
     "grouped_gemm",
     "fp8_experts",
     "permute",
