@@ -23,7 +23,7 @@ from parrot_sys.data.image_sources.root import ImageRoot
 from parrot_sys.data.image_sources.tar import TarArchive
 from parrot_sys.data.row_groups import RowGroups
 from parrot_sys.errors import DataError
-from tests.data.picture_archives import write_parquet, write_tar
+from tests.data.picture_archives import write_files, write_parquet, write_tar
 
 MEMBERS = {f"{i}.png": os.urandom(1000 + 37 * i) for i in range(9)}
 _TABLE = pyarrow.table({"name": ["a"], "other": ["b"], "data": [b"c"], "more": [b"d"]})
@@ -299,6 +299,19 @@ def test_cells_without_a_name_or_bytes(tmp_path):
     assert contents(root, "1") == b"x"
     with pytest.raises(DataError, match="has no bytes: its cell is null"):
         root.picture("2").open()
+
+
+def test_row_groups_without_any_bytes_hold_no_pictures(tmp_path):
+    """As `datasets` writes a table whose pictures were files: names that come again and again, and no bytes."""
+    for number in range(2):
+        cells = [{"bytes": b"x", "path": f"{number}"}, *[{"bytes": None, "path": "a.png"}] * 3]
+        table = pyarrow.table({"image": cells})
+        parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=1)
+    root = ImageRoot(tmp_path)
+    assert contents(root, "1") == b"x"
+    assert root.problem("a.png") == f"image {tmp_path}/a.png is missing"
+    write_files(tmp_path, {"a.png": b"y"})
+    assert ImageRoot(tmp_path).problem("a.png") is None
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -22,15 +22,13 @@ class ParquetArchive(Archive):
     ENDINGS = (".parquet",)
 
     def members(self, advance: Callable[[int], object]) -> Iterator[Member]:
-        """All rows with a name; only the column of names is read."""
+        """All rows with a name; only the column of names is read, and only of row groups that hold bytes."""
         with errors_named(f"image archive {self.name}", DataError), self._file() as file:
-            names, _ = self._columns(file.schema_arrow)
+            names, data = self._columns(file.schema_arrow)
             groups = file.num_row_groups
             for group in range(groups):
-                column = _read(file, group, names)
-                for row, name in enumerate(column.to_pylist()):
-                    if name is not None:
-                        yield Member(str(name), group, row)
+                if _holds_bytes(file.metadata.row_group(group), data):
+                    yield from _members(_read(file, group, names), group)
                 advance(self.state[0] * (group + 1) // groups - self.state[0] * group // groups)
 
     def open(self, first: int, second: int) -> OpenFile:
@@ -93,6 +91,19 @@ def _read(file: Any, group: int, path: str) -> Any:
 
     column = file.read_row_group(group, columns=[path], use_threads=False).column(0)
     return compute.struct_field(column, path.rsplit(".", 1)[-1]) if types.is_struct(column.type) else column
+
+
+def _members(names: Any, group: int) -> Iterator[Member]:
+    for row, name in enumerate(names.to_pylist()):
+        if name is not None:
+            yield Member(str(name), group, row)
+
+
+def _holds_bytes(group: Any, path: str) -> bool:
+    """Whether any cell of a column is not null; true as well where the file does not say."""
+    chunks = (group.column(i) for i in range(group.num_columns))
+    statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == path)
+    return statistics is None or statistics.null_count is None or statistics.null_count < group.num_rows
 
 
 def _is_text(kind: Any) -> bool:
