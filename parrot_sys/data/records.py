@@ -37,12 +37,12 @@ class Record:
     """Of what its images show; reports on routes group by it."""
 
 
-def describe_record(path: Path, index: int, record_id: Any = None) -> str:
+def describe_record(path: Path | str, index: int, record_id: Any = None) -> str:
     """The place of a record, for messages."""
     return f"{printable(path)}: record {index}" + (f" (id {record_id!r})" if record_id is not None else "")
 
 
-def parse_record(raw: Any, index: int, path: Path, *, language: str = "") -> Record:
+def parse_record(raw: Any, index: int, path: Path | str, *, language: str = "") -> Record:
     """Checks one record.
 
     Args:

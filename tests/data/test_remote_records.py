@@ -8,6 +8,8 @@ import pytest
 
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.stream.config import StreamConfig
+from parrot_sys.data.stream.loader import StreamLoader, StreamRanks
 from parrot_sys.errors import DataError, StorageError
 from tests.data.comparing import PICTURES, ROWS, assert_same, record
 from tests.data.record_sets import WRITERS
@@ -71,3 +73,53 @@ def test_what_is_missing_or_away_is_named(processor, bucket, tmp_path):
             make_loader(processor, tmp_path, "s3://b/away/set.jsonl")
     finally:
         server.fail()
+
+
+def test_files_of_columns_are_found_behind_addresses(processor, bucket, tmp_path):
+    """Beside a folder, in it, and in the folder of a pattern; for streams too."""
+    base, _ = bucket
+    beside = WRITERS["mapped"](base / "b/columns/inner", RECORDS, FILES)
+    columns = beside.with_name("set.parquet.columns.yaml")
+    inner = columns.rename(beside.with_name("columns.yaml"))
+    for address in ("s3://b/columns/inner", "s3://b/columns/inner/*.parquet"):
+        assert make_loader(processor, tmp_path, address).samples_per_epoch == 6
+        assert streamed(processor, tmp_path, address) == {f"set:r{i}" for i in range(6)}
+    inner.rename(beside.parent.with_name("inner.columns.yaml"))
+    assert make_loader(processor, tmp_path / "other", "s3://b/columns/inner").samples_per_epoch == 6
+    assert streamed(processor, tmp_path / "other", "s3://b/columns/inner") == {f"set:r{i}" for i in range(6)}
+
+
+def streamed(processor, folder, address):
+    stream = StreamConfig(enabled=True, buffer=2, open_shards=1)
+    config = DataConfig(
+        paths=(address,), names=("set",), cache_dir=str(folder / "streamed"), remote=QUICK, stream=stream
+    )
+    loader = StreamLoader(
+        config,
+        processor,
+        num_visual_rows=ROWS,
+        max_seq_len=512,
+        global_batch_size=1,
+        ranks=StreamRanks(rank=0, size=1, most=int),
+    )
+    steps = iter(loader)
+    found = {name for _ in range(6) for batch in next(steps) for name in batch.record_ids}
+    steps.close()
+    return found
+
+
+def test_two_files_of_one_name_are_not_taken_for_one(processor, bucket, tmp_path):
+    base, _ = bucket
+    for name in ("x", "y"):
+        WRITERS["jsonl"](base / f"b/twice/{name}", RECORDS, FILES)
+    with pytest.raises(DataError, match=r"matches s3://b/twice/x/set\.jsonl and s3://b/twice/y/set\.jsonl, and only"):
+        make_loader(processor, tmp_path, "s3://b/twice/*/set.jsonl")
+
+
+def test_splits_behind_an_address_are_named_to_a_stream(processor, bucket, tmp_path):
+    base, _ = bucket
+    WRITERS["hf datasets"](base / "b/splits/train", RECORDS, FILES)
+    (base / "b/splits/dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(DataError, match=r"s3://b/splits has several splits: name one, such as s3://b/splits/train"):
+        streamed(processor, tmp_path, "s3://b/splits")
+    assert streamed(processor, tmp_path, "s3://b/splits/train") == {f"set:r{i}" for i in range(6)}

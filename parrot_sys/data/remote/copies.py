@@ -29,13 +29,14 @@ def place_of_copy(url: str, cache_dir: str | Path | None) -> Path:
     return base / hashlib.sha256(plain.encode()).hexdigest()[:16] / posixpath.basename(plain)
 
 
-def copy_records(url: str, place: Path, storage: RemoteStorage) -> None:
+def copy_records(url: str, place: Path, storage: RemoteStorage, *, columns: str | None = None) -> None:
     """Brings the copy up to date. One process of a machine does it, the others wait.
 
     Args:
         url: a file, a folder or a pattern.
         place: from `place_of_copy`.
         storage: reads the files.
+        columns: address of the file of columns; that of the data set itself, if it has one, when not given.
 
     Raises:
         DataError: there is nothing at the address.
@@ -47,7 +48,7 @@ def copy_records(url: str, place: Path, storage: RemoteStorage) -> None:
         with (folder / ".lock").open("a") as lock:
             with contextlib.suppress(OSError):  # (where files cannot be locked, each process copies)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            _copy(url, folder, storage)
+            _copy(url, folder, storage, columns)
     except OSError as error:
         raise StorageError(
             f"{printable(url)} cannot be copied to {folder}: {error.strerror}; name a folder with room in "
@@ -55,8 +56,20 @@ def copy_records(url: str, place: Path, storage: RemoteStorage) -> None:
         ) from error
 
 
-def _copy(url: str, folder: Path, storage: RemoteStorage) -> None:
-    wanted = {name: (address, storage.state(address)) for name, address in _files(url.rstrip("/"), storage).items()}
+def columns_of(url: str, storage: RemoteStorage) -> str | None:
+    """Address of the file of columns beside a data set, or in the folder of a pattern; None where there is none."""
+    address = f"{posixpath.dirname(url)}/{_BESIDE[1:]}" if glob.has_magic(url) else url.rstrip("/") + _BESIDE
+    with contextlib.suppress(DataError):
+        storage.state(address)
+        return address
+    return None
+
+
+def _copy(url: str, folder: Path, storage: RemoteStorage, columns: str | None) -> None:
+    files = _files(url.rstrip("/"), storage)
+    if (address := columns or columns_of(url, storage)) is not None:
+        files[posixpath.basename(url.rstrip("/")) + _BESIDE] = address
+    wanted = {name: (address, storage.state(address)) for name, address in files.items()}
     states: dict[str, list[int]] = {}
     with contextlib.suppress(OSError, ValueError):
         states = json.loads((folder / _STATES).read_text(encoding="utf-8"))
@@ -75,7 +88,13 @@ def _copy(url: str, folder: Path, storage: RemoteStorage) -> None:
 def _files(url: str, storage: RemoteStorage) -> dict[str, str]:
     """Name in the copy -> address of each file."""
     if glob.has_magic(url):
-        found = {posixpath.basename(address): address for address in storage.find(url)}
+        found: dict[str, str] = {}
+        for address in storage.find(url):
+            if (other := found.setdefault(posixpath.basename(address), address)) != address:
+                raise DataError(
+                    f"data set {printable(url)} matches {printable(other)} and {printable(address)}, and only one file "
+                    "of a name can be copied: name each folder as a data set"
+                )
     else:
         try:
             storage.state(url)
@@ -83,15 +102,11 @@ def _files(url: str, storage: RemoteStorage) -> dict[str, str]:
         except StorageError:
             raise
         except DataError:  # a folder, or nothing
-            base = posixpath.dirname(url) + "/"
-            found = {address.removeprefix(base): address for address in storage.find(f"{url}/**")}
+            files = storage.below(url).items()
+            found = {f"{posixpath.basename(url)}/{name}": address for name, address in files}
             found = {name: address for name, address in found.items() if ".." not in name.split("/")}
     if not found:
         raise DataError(f"data set {printable(url)} is missing")
-    with contextlib.suppress(DataError):
-        if not glob.has_magic(url) and posixpath.basename(url) in found:
-            storage.state(url + _BESIDE)
-            found[posixpath.basename(url) + _BESIDE] = url + _BESIDE
     return found
 
 

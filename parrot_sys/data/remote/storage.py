@@ -7,6 +7,7 @@ import importlib
 import itertools
 import logging
 import os
+import posixpath
 import random
 import re
 import tempfile
@@ -157,6 +158,12 @@ class RemoteStorage:
             return []
         files = (name for name, info in found.items() if info.get("type") != "directory")
         return sorted(map(fs.unstrip_protocol, files))
+
+    def below(self, folder: str) -> dict[str, str]:
+        """Path below a folder -> address of each file in it, sorted."""
+        fs, base = self._open(folder)
+        files = self.find(f"{folder.rstrip('/')}/**")  # (whose addresses may be spelled otherwise: gs:// for gcs://)
+        return {posixpath.relpath(fs._strip_protocol(address), base.rstrip("/")): address for address in files}
 
     def _open(self, url: str) -> tuple[Any, str]:
         """The file system of an address (one for each process and thread), and the path there."""

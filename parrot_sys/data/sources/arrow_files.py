@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from parrot_sys.errors import DataError, printable
 from parrot_sys.files import Fields, read_json
 
 ENDINGS = (".arrow", ".feather", ".ipc")
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""What Hugging Face's `datasets` writes beside its files, and above the folders of splits."""
 _FILE_FORMAT = b"ARROW1"
 
 
@@ -26,34 +27,46 @@ class ArrowRecords(TableRecords):
     @classmethod
     def takes(cls, path: Path) -> bool:
         """An Arrow file, a pattern of them, a folder that has some, or one of Hugging Face's `datasets`."""
-        return any((path / name).is_file() for name in (_STATE, _SPLITS)) or has_files(path, ENDINGS)
+        return any((path / name).is_file() for name in (STATE, SPLITS)) or has_files(path, ENDINGS)
 
     def files(self) -> list[Path]:
         """The files that `state.json` lists in its order; all Arrow files, sorted, where there is none."""
-        if (self.path / _SPLITS).is_file():
-            splits = Fields(read_json(self.path / _SPLITS), self.path / _SPLITS).items("splits", str)
-            raise DataError(
-                f"data set {printable(self.path)} has several splits: name one, such as "
-                f"{printable(self.path / (splits[0] if splits else 'train'))}"
-            )
-        if not (self.path / _STATE).is_file():
+        if (self.path / SPLITS).is_file():
+            raise several_splits(read_json(self.path / SPLITS), str(self.path))
+        if not (self.path / STATE).is_file():
             return list_files(self.path, ENDINGS)
-        state = read_json(self.path / _STATE)
-        if state.get("_indices_data_files") or state.get("_indices_files"):
-            raise DataError(
-                f"data set {printable(self.path)} has an order or a choice of rows of its own: save it after "
-                "flatten_indices()"
-            )
-        listed = state.get("_data_files")
-        entries = listed if isinstance(listed, list) else []
-        names: list[Any] = [each.get("filename") for each in entries if isinstance(each, dict)]
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise DataError(f"{printable(self.path / _STATE)} must list _data_files of this folder, got {listed!r}")
-        return [self.path / name for name in names]
+        return [self.path / name for name in listed_files(read_json(self.path / STATE), str(self.path))]
 
     def open(self, path: Path) -> TableFile:
         """Maps it and looks for its batches."""
         return _ArrowFile(path)
+
+
+def several_splits(content: Mapping[str, Any], folder: str) -> DataError:
+    """The error for a folder with a `dataset_dict.json` of this content."""
+    splits = Fields(content, f"{folder}/{SPLITS}").items("splits", str)
+    split = splits[0] if splits else "train"
+    return DataError(
+        f"data set {printable(folder)} has several splits: name one, such as {printable(f'{folder}/{split}')}"
+    )
+
+
+def listed_files(state: Mapping[str, Any], folder: str) -> list[str]:
+    """Names of the files of a folder that its `state.json` lists.
+
+    Raises:
+        DataError: it lists none, or the rows have an order of their own.
+    """
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"data set {printable(folder)} has an order or a choice of rows of its own: save it after flatten_indices()"
+        )
+    listed = state.get("_data_files")
+    entries = listed if isinstance(listed, list) else []
+    names: list[Any] = [each.get("filename") for each in entries if isinstance(each, dict)]
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise DataError(f"{printable(f'{folder}/{STATE}')} must list _data_files of this folder, got {listed!r}")
+    return names
 
 
 class _ArrowFile(TableFile):

@@ -64,7 +64,7 @@ class _StreamSet:
         Raises:
             DataError: it is wrong, or a picture cannot be used.
         """
-        shard = Path(self.shards[entry.shard].name)
+        shard = self.shards[entry.shard].name  # (an address is no path)
         record = parse_record(raw, entry.number, shard, language=self.source.language)
         where = describe_record(shard, entry.number, record.record_id)
         with _named(where):
