@@ -13,10 +13,9 @@ import secrets
 import string
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.parts import ControlTokens, Part, check_text
 from parrot_sys.errors import CheckpointError
@@ -25,16 +24,35 @@ _LETTERS = string.ascii_lowercase + string.digits
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte without a token of its own
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+class TextTokenizer(Protocol):
+    """What encoding needs of a tokenizer: of transformers' own, or of a `BareTokenizer`."""
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The one of the tokenizers library."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """Id -> token that was added to the vocabulary."""
+
+    @property
+    def bos_token_id(self) -> Any:
+        """Begin of sequence; None where there is none."""
+
+    @property
+    def eos_token_id(self) -> Any:
+        """End of sequence; None where there is none."""
+
+
+def control_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
     """Name -> id of every added token that text must not become.
 
     These are the special ones and all others but words and white space, with which some vocabularies were extended.
     Byte fallback's tokens are not among them: bytes get their ids too.
     """
-    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
     return {
         token.content: i
-        for i, token in added.items()
+        for i, token in tokenizer.added_tokens_decoder.items()
         if (token.special or not _is_word(token.content)) and not _BYTE.fullmatch(token.content)
     }
 
@@ -42,7 +60,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 class TextEncoder:
     """Ids of texts and of parts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: ControlTokens = "text") -> None:
+    def __init__(self, tokenizer: TextTokenizer, control: ControlTokens = "text") -> None:
         """
         Args:
             tokenizer: of the tokenizers library.

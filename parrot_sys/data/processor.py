@@ -23,7 +23,7 @@ from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Turn
 from parrot_sys.data.picture import Picture
 from parrot_sys.data.templates import CHATML, INSTRUCTION, TEMPLATES, Segment, Template, TemplateName
-from parrot_sys.data.tokenization import encode_conversations
+from parrot_sys.data.tokenization import BareTokenizer, ConversationEncoder, encode_conversations
 from parrot_sys.data.tokenizer_files import (
     MissingTokenizer,
     check_vocabulary,
@@ -208,6 +208,11 @@ class ParrotProcessor:
     ) -> list[tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]]:
         """(input_ids, labels), int64 [n] each, of rendered conversations; one call for many is faster."""
         return encode_conversations(self.tokenizer, self._text_encoder(), conversations)
+
+    def conversation_encoder(self) -> ConversationEncoder:
+        """`render` and `encode` of this processor, for processes that see no pictures."""
+        bare = BareTokenizer.of(self.tokenizer)
+        return ConversationEncoder(bare, self.template, self.image_position, self.control_tokens)
 
     def _text_encoder(self) -> TextEncoder:
         """Made when text is first encoded, and again after tokens were added to the tokenizer."""

@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
-from parrot_sys.data.control_tokens import TextEncoder
-from parrot_sys.data.parts import Part, Parts
-from parrot_sys.data.templates import Segment
+from parrot_sys.data.control_tokens import TextEncoder, TextTokenizer
+from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Parts, Turn
+from parrot_sys.data.templates import Segment, Template
 
 IntArray = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class BareTokenizer:
+    """A `TextTokenizer` without transformers, which takes a process seconds to import."""
+
+    backend_tokenizer: Any
+    added_tokens_decoder: Mapping[int, Any]
+    bos_token_id: Any
+    eos_token_id: Any
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> BareTokenizer:
+        """The same tokenizer."""
+        backend, added = tokenizer.backend_tokenizer, dict(tokenizer.added_tokens_decoder)
+        return cls(backend, added, tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Template and tokenizer of a model, to be sent to other processes: what `ParrotProcessor` does with texts."""
+
+    tokenizer: BareTokenizer
+    template: Template
+    image_position: ImagePosition
+    control_tokens: ControlTokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_texts"}  # (quicker made than sent)
+
+    def render(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Segments of a conversation."""
+        return self.template.render(turns, image_position=self.image_position)
+
+    def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[tuple[IntArray, IntArray]]:
+        """(input_ids, labels) of each conversation."""
+        return encode_conversations(self.tokenizer, self._texts, conversations)
+
+    @cached_property
+    def _texts(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self.control_tokens)
+
+
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, encoder: TextEncoder, conversations: Sequence[Sequence[Segment]]
+    tokenizer: TextTokenizer, encoder: TextEncoder, conversations: Sequence[Sequence[Segment]]
 ) -> list[tuple[IntArray, IntArray]]:
     """(input_ids, labels) of each conversation, int64 [n] both and not shifted.
 
@@ -68,7 +110,7 @@ def _with_images(parts: Parts, encoded: Iterator[list[int]]) -> list[int]:
     return ids
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: TextTokenizer) -> str:
     """Hash of everything that decides which ids a text gets."""
     backend: Any = tokenizer.backend_tokenizer
     added = (tokenizer.bos_token_id, tokenizer.eos_token_id)

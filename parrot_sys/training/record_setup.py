@@ -13,7 +13,6 @@ from parrot_sys.models.checkpoint_files import MODEL_CONFIG, PROCESSOR
 from parrot_sys.paths import INPUT_FOLDER
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.systems.hf_config import config_from_hf
-from parrot_sys.training.checkpoint import find_checkpoint
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -37,6 +36,8 @@ def model_and_processor(model: ParrotConfig, start: str | None) -> tuple[ParrotC
     """
     folder = Path(start or "")
     if start is not None:
+        from parrot_sys.training.checkpoint import find_checkpoint  # (which imports Megatron: seconds)
+
         training = find_checkpoint(start)
         if model == ParrotConfig():
             model = _model_of(training, folder)

@@ -6,7 +6,10 @@ import copy
 import json
 import logging
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -155,6 +158,20 @@ def test_an_interrupted_build_goes_on(tmp_path, processor, pictures, monkeypatch
     assert facts(index_of(processor, path, tmp_path / "cut")) == wanted
     assert done == [0, 4, 8, 12, 4, 16, 20, 24, 28]
     assert not list((tmp_path / "cut").glob(".set*.parts"))
+
+
+def test_workers_import_neither_torch_nor_transformers(processor):
+    """Which cost each of them seconds; what they are sent encodes as the processor does all the same."""
+    encoder = processor.conversation_encoder()
+    program = "import pickle, sys; e = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write(pickle.dumps(e[0].encode("
+    program += "[e[0].render(e[1])]))); import parrot_sys.data.index.workers; print(*sys.modules, file=sys.stderr)"
+    turns = [{"from": "human", "value": "<image>\nNaïve <|im_end|> 猫?"}, {"from": "gpt", "value": "A cat."}]
+    sent = pickle.dumps((encoder, turns))
+    done = subprocess.run([sys.executable, "-c", program], input=sent, capture_output=True, check=True)
+    ((ids, labels),) = pickle.loads(done.stdout)
+    ((wanted_ids, wanted_labels),) = processor.encode([processor.render(turns)])
+    assert (ids.tolist(), labels.tolist()) == (wanted_ids.tolist(), wanted_labels.tolist())
+    assert not {"torch", "transformers"} & set(done.stderr.decode().split())
 
 
 def test_others_wait_for_the_one_that_builds(tmp_path, processor, pictures, monkeypatch, caplog):

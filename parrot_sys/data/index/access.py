@@ -65,7 +65,7 @@ def load_index(
     source.state()  # (a missing file is told before anything else)
     names = {"tokenizer": str(processor.tokenizer.name_or_path), "data_set": str(source.path)}
     settings = IndexSettings.of(processor)
-    indexer = Indexer(source=source, encoder=processor, settings=settings)
+    indexer = Indexer(source=source, encoder=processor.conversation_encoder(), settings=settings)
     folder = place.of(source, settings)
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="parrot-index-") as temporary:

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.tokenization import tokenizer_fingerprint
+
+if TYPE_CHECKING:  # (processes that index import no torch)
+    from parrot_sys.data.processor import ParrotProcessor
 
 _WORDS: Mapping[str, str] = {
     "template": "the template",

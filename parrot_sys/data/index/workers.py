@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parrot_sys import platform
 from parrot_sys.data.index.block import Indexer
 from parrot_sys.data.index.columns import Array, write_part
 from parrot_sys.errors import DataError, ParrotError
@@ -60,6 +59,8 @@ class Workers:
 @contextmanager
 def start_workers(indexer: Indexer, count: int) -> Iterator[Workers]:
     """`count` processes that work for an indexer until the end of the block."""
+    from parrot_sys import platform  # (which imports torch: a worker needs none)
+
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
