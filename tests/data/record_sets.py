@@ -1,4 +1,4 @@
-"""The same records and pictures in every kind of data set."""
+"""The same records and pictures in every kind of data set, here and behind addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow
 import yaml
 from pyarrow import ipc, parquet
 
-from tests.data.picture_archives import write_files, write_tar
+from tests.data.picture_archives import as_data_urls, write_files, write_parquet, write_tar
 
 Records = Sequence[dict[str, Any]]
 Pictures = Mapping[str, bytes]
@@ -32,7 +32,10 @@ def write_jsonl(base: Path, records: Records, pictures: Pictures) -> Path:
 
 
 def table_of(records: Records, pictures: Pictures, cells: str) -> pyarrow.Table:
-    """Records as a table; pictures are names, bytes in a struct, or bytes alone."""
+    """Records as a table; pictures are names, bytes in a struct, or bytes alone. Text alone has no such column."""
+    others = {key: [record.get(key) for record in records] for key in ("id", "lang", "conversations")}
+    if not any("image" in record for record in records):
+        return pyarrow.table(others)
     names = [record["image"] for record in records]
     if cells == "names":
         images = pyarrow.array(names, pyarrow.list_(pyarrow.string()))
@@ -41,7 +44,6 @@ def table_of(records: Records, pictures: Pictures, cells: str) -> pyarrow.Table:
         images = pyarrow.array(values, pyarrow.list_(IMAGE))
     else:
         images = pyarrow.array([[pictures[name] for name in each] for each in names], pyarrow.list_(pyarrow.binary()))
-    others = {key: [record.get(key) for record in records] for key in ("id", "lang", "conversations")}
     return pyarrow.table(others).append_column("images", images)
 
 
@@ -92,7 +94,7 @@ def write_shards(base: Path, records: Records, pictures: Pictures, *, shards: in
             key = f"part {index % 2}/s{index:06}"
             plain = {name: value for name, value in record.items() if name != "image"}
             members[f"{key}.json"] = json.dumps(plain).encode()
-            for i, name in enumerate(record["image"]):
+            for i, name in enumerate(record.get("image", ())):
                 members[f"{key}.{i}.{name.rsplit('.', 1)[-1]}"] = pictures[name]
         paths.append(write_tar(base / f"shard-{number:03}.tar", members))
     return paths
@@ -120,11 +122,13 @@ def write_mapped(base: Path, records: Records, pictures: Pictures) -> Path:
     """A table with other names, whose turns are JSON, and a file of columns."""
     table = table_of(records, pictures, "structs")
     turns = pyarrow.array([json.dumps(record["conversations"]) for record in records])
-    table = pyarrow.table({"uid": table["id"], "text": turns, "pictures": table["images"]})
     meta = pyarrow.array([{"language": record.get("lang")} for record in records])
+    columns = {"id": "uid", "lang": "meta.language", "conversations": "text"}
+    renamed = {"uid": table["id"], "text": turns, "meta": meta}
+    if "images" in table.column_names:
+        renamed["pictures"], columns["images"] = table["images"], "pictures"
     base.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table.append_column("meta", meta), base / "set.parquet", row_group_size=3)
-    columns = {"id": "uid", "images": "pictures", "lang": "meta.language", "conversations": "text"}
+    parquet.write_table(pyarrow.table(renamed), base / "set.parquet", row_group_size=3)
     (base / "set.parquet.columns.yaml").write_text(yaml.safe_dump(columns))
     return base / "set.parquet"
 
@@ -141,3 +145,26 @@ WRITERS: dict[str, Callable[[Path, Records, Pictures], Path]] = {
     "energon": write_energon,
     "mapped": write_mapped,
 }
+
+
+def write_urls(base: Path, records: Records, pictures: Pictures) -> Path:
+    """Pictures that stand in the records themselves; the files beside them are not read."""
+    return write_json(base, as_data_urls(records, pictures), pictures)
+
+
+def write_archive(base: Path, records: Records, pictures: Pictures) -> Path:
+    """Pictures in a tar that lies in the image root, beside a file."""
+    path = write_json(base, records, {name: pictures[name] for name in sorted(pictures)[:1]})
+    write_tar(base / "rest.tar", pictures)
+    return path
+
+
+def write_picture_table(base: Path, records: Records, pictures: Pictures) -> Path:
+    """Pictures in a Parquet file that lies in the image root."""
+    write_parquet(base / "pictures.parquet", pictures)
+    return write_json(base, records, {})
+
+
+PLACES = {"data urls": write_urls, "pictures in a tar": write_archive, "pictures in a table": write_picture_table}
+"""Other places of pictures."""
+KINDS = {**WRITERS, **PLACES}

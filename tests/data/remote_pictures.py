@@ -1,11 +1,14 @@
-"""Pictures behind addresses: a server process, and settings that make its failures quick."""
+"""Files behind addresses: a server process, settings that make its failures quick, folders in several storages."""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import fsspec.config
 import s3fs
 
@@ -34,3 +37,47 @@ def storage(folder: Path) -> Iterator[Server]:
 def addresses(server: Server, name: str) -> dict[str, str]:
     """Protocol -> address of something in the served folder."""
     return {"s3": f"s3://{name}", "http": f"{server.url}/{name}"}
+
+
+STORES = ("disk", "memory", "s3", "http")
+
+
+@contextlib.contextmanager
+def served(base: Path) -> Iterator[tuple[Path, Server]]:
+    """A folder with a bucket `b`, and what serves it."""
+    (base / "b").mkdir()
+    with storage(base) as server:
+        yield base, server
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that is written to here, and read at an address."""
+
+    folder: Path
+    address: str = ""
+
+    def name(self, path: Path) -> str:
+        """What to call a path in the folder to whoever reads it; what was written by then can be read."""
+        inner = path.relative_to(self.folder).as_posix()
+        if self.address.startswith("memory:"):
+            memory = fsspec.filesystem("memory")
+            for file in (each for each in self.folder.rglob("*") if each.is_file()):
+                memory.pipe(f"/{self.folder.name}/{file.relative_to(self.folder).as_posix()}", file.read_bytes())
+        return f"{self.address}/{inner}" if self.address else str(path)
+
+
+@contextlib.contextmanager
+def stored(bucket: tuple[Path, Server] | None, store: str) -> Iterator[Place]:
+    """An empty folder in a storage; `s3` and `http` are what serves `bucket`."""
+    with tempfile.TemporaryDirectory(dir=bucket[0] / "b" if bucket else None) as name:
+        folder = Path(name)
+        if store == "memory":
+            try:
+                yield Place(folder, f"memory://{folder.name}")
+            finally:
+                memory = fsspec.filesystem("memory")
+                if memory.exists(f"/{folder.name}"):
+                    memory.rm(f"/{folder.name}", recursive=True)
+        else:
+            yield Place(folder, addresses(bucket[1], f"b/{folder.name}").get(store, "") if bucket else "")

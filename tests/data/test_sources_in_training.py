@@ -1,8 +1,10 @@
-"""Order, packing and resume are the same whatever kind of data set holds the records."""
+"""Order, packing and resume are the same whatever kind of data set holds the records, and wherever it is stored."""
 
 from __future__ import annotations
 
-import base64
+import importlib
+import inspect
+import pkgutil
 import tempfile
 from pathlib import Path
 
@@ -10,39 +12,61 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parrot_sys.data import image_sources, index, sources
 from parrot_sys.data.check import CheckSetup, check_files
 from parrot_sys.data.config import DataConfig
+from parrot_sys.data.image_sources.archive import Archive
+from parrot_sys.data.image_sources.base import ImageSource
+from parrot_sys.data.image_sources.data_urls import DataUrls
+from parrot_sys.data.image_sources.root import ARCHIVES, ImageRoot
 from parrot_sys.data.loader import ParrotDataLoader
+from parrot_sys.data.sources.base import RecordSource
+from parrot_sys.data.sources.registry import SOURCES, open_source
 from tests.data.comparing import PICTURES, ROWS, assert_same, record
-from tests.data.picture_archives import write_tar
-from tests.data.record_sets import WRITERS, write_json
+from tests.data.picture_archives import data_url
+from tests.data.record_sets import KINDS, PLACES, WRITERS
+from tests.data.remote_pictures import QUICK, STORES, Place, served, stored
 
 FILES = {f"{i}.{ending}": PICTURES[i] for i, ending in enumerate(("png", "jpg", "png", "webp", "bmp"))}
+ONE_FILE = ("json", "jsonl", "arrow", "mapped", "data urls")
 
 
-def write_urls(base, records, pictures):
-    """Pictures that stand in the records themselves; the files beside them are not read."""
-    shown = {
-        name: f"data:image/{name[-3:]};base64,{base64.b64encode(data).decode()}" for name, data in pictures.items()
-    }
-    return write_json(base, [{**each, "image": [shown[name] for name in each["image"]]} for each in records], pictures)
+def contents(kind):
+    return ("pictures", "text") if kind in WRITERS else ("pictures",)
 
 
-def write_archive(base, records, pictures):
-    """Pictures in a tar that lies in the image root."""
-    path = write_json(base, records, {name: pictures[name] for name in sorted(pictures)[:1]})
-    write_tar(base / "rest.tar", pictures)
-    return path
+CASES = [
+    (kind, content, store)
+    for kind in KINDS
+    for content in contents(kind)
+    for store in STORES
+    if store != "http" or kind in ONE_FILE  # (web servers list no files)
+    if (kind, content, store) != ("json", "pictures", "disk")  # (what the others are compared with)
+]
 
 
-KINDS = {**WRITERS, "data urls": write_urls, "pictures in a tar": write_archive}
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("remote")) as found:
+        yield found
+
+
+def write(kind, records, place):
+    """Writes a data set; its path as it is read."""
+    return place.name(KINDS[kind](place.folder / "set", records, FILES))
 
 
 @st.composite
-def record_lists(draw):
+def record_lists(draw, content):
     names = st.lists(st.sampled_from(sorted(FILES)), max_size=2, unique=True).map(sorted)
     languages = st.sampled_from(["en", "zh"])
-    return [{**record(i, draw(names)), "lang": draw(languages)} for i in range(draw(st.integers(2, 7)))]
+    records = []
+    for number in range(draw(st.integers(2, 7))):
+        made = record(number, draw(names) if content == "pictures" else []) | {"lang": draw(languages)}
+        if content == "text":
+            del made["image"]
+        records.append(made)
+    return records
 
 
 def flat(lists):
@@ -50,41 +74,85 @@ def flat(lists):
 
 
 def make_loader(processor, base, path, rank=0, ranks=1, **values):
-    root = str(path if path.is_dir() else path.parent)
+    config = DataConfig(paths=(path,), names=("set",), cache_dir=str(base / "cache"), remote=QUICK, **values)
     return ParrotDataLoader(
-        DataConfig(paths=(str(path),), image_roots=(root,), names=("set",), cache_dir=str(base / "cache"), **values),
-        processor,
-        num_visual_rows=ROWS,
-        max_seq_len=512,
-        global_batch_size=2,
-        dp_rank=rank,
-        dp_size=ranks,
+        config, processor, num_visual_rows=ROWS, max_seq_len=512, global_batch_size=2, dp_rank=rank, dp_size=ranks
     )
 
 
 @settings(max_examples=2, deadline=None, derandomize=True)
-@given(records=record_lists(), seed=st.integers(0, 99), alpha=st.sampled_from([None, 0.5]), at=st.integers(0, 9))
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "json"])
-def test_batches_and_resume_are_those_of_json(processor, kind, records, seed, alpha, at):
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        path = KINDS[kind](base / "set", records, FILES)
+@given(data=st.data(), seed=st.integers(0, 99), alpha=st.sampled_from([None, 0.5]), at=st.integers(0, 9))
+@pytest.mark.parametrize(("kind", "content", "store"), CASES)
+def test_batches_and_resume_are_those_of_json(processor, bucket, kind, content, store, data, seed, alpha, at):
+    records = data.draw(record_lists(content))
+    with stored(bucket, store) as place, tempfile.TemporaryDirectory() as here:
+        path = write(kind, records, place)
         values = {"seed": seed, "language_alpha": alpha}
-        wanted = list(make_loader(processor, base, WRITERS["json"](base / "json", records, FILES), **values))
-        loader = make_loader(processor, base, path, **values)
+        plain = write("json", records, Place(Path(here)))
+        wanted = list(make_loader(processor, Path(here), plain, **values))
+        loader = make_loader(processor, Path(here), path, **values)
         assert_same(list(loader), wanted)
-        steps, stopped = at % len(wanted), make_loader(processor, base, path, **values)
+        steps, stopped = at % len(wanted), make_loader(processor, Path(here), path, **values)
         running = iter(stopped)
         first = [next(running) for _ in range(steps)]
         state = stopped.state_dict()
         running.close()
-        again = make_loader(processor, base, path, **values)
+        again = make_loader(processor, Path(here), path, **values)
         again.load_state_dict(state)
         assert_same([*first, *again], wanted)
-        parts = [list(make_loader(processor, base, path, rank, 2, **values)) for rank in range(2)]
+        parts = [list(make_loader(processor, Path(here), path, rank, 2, **values)) for rank in range(2)]
         for one, *both in zip(wanted, *parts, strict=True):
             ids = [sorted(name for batch in step for name in batch.record_ids) for step in (one, flat(both))]
             assert ids[0] == ids[1]
+
+
+def classes_in(package):
+    """Classes that the modules of a package define."""
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    found = flat([inspect.getmembers(importlib.import_module(name), inspect.isclass) for name in names])
+    return {each for _, each in found if each.__module__ in names and not inspect.isabstract(each)}
+
+
+def test_every_kind_of_records_has_its_cases(tmp_path):
+    """A new kind of data set needs a line in `WRITERS`, which brings it into all properties of this folder."""
+    records = [record(i, sorted(FILES)[: i % 3]) for i in range(5)]
+    kinds = {kind for kind, _, _ in CASES}
+    opened = {type(open_source(KINDS[kind](tmp_path / kind, records, FILES))) for kind in kinds}
+    wanted = {each for each in classes_in(sources) if issubclass(each, RecordSource)}
+    assert wanted >= set(SOURCES)
+    assert opened == wanted
+
+
+def test_every_place_of_pictures_has_its_cases(processor, bucket, tmp_path, monkeypatch):
+    """A new kind of archive or source of pictures needs a line in `PLACES` or `STORES`."""
+    used = set()
+    wanted = set().union(*map(classes_in, (image_sources, sources, index)))
+    archives = {each for each in wanted if issubclass(each, Archive)}
+    methods = vars(ImageSource).keys() & {"problem", "picture", "forget"}
+    wanted = {each for each in wanted - {ImageRoot, ImageSource} if all(hasattr(each, name) for name in methods)}
+    assert len(methods) == 3
+    assert archives >= set(ARCHIVES)
+
+    def watch(kind, method):
+        original = getattr(kind, method)
+
+        def watched(self, *arguments):
+            used.add(type(self))
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, method, watched)
+
+    for kinds, method in ((wanted, "picture"), (archives, "open")):
+        for kind in kinds:
+            watch(kind, method)
+    records = [record(i, sorted(FILES)[: 1 + i % 2]) for i in range(3)]
+    for kind in ("json", *PLACES, "parquet", "webdataset"):
+        for store in ("disk", "s3"):
+            with stored(bucket, store) as place:
+                list(make_loader(processor, tmp_path / place.folder.name, write(kind, records, place)))
+    ImageRoot(tmp_path).picture(data_url(PICTURES[0]))  # (an index has the bytes in place of the address)
+    assert used == wanted | archives
+    assert DataUrls in used
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,10 +18,19 @@ from parrot_sys.data.stream.loader import StreamLoader, StreamRanks
 from parrot_sys.errors import ConfigError, DataError
 from tests.data.comparing import PICTURES, ROWS, assert_same, record
 from tests.data.record_sets import WRITERS, write_jsonl, write_shards
-from tests.data.remote_pictures import QUICK, storage
+from tests.data.remote_pictures import QUICK, storage, stored
 
 FILES = {f"{i}.{ending}": PICTURES[i] for i, ending in enumerate(("png", "jpg", "png", "webp", "bmp"))}
 RECORDS = [{**record(i, sorted(FILES)[: i % 3]), "lang": "en"} for i in range(11)]
+TEXTS = [{key: value for key, value in record(i, []).items() if key != "image"} for i in range(11)]
+CASES = [
+    (kind, content, store)
+    for kind in WRITERS
+    for content in ("pictures", "text")
+    for store in ("disk", "memory")
+    # (No stream reads a folder of energon from an address; pictures beside a remote table are not copied with a shard.)
+    if (kind, store) not in (("energon", "memory"), ("parquet names", "memory"))
+]
 
 
 def make(processor, *paths, rank=0, ranks=1, batch=2, most=int, buffer=4, open_shards=2, **values):
@@ -54,11 +63,16 @@ def ids(steps):
     seed=st.integers(0, 99),
     stop=st.integers(0, 9),
 )
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_pass_takes_each_record_once_and_a_state_goes_on(processor, kind, ranks, buffer, open_shards, seed, stop):
-    with tempfile.TemporaryDirectory() as folder:
-        path = WRITERS[kind](Path(folder) / "set", RECORDS, FILES)
+@pytest.mark.parametrize(("kind", "content", "store"), CASES)
+def test_a_pass_takes_each_record_once_and_a_state_goes_on(
+    processor, kind, content, store, ranks, buffer, open_shards, seed, stop
+):
+    records = RECORDS if content == "pictures" else TEXTS
+    with stored(None, store) as place, tempfile.TemporaryDirectory() as cache:
+        written = WRITERS[kind](place.folder / "set", records, FILES)
+        path = place.name(written) if place.address else written
         values = {"buffer": buffer, "open_shards": open_shards, "seed": seed, "ranks": ranks, "batch": ranks}
+        values |= {"cache_dir": cache, "remote": QUICK} | ({"image_roots": ()} if place.address else {})
         counts: Counter[str] = Counter()
         for rank in range(ranks):
             whole = take(make(processor, path, rank=rank, **values), 10)
@@ -160,5 +174,8 @@ def test_shards_behind_an_address_are_here_only_while_they_are_read(processor, t
                 most = max(most, len(list(cache.rglob("*.tar"))))
             iterator.close()
             assert 0 < most < 8  # (a step, the one that is prepared, and the open shard)
+        write_jsonl(tmp_path / "b/bad", [{"id": "w", "conversations": []}], FILES)
+        with pytest.raises(DataError, match=r"^s3://b/bad/set\.jsonl: record 0 \(id 'w'\): "):
+            take(make(processor, "s3://b/bad", cache_dir=str(cache), remote=QUICK), 1)
         with pytest.raises(DataError, match=r"data set s3://b/none is missing"):
             make(processor, "s3://b/none", cache_dir=str(cache), remote=QUICK)
