@@ -47,8 +47,16 @@ def check_exists(path: Path) -> None:
     Raises:
         DataError: there is no file of records at this path.
     """
+    if path.is_dir():
+        raise DataError(
+            f"data set {path} is a folder without Parquet, Arrow or tar files; name its JSON files one by one, or read "
+            "it as a stream (data.stream.enabled)"
+        )
     if not path.is_file():
-        raise DataError(f"data set {path} is missing; data.paths must name JSON or JSONL files")
+        raise DataError(
+            f"data set {path} is missing; data.paths must name files, folders or patterns of JSON, JSON lines, "
+            "Parquet, Arrow or tar"
+        )
 
 
 def detect_encoding(file: BinaryIO) -> Encoding:

@@ -21,7 +21,7 @@ from parrot_sys.data.mixture import Group, mixed
 from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.errors import ConfigError, ParrotError
-from parrot_sys.paths import INPUT_FILE
+from parrot_sys.paths import INPUT
 from parrot_sys.systems.config import ParrotConfig
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.record_setup import StartConfig, model_and_processor
@@ -42,8 +42,8 @@ parrot data check a.json --checkpoint.load-from runs/first/hf --data.on-bad-samp
 class DataCheckConfig:
     """Checks record files."""
 
-    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], INPUT_FILE] = ()
-    """Record files; data.paths when none is given."""
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], INPUT] = ()
+    """Data sets; data.paths when none is given."""
     model: ParrotConfig = field(default_factory=ParrotConfig)
     """Sizes and options of the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(config: DataCheckConfig) -> CheckReport:
     """The report on the files of a configuration."""
-    data = replace(config.data, paths=tuple(map(str, config.files))) if config.files else config.data
+    data = replace(config.data, paths=config.files) if config.files else config.data
     setup, problems = _setup(config, data)
     total = sum(_size(source.path) for source in data.sources())
     with tqdm(total=total, desc="check", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:

@@ -35,7 +35,7 @@ parrot data describe --config mix.yaml --checkpoint.load-from runs/first/hf --pl
 class DataDescribeConfig:
     """Describes the mix of data sets."""
 
-    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], INPUT] = ()
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], INPUT] = ()
     """Data sets; data.paths when none is given."""
     model: ParrotConfig = field(default_factory=ParrotConfig)
     """Tokenizer, template and sizes of the model."""
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataDescribeConfig, argv, prog="parrot data describe", description=DESCRIPTION, leave_out=TrainConfig
     )
     setup_logging()
-    data = replace(config.data, paths=tuple(map(str, config.files))) if config.files else config.data
+    data = replace(config.data, paths=config.files) if config.files else config.data
     model, processor = model_and_processor(config.model, config.checkpoint.load_from)
     if processor is None:
         raise ConfigError("a tokenizer is needed: set --model.tokenizer-path, or --checkpoint.load-from a model")

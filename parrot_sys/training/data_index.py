@@ -37,7 +37,7 @@ parrot train ... --data.paths a.json b.jsonl --data.index-dir DIR"""
 class DataIndexConfig:
     """Indexes data sets."""
 
-    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], INPUT] = ()
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], INPUT] = ()
     """Data sets; data.paths when none is given."""
     output: Annotated[str | None, OUTPUT_FOLDER] = None
     """Folder for the indexes; data.index_dir when it is not given."""
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataIndexConfig, argv, prog="parrot data index", description=DESCRIPTION, leave_out=TrainConfig
     )
     setup_logging()
-    data = replace(config.data, paths=tuple(map(str, config.files))) if config.files else config.data
+    data = replace(config.data, paths=config.files) if config.files else config.data
     _, processor = model_and_processor(config.model, config.checkpoint.load_from)
     if processor is None:
         raise ConfigError("a tokenizer is needed: set --model.tokenizer-path, or --checkpoint.load-from a model")

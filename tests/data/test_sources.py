@@ -90,5 +90,7 @@ def test_a_file_that_changes_in_use_is_noticed(tmp_path, how):
 
 def test_a_missing_file_is_named(tmp_path):
     source = open_source(tmp_path / "none.json")
-    with pytest.raises(DataError, match=r"data set .*none\.json is missing; data\.paths must name JSON"):
+    with pytest.raises(DataError, match=r"data set .*none\.json is missing; data\.paths must name files, folders"):
         source.state()
+    with pytest.raises(DataError, match=r"is a folder without Parquet, Arrow or tar files; name its JSON files one by"):
+        open_source(tmp_path).state()

@@ -204,7 +204,7 @@ def test_pictures_are_read_as_far_as_asked(folder, processor):
 def test_ids_beyond_the_vocabulary(folder, processor):
     path = folder / "text.json"
     path.write_text(json.dumps([RECORDS["text"]]))
-    config = DataCheckConfig(files=(path,), checkpoint=StartConfig(load_from=str(FIXTURE / "model")))
+    config = DataCheckConfig(files=(str(path),), checkpoint=StartConfig(load_from=str(FIXTURE / "model")))
     assert not check(config).reasons
     data = DataConfig(paths=(str(path),))
     setup = CheckSetup(data=data, processor=processor, num_visual_rows=ROWS, max_seq_len=LIMIT, vocab_size=632)
