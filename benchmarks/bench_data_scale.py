@@ -9,6 +9,8 @@ Steps write their figures to FOLDER/figures.json and are not repeated: the comma
 * `index`: `parrot data index` is killed with SIGKILL after a tenth of the records, and started again.
 * `start`: a process of its own opens the loader on the warm index and takes the first batch. Private memory is the
   part of a process that no other one shares (USS), less that of the process before.
+* `million`: the first million records alone, indexed without a stop, and a start on them. The rate counts all processor
+  seconds of the command, those of its start too.
 * `train`: ranks on the CPU train a toy model for some steps, from the index; again, killed with SIGKILL in the middle
   and started again: the models at the end must be equal to the bit.
 * `rate`: processor seconds of building the index of two sizes, with one worker.
@@ -21,25 +23,23 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from benchmarks import data_sets
 from benchmarks.harness import ROOT, machine
+from benchmarks.memory import Memory, private_mb
 
 VOCABULARY = 8192
 BATCH = 8
 RATE_RECORDS = (20_480, 122_880)
+MILLION = 1_000_000
 MAX_SEQ_LEN = 512
 ROWS_OF_A_PICTURE = 17
 CONFIG = """
@@ -84,7 +84,7 @@ class Rehearsal:
 
     def run(self) -> None:
         """All steps, then the result."""
-        for step in (self.generate, self.index, self.start, self.train, self.rate):
+        for step in (self.generate, self.million, self.index, self.start, self.train, self.rate):
             if self.options.only in (None, step.__name__):
                 self.step(step.__name__, step)
         if (path := self.options.json) is not None:
@@ -153,20 +153,47 @@ class Rehearsal:
     def _build(self, count: int) -> float:
         """Processor seconds of `parrot data index` with one worker, on the first records."""
         folder = self.folder / "rate"
+        self._copy_first(count, folder)
+        return self._index_all(folder, workers=1)[0]
+
+    def _copy_first(self, count: int, folder: Path) -> None:
+        """The first records, in a folder of their own."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        with (self.folder / "records.json").open(encoding="utf-8") as file:
-            lines = itertools.islice(file, 1, 1 + count)  # (the first line is the bracket)
-            (folder / "part.jsonl").write_text("".join(line.rstrip(",\n") + "\n" for line in lines), encoding="utf-8")
-        command = _parrot("data", "index", "part.jsonl", "--output", "index", "--workers", "1")
+        with (self.folder / "records.json").open(encoding="utf-8") as file, (folder / "records.json").open("w") as part:
+            for line in itertools.islice(file, 1, 1 + count):  # (the first line is the bracket)
+                part.write(line.rstrip(",\n") + "\n")
+
+    def _index_all(self, folder: Path, *, workers: int) -> tuple[float, float]:
+        """Indexes the records of a folder without a stop; processor seconds and seconds."""
+        command = _parrot("data", "index", "records.json", "--output", "index", "--workers", str(workers))
+        start = time.monotonic()
         process = subprocess.Popen([*command, "--model.tokenizer-path", str(self.folder / "tokenizer")], cwd=folder)
         _, status, used = os.wait4(process.pid, 0)
         assert status == 0, f"parrot data index ended with status {status}"
-        return used.ru_utime + used.ru_stime
+        return used.ru_utime + used.ru_stime, time.monotonic() - start
+
+    def million(self) -> dict[str, Any]:
+        """A million records, from nothing to the first batch."""
+        folder, count = self.folder / "million", min(MILLION, self.options.records)
+        self._copy_first(count, folder)
+        processor, seconds = self._index_all(folder, workers=self.options.workers)
+        return {
+            "machine": machine(),
+            "workers": self.options.workers,
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "records_per_core_second_with_the_start": count / processor,
+            "start": self._start(folder),
+        }
 
     def start(self) -> dict[str, Any]:
         """The first batch on a warm index, in a process of its own."""
-        command = [sys.executable, "-m", "benchmarks.bench_data_scale", "--folder", str(self.folder), "--measure-start"]
+        return self._start(self.folder)
+
+    def _start(self, data: Path) -> dict[str, Any]:
+        command = [sys.executable, "-m", "benchmarks.bench_data_scale", "--folder", str(self.folder)]
+        command += ["--measure-start", str(data)]
         return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
 
     def train(self) -> dict[str, Any]:
@@ -224,57 +251,13 @@ class Rehearsal:
         }
 
 
-class Memory:
-    """Peak of the memory of any process below one, looked at a few times a second."""
+def measure_start(folder: Path, data: Path) -> dict[str, Any]:
+    """Opens the loader on a warm index in this process and takes the first batch.
 
-    def __init__(self, pid: int, kind: str = r"Private_\w+") -> None:
-        """
-        Args:
-            pid: the process.
-            kind: of memory, as /proc/PID/smaps_rollup names it: `Private_...` of the process with most of it, or `Pss`
-                (a share of what several processes have) of all of them together.
-        """
-        self._pid, self._kind, self._ended = pid, kind, threading.Event()
-        self.peak_mb = 0.0
-        self.seen: set[int] = set()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.3):
-            try:
-                root = psutil.Process(self._pid)
-                pids = [process.pid for process in [root, *root.children(recursive=True)]]
-            except psutil.Error:
-                continue
-            self.seen.update(pids)
-            found = [memory_mb(pid, self._kind) for pid in pids]
-            self.peak_mb = max(self.peak_mb, sum(found) if self._kind == "Pss" else max(found))
-
-
-def memory_mb(pid: int, kind: str) -> float:
-    """Memory of a process, see `Memory`; 0 when it has ended."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0.0
-    return sum(int(size) for size in re.findall(rf"^{kind}: +(\d+) kB", text, re.MULTILINE)) / 1000
-
-
-def private_mb(pid: int) -> float:
-    """Memory of a process that no other one shares."""
-    return memory_mb(pid, r"Private_\w+")
-
-
-def measure_start(folder: Path) -> dict[str, Any]:
-    """Opens the loader on a warm index in this process and takes the first batch."""
+    Args:
+        folder: of the rehearsal.
+        data: that has records and index.
+    """
     from parrot_sys.data.config import DataConfig
     from parrot_sys.data.loader import ParrotDataLoader
     from parrot_sys.data.processor import ParrotProcessor
@@ -282,9 +265,9 @@ def measure_start(folder: Path) -> dict[str, Any]:
     processor = ParrotProcessor.for_tower(folder / "tokenizer", "efficientnet_lite0", 128)
     processor.encode_text("warm")
     config = DataConfig(
-        paths=(str(folder / "records.json"),),
+        paths=(str(data / "records.json"),),
         image_roots=(str(folder / "pictures"),),
-        index_dir=str(folder / "index"),
+        index_dir=str(data / "index"),
     )
     before = private_mb(os.getpid())
     start, processor_start = time.monotonic(), time.process_time()
@@ -353,11 +336,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2, help="processes that build the index")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--only", choices=("generate", "index", "start", "train", "rate"), help="run this step alone")
-    parser.add_argument("--measure-start", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", choices=("generate", "million", "index", "start", "train", "rate"), help="run this step alone"
+    )
+    parser.add_argument("--measure-start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure_start:
-        print(json.dumps(measure_start(options.folder)))
+        print(json.dumps(measure_start(options.folder.absolute(), options.measure_start)))
     else:
         Rehearsal(options).run()
 

@@ -12,8 +12,9 @@ folder of pictures; that of scikit-image when none is given.
 * `energon`: WebDataset shards that `energon prepare` indexed; its task encoder does what that collator does.
 
 Each runs in a process of its own and takes an epoch. Ids, labels and pixels of every sample are compared before a
-figure is written. Then our loader runs with one thread for pictures and with several, which shows whether the
-interpreter's lock holds them back, and feeds a step that sleeps.
+figure is written. `--only threads` decodes the pictures by threads and by worker processes; with `--only feed` our
+loader feeds steps that sleep, as on a GPU, and steps that need the interpreter (loader_threads.py). Without it all
+parts run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,9 +36,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import data_sets
-from benchmarks.bench_data_scale import Memory
 from benchmarks.harness import ROOT, machine
 from benchmarks.loader_peers import PEERS, Samples
+from benchmarks.loader_threads import WAYS, decode, feed, interpret, processor_seconds, rounds_of, sleep
+from benchmarks.memory import Memory
 
 VOCABULARY = 8192
 SIDE = 640
@@ -146,14 +147,14 @@ def measure(name: str, folder: Path, workers: int, batch: int) -> dict[str, Any]
     torch.set_num_threads(1)
     steps = LOADERS[name](folder, workers, batch)
     digests: dict[str, str] = {}
-    begun, start, checking = _processor_seconds(), time.perf_counter(), 0.0
+    begun, start, checking = processor_seconds(), time.perf_counter(), 0.0
     with Memory(os.getpid(), "Pss") as memory:
         for step in steps:
             now = time.thread_time()
             digests |= {record: _digest(*parts) for record, *parts in step}
             checking += time.thread_time() - now
     seconds = time.perf_counter() - start
-    processor = _processor_seconds() - begun - checking
+    processor = processor_seconds() - begun - checking
     return {
         "loader": name,
         "workers": workers,
@@ -171,40 +172,43 @@ def _digest(ids: Any, labels: Any, pixels: Any) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
-def _processor_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(use.ru_utime + use.ru_stime for use in uses)
+def compare_ways(folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Pictures by threads and by worker processes, one and several of each; all must give the same."""
+    from parrot_sys.data.processor import ParrotProcessor
+
+    processor = ParrotProcessor.for_tower(folder / "tokenizer", TOWER, IMAGE_SIZE)
+    files = sorted((folder / "pictures").rglob("*.jpg"))
+    rows = [decode(processor, files, way, count) for count in (1, workers) for way in WAYS]
+    checks = {row.pop("check") for row in rows}
+    assert len(checks) == 1, f"threads and processes give other pictures: {checks}"
+    return rows
 
 
 def feed_steps(folder: Path, steps: int) -> dict[str, Any]:
-    """How long a step that sleeps, as one on a GPU does, waits for its samples.
+    """How long steps wait for their samples.
 
     16 cores for 8 GPUs that take 25 samples a second each are 2 cores for the loader of one GPU. That is what runs
-    here: one rank on 2 cores, a fifth of a second for 5 samples.
+    here: one rank on 2 cores, a fifth of a second for 5 samples. A step that needs the interpreter takes longer beside
+    the threads of the loader than alone: what they hold its lock for, and what they take of its core.
     """
     batch = SAMPLES_A_SECOND_A_GPU // 5
-    iterator, waits = iter(_loader(folder, CORES_A_GPU, batch, prefetch=4)), []
-    begun = _processor_seconds()
-    for _ in range(steps):
-        start = time.perf_counter()
-        next(iterator)
-        waits.append(time.perf_counter() - start)
-        time.sleep(batch / SAMPLES_A_SECOND_A_GPU)
-    busy = _processor_seconds() - begun
-    return {
-        "samples_per_second": SAMPLES_A_SECOND_A_GPU,
-        "cores": CORES_A_GPU,
-        "steps": steps,
-        "longest_wait_after_the_first_step": max(waits[1:]),
-        "share_of_the_cores_that_is_busy": busy / (steps * batch / SAMPLES_A_SECOND_A_GPU) / CORES_A_GPU,
-    }
+    seconds = batch / SAMPLES_A_SECOND_A_GPU
+    rounds = rounds_of(seconds)
+    alone = [interpret(rounds) for _ in range(5)]
+    found: dict[str, Any] = {"samples_per_second": SAMPLES_A_SECOND_A_GPU, "cores": CORES_A_GPU}
+    for name, work in (("sleeps", sleep), ("needs_the_interpreter", lambda _: interpret(rounds))):
+        iterator = iter(_loader(folder, CORES_A_GPU, batch, prefetch=4))
+        found[name] = feed(iterator, steps, seconds, work)
+        iterator.close()  # type: ignore[attr-defined]
+    found["needs_the_interpreter"]["median_step_seconds_alone"] = sorted(alone)[2]
+    busy = found["sleeps"]["processor_seconds_a_step"] / seconds / CORES_A_GPU
+    return found | {"share_of_the_cores_that_is_busy": busy}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All loaders, each in a process of its own."""
     rows, reasons = [], {}
-    for name, workers in [*((name, options.workers) for name in LOADERS), ("ours", 1)]:
+    for name, workers in ((name, options.workers) for name in LOADERS):
         command = [sys.executable, "-m", "benchmarks.bench_loader", "--folder", str(options.folder)]
         command += ["--run", name, "--workers", str(workers), "--batch", str(options.batch)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -217,16 +221,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     for row, own in zip(rows, digests, strict=True):
         wrong = [record for record, digest in own.items() if digests[0].get(record) != digest]
         assert not wrong, f"{row['loader']} and ours differ in {len(wrong)} samples, the first is {wrong[0]}"
-    whole = {row["loader"]: row for row in rows if row["workers"] == options.workers}
+    whole = {row["loader"]: row for row in rows}
     peers = [row["samples_per_core_second"] for name, row in whole.items() if name != "ours"]
-    alone = next(row for row in rows if row["workers"] == 1)
     return {
         "rows": rows,
         "did_not_run": reasons,
         "equal_samples": [len(own) for own in digests],
         "ours_over_best_peer": whole["ours"]["samples_per_core_second"] / max(peers) if peers else None,
-        "threads_over_one_thread": whole["ours"]["samples_per_second"] / alone["samples_per_second"],
-        "sleeping_step": feed_steps(options.folder, options.steps),
     }
 
 
@@ -240,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="threads or processes of each loader")
     parser.add_argument("--steps", type=int, default=60, help="of the step that sleeps")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--only", choices=("loaders", "threads", "feed"), help="measure this part alone")
     parser.add_argument("--generate", action="store_true", help="only make the data")
     parser.add_argument("--run", choices=LOADERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -253,11 +255,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit("--photographs must name a folder of pictures, or: pip install scikit-image")
         options.photographs = Path(package.origin).parent / "data"
     generate(options.folder, options.photographs, options.samples)
-    prepare_energon(options.folder)
+    if options.generate or options.only in (None, "loaders"):
+        prepare_energon(options.folder)
     next(ours(options.folder, 1, 1))  # (builds the index)
     if options.generate:
         return
-    result = {"benchmark": "loader", "machine": machine(), **compare(options)}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "loaders": lambda: compare(options),
+        "threads": lambda: {"threads_and_processes": compare_ways(options.folder, options.workers)},
+        "feed": lambda: {"steps": feed_steps(options.folder, options.steps)},
+    }
+    result: dict[str, Any] = {"benchmark": "loader", "machine": machine()}
+    for name, run in parts.items():
+        if options.only in (None, name):
+            result |= run()
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte without a token of its own
 
 
 class TextTokenizer(Protocol):
-    """What encoding needs of a tokenizer: of transformers' own, or of a `BareTokenizer`."""
+    """A tokenizer as encoding needs it: one of transformers, or a `BareTokenizer`."""
 
     @property
     def backend_tokenizer(self) -> Any:

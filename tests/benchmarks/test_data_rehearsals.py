@@ -20,10 +20,12 @@ def _run(*arguments: object) -> None:
 @pytest.mark.slow
 def test_training_goes_on_after_a_kill_from_a_generated_set(tmp_path: Path) -> None:
     options = ["--folder", tmp_path, "--records", 24_576, "--pictures", 20, "--ranks", 2, "--steps", 4, "--workers", 1]
-    for step in ("generate", "index", "start", "train"):
+    for step in ("generate", "million", "index", "start", "train"):
         _run("benchmarks.bench_data_scale", *options, "--only", step)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["index"]["records"] == figures["start"]["records"] == 24_576
+    assert (
+        figures["index"]["records"] == figures["start"]["records"] == figures["million"]["start"]["records"] == 24_576
+    )
     assert figures["index"]["records_kept_from_the_killed_build"] > 0
     assert figures["train"]["bit_equal"]
     assert figures["train"]["resumed"]["last_step"] == 4
@@ -43,4 +45,6 @@ def test_all_loaders_make_the_same_batches(tmp_path: Path) -> None:
     _run("benchmarks.bench_loader", "--folder", tmp_path / "data", "--samples", 32, "--steps", 3, "--json", result)
     rows = json.loads(result.read_text())
     assert rows["did_not_run"] == {}
-    assert rows["equal_samples"] == [32] * 4
+    assert rows["equal_samples"] == [32] * 3
+    assert [row["workers"] for row in rows["threads_and_processes"]] == [1, 1, 2, 2]
+    assert rows["steps"]["sleeps"]["steps"] == rows["steps"]["needs_the_interpreter"]["steps"] == 3

@@ -15,7 +15,7 @@ from parrot_sys.files import Fields, read_json
 
 ENDINGS = (".arrow", ".feather", ".ipc")
 STATE, SPLITS = "state.json", "dataset_dict.json"
-"""What Hugging Face's `datasets` writes beside its files, and above the folders of splits."""
+"""Names of the files that Hugging Face's `datasets` writes beside its own, and above the folders of splits."""
 _FILE_FORMAT = b"ARROW1"
 
 
