@@ -38,21 +38,23 @@ class Operator:
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, self._function, "CompositeExplicitAutograd")
         self._overload: Any = getattr(torch.ops.parrot, name).default
-        self._differentiable = self._autograd_function()
-        _LIBRARY.impl(name, lambda *args: self._with_gradients(self._below_autograd, args), "Autograd")
+        self._differentiable = self._autograd_function(self._function)
+        dispatched = self._autograd_function(self._below_autograd)
+        _LIBRARY.impl(name, lambda *args: self._with_gradients(self._below_autograd, dispatched, args), "Autograd")
 
     def __call__(self, *args: Any) -> Any:
         # Where nobody listens the function itself is called: entering the dispatcher takes longer than many kernels.
         if not (torch.compiler.is_compiling() or _is_watched(args)):
-            return self._with_gradients(self._function, args)
+            return self._with_gradients(self._function, self._differentiable, args)
         if torch.is_grad_enabled():
             return self._overload(*args)
         return self._below_autograd(*args)
 
-    def _with_gradients(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    @staticmethod
+    def _with_gradients(run: Callable[..., Any], differentiable: Any, args: tuple[Any, ...]) -> Any:
         """Through the autograd function where a gradient is wanted, else by `run`."""
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._differentiable.apply(*args)
+            return differentiable.apply(*args)
         return run(*args)
 
     def _below_autograd(self, *args: Any) -> Any:
@@ -73,9 +75,8 @@ class Operator:
         # Operators for inference alone, and gradients of gradients: refused as torch's custom_op does, not wrong.
         raise NotImplementedError(f"parrot::{self._name} has no autograd formula")
 
-    def _autograd_function(self) -> Any:
-        """The operator as a `torch.autograd.Function`."""
-        run = self._below_autograd
+    def _autograd_function(self, run: Callable[..., Any]) -> Any:
+        """The operator as a `torch.autograd.Function`, whose forward pass is `run`."""
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = run(*args)

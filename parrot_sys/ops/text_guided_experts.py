@@ -214,8 +214,8 @@ def text_guided_experts(
     Raises:
         ValueError: topk out of range.
     """
-    if topk is not None and not 1 <= topk <= len(router_weight):
-        raise ValueError(f"topk must be in [1, num_experts={len(router_weight)}], got {topk}")
+    if topk is not None and not 1 <= topk <= router_weight.shape[0]:
+        raise ValueError(f"topk must be in [1, num_experts={router_weight.shape[0]}], got {topk}")
     x, w_gate_up, w_down = x.contiguous(), w_gate_up.contiguous(), w_down.contiguous()
     tensors = (x, query, text, text_start, text_end, router_weight, w_gate_up, w_down)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

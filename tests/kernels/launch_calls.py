@@ -1,6 +1,7 @@
 """Launches a small kernel several ways and prints what reached the launcher; a program, since it compiles for sm_90.
 
-Each call is made twice: the first one goes through Triton, the second one straight to the compiled code.
+Each call is made three times: the first one goes through Triton, the others straight to the compiled code. The last is
+that of a `Launch` which is kept, and which calls with other tensors share.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Launcher(compile_only.SilentLauncher):
         self.launch = note
 
 
-@triton.jit(do_not_specialize=["rows"])
-def kernel(x_ptr, y_ptr, rows, width, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["rows", "first"])
+def kernel(x_ptr, y_ptr, rows, first, width, scale, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    at = first + tl.program_id(0).to(tl.int64) * width + tl.arange(0, BLOCK)
     if y_ptr is not None:
         tl.store(y_ptr + at, scale * tl.load(x_ptr + at, mask=at < rows, other=0.0), mask=at < rows)
     if WIDE:
@@ -51,28 +52,40 @@ def main() -> None:
     driver.set_active(silent)
     x, half, odd = torch.zeros(64), torch.zeros(64, dtype=torch.float16), torch.zeros(65)[1:]
     tiles = (Tile(sizes={"BLOCK": 16}, warps=1), Tile(sizes={"BLOCK": 32}))
+    narrow, wide = {"WIDE": False}, {"WIDE": True}
     calls = {
-        "plain": ((x, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "other rows": ((x, x, 16, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "many rows": ((x, x, 2**31, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "width of 1": ((x, x, 7, 1, 0.5), {"WIDE": False}, tiles[0]),
-        "odd width": ((x, x, 7, 47, 0.5), {"WIDE": False}, tiles[0]),
-        "no y": ((x, None, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "other dtype": ((half, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "other address": ((odd, x, 7, 48, 0.5), {"WIDE": False}, tiles[0]),
-        "other constant": ((x, x, 7, 48, 0.5), {"WIDE": True}, tiles[0]),
-        "other tile": ((x, x, 7, 48, 0.5), {"WIDE": False}, tiles[1]),
+        "plain": ((x, x), (7, 0, 48, 0.5), narrow, tiles[0]),
+        "other rows": ((x, x), (16, 0, 48, 0.5), narrow, tiles[0]),
+        "many rows": ((x, x), (2**31, 7, 48, 0.5), narrow, tiles[0]),
+        "far rows": ((x, x), (7, 2**31, 48, 0.5), narrow, tiles[0]),
+        "width of 1": ((x, x), (7, 0, 1, 0.5), narrow, tiles[0]),
+        "odd width": ((x, x), (7, 0, 47, 0.5), narrow, tiles[0]),
+        "scale of 1": ((x, x), (7, 0, 48, 1), narrow, tiles[0]),
+        "scale of 1.0": ((x, x), (7, 0, 48, 1.0), narrow, tiles[0]),
+        "no y": ((x, None), (7, 0, 48, 0.5), narrow, tiles[0]),
+        "other dtype": ((half, x), (7, 0, 48, 0.5), narrow, tiles[0]),
+        "other address": ((odd, x), (7, 0, 48, 0.5), narrow, tiles[0]),
+        "other constant": ((x, x), (7, 0, 48, 0.5), wide, tiles[0]),
+        "other tile": ((x, x), (7, 0, 48, 0.5), narrow, tiles[1]),
     }
-    for name, (args, constants, tile) in calls.items():
-        # What Triton itself launches, what the first launch launches, and the second, which compiles nothing.
-        kernel[(3, 2)](*args, **constants, **tile.options)
+
+    @launches.planned
+    def plan(numbers: tuple[int, int, int], scale: float, tile: Tile, wide: bool) -> launches.Launch:
+        constants = {"WIDE": wide}
+        return launches.Launch(kernel, (3, 2), tile, tiles, numbers=(*numbers, scale), constants=constants)
+
+    for name, (tensors, numbers, constants, tile) in calls.items():
+        # What Triton itself launches; what the first launch launches, and the next ones, which compile nothing.
+        kernel[(3, 2)](*tensors, *numbers, **constants, **tile.options)
         wanted = SEEN.pop()
         before = len(launches._ready)
         for _ in range(2):
-            launches.launch(kernel, (3, 2), tile, tiles)(*args, **constants)
+            launches.launch(kernel, (3, 2), tile, tiles)(*tensors, *numbers, **constants)
+        kept = plan(numbers[:3], numbers[3], tile, constants["WIDE"])
+        kept(*tensors)
         heard: list[Any] = []
         knobs.runtime.launch_enter_hook.add(heard.append)
-        launches.launch(kernel, (3, 2), tile, tiles)(*args, **constants)
+        kept(*tensors)
         knobs.runtime.launch_enter_hook.remove(heard.append)
         row = {"name": name, "wanted": wanted, "seen": SEEN[:], "kept": len(launches._ready) - before}
         print(json.dumps({**row, "hooks": len(heard)}), flush=True)

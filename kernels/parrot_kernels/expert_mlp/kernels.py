@@ -1,9 +1,14 @@
-"""Triton kernels that lay out routes of `expert_mlp`; `route` launches them."""
+"""Triton kernels that lay out routes of `expert_mlp`, and their launches, for `route`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from parrot_kernels.launches import Launch, planned
+from parrot_kernels.tile_choice import cdiv, next_power_of_2
+
+_SEGMENTS = 128  # of one program
 
 
 @triton.jit(do_not_specialize=["segments", "images"])
@@ -51,3 +56,25 @@ def grad_probs_kernel(
             own_mask = (mask & (place >= 0))[:, None] & (cols < rows)[None, :]
             total += tl.load(sums_ptr + at[:, None] + cols[None, :], mask=own_mask, other=0.0)
     tl.store(grad_ptr + pair, scale * tl.sum(total, axis=1), mask=mask)
+
+
+@planned
+def layout_launch(segments: int, images: int, topk: int, num_experts: int, scale: float) -> Launch:
+    """Of `layout_kernel`."""
+    numbers = (scale, segments, images, topk, num_experts)
+    return Launch(layout_kernel, (cdiv(segments, _SEGMENTS),), numbers=numbers, constants={"BLOCK": _SEGMENTS})
+
+
+@planned
+def grad_probs_launch(
+    images: int, segments: int, rows: int, blocks: int, topk: int, num_experts: int, scale: float
+) -> Launch:
+    """Of `grad_probs_kernel`."""
+    block_v = min(next_power_of_2(max(rows, 1)), 1024)
+    block = 1024 // block_v
+    numbers, constants = (
+        (scale, images, segments, rows, blocks, topk, num_experts),
+        {"BLOCK": block, "BLOCK_V": block_v},
+    )
+    grid = (cdiv(images * num_experts, block),)
+    return Launch(grad_probs_kernel, grid, numbers=numbers, constants=constants)

@@ -98,7 +98,7 @@ class Parts:
         scales: Scales,
         needs: Needs,
     ) -> Grads:
-        if not len(x):
+        if not x.shape[0]:
             tensors = (x, w_gate_up, w_down, route.probs)
             none = [torch.zeros_like(t) if needed else t.new_empty(0) for t, needed in zip(tensors, needs, strict=True)]
             return none[0], none[1], none[2], none[3]

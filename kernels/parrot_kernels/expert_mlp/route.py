@@ -7,11 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parrot_kernels.tile_choice import cdiv, next_power_of_2
-
 # n images, V rows an image, E experts, K topk, J segments: at most n * K, or E * n (dense)
-
-_SEGMENTS = 128  # of one program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +35,10 @@ def _lay_out(route: Route, segments: int) -> Route:
     if segments and (route.plan is not None or route.weights is not None):
         # Imported here: the CUDA back end has to import without Triton, to say what it lacks.
         from parrot_kernels.expert_mlp import kernels
-        from parrot_kernels.launches import launch
 
-        launch(kernels.layout_kernel, (cdiv(segments, _SEGMENTS),))(
-            route.plan, route.experts, route.probs, route.places, route.weights, route.scale, segments,
-            route.probs.shape[0], route.topk, route.probs.shape[1], BLOCK=_SEGMENTS,
-        )  # fmt: skip
+        images, num_experts = route.probs.shape
+        own = kernels.layout_launch(segments, images, route.topk, num_experts, route.scale)
+        own(route.plan, route.experts, route.probs, route.places, route.weights)
     return route
 
 
@@ -74,14 +68,10 @@ def grad_probs(sums: Tensor, route: Route) -> Tensor:
     """Gradient of probs [n, E] from sums [B, J, V] over B and V."""
     grad = torch.empty_like(route.probs)
     blocks, segments, rows = sums.shape
-    block_v = min(next_power_of_2(max(rows, 1)), 1024)
-    block = 1024 // block_v
     if grad.numel():
         from parrot_kernels.expert_mlp import kernels
-        from parrot_kernels.launches import launch
 
-        launch(kernels.grad_probs_kernel, (cdiv(grad.numel(), block),))(
-            sums, route.places, route.experts, grad, route.scale, route.probs.shape[0], segments, rows, blocks,
-            route.topk, route.probs.shape[1], BLOCK=block, BLOCK_V=block_v,
-        )  # fmt: skip
+        images, num_experts = route.probs.shape
+        own = kernels.grad_probs_launch(images, segments, rows, blocks, route.topk, num_experts, route.scale)
+        own(sums, route.places, route.experts, grad)
     return grad

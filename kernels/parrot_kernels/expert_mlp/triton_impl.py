@@ -33,7 +33,7 @@ from parrot_kernels.grouped_gemm.tiles import (
     plane_descriptor,
     tile_position,
 )
-from parrot_kernels.launches import launch
+from parrot_kernels.launches import Launch, planned
 from parrot_kernels.permute.triton_impl import combine_rows
 from parrot_kernels.tile_choice import product_tile
 
@@ -118,6 +118,20 @@ _TILES = tiles.product_tiles(
 )
 
 
+@planned
+def _combine_launch(
+    sizes: tuple[int, ...], residual_scale: float, element_size: int, by_tma: bool, processors: int
+) -> Launch:
+    """Of `_combine_kernel`; `sizes` are its numbers from `images` on."""
+    images, rows, _, topk, _, columns, depth = sizes
+    kind = tiles.product_kind(element_size, by_tma, columns, depth)
+    tile, programs = product_tiles.combine_tile(
+        _TILES[kind], images, rows, columns, topk * depth, element_size, processors
+    )  # fmt: skip
+    numbers, constants = (residual_scale, *sizes), {"TMA": kind in ("tma", "fp8")}
+    return Launch(_combine_kernel, (programs,), tile, _TILES[kind], numbers=numbers, constants=constants)
+
+
 def _up(x: Tensor, w_gate_up: Tensor, route: Route, save_z: bool, fp8: bool) -> tuple[Tensor, Tensor | None]:
     """Weighted h [J, V, I], and z [J, V, 2, I] or None."""
     segments = route.probs.numel() if route.plan is None else route.plan.shape[0]
@@ -150,16 +164,10 @@ def _combine_experts(
         return y
     experts, depth, columns = w.shape
     a, w, scales = quantized(a, w, trans_w=False) if fp8 else (a, w, (None, None))
-    a = a.view(-1, rows, depth)
-    kind = tiles.product_kind(columns, a, w)
+    sizes = images, rows, a.numel() // (rows * depth), route.topk, experts, columns, depth
     processors = triton_support.num_processors(a.device)
-    tile, programs = product_tiles.combine_tile(
-        _TILES[kind], images, rows, columns, route.topk * depth, a.element_size(), processors
-    )  # fmt: skip
-    launch(_combine_kernel, (programs,), tile, _TILES[kind])(
-        a, w, *scales, route.places, route.experts, residual, y,
-        residual_scale, images, rows, a.shape[0], route.topk, experts, columns, depth, TMA=kind in ("tma", "fp8"),
-    )  # fmt: skip
+    own = _combine_launch(sizes, residual_scale, a.element_size(), tiles.tma_reads(a, w), processors)
+    own(a, w, *scales, route.places, route.experts, residual, y)
     return y
 
 
@@ -210,7 +218,7 @@ def _bwd(
         out = torch.empty_like(weight) if needed else x.new_empty(0)
         if needed:
             grouped.launch_k_grouped(
-                a, b, out.view(len(weight), -1, weight.shape[-1]), offsets=route.offsets, plan=route.plan,
+                a, b, out.view(weight.shape[0], -1, weight.shape[-1]), offsets=route.offsets, plan=route.plan,
                 topk=route.topk, rows_per_segment=x.shape[1],
             )  # fmt: skip
         grads.append(out)

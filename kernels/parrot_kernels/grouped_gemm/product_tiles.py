@@ -1,4 +1,4 @@
-"""Which tile a product of `grouped_gemm` or `expert_mlp` takes and on how many programs, kept by shape.
+"""Which tile a product of `grouped_gemm` or `expert_mlp` takes and on how many programs.
 
 Each function returns the tile and the number of programs. `choices` come from `tile_choice.tables`; the other arguments
 are numbers of rows, columns and groups, the length of the sums (`depth`), bytes of an element, and multiprocessors.
@@ -6,14 +6,9 @@ are numbers of rows, columns and groups, the length of the sums (`depth`), bytes
 
 from __future__ import annotations
 
-import functools
-
 from parrot_kernels.tile_choice import Tile, Tiles, cdiv, cheapest, product_cost, ragged_blocks
 
-_KEPT = 4096  # shapes
 
-
-@functools.lru_cache(_KEPT)
 def m_tile(
     choices: Tiles,
     rows: int,
@@ -48,7 +43,6 @@ def m_tile(
     return tile, min(processors, most)
 
 
-@functools.lru_cache(_KEPT)
 def k_tile(
     choices: Tiles, rows: int, columns: int, depth: int, groups: int, element_size: int, processors: int
 ) -> tuple[Tile, int]:
@@ -65,7 +59,6 @@ def k_tile(
     return tile, min(processors, count(tile))
 
 
-@functools.lru_cache(_KEPT)
 def combine_tile(
     choices: Tiles, images: int, rows: int, columns: int, depth: int, element_size: int, processors: int
 ) -> tuple[Tile, int]:

@@ -177,44 +177,38 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-def _aligned(width: int) -> bool:
-    """Whether rows of so many two-byte elements are multiples of 16 bytes."""
-    return width % 8 == 0
-
-
 @functools.cache
 def _has_tma(device: int) -> bool:
     """Whether the current device, of this number, has TMA (the interpreter has)."""
     return triton_support.INTERPRETING or driver.active.get_current_target().arch >= 90
 
 
-def use_tma(*matrices: Tensor) -> bool:
-    """Whether TMA can read these row-major tensors: the hardware has it, two bytes an element, rows aligned to 16."""
-    # (float32 products run without tensor cores; TMA would gain nothing.)
-    for t in matrices:
-        if t.element_size() != 2 or t.size(-1) % 8 or t.data_ptr() % 16 or not t.numel():
+def tma_reads(*matrices: Tensor) -> bool:
+    """Whether the device has TMA, and these row-major tensors of rows of whole 16 bytes are where it can read them."""
+    for matrix in matrices:
+        if matrix.data_ptr() % 16 or not matrix.numel():
             return False
     return triton_support.INTERPRETING or _has_tma(driver.active.get_current_device())
 
 
-def tile_kind(*matrices: Tensor) -> str:
-    """Which list of tiles fits: "fp8", "fp32", "tma" (see `use_tma`) or "pointer"."""
-    if matrices[0].element_size() == 1:
-        return "fp8"
-    if matrices[0].element_size() == 4:
-        return "fp32"
-    return "tma" if use_tma(*matrices) else "pointer"
+def product_kind(element_size: int, by_tma: bool, *widths: int) -> str:
+    """Which list of tiles fits.
 
+    Args:
+        element_size: of the operands.
+        by_tma: `tma_reads` of them.
+        widths: of the rows of the operands, and of the result if it is stored in their type.
 
-def product_kind(out_width: int, *matrices: Tensor) -> str:
-    """As `tile_kind`, and "unaligned" for two-byte rows, also stored ones, that are no multiple of 16 bytes.
-
-    Single elements are moved then, each with an address of its own: large tiles would need too many registers.
+    Returns:
+        "fp8", "fp32" (products run without tensor cores there, and TMA would gain nothing), "tma" or "pointer", or
+        "unaligned" for two-byte rows that are no multiple of 16 bytes. Single elements are moved then, each with an
+        address of its own: large tiles would need too many registers.
     """
-    kind = tile_kind(*matrices)
-    if kind == "pointer" and not (_aligned(out_width) and all(_aligned(t.shape[-1]) for t in matrices)):
+    if element_size != 2:
+        return "fp8" if element_size == 1 else "fp32"
+    if any(width % 8 for width in widths):
         return "unaligned"
-    return "unaligned" if kind == "tma" and not _aligned(out_width) else kind
+    return "tma" if by_tma else "pointer"
 
 
 def product_tiles(choices: Mapping[str, Sequence[Tile]]) -> dict[str, Tiles]:

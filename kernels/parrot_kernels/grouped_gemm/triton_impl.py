@@ -33,7 +33,7 @@ from parrot_kernels.grouped_gemm.tiles import (
     source_rows,
     tile_position,
 )
-from parrot_kernels.launches import launch
+from parrot_kernels.launches import Launch, planned
 from parrot_kernels.permute import triton_impl as permute
 from parrot_kernels.swiglu import triton_impl as swiglu
 from parrot_kernels.tile_choice import cdiv, next_power_of_2, product_tile
@@ -44,6 +44,8 @@ from parrot_kernels.tile_choice import cdiv, next_power_of_2, product_tile
 STORE = tl.constexpr(0)  # y
 SWIGLU = tl.constexpr(1)  # two products, gate and up: h and, unless z is None, z
 SWIGLU_BWD = tl.constexpr(2)  # the gradient of h before its weight: gradient of z, weighted h, row sums for the weight
+
+_IN_PLACE, _EVERY_ROW, _PLANNED = IN_PLACE.value, EVERY_ROW.value, PLANNED.value
 
 
 def why_not(*args: object) -> str | None:
@@ -234,9 +236,31 @@ _M_TILES = {
 _K_TILES = tiles.product_tiles({"tma": _TMA, **_PLAIN})
 
 
-def _rows(matrix: Tensor) -> int:
-    """Rows of [..., width]."""
-    return matrix.numel() // matrix.shape[-1]
+@planned
+def _m_launch(
+    sizes: tuple[int, int, int, int, int],
+    segment: tuple[int, int],
+    weight_scale: float,
+    form: tuple[int, int, bool, bool],
+    element_size: int,
+    by_tma: bool,
+    processors: int,
+) -> Launch:
+    """Of `_m_grouped_kernel`, for what `launch_m_grouped` finds out about its arguments."""
+    rows, _, num_groups, columns, depth = sizes
+    source, epilogue, trans_w, route = form
+    kind = tiles.product_kind(element_size, by_tma, columns, depth)
+    choices, results = _M_TILES[epilogue][kind], 2 if epilogue == SWIGLU.value else 1
+    rows_per_segment = None if source == EVERY_ROW.value else segment[0]
+    tile, programs = product_tiles.m_tile(
+        choices, rows, columns, depth, num_groups, rows_per_segment, element_size, results, processors
+    )  # fmt: skip
+    constants = {
+        "SOURCE": source, "EPILOGUE": epilogue, "TRANS_W": trans_w, "TMA": kind in ("tma", "fp8"), "ROUTE": route,
+        "BLOCK_G": next_power_of_2(num_groups + 1),
+    }  # fmt: skip
+    numbers = (*sizes, *segment, weight_scale)
+    return Launch(_m_grouped_kernel, (programs,), tile, choices, numbers=numbers, constants=constants)
 
 
 def launch_m_grouped(
@@ -272,25 +296,39 @@ def launch_m_grouped(
         trans_w: layout of w.
         scales: of x and w where they are float8.
     """
-    out, z, grad_z, sums = outputs
-    num_groups, rows, x_rows = w.shape[0], _rows(out), _rows(x)
+    out = outputs[0]
+    columns, depth = out.shape[-1], x.shape[-1]
+    rows, x_rows = out.numel() // columns, x.numel() // depth
     if not rows:
         return
-    columns, depth = out.shape[-1], x.shape[-1]
-    source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
-    kind = tiles.product_kind(columns, x, w)
-    processors = triton_support.num_processors(x.device)
-    choices, results = _M_TILES[epilogue][kind], 2 if epilogue == SWIGLU.value else 1
-    segment = None if offsets is None else rows_per_segment
-    tile, programs = product_tiles.m_tile(
-        choices, rows, columns, depth, num_groups, segment, x.element_size(), results, processors
+    own = _m_launch(
+        (rows, x_rows, w.shape[0], columns, depth), (rows_per_segment, topk), weight_scale,
+        (_source(offsets, plan), epilogue, trans_w, route), x.element_size(), tiles.tma_reads(x, w),
+        triton_support.num_processors(x.device),
     )  # fmt: skip
-    launch(_m_grouped_kernel, (programs,), tile, choices)(
-        x, w, *scales, offsets, plan, weights, out, z, grad_z, sums,
-        rows, x_rows, num_groups, columns, depth, rows_per_segment, topk, weight_scale,
-        SOURCE=source, EPILOGUE=epilogue, TRANS_W=trans_w, TMA=kind in ("tma", "fp8"), ROUTE=route,
-        BLOCK_G=next_power_of_2(num_groups + 1),
-    )  # fmt: skip
+    own(x, w, *scales, offsets, plan, weights, *outputs)
+
+
+def _source(offsets: Tensor | None, plan: Tensor | None) -> int:
+    return _EVERY_ROW if offsets is None else _IN_PLACE if plan is None else _PLANNED
+
+
+@planned
+def _k_launch(
+    sizes: tuple[int, int, int, int, int],
+    segment: tuple[int, int],
+    source: int,
+    element_size: int,
+    by_tma: bool,
+    processors: int,
+) -> Launch:
+    """Of `_k_grouped_kernel`, for what `launch_k_grouped` finds out about its arguments."""
+    rows, _, num_groups, columns, depth = sizes
+    kind = tiles.product_kind(element_size, by_tma, columns, depth)
+    choices = _K_TILES[kind]
+    tile, programs = product_tiles.k_tile(choices, rows, columns, depth, num_groups, element_size, processors)
+    constants = {"SOURCE": source, "TMA": kind == "tma"}
+    return Launch(_k_grouped_kernel, (programs,), tile, choices, numbers=(*sizes, *segment), constants=constants)
 
 
 def launch_k_grouped(
@@ -298,16 +336,12 @@ def launch_k_grouped(
 ) -> None:
     """Runs `_k_grouped_kernel`: out [G, N, K] from a [..., N] and b [..., K]; `offsets` and `plan` as above."""
     num_groups, columns, depth = out.shape
-    rows, x_rows = _rows(a), _rows(b)
-    source = (EVERY_ROW if offsets is None else IN_PLACE if plan is None else PLANNED).value
-    kind = tiles.product_kind(depth, a, b)
-    processors = triton_support.num_processors(a.device)
-    choices = _K_TILES[kind]
-    tile, programs = product_tiles.k_tile(choices, rows, columns, depth, num_groups, a.element_size(), processors)
-    launch(_k_grouped_kernel, (programs,), tile, choices)(
-        a, b, offsets, plan, out, rows, x_rows, num_groups, columns, depth, rows_per_segment, topk,
-        SOURCE=source, TMA=kind == "tma",
+    sizes = a.numel() // columns, b.numel() // depth, num_groups, columns, depth
+    own = _k_launch(
+        sizes, (rows_per_segment, topk), _source(offsets, plan), a.element_size(), tiles.tma_reads(a, b),
+        triton_support.num_processors(a.device),
     )  # fmt: skip
+    own(a, b, offsets, plan, out)
 
 
 def swiglu_bwd_of_product(
@@ -331,7 +365,8 @@ def swiglu_bwd_of_product(
     """
     segments, rows, _, width = z.shape
     h, grad_z = z.new_empty(segments, rows, width), torch.empty_like(z)
-    block = _M_TILES[SWIGLU_BWD.value][tiles.product_kind(width, grad, w)][0]["BLOCK_N"]
+    kind = tiles.product_kind(grad.element_size(), tiles.tma_reads(grad, w), width, grad.shape[-1])
+    block = _M_TILES[SWIGLU_BWD.value][kind][0]["BLOCK_N"]
     sums = probs.new_empty(cdiv(width, block), segments, rows)
     launch_m_grouped(
         grad, w, (h, z, grad_z, sums), offsets=offsets, plan=plan, topk=topk, weights=probs,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.grouped_gemm.tiles import tile_kind
+from parrot_kernels.grouped_gemm.tiles import product_kind, tma_reads
 from parrot_kernels.launches import launch
 from parrot_kernels.linear_cross_entropy import kernels
 from parrot_kernels.tile_choice import Tile, Tiles, cdiv, cheapest, product_cost, product_tile, tables
@@ -61,6 +61,12 @@ def why_not(*args: object) -> str | None:
     return triton_support.why_not(*args)
 
 
+def _kind(hidden: Tensor, weight: Tensor) -> str:
+    """Which tiles fit; rows of any width go through pointers."""
+    kind = product_kind(hidden.element_size(), tma_reads(hidden, weight), hidden.shape[-1])
+    return "pointer" if kind == "unaligned" else kind
+
+
 def _launch(kernel: Any, choices: Tiles, like: Tensor, rows: int, columns: int, depth: int) -> Callable[..., None]:
     """`kernel` for a product of these sizes, in as many programs as run at a time, or as there are tiles."""
     processors = triton_support.num_processors(like.device)
@@ -86,7 +92,7 @@ def linear_cross_entropy_fwd(
     if not num_rows:
         return lse, target_logits
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    kind = tile_kind(hidden, weight)
+    kind = _kind(hidden, weight)
     num_tiles = cdiv(num_columns, _FWD_TILES[kind][0]["BLOCK_N"])
     tops, totals = lse.new_empty(num_tiles, num_rows), lse.new_empty(num_tiles, num_rows)
     _launch(kernels.fwd_kernel, _FWD_TILES[kind], hidden, num_rows, num_columns, width)(
@@ -131,7 +137,7 @@ def linear_cross_entropy_bwd(
     # Rows as long as 16 bytes allow, which is what TMA reads.
     buffer = hidden.new_empty(num_rows, cdiv(chunks[0][1], 8) * 8)
     stride = buffer.shape[1]
-    kind = tile_kind(hidden, weight)
+    kind = _kind(hidden, weight)
     tma = kind == "tma"
     for start, stop in chunks:
         columns, block = stop - start, weight[start:stop]

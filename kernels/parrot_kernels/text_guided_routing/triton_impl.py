@@ -13,13 +13,14 @@ images and some columns, and reads the images' text a second time for the gradie
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parrot_kernels import triton_support
-from parrot_kernels.launches import launch
+from parrot_kernels.launches import Launch, planned
 from parrot_kernels.semaphores import semaphores
 from parrot_kernels.text_guided_routing.kernels import (
     bwd_images_kernel,
@@ -97,15 +98,14 @@ def _sizes(num_experts: int, hidden: int, element_size: int, long: bool) -> tupl
     return constants, choices[-1] if long else choices[0], choices
 
 
-def _sizes_of(text: Tensor, router_weight: Tensor) -> tuple[int, dict[str, Any], Tile, Tiles]:
+def _sizes_of(
+    num_rows: int, num_experts: int, hidden: int, element_size: int, processors: int
+) -> tuple[int, dict[str, Any], Tile, Tiles]:
     """Number of text blocks, and `_sizes`."""
-    rows = text.shape[0]
-    long = rows > 4 * 16 * triton_support.num_processors(text.device)
-    constants, tile, choices = _sizes(*router_weight.shape, text.element_size(), long)
-    return cdiv(rows, tile["BLOCK_T"]), constants, tile, choices
+    constants, tile, choices = _sizes(num_experts, hidden, element_size, num_rows > 4 * 16 * processors)
+    return cdiv(num_rows, tile["BLOCK_T"]), constants, tile, choices
 
 
-@functools.lru_cache(1024)
 def _image_tile(num_groups: int, hidden: int, processors: int, choices: Tiles) -> Tile:
     """The one with the fewer columns a processor, in whole waves."""
 
@@ -116,24 +116,95 @@ def _image_tile(num_groups: int, hidden: int, processors: int, choices: Tiles) -
     return cheapest(choices, cost)
 
 
+# Numbers that the launches depend on: images, text rows, experts, width, bytes of an element, multiprocessors.
+_Problem = tuple[int, int, int, int, int, int]
+_Strides = tuple[int, int, int]
+
+
+def _problem_of(query: Tensor, text: Tensor, router_weight: Tensor) -> _Problem:
+    processors = triton_support.num_processors(text.device)
+    return query.shape[0], text.shape[0], *router_weight.shape, text.element_size(), processors
+
+
+@planned
+def _fwd_launch(problem: _Problem, strides: _Strides, scale: float) -> Launch:
+    num_images, num_rows, *sizes = problem
+    num_blocks, constants, tile, choices = _sizes_of(num_rows, *sizes)
+    grid = (max(1, num_blocks),)  # without text there are still logits to clear
+    return Launch(fwd_kernel, grid, tile, choices, numbers=(num_images, num_rows, *strides, scale), constants=constants)
+
+
 def text_guided_routing_fwd(
     query: Tensor, text: Tensor, text_start: Tensor, text_end: Tensor, router_weight: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See the contract in the package docstring."""
-    query, text, router_weight = map(_rows, (query, text, router_weight))
-    num_images, num_experts = query.shape[0], router_weight.shape[0]
-    logits = query.new_empty((num_images, num_experts), dtype=torch.float32)
-    lse = query.new_empty(num_images, dtype=torch.float32)
+    query, text, router_weight = _rows(query), _rows(text), _rows(router_weight)
+    num_images, num_experts, device = query.shape[0], router_weight.shape[0], query.device
+    logits = torch.empty(num_images, num_experts, dtype=torch.float32, device=device)
+    lse = torch.empty(num_images, dtype=torch.float32, device=device)
     if num_images:
-        num_blocks, constants, tile, choices = _sizes_of(text, router_weight)
-        num_blocks = max(1, num_blocks)  # without text there are still logits to clear
-        parts = query.new_empty((num_images, num_blocks, num_experts + 2), dtype=torch.float32)
-        launch(fwd_kernel, (num_blocks,), tile, choices)(
-            query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts,
-            semaphores(num_images, query.device), logits, lse,
-            num_images, text.shape[0], query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
+        strides = query.stride(0), text.stride(0), router_weight.stride(0)
+        own = _fwd_launch(_problem_of(query, text, router_weight), strides, scale)
+        parts = torch.empty(num_images, own.grid[0], num_experts + 2, dtype=torch.float32, device=device)
+        counters = semaphores(num_images, device)
+        own(
+            query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts, counters, logits, lse
         )  # fmt: skip
     return logits, lse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Backward:
+    """The launches of a backward pass, and the sizes of what they share."""
+
+    num_blocks: int
+    scores: Launch
+    text: Launch | None
+    images: Launch | None
+    num_groups: int
+    """Of images, with a part of the router's gradient each."""
+    counters: int
+
+
+@planned
+def _backward_plan(
+    problem: _Problem, strides: _Strides, scale: float, float32: bool, needs: tuple[bool, bool, bool]
+) -> _Backward:
+    num_images, num_rows, _, hidden, element_size, processors = problem
+    num_blocks, constants, tile, choices = _sizes_of(*problem[1:])
+    query_stride, text_stride, router_stride = strides
+    counts = num_images, num_rows
+    scores = Launch(
+        bwd_scores_kernel, (num_blocks,), tile, choices, numbers=(*counts, *strides, scale), constants=constants
+    )
+    # Three TF32 products make one of float32 accuracy to half a bfloat16 bit and far beyond; float32 gets the real one.
+    precision = "ieee" if float32 else "tf32x3"
+    text = images = None
+    if needs[1]:
+        blocks = _bwd_text_tiles(choices, element_size)
+        block = blocks[choices.index(tile)]
+        text = Launch(
+            bwd_text_kernel, (num_blocks, cdiv(hidden, block["BLOCK_H"])), block, blocks,
+            numbers=(*counts, query_stride, router_stride, scale), constants={**constants, "PRECISION": precision},
+        )  # fmt: skip
+    num_groups = cdiv(num_images, _BLOCK_S)
+    if needs[0] or needs[2]:
+        constants = {name: value for name, value in constants.items() if name != "SCAN"}
+        constants |= {"PRECISION": precision, "NEEDS_QUERY": needs[0], "NEEDS_ROUTER": needs[2]}
+        choices = _IMAGE_TILES["fp32" if float32 else "products"]
+        tile = _image_tile(num_groups, hidden, processors, choices)
+        images = Launch(
+            bwd_images_kernel, (cdiv(hidden, tile["BLOCK_H"]), num_groups), tile, choices,
+            numbers=(*counts, text_stride, scale), constants=constants,
+        )  # fmt: skip
+    return _Backward(
+        num_blocks=num_blocks,
+        scores=scores,
+        text=text,
+        images=images,
+        num_groups=num_groups if needs[2] else 0,
+        counters=cdiv(hidden, 32),
+    )
 
 
 def text_guided_routing_bwd(
@@ -150,48 +221,31 @@ def text_guided_routing_bwd(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the contract in the package docstring."""
-    query, text, router_weight = map(_rows, (query, text, router_weight))
+    query, text, router_weight = _rows(query), _rows(text), _rows(router_weight)
     tensors = (query, text, router_weight)
     grads = [torch.empty_like(own) if needs[i] else own.new_empty(0) for i, own in enumerate(tensors)]
-    num_images, num_rows = query.shape[0], text.shape[0]
+    num_images, num_rows, device = query.shape[0], text.shape[0], query.device
     if not (num_images and num_rows):
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     grad_logits, grad_lse = grad_logits.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     spans = text_start.contiguous(), text_end.contiguous()
-    num_blocks, constants, tile, choices = _sizes_of(text, router_weight)
-    num_experts, hidden = router_weight.shape
+    strides = query.stride(0), text.stride(0), router_weight.stride(0)
+    own = _backward_plan(
+        _problem_of(query, text, router_weight), strides, scale, query.dtype == torch.float32, tuple(needs)
+    )
 
     def scratch(*sizes: int) -> Tensor:
-        return query.new_empty(sizes, dtype=torch.float32)
+        return torch.empty(sizes, dtype=torch.float32, device=device)
 
     # Of the scores only those inside a span are ever touched.
-    scores, grad_attention = scratch(2, num_images, num_rows).unbind()
-    stats, parts = scratch(num_images, 3), scratch(num_images, num_blocks, 3)
-    launch(bwd_scores_kernel, (num_blocks,), tile, choices)(
-        query, text, *spans, router_weight, grad_logits, grad_lse, scores, grad_attention, parts,
-        semaphores(num_images, query.device), stats,
-        num_images, num_rows, query.stride(0), text.stride(0), router_weight.stride(0), scale, **constants,
+    pairs = scratch(num_images, num_rows), scratch(num_images, num_rows), scratch(num_images, 3)
+    own.scores(
+        query, text, *spans, router_weight, grad_logits, grad_lse, *pairs[:2],
+        scratch(num_images, own.num_blocks, 3), semaphores(num_images, device), pairs[2],
     )  # fmt: skip
-    # Three TF32 products make one of float32 accuracy to half a bfloat16 bit and far beyond; float32 gets the real one.
-    precision = "ieee" if query.dtype == torch.float32 else "tf32x3"
-    pairs = scores, grad_attention, stats
-    if needs[1]:
-        blocks = _bwd_text_tiles(choices, query.element_size())
-        block = blocks[choices.index(tile)]
-        launch(bwd_text_kernel, (num_blocks, cdiv(hidden, block["BLOCK_H"])), block, blocks)(
-            query, *spans, router_weight, grad_logits, *pairs, grads[1],
-            num_images, num_rows, query.stride(0), router_weight.stride(0), scale, **constants, PRECISION=precision,
-        )  # fmt: skip
-    if needs[0] or needs[2]:
-        images_constants = {name: value for name, value in constants.items() if name != "SCAN"}
-        num_groups = cdiv(num_images, _BLOCK_S)
-        parts = scratch(num_groups if needs[2] else 0, num_experts, hidden)
-        choices = _IMAGE_TILES["fp32" if query.dtype == torch.float32 else "products"]
-        tile = _image_tile(num_groups, hidden, triton_support.num_processors(text.device), choices)
-        launch(bwd_images_kernel, (cdiv(hidden, tile["BLOCK_H"]), num_groups), tile, choices)(
-            text, *spans, grad_logits, *pairs, grads[0], parts,
-            semaphores(cdiv(hidden, 32), query.device), grads[2],
-            num_images, num_rows, text.stride(0), scale,
-            **images_constants, PRECISION=precision, NEEDS_QUERY=needs[0], NEEDS_ROUTER=needs[2],
-        )  # fmt: skip
+    if own.text is not None:
+        own.text(query, *spans, router_weight, grad_logits, *pairs, grads[1])
+    if own.images is not None:
+        parts = scratch(own.num_groups, *router_weight.shape)
+        own.images(text, *spans, grad_logits, *pairs, grads[0], parts, semaphores(own.counters, device), grads[2])
     return grads[0], grads[1], grads[2]
