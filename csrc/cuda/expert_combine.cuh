@@ -3,16 +3,22 @@
 // the gradient of z, it is the gradient of x.
 #pragma once
 
+#include <type_traits>
+
 #include "expert_mlp.h"
+#include "gemm_scaled.cuh"
 #include "gemm_split.cuh"
 
 namespace parrot::cuda {
 
-template <typename T>
+// Weights of 16 bits lie as [depth, width], those of float8 as [width, depth].
+template <typename T, bool kScaled_>
 struct CombineProduct {
   using Type = T;
-  using Shape = SplitShape;
-  static constexpr bool kTransposedA = false, kTransposedB = true;
+  using Shape = std::conditional_t<kScaled_, ScaledShape, WideShape>;
+  static constexpr bool kTransposedA = false, kTransposedB = !kScaled_, kScaled = kScaled_;
+  static constexpr Gathered kGathered = Gathered::kNone;
+  static constexpr int kWeightRows = kScaled ? Shape::kColumns / 2 : kBlockK / 2;  // of a box
 
   device::TensorMap a_map, w_map, residual_map, y_map;
   ExpertCombine problem;
@@ -50,10 +56,14 @@ struct CombineProduct {
       copy(to + half * kBoxBytes, product.a_map, k, y + 64 * half, place);
     }
     __device__ void copy_b(unsigned char* to, int half, const Copy& copy) const {
+      if constexpr (kScaled) {
+        copy(to + half * kWeightRows * kBoxRowBytes, product.w_map, k, column + half * kWeightRows, expert);
+      } else {
 #pragma unroll
-      for (int box = 0; box < Shape::kColumns / 64; ++box) {
-        copy(to + box * kBoxBytes + half * kBoxBytes / 2, product.w_map, column + box * 64, k + half * kBlockK / 2,
-             expert);
+        for (int box = 0; box < Shape::kColumns / 64; ++box) {
+          copy(to + box * kBoxBytes + half * kBoxBytes / 2, product.w_map, column + box * 64, k + half * kWeightRows,
+               expert);
+        }
       }
     }
     __device__ void advance() {
@@ -79,6 +89,42 @@ struct CombineProduct {
     return source;
   }
 
+  // Scales of one step after another, of this thread's rows and of the columns of the tile.
+  class Scales {
+   public:
+    __device__ Scales(const CombineProduct& product, const Tile& tile) : source_(product.source(tile)) { find(); }
+
+    __device__ StepScales next() {
+      StepScales scales;
+      const int step = source_.k / kBlockK, choice = source_.choice;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales.rows[half] = rows_[half] ? rows_[half][step] : 0.0f;
+        scales.columns[half] = columns_[step];
+      }
+      source_.advance();
+      if (source_.choice != choice) find();
+      return scales;
+    }
+
+   private:
+    __device__ void find() {
+      const ExpertCombine& problem = source_.product.problem;
+      const int blocks = source_.product.steps_of_expert();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int y = source_.y + row_of_thread(half);
+        const bool exists = source_.place >= 0 && y < problem.rows;
+        const int64_t row = static_cast<int64_t>(source_.place) * problem.rows + y;
+        rows_[half] = exists ? problem.a_scales + row * blocks : nullptr;
+      }
+      columns_ = problem.w_scales + scale_line(source_.expert, source_.column, problem.width) * blocks;
+    }
+
+    Source source_;
+    const float *rows_[2], *columns_;
+  };
+
   // Two boxes in turn: the residual comes into a box, the sum takes its place and leaves.
   class Output {
    public:
@@ -93,7 +139,7 @@ struct CombineProduct {
     __device__ void write(const Tile& tile, Accumulators<Shape>& c) {
       const ExpertCombine& problem = product_.problem;
       const bool is_split = product_.is_split(tile);
-      const SplitTile split(tile, problem.split.parts, problem.partials);
+      const SplitTile<Shape> split(tile, problem.split.parts, problem.partials);
       if (is_split) {
         if (!split.leave(c, tile.part, problem.arrived, shared_.arrived[warp_group()])) return;
         if (exists(tile, 0)) fetch(tile, 0, box_);
@@ -104,7 +150,7 @@ struct CombineProduct {
       for (int part = 0; part < Shape::kColumns / 64; ++part) {
         if (!exists(tile, part)) break;
         if (part + 1 < Shape::kColumns / 64 && exists(tile, part + 1)) fetch(tile, part + 1, box_ ^ 1);
-        if (is_split) split.sum<kBoxFragments>(&c[0][part * kBoxFragments], part * kBoxFragments);
+        if (is_split) split.template sum<kBoxFragments>(&c[0][part * kBoxFragments], part * kBoxFragments);
         unsigned char* box = boxes()[box_];
         device::barrier_wait(&shared_.inputs[warp_group()][box_], phase_ >> box_ & 1);
         phase_ ^= 1u << box_;

@@ -12,7 +12,8 @@ template <typename T>
 struct HiddenBackwardProduct {
   using Type = T;
   using Shape = FusedShape;
-  static constexpr bool kTransposedA = false, kTransposedB = false;
+  static constexpr bool kTransposedA = false, kTransposedB = false, kScaled = false;
+  static constexpr Gathered kGathered = Gathered::kNone;
   static constexpr int kWeightRows = Shape::kColumns / 2;  // of a box
 
   device::TensorMap grad_map, w_map, gate_map, up_map, h_map, grad_gate_map, grad_up_map;

@@ -13,21 +13,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor expert_combine(const Tensor& a, const Tensor& w, const std::optional<Tensor>& maybe_places,
-                      const std::optional<Tensor>& maybe_experts, const Tensor& residual, const Tensor& arrived,
-                      double residual_scale) {
-  ExpertCombine problem{};
-  PARROT_CHECK_SHAPE(a, -1, -1, -1);
-  PARROT_CHECK_SHAPE(w, -1, a.size(2), -1);
-  PARROT_CHECK_SHAPE(residual, -1, a.size(1), w.size(2));
-  problem.bfloat16 = is_bfloat16(a);
-  PARROT_CHECK_CONTIGUOUS(a);
-  PARROT_CHECK_ALIGNED(a);
-  PARROT_CHECK_OPERAND(w, a);
-  PARROT_CHECK_OPERAND(residual, a);
-  PARROT_CHECK_SHAPE(arrived, -1);
-  PARROT_CHECK_DENSE(arrived, Int, a);
-  const int64_t images = residual.size(0), rows = residual.size(1), experts_count = w.size(0);
+// Segments and images of a [J, V, ...], by places and experts or, without these, in the dense form.
+void set_route(ExpertCombine& problem, const Tensor& a, const std::optional<Tensor>& maybe_places,
+               const std::optional<Tensor>& maybe_experts, int64_t images) {
+  const int64_t rows = a.size(1), experts_count = problem.experts_count;
   STD_TORCH_CHECK(maybe_places.has_value() == maybe_experts.has_value(), "places and experts come together");
   if (maybe_places) {
     const Tensor &places = *maybe_places, &experts = *maybe_experts;
@@ -49,26 +38,71 @@ Tensor expert_combine(const Tensor& a, const Tensor& w, const std::optional<Tens
     problem.rows = int32_of(images * rows, "the number of rows");
   }
   int32_of(images * rows, "the number of rows");
-  problem.depth = width_of(a.size(2), "the inner width");
-  problem.width = width_of(w.size(2), "the width");
-  problem.experts_count = int32_of(experts_count, "the number of experts");
-  problem.residual_scale = static_cast<float>(residual_scale);
-  Tensor y = torch::stable::new_empty(residual, {images, rows, w.size(2)});
-  if (images == 0) return y;
+}
+
+// Plans and launches `problem`, which lacks the result and what parts of split reductions need.
+Tensor combine(ExpertCombine& problem, const Tensor& residual, const Tensor& arrived) {
+  Tensor y = torch::stable::new_empty(residual, {residual.size(0), residual.size(1), residual.size(2)});
+  if (residual.size(0) == 0) return y;
+  PARROT_CHECK_SHAPE(arrived, -1);
+  PARROT_CHECK_DENSE(arrived, Int, residual);
   STD_TORCH_CHECK(problem.segments > 0, "a must have at least one segment");
-  const LaunchScope scope(a);
+  const LaunchScope scope(residual);
   parrot_plan_expert_combine(&problem);
   STD_TORCH_CHECK(parrot_combine_counters(&problem) <= arrived.size(0), "arrived must have at least ",
                   parrot_combine_counters(&problem), " entries, got ", arrived.size(0));
   Tensor partials = torch::stable::new_empty(residual, {parrot_combine_scratch_bytes(&problem) / 4}, ScalarType::Float);
-  problem.a = a.const_data_ptr();
-  problem.w = w.const_data_ptr();
   problem.residual = residual.const_data_ptr();
   problem.y = y.mutable_data_ptr();
   problem.partials = partials.mutable_data_ptr();
   problem.arrived = arrived.mutable_data_ptr<int32_t>();
   check_launch(parrot_expert_combine(&problem, scope.stream()), "expert_combine");
   return y;
+}
+
+Tensor expert_combine(const Tensor& a, const Tensor& w, const std::optional<Tensor>& maybe_places,
+                      const std::optional<Tensor>& maybe_experts, const Tensor& residual, const Tensor& arrived,
+                      double residual_scale) {
+  ExpertCombine problem{};
+  PARROT_CHECK_SHAPE(a, -1, -1, -1);
+  PARROT_CHECK_SHAPE(w, -1, a.size(2), -1);
+  PARROT_CHECK_SHAPE(residual, -1, a.size(1), w.size(2));
+  problem.bfloat16 = is_bfloat16(a);
+  PARROT_CHECK_CONTIGUOUS(a);
+  PARROT_CHECK_ALIGNED(a);
+  PARROT_CHECK_OPERAND(w, a);
+  PARROT_CHECK_OPERAND(residual, a);
+  problem.experts_count = int32_of(w.size(0), "the number of experts");
+  set_route(problem, a, maybe_places, maybe_experts, residual.size(0));
+  problem.depth = width_of(a.size(2), "the inner width");
+  problem.width = width_of(w.size(2), "the width");
+  problem.residual_scale = static_cast<float>(residual_scale);
+  problem.a = a.const_data_ptr();
+  problem.w = w.const_data_ptr();
+  return combine(problem, residual, arrived);
+}
+
+Tensor expert_combine_fp8(const Tensor& a, const Tensor& a_scales, const Tensor& w, const Tensor& w_scales,
+                          const std::optional<Tensor>& maybe_places, const std::optional<Tensor>& maybe_experts,
+                          const Tensor& residual, const Tensor& arrived, double residual_scale) {
+  ExpertCombine problem{};
+  PARROT_CHECK_SHAPE(a, -1, -1, -1);
+  PARROT_CHECK_SHAPE(w, -1, -1, a.size(2));
+  PARROT_CHECK_SHAPE(residual, -1, a.size(1), w.size(1));
+  problem.bfloat16 = is_bfloat16(residual, "residual");
+  PARROT_CHECK_DEVICE(residual, a);
+  PARROT_CHECK_CONTIGUOUS(residual);
+  PARROT_CHECK_ALIGNED(residual);
+  problem.experts_count = int32_of(w.size(0), "the number of experts");
+  set_route(problem, a, maybe_places, maybe_experts, residual.size(0));
+  problem.depth = scaled_depth(a, a_scales, w, w_scales, w.size(1));
+  problem.width = width_of(w.size(1), "the width");
+  problem.residual_scale = static_cast<float>(residual_scale);
+  problem.a = a.const_data_ptr();
+  problem.w = w.const_data_ptr();
+  problem.a_scales = a_scales.const_data_ptr<float>();
+  problem.w_scales = w_scales.const_data_ptr<float>();
+  return combine(problem, residual, arrived);
 }
 
 std::tuple<Tensor, Tensor, Tensor> expert_hidden_bwd(const Tensor& grad, const Tensor& w_down, const Tensor& z,
@@ -115,11 +149,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PARROT_CUDA_LIBRARY, m) {
       "expert_combine_cuda(Tensor a, Tensor w, Tensor? places, Tensor? experts, Tensor residual, Tensor(a!) arrived, "
       "float residual_scale) -> Tensor");
   m.def(
+      "expert_combine_fp8_cuda(Tensor a, Tensor a_scales, Tensor w, Tensor w_scales, Tensor? places, Tensor? experts, "
+      "Tensor residual, Tensor(a!) arrived, float residual_scale) -> Tensor");
+  m.def(
       "expert_hidden_bwd_cuda(Tensor grad, Tensor w_down, Tensor z, Tensor weights, Tensor? offsets, Tensor? plan, int "
       "topk) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PARROT_CUDA_LIBRARY, PARROT_CUDA_KEY, m) {
   m.impl("expert_combine_cuda", TORCH_BOX(&parrot::cuda::expert_combine));
+  m.impl("expert_combine_fp8_cuda", TORCH_BOX(&parrot::cuda::expert_combine_fp8));
   m.impl("expert_hidden_bwd_cuda", TORCH_BOX(&parrot::cuda::expert_hidden_bwd));
 }

@@ -10,22 +10,38 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+bool is_scaled(const ExpertCombine& problem) {
+  return problem.a_scales != nullptr;
+}
+
+int64_t tile_columns(const ExpertCombine& problem) {
+  return is_scaled(problem) ? ScaledShape::kColumns : WideShape::kColumns;
+}
+
 int64_t pairs_of_tiles(const ExpertCombine& problem) {
-  const int64_t row_blocks = ceil_div(problem.rows, kBlockM), columns = ceil_div(problem.width, SplitShape::kColumns);
+  const int64_t row_blocks = ceil_div(problem.rows, kBlockM), columns = ceil_div(problem.width, tile_columns(problem));
   return problem.images * (row_blocks / 2 * columns + row_blocks % 2 * ceil_div(columns, 2));
+}
+
+template <typename T, bool kScaled>
+int launch_combine(const ExpertCombine& problem, void* stream) {
+  using Product = CombineProduct<T, kScaled>;
+  const int64_t width = problem.width, depth = problem.depth, experts = problem.experts_count;
+  Product product{};
+  product.problem = problem;
+  Maps maps(problem.bfloat16);
+  maps.add(product.a_map, problem.a, {depth, problem.rows, problem.segments, depth}, 64);
+  const auto planes =
+      kScaled ? device::Planes{depth, width, experts, depth} : device::Planes{width, depth, experts, width};
+  maps.add(product.w_map, problem.w, planes, Product::kWeightRows);
+  maps.add(product.residual_map, problem.residual, {width, problem.rows, problem.images, width}, 64);
+  maps.add(product.y_map, problem.y, {width, problem.rows, problem.images, width}, 64);
+  return maps.error() ? maps.error() : launch_gemm(product, stream);
 }
 
 template <typename T>
 int launch_combine(const ExpertCombine& problem, void* stream) {
-  const int64_t width = problem.width, depth = problem.depth;
-  CombineProduct<T> product{};
-  product.problem = problem;
-  Maps maps(problem.bfloat16);
-  maps.add(product.a_map, problem.a, {depth, problem.rows, problem.segments, depth}, 64);
-  maps.add(product.w_map, problem.w, {width, depth, problem.experts_count, width}, kBlockK / 2);
-  maps.add(product.residual_map, problem.residual, {width, problem.rows, problem.images, width}, 64);
-  maps.add(product.y_map, problem.y, {width, problem.rows, problem.images, width}, 64);
-  return maps.error() ? maps.error() : launch_gemm(product, stream);
+  return is_scaled(problem) ? launch_combine<T, true>(problem, stream) : launch_combine<T, false>(problem, stream);
 }
 
 template <typename T>
@@ -51,7 +67,8 @@ int launch_hidden_bwd(const ExpertHiddenBackward& problem, void* stream) {
 
 // The fewest clocks of a model, not measured: products of a step, the end of a tile, and a part's way through memory.
 extern "C" void parrot_plan_expert_combine(ExpertCombine* problem) {
-  constexpr int64_t kStep = 1024, kEnd = 2500, kPart = 3000;
+  const int64_t kStep = is_scaled(*problem) ? 512 : 1024;
+  constexpr int64_t kEnd = 2500, kPart = 3000;
   constexpr int kMostParts = 8;
   const int64_t clusters = blocks_of_gemm() / kCluster, pairs = pairs_of_tiles(*problem), rest = pairs % clusters;
   const int64_t steps = problem->topk * ceil_div(problem->depth, kBlockK);
@@ -69,7 +86,8 @@ extern "C" void parrot_plan_expert_combine(ExpertCombine* problem) {
 extern "C" int64_t parrot_combine_scratch_bytes(const ExpertCombine* problem) {
   const SplitTail& split = problem->split;
   if (split.parts <= 1) return 0;
-  return (pairs_of_tiles(*problem) - split.whole) * kCluster * split.parts * kPartBytes;
+  const int64_t bytes = is_scaled(*problem) ? kPartBytes<ScaledShape> : kPartBytes<WideShape>;
+  return (pairs_of_tiles(*problem) - split.whole) * kCluster * split.parts * bytes;
 }
 
 extern "C" int64_t parrot_combine_counters(const ExpertCombine* problem) {

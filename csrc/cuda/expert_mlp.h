@@ -8,9 +8,13 @@ namespace parrot::cuda {
 
 // y[i] = residual_scale * residual[i] + sum over k of a[places[i, k]] . w[experts[i, k]]. Place -1 adds nothing.
 // Without places (dense) both are k, and all rows are those of one image.
+// With scales a and w are float8 (e4m3), w is [E, width, depth], and `depth` counts pairs of them, as numbers of 16
+// bits.
 struct ExpertCombine {
   const void* a;           // [J, V, depth]
   const void* w;           // [E, depth, width]
+  const float* a_scales;   // [J, V, blocks of depth], or null
+  const float* w_scales;   // [E, blocks of width, blocks of depth], or null
   const int64_t* places;   // [n, K] or null
   const int64_t* experts;  // [n, K]
   const void* residual;    // [n, V, width]

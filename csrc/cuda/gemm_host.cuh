@@ -1,19 +1,19 @@
 // Host side of the matrix products: tensors as planes of rows for the copy engine, and the choice of a schedule.
 #pragma once
 
-#include "gemm_pipeline.cuh"
+#include "gemm_kernel.cuh"
 
 namespace parrot::cuda {
 
 // Rows of `width` columns that kernels read or write, in the planes that gemm_walk.cuh names: of the results, ...
 inline device::Planes result_planes(const RaggedRows& rows, int64_t width, int64_t pitch) {
   const int64_t v = rows.segment_rows;
-  if (rows.plan) return {width, v, rows.segments, pitch};
+  if (gathers_segments(rows)) return {width, v, rows.segments, pitch};
   if (!rows.offsets) return {width, v * rows.source_segments, rows.groups, pitch};
   return {width, v * rows.segments, 1, pitch};
 }
 
-// ... and of what is gathered.
+// ... and of the source.
 inline device::Planes source_planes(const RaggedRows& rows, int64_t width) {
   const int64_t v = rows.segment_rows;
   if (rows.plan) return {width, v, rows.source_segments, width};

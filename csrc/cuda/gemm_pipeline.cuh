@@ -1,6 +1,7 @@
 // What the matrix products share: the ring of stages between the thread that copies and the warp groups that multiply,
 // and the kernel around them. A product is a type with
 //     Type, Shape, kTransposedA, kTransposedB
+//     kGathered: which operand comes row by row (gemm_gather.cuh)
 //     groups(), row_blocks(group), column_blocks(), split(), steps(tile)  the tiles, and the steps of their reductions
 //     Source source(tile), source.copy_a / copy_b(destination, half, copy), source.advance()   of one step after
 //     another prepare(stage, tile, step)                                     between the arrival of a stage and its
@@ -64,11 +65,12 @@ struct Ring {
   }
 };
 
+// `writers`: arrivals that make a stage full.
 template <typename Shape>
-__device__ __forceinline__ void init_barriers(GemmShared<Shape>& shared) {
+__device__ __forceinline__ void init_barriers(GemmShared<Shape>& shared, int writers) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Shape::kStages; ++stage) {
-      device::barrier_init(&shared.full[stage], 1);
+      device::barrier_init(&shared.full[stage], writers);
       device::barrier_init(&shared.empty[stage], kCluster * Shape::kReaders);  // each reading warp lets go of it
     }
     for (device::Barrier& barrier : shared.turns) device::barrier_init(&barrier, 4);
@@ -94,35 +96,56 @@ struct Copy {
   }
 };
 
+// Which operand is gathered row by row; the copy engine brings in the others.
+enum class Gathered { kNone, kA, kB };
+
+// Starts the copies of a stage by the copy engine. One thread calls it.
+template <typename Product, typename Source, typename Shape>
+__device__ __forceinline__ void copy_stage(const Source& source, const Tile& tile, GemmShared<Shape>& shared, int at) {
+  using Stage = GemmStage<Shape>;
+  constexpr bool kCopiesA = Product::kGathered != Gathered::kA, kCopiesB = Product::kGathered != Gathered::kB;
+  constexpr uint32_t kBytes = (kCopiesA ? sizeof(Stage::a) : 0) + (kCopiesB ? sizeof(Stage::b) : 0);
+  Stage& stage = shared.stages[at];
+  device::barrier_arrive_expecting(&shared.full[at], kBytes);
+  // Each block copies a half of what both need to both.
+  const Copy copy_a{&shared.full[at], tile.shares_rows}, copy_b{copy_a.full, !tile.shares_rows};
+  const int rank = device::cluster_rank();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kCopiesA) {
+      if (!copy_a.to_both || half == rank) source.copy_a(stage.a, half, copy_a);
+    }
+    if constexpr (kCopiesB) {
+      if (!copy_b.to_both || half == rank) source.copy_b(stage.b, half, copy_b);
+    }
+  }
+}
+
+// The other block arrives at the barriers of this one and writes into its stages: it must not end before.
+template <typename Shape>
+__device__ __forceinline__ void wait_for_readers(GemmShared<Shape>& shared, Ring<Shape::kStages> ring) {
+  for (int stage = 0; stage < Shape::kStages; ++stage) {
+    device::barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+    ring.advance();
+  }
+}
+
 template <typename Product, typename Shape>
 __device__ __forceinline__ void copy_tiles(const Product& product, GemmShared<Shape>& shared) {
   Ring<Shape::kStages> ring;
   Tile tile;
-  const int rank = device::cluster_rank();
   TileWalk walk;
   while (walk.next(tile, product)) {
     auto source = product.source(tile);
     const int steps = product.steps(tile);
     for (int step = 0; step < steps; ++step) {
       device::barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-      device::barrier_arrive_expecting(&shared.full[ring.stage], sizeof(GemmStage<Shape>));
-      GemmStage<Shape>& stage = shared.stages[ring.stage];
-      // Each block copies a half of what both need to both.
-      const Copy copy_a{&shared.full[ring.stage], tile.shares_rows}, copy_b{copy_a.full, !tile.shares_rows};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (!copy_a.to_both || half == rank) source.copy_a(stage.a, half, copy_a);
-        if (!copy_b.to_both || half == rank) source.copy_b(stage.b, half, copy_b);
-      }
+      copy_stage<Product>(source, tile, shared, ring.stage);
       source.advance();
       ring.advance();
     }
   }
-  // The other block arrives at these barriers and writes into these stages: this one must not end before.
-  for (int stage = 0; stage < Shape::kStages; ++stage) {
-    device::barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-    ring.advance();
-  }
+  wait_for_readers(shared, ring);
 }
 
 template <typename Shape>
@@ -206,36 +229,6 @@ __device__ __forceinline__ void clear_padding(const RaggedRows& rows, void* out,
        i += static_cast<int64_t>(gridDim.x) * kGemmThreads) {
     static_cast<uint4*>(out)[i] = uint4{0, 0, 0, 0};
   }
-}
-
-// Blocks stay and take tile after tile, so that the copies of the next tile run under the end of the last one.
-template <typename Product>
-__global__ void __launch_bounds__(kGemmThreads, 1) gemm_kernel(const __grid_constant__ Product product) {
-  using Shared = GemmShared<typename Product::Shape>;
-  static_assert(sizeof(Shared) <= 227 * 1024, "a block of Hopper has 227 KiB of shared memory");
-  auto& shared = device::shared_storage<Shared>();
-  init_barriers(shared);
-  product.clear();
-  if (threadIdx.x < 128) {
-    device::lower_registers<Product::Shape::kCopyRegisters>();
-    if (threadIdx.x == 0) copy_tiles(product, shared);
-  } else {
-    device::raise_registers<Product::Shape::kComputeRegisters>();
-    compute_tiles(product, shared);
-  }
-}
-
-// As many blocks as multiprocessors, in whole clusters. How many tiles there are only the device may know.
-inline int blocks_of_gemm() {
-  const int clusters = device::multiprocessors() / kCluster;
-  return kCluster * (clusters > 0 ? clusters : 1);
-}
-
-template <typename Product>
-int launch_gemm(const Product& product, void* stream) {
-  const unsigned blocks = static_cast<unsigned>(blocks_of_gemm());
-  return device::launch({dim3(blocks), kGemmThreads, sizeof(GemmShared<typename Product::Shape>), stream, kCluster},
-                        gemm_kernel<Product>, product);
 }
 
 }  // namespace parrot::cuda

@@ -6,26 +6,28 @@
 
 namespace parrot::cuda {
 
-using SplitShape = WideShape;
-constexpr int kPartVectors = SplitShape::kColumns / 8;                    // of four accumulators of a thread
-constexpr int kPartStride = 128 * kWarpGroups;                            // threads
-constexpr int64_t kPartBytes = int64_t{16} * kPartVectors * kPartStride;  // of a tile
+constexpr int kPartStride = 128 * kWarpGroups;  // threads
+template <typename Shape>
+constexpr int kPartVectors = Shape::kColumns / 8;  // of four accumulators of a thread
+template <typename Shape>
+constexpr int64_t kPartBytes = int64_t{16} * kPartVectors<Shape> * kPartStride;  // of a tile
 
 // Parts of the tiles of one warp group, as it has its accumulators.
+template <typename Shape>
 class SplitTile {
  public:
-  using Boxes = OutgoingBoxes<SplitShape::kBoxes>;
+  using Boxes = OutgoingBoxes<Shape::kBoxes>;
 
   __device__ SplitTile(const Tile& tile, int parts, void* partials) : parts_(parts), unit_(unit_of(tile)) {
-    first_ = reinterpret_cast<uint4*>(static_cast<unsigned char*>(partials) + unit_ * parts * kPartBytes) +
+    first_ = reinterpret_cast<uint4*>(static_cast<unsigned char*>(partials) + unit_ * parts * kPartBytes<Shape>) +
              threadIdx.x - 128;
   }
 
   // Leaves this block's part in memory. True in the warp group that comes last: it finds all parts there.
-  __device__ bool leave(const Accumulators<SplitShape>& c, int part, int32_t* arrived, int& before) const {
-    uint4* own = first_ + part * (kPartBytes / 16);
+  __device__ bool leave(const Accumulators<Shape>& c, int part, int32_t* arrived, int& before) const {
+    uint4* own = first_ + part * (kPartBytes<Shape> / 16);
 #pragma unroll
-    for (int i = 0; i < kPartVectors; ++i) {
+    for (int i = 0; i < kPartVectors<Shape>; ++i) {
       own[i * kPartStride] = {__float_as_uint(c[0][4 * i]), __float_as_uint(c[0][4 * i + 1]),
                               __float_as_uint(c[0][4 * i + 2]), __float_as_uint(c[0][4 * i + 3])};
     }
@@ -46,7 +48,7 @@ class SplitTile {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) out[i] = 0.0f;
     for (int part = 0; part < parts_; ++part) {
-      const uint4* next = first_ + part * (kPartBytes / 16) + start / 4 * kPartStride;
+      const uint4* next = first_ + part * (kPartBytes<Shape> / 16) + start / 4 * kPartStride;
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) {
         const uint4 bits = device::load_shared_result(next + i * kPartStride);

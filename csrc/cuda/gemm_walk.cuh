@@ -30,10 +30,24 @@ __device__ __forceinline__ Segments segments_of(const RaggedRows& rows, int grou
   return {static_cast<int>(first), static_cast<int>(last)};
 }
 
-// Results and source as planes of rows. A plane of results ends where its rows end, except in place, where the only
-// plane holds all groups, and a tile may reach into the rows of the next one.
+// Whether rows of the source are found one by one. Those of a plan of longer segments are found by segment.
+__host__ __device__ __forceinline__ bool gathers_rows(const RaggedRows& rows) {
+  return rows.plan && rows.segment_rows < kLeastRowsOfRun;
+}
+__host__ __device__ __forceinline__ bool gathers_segments(const RaggedRows& rows) {
+  return rows.plan && !gathers_rows(rows);
+}
+
+// Results and source as planes of rows. A plane of results ends where its rows end, except where they lie group after
+// group: there the only plane holds all groups, and a tile may reach into the rows of the next one.
 __host__ __device__ __forceinline__ bool rows_end_with_plane(const RaggedRows& rows) {
-  return rows.plan || !rows.offsets;
+  return gathers_segments(rows) || !rows.offsets;
+}
+
+// The segment of the source behind one of the product, which may be past the last one.
+__device__ __forceinline__ int source_segment(const RaggedRows& rows, int segment) {
+  const int64_t source = segment < rows.segments ? rows.plan[segment] / rows.topk : 0;
+  return source < 0 || source >= rows.source_segments ? 0 : static_cast<int>(source);
 }
 
 // At most kRows neighbouring rows of one group, which also lie together in the source.
@@ -44,12 +58,12 @@ struct RowBlock {
   int count;
 };
 
-// In place a group is one run of rows, and so it is where each group takes all rows; gathered, each segment is a run.
+// A group is one run of rows, except where segments are gathered: each of them is a run then.
 template <int kRows>
 __device__ __forceinline__ int row_blocks(const RaggedRows& rows, int group) {
   const Segments own = segments_of(rows, group);
   const int count = own.last - own.first;
-  if (rows.plan) return count * ((rows.segment_rows + kRows - 1) / kRows);
+  if (gathers_segments(rows)) return count * ((rows.segment_rows + kRows - 1) / kRows);
   return (count * rows.segment_rows + kRows - 1) / kRows;
 }
 
@@ -58,12 +72,10 @@ __device__ __forceinline__ RowBlock row_block(const RaggedRows& rows, int group,
   const Segments own = segments_of(rows, group);
   RowBlock block;
   int end;
-  if (rows.plan) {
+  if (gathers_segments(rows)) {
     const int per_segment = (rows.segment_rows + kRows - 1) / kRows;
     const int segment = own.first + index / per_segment, row = index % per_segment * kRows;
-    int64_t source = segment < rows.segments ? rows.plan[segment] / rows.topk : 0;  // the step after the last one
-    if (source < 0 || source >= rows.source_segments) source = 0;
-    block = {segment * rows.segment_rows + row, row, segment, row, static_cast<int>(source), 0};
+    block = {segment * rows.segment_rows + row, row, segment, row, source_segment(rows, segment), 0};
     end = (segment + 1) * rows.segment_rows;
   } else {
     const int start = own.first * rows.segment_rows, row = start + index * kRows;

@@ -88,6 +88,71 @@ std::tuple<Tensor, Tensor> m_grouped_swiglu(const Tensor& x, const Tensor& w_gat
   return {h, z};
 }
 
+void m_grouped_gemm_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w, const Tensor& w_scales,
+                        const Tensor& offsets, const std::optional<Tensor>& plan, int64_t topk, Tensor y) {
+  MGroupedGemm problem{};
+  problem.bfloat16 = is_bfloat16(y, "y");
+  PARROT_CHECK_SHAPE(x, -1, -1, -1);
+  PARROT_CHECK_SHAPE(w, offsets.size(0) - 1, -1, x.size(2));
+  const int64_t groups = w.size(0), n = w.size(1);
+  problem.rows = checked_rows(x, offsets, plan, topk, segments_of(x, offsets, plan, groups), groups);
+  problem.k = scaled_depth(x, x_scales, w, w_scales, n);
+  problem.n = width_of(n, "N");
+  PARROT_CHECK_SHAPE(y, problem.rows.segments, problem.rows.segment_rows, n);
+  PARROT_CHECK_DEVICE(y, x);
+  PARROT_CHECK_CONTIGUOUS(y);
+  PARROT_CHECK_ALIGNED(y);
+  if (problem.rows.segments == 0) return;
+  STD_TORCH_CHECK(groups > 0, "there must be a group");
+  problem.x = x.const_data_ptr();
+  problem.w = w.const_data_ptr();
+  problem.x_scales = x_scales.const_data_ptr<float>();
+  problem.w_scales = w_scales.const_data_ptr<float>();
+  problem.y = y.mutable_data_ptr();
+  problem.trans_w = true;
+  const LaunchScope scope(x);
+  check_launch(parrot_m_grouped_gemm(&problem, scope.stream()), "m_grouped_gemm");
+}
+
+void m_grouped_swiglu_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w_gate_up, const Tensor& w_scales,
+                          const std::optional<Tensor>& offsets, const std::optional<Tensor>& plan, int64_t topk,
+                          const std::optional<Tensor>& maybe_weights, Tensor h, std::optional<Tensor> maybe_z) {
+  MGroupedGemm problem{};
+  problem.bfloat16 = is_bfloat16(h, "h");
+  PARROT_CHECK_SHAPE(x, -1, -1, -1);
+  PARROT_CHECK_SHAPE(w_gate_up, offsets ? offsets->size(0) - 1 : -1, 2, -1, x.size(2));
+  const int64_t groups = w_gate_up.size(0), n = w_gate_up.size(2);
+  problem.rows = checked_rows(x, offsets, plan, topk, segments_of(x, offsets, plan, groups), groups);
+  const int64_t segments = problem.rows.segments, rows = problem.rows.segment_rows;
+  problem.k = scaled_depth(x, x_scales, w_gate_up, w_scales, n);
+  problem.n = width_of(n, "I");
+  if (maybe_weights) {
+    const Tensor& weights = *maybe_weights;
+    PARROT_CHECK_SHAPE(weights, segments);
+    PARROT_CHECK_DENSE(weights, Float, x);
+    problem.weights = weights.const_data_ptr<float>();
+  }
+  PARROT_CHECK_SHAPE(h, segments, rows, n);
+  PARROT_CHECK_DEVICE(h, x);
+  PARROT_CHECK_CONTIGUOUS(h);
+  PARROT_CHECK_ALIGNED(h);
+  if (maybe_z) {
+    const Tensor& z = *maybe_z;
+    PARROT_CHECK_SHAPE(z, segments, rows, 2, n);
+    PARROT_CHECK_OPERAND(z, h);
+    problem.z = z.mutable_data_ptr();
+  }
+  if (segments == 0) return;
+  STD_TORCH_CHECK(groups > 0, "there must be a group");
+  problem.x = x.const_data_ptr();
+  problem.w = w_gate_up.const_data_ptr();
+  problem.x_scales = x_scales.const_data_ptr<float>();
+  problem.w_scales = w_scales.const_data_ptr<float>();
+  problem.y = h.mutable_data_ptr();
+  const LaunchScope scope(x);
+  check_launch(parrot_m_grouped_swiglu(&problem, scope.stream()), "m_grouped_swiglu");
+}
+
 Tensor k_grouped_gemm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& offsets,
                       const std::optional<Tensor>& plan, int64_t topk) {
   KGroupedGemm problem{};
@@ -121,11 +186,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(PARROT_CUDA_LIBRARY, m) {
   m.def(
       "m_grouped_swiglu_cuda(Tensor x, Tensor w_gate_up, Tensor? offsets, Tensor? plan, int topk, Tensor? weights, "
       "bool save_z) -> (Tensor, Tensor)");
+  m.def(
+      "m_grouped_gemm_fp8_cuda(Tensor x, Tensor x_scales, Tensor w, Tensor w_scales, Tensor offsets, Tensor? plan, int "
+      "topk, Tensor(a!) y) -> ()");
+  m.def(
+      "m_grouped_swiglu_fp8_cuda(Tensor x, Tensor x_scales, Tensor w_gate_up, Tensor w_scales, Tensor? offsets, "
+      "Tensor? "
+      "plan, int topk, Tensor? weights, Tensor(a!) h, Tensor(b!)? z) -> ()");
   m.def("k_grouped_gemm_cuda(Tensor a, Tensor b, Tensor? offsets, Tensor? plan, int topk) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PARROT_CUDA_LIBRARY, PARROT_CUDA_KEY, m) {
   m.impl("m_grouped_gemm_cuda", TORCH_BOX(&parrot::cuda::m_grouped_gemm));
   m.impl("m_grouped_swiglu_cuda", TORCH_BOX(&parrot::cuda::m_grouped_swiglu));
+  m.impl("m_grouped_gemm_fp8_cuda", TORCH_BOX(&parrot::cuda::m_grouped_gemm_fp8));
+  m.impl("m_grouped_swiglu_fp8_cuda", TORCH_BOX(&parrot::cuda::m_grouped_swiglu_fp8));
   m.impl("k_grouped_gemm_cuda", TORCH_BOX(&parrot::cuda::k_grouped_gemm));
 }

@@ -13,19 +13,28 @@ struct RaggedRows {
   int32_t groups, segments, segment_rows, source_segments;  // G, J, V, S
 };
 
+// Segments with fewer rows would leave most of a box empty: their rows are gathered one by one.
+constexpr int32_t kLeastRowsOfRun = 64;
+
 // A reduction that is split where tiles would not fill the device: pairs of tiles from `whole` on are computed in
 // `parts`.
 struct SplitTail {
   int32_t whole = 0, parts = 1;
 };
 
+// Numbers that share a scale in float8: of a row, and of weights also rows.
+constexpr int32_t kScaleBlock = 128;
+
+// With scales x and w are float8 (e4m3) and `k` counts pairs of them, as numbers of 16 bits; y and z have 16 bits.
 struct MGroupedGemm {
   RaggedRows rows;
-  const void* x;         // [J, V, K] in place, or [S, V, K]
-  const void* w;         // [G, N, K] when trans_w, else [G, K, N]; SwiGLU: [G, 2, N, K]
-  void* y;               // [J, V, N]
-  void* z;               // SwiGLU: [J, V, 2, N] or null
-  const float* weights;  // SwiGLU: [J] or null
+  const void* x;          // [J, V, K] in place, or [S, V, K]
+  const void* w;          // [G, N, K] when trans_w, else [G, K, N]; SwiGLU: [G, 2, N, K]
+  const float* x_scales;  // [rows of x, blocks of K], or null
+  const float* w_scales;  // [matrices, blocks of N, blocks of K], or null
+  void* y;                // [J, V, N]
+  void* z;                // SwiGLU: [J, V, 2, N] or null
+  const float* weights;   // SwiGLU: [J] or null
   int32_t n, k;
   int32_t bfloat16, trans_w;
 };

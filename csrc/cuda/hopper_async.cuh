@@ -103,6 +103,23 @@ __device__ __forceinline__ void copy_box_to_blocks(void* shared, const TensorMap
       : "memory");
 }
 
+// Starts this thread's copy of 16 bytes into shared memory, of zeros where nothing exists: no address is read then.
+__device__ __forceinline__ void copy_vector(void* shared, const void* address, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(address),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void vectors_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending groups of vectors that this thread committed are under way.
+template <int kPending>
+__device__ __forceinline__ void vectors_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Starts the copy of one box from shared memory to element (x, y, z); nothing is written outside of the tensor.
 __device__ __forceinline__ void store_box(const TensorMap& map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),

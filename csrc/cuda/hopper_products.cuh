@@ -1,4 +1,4 @@
-// Products of a warp group (wgmma) as instructions: 16-bit types, float accumulators.
+// Products of a warp group (wgmma) as instructions: types of 16 and 8 bits, float accumulators.
 #pragma once
 
 #include <stdint.h>
@@ -66,6 +66,14 @@ PARROT_WGMMA_OF_TYPE(wgmma_bfloat16, "bf16")
 PARROT_WGMMA_OF_TYPE(wgmma_float16, "f16")
 #undef PARROT_WGMMA_OF_TYPE
 #undef PARROT_WGMMA
+
+// c = (kAdd ? c : 0) + a . b of one warp group in float8 (e4m3), a [64, 32] and b [32, 128], both K-major.
+template <bool kAdd>
+__device__ __forceinline__ void wgmma_e4m3(float (&c)[64], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" PARROT_NUMBERS_64 "}, %64, %65, %66, 1, 1;"
+               : PARROT_64(c)
+               : "l"(a), "l"(b), "n"(kAdd));
+}
 #undef PARROT_128
 #undef PARROT_96
 #undef PARROT_64

@@ -5,15 +5,15 @@
 namespace parrot::cuda {
 namespace {
 
-template <typename T, typename Shape>
-int launch_k(const KGroupedGemm& problem, void* stream) {
+template <typename T, typename Shape, bool kGathers>
+int launch(const KGroupedGemm& problem, void* stream) {
   const RaggedRows& rows = problem.rows;
   const int64_t n = problem.n, k = problem.k;
-  KProduct<T, Shape> product{};
+  KProduct<T, Shape, kGathers> product{};
   product.problem = problem;
   Maps maps(problem.bfloat16);
   maps.add(product.a_map, problem.a, result_planes(rows, n, n), kBlockK);
-  maps.add(product.b_map, problem.b, source_planes(rows, k), kBlockK / 2);
+  if (!kGathers) maps.add(product.b_map, problem.b, source_planes(rows, k), kBlockK / 2);
   maps.add(product.c_map, problem.c, {k, n, rows.groups, k}, 64);
   return maps.error() ? maps.error() : launch_gemm(product, stream);
 }
@@ -21,11 +21,12 @@ int launch_k(const KGroupedGemm& problem, void* stream) {
 template <typename T>
 int launch_k(const KGroupedGemm& problem, void* stream) {
   const RaggedRows& rows = problem.rows;
+  if (gathers_rows(rows)) return launch<T, WideShape, true>(problem, stream);
   const int64_t all = static_cast<int64_t>(rows.segments) * rows.segment_rows;
   const int64_t row_blocks = static_cast<int64_t>(rows.groups) * ((problem.n + kBlockM - 1) / kBlockM);
   const int64_t steps = (all / rows.groups + kBlockK - 1) / kBlockK;  // of a group of mean size
-  return prefers_short(row_blocks, problem.k, steps) ? launch_k<T, ShortShape>(problem, stream)
-                                                     : launch_k<T, WideShape>(problem, stream);
+  return prefers_short(row_blocks, problem.k, steps) ? launch<T, ShortShape, false>(problem, stream)
+                                                     : launch<T, WideShape, false>(problem, stream);
 }
 
 }  // namespace

@@ -3,15 +3,16 @@
 // in place, cleared in shared memory. Both operands have their columns along the rows in memory (M- and N-major).
 #pragma once
 
-#include "gemm_pipeline.cuh"
+#include "gemm_gather.cuh"
 
 namespace parrot::cuda {
 
-template <typename T, typename Shape_>
+template <typename T, typename Shape_, bool kGathers>
 struct KProduct {
   using Type = T;
   using Shape = Shape_;
-  static constexpr bool kTransposedA = true, kTransposedB = true;
+  static constexpr bool kTransposedA = true, kTransposedB = true, kScaled = false;
+  static constexpr Gathered kGathered = kGathers ? Gathered::kB : Gathered::kNone;
 
   device::TensorMap a_map, b_map, c_map;
   KGroupedGemm problem;
@@ -50,6 +51,16 @@ struct KProduct {
     int group, row, column, step;
     RowBlock rows;
 
+    __device__ void gather(GemmStage<Shape>& stage) const {
+      const KGroupedGemm& problem = product.problem;
+      GatheredRows<kBlockK> gathered;
+      gathered.find(problem.rows, rows);
+#pragma unroll
+      for (int box = 0; box < Shape::kColumns / 64; ++box) {
+        gathered.copy(stage.b + box * kBoxBytes, problem.b, 2 * static_cast<int64_t>(problem.k),
+                      2 * static_cast<int64_t>(column + box * 64));
+      }
+    }
     __device__ void copy_a(unsigned char* to, int half, const Copy& copy) const {
       copy(to + half * kBoxBytes, product.a_map, row + half * 64, rows.y, rows.plane);
     }

@@ -1,7 +1,8 @@
 // y[r] = x[r] . w_g for the rows r of each group, and the SwiGLU form.
 #pragma once
 
-#include "gemm_pipeline.cuh"
+#include "gemm_gather.cuh"
+#include "gemm_scaled.cuh"
 #include "swiglu.cuh"
 
 namespace parrot::cuda {
@@ -10,10 +11,13 @@ namespace parrot::cuda {
 // matrices, gate and up, of which a tile takes 128 columns each.
 enum class Weights { kRows, kColumns, kSwiGLU };
 
-template <typename T, Weights kWeights, typename Shape_>
+// T is the type of the results, and of the operands where these are not scaled float8.
+template <typename T, Weights kWeights, typename Shape_, bool kGathers, bool kScaled_>
 struct MProduct {
   using Type = T;
   using Shape = Shape_;
+  static constexpr Gathered kGathered = kGathers ? Gathered::kA : Gathered::kNone;
+  static constexpr bool kScaled = kScaled_;
   static constexpr bool kTransposedA = false, kTransposedB = kWeights == Weights::kColumns;
   static constexpr int kColumns = kWeights == Weights::kSwiGLU ? Shape::kColumns / 2 : Shape::kColumns;  // of y
   static constexpr int kWeightRows = kTransposedB ? kBlockK / 2 : Shape::kColumns / 2;                   // of a box
@@ -36,7 +40,12 @@ struct MProduct {
     const MProduct& product;
     RowBlock rows;
     int group, column, k = 0;
+    GatheredRows<kBlockM> gathered = {};
 
+    __device__ void gather(GemmStage<Shape>& stage) const {
+      const MGroupedGemm& problem = product.problem;
+      gathered.copy(stage.a, problem.x, 2 * static_cast<int64_t>(problem.k), 2 * static_cast<int64_t>(k));
+    }
     __device__ void copy_a(unsigned char* to, int half, const Copy& copy) const {
       copy(to + half * kBoxBytes, product.x_map, k, rows.source_y + 64 * half, rows.source_plane);
     }
@@ -57,9 +66,45 @@ struct MProduct {
   };
 
   __device__ Source source(const Tile& tile) const {
-    return {*this, row_block<kBlockM>(problem.rows, tile.group, tile.row_block), tile.group,
-            tile.column_block * kColumns};
+    Source source{*this, row_block<kBlockM>(problem.rows, tile.group, tile.row_block), tile.group,
+                  tile.column_block * kColumns};
+    if constexpr (kGathers) source.gathered.find(problem.rows, source.rows);
+    return source;
   }
+
+  // Scales of one step after another, of this thread's rows and of the columns of the tile.
+  class Scales {
+   public:
+    __device__ Scales(const MProduct& product, const Tile& tile) {
+      const MGroupedGemm& problem = product.problem;
+      const RowBlock block = row_block<kBlockM>(problem.rows, tile.group, tile.row_block);
+      const int blocks = product.steps(tile);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row_of_thread(half);
+        int64_t source = static_cast<int64_t>(block.source_plane) * problem.rows.segment_rows + block.source_y + row;
+        if constexpr (kGathers) source = source_row(problem.rows, block.row + row, block.row + block.count);
+        rows_[half] = row < block.count ? problem.x_scales + source * blocks : nullptr;
+        const int64_t matrix = kWeights == Weights::kSwiGLU ? 2 * tile.group + half : tile.group;
+        columns_[half] = problem.w_scales + scale_line(matrix, tile.column_block * kColumns, problem.n) * blocks;
+      }
+    }
+
+    __device__ StepScales next() {
+      StepScales scales;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales.rows[half] = rows_[half] ? rows_[half][step_] : 0.0f;
+        scales.columns[half] = columns_[half][step_];
+      }
+      ++step_;
+      return scales;
+    }
+
+   private:
+    const float *rows_[2], *columns_[2];
+    int step_ = 0;
+  };
 
   class Output {
    public:

@@ -19,10 +19,10 @@ int32_t width_of(int64_t width, const char* name) {
   return int32_of(width, name);
 }
 
-bool is_bfloat16(const Tensor& x) {
+bool is_bfloat16(const Tensor& x, const char* name) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "x must be bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  " must be bfloat16 or float16, got ", torch::headeronly::toString(dtype));
   return dtype == ScalarType::BFloat16;
 }
 
@@ -61,6 +61,20 @@ RaggedRows checked_rows(const Tensor& source, const std::optional<Tensor>& maybe
   rows.segment_rows = int32_of(source.size(1), "rows of a segment");
   rows.source_segments = int32_of(source.size(0), "the number of source segments");
   return rows;
+}
+
+int32_t scaled_depth(const Tensor& x, const Tensor& x_scales, const Tensor& w, const Tensor& w_scales, int64_t n) {
+  PARROT_CHECK_DTYPE(x, Float8_e4m3fn);
+  PARROT_CHECK_CONTIGUOUS(x);
+  PARROT_CHECK_ALIGNED(x);
+  PARROT_CHECK_OPERAND(w, x);
+  const int64_t k = x.size(2), blocks = blocks_of_scales(k);
+  STD_TORCH_CHECK(k > 0 && k % 16 == 0, "K must be a positive multiple of 16, got ", k);
+  PARROT_CHECK_SHAPE(x_scales, x.size(0), x.size(1), blocks);
+  PARROT_CHECK_DENSE(x_scales, Float, x);
+  PARROT_CHECK_SHAPE(w_scales, w.size(0) * (w.dim() == 4 ? 2 : 1), blocks_of_scales(n), blocks);
+  PARROT_CHECK_DENSE(w_scales, Float, x);
+  return int32_of(k / 2, "K");
 }
 
 }  // namespace parrot::cuda

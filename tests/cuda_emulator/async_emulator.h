@@ -109,6 +109,35 @@ inline void copy_box(void* shared, const TensorMap& map, Barrier* barrier, int x
   copy_box_to_blocks(shared, map, barrier, x, y, z, 1u << cluster_rank());
 }
 
+// As late as it may be: when it is waited for.
+inline void copy_vector(void* shared, const void* address, bool exists) {
+  const uint32_t start = shared_address(shared);
+  emulator::check(start % 16 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0, "vectors must be aligned");
+  emulator::check(start + 16 <= block().shared_bytes, "a vector must end within shared memory");
+  emulator::grid->running->vectors.push_back([=] {
+    if (exists) {
+      memcpy(shared, address, 16);
+    } else {
+      memset(shared, 0, 16);
+    }
+  });
+}
+
+inline void vectors_commit() {
+  emulator::Fiber& fiber = *emulator::grid->running;
+  fiber.committed_vectors.push_back(std::move(fiber.vectors));
+  fiber.vectors.clear();
+}
+
+template <int kPending>
+void vectors_wait() {
+  auto& committed = emulator::grid->running->committed_vectors;
+  while (committed.size() > kPending) {
+    for (auto& copy : committed.front()) copy();
+    committed.erase(committed.begin());
+  }
+}
+
 inline void store_box(const TensorMap& map, const void* shared, int x, int y, int z) {
   const uint32_t start = checked_box(shared, map);
   const unsigned char* from = block().shared + start;
@@ -167,15 +196,18 @@ struct Operand {
   uint64_t descriptor;
   bool transposed;
 
-  uint16_t operator()(int index, int k) const {
+  uint16_t operator()(int index, int k) const { return at<uint16_t>(index, k); }
+
+  template <typename Element>
+  Element at(int index, int k) const {
     emulator::check(descriptor >> 62 == 1, "only the 128-byte swizzle is known");
     const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
     const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
     const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
     const uint32_t offset = transposed ? index % 64 * 2 + index / 64 * leading + k % 8 * 128 + k / 8 * stride
-                                       : index % 8 * 128 + index / 8 * stride + k * 2;
-    uint16_t value;
-    memcpy(&value, block.shared + swizzled(start + offset), 2);
+                                       : index % 8 * 128 + index / 8 * stride + k * sizeof(Element);
+    Element value;
+    memcpy(&value, block.shared + swizzled(start + offset), sizeof(Element));
     return value;
   }
 };
@@ -210,6 +242,31 @@ void wgmma_bfloat16(float (&c)[kCount], uint64_t a, uint64_t b) {
 template <bool kTransposedA, bool kTransposedB, int kCount>
 void wgmma_float16(float (&c)[kCount], uint64_t a, uint64_t b) {
   wgmma_any(c, a, kTransposedA, b, kTransposedB, half_to_float);
+}
+
+// e4m3: three bits of mantissa, exponents from -6, no infinity.
+inline float e4m3_to_float(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  const float value = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits >> 7 ? -value : value;
+}
+
+template <bool kAdd, int kCount>
+void wgmma_e4m3(float (&c)[kCount], uint64_t a, uint64_t b) {
+  emulator::Fiber& fiber = *emulator::grid->running;
+  fiber.products.push_back([=, &fiber, out = &c[0]] {
+    const Operand left{*fiber.block, a, false}, right{*fiber.block, b, false};
+    const int lane = fiber.thread % 32, warp = fiber.thread / 32 % 4;
+    for (int i = 0; i < kCount; ++i) {
+      const int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = kAdd ? out[i] : 0.0f;
+      for (int k = 0; k < 32; ++k) {
+        sum += e4m3_to_float(left.at<uint8_t>(row, k)) * e4m3_to_float(right.at<uint8_t>(column, k));
+      }
+      out[i] = sum;
+    }
+  });
 }
 
 inline int make_tensor_map(TensorMap* map, const void* base, bool, const Planes& planes, int box_rows) {

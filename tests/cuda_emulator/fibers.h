@@ -100,6 +100,8 @@ struct Fiber {
   std::function<bool()> ready;                  // empty: can run
   std::vector<std::function<void()>> products;  // of this thread's warp group, not committed
   std::vector<std::vector<std::function<void()>>> committed;
+  std::vector<std::function<void()>> vectors;  // copies of this thread, not committed
+  std::vector<std::vector<std::function<void()>>> committed_vectors;
   std::vector<Store> stores;
   std::vector<std::vector<Store>> committed_stores;
 };
@@ -145,6 +147,7 @@ inline unsigned lane() {
 inline void fiber_main() {
   grid->body();
   Fiber& own = *grid->running;
+  check(own.vectors.empty() && own.committed_vectors.empty(), "a thread ended before its copies had come");
   check(own.stores.empty() && own.committed_stores.empty(), "a thread ended before its stores had read shared memory");
   --own.block->running;
   own.done = true;

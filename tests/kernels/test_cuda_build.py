@@ -19,19 +19,29 @@ pytestmark = pytest.mark.skipif(WITHOUT_CUDA is not None, reason=str(WITHOUT_CUD
 
 # Matrix products, and the boxes of 64 columns that a warp group stores of a tile.
 PRODUCTS = ("MProduct", "KProduct", "CombineProduct", "HiddenBackwardProduct")
+# The last two arguments of MProduct say whether it gathers rows, and whether its operands are scaled float8.
 STORES = {
-    "MProduct.*WeightsE[01].*GemmShapeILi256": 4,
+    "MProduct.*WeightsE[01].*GemmShapeILi256.*Lb0ELb0E": 4,
+    "MProduct.*WeightsE[01].*GemmShapeILi256.*Lb1ELb0E": 4,
     "MProduct.*WeightsE[01].*GemmShapeILi192": 2 * 3,
-    "MProduct.*WeightsE2": 3 * 2,  # h, gate and up
-    "KProduct.*GemmShapeILi256": 4,
+    "MProduct.*WeightsE0.*GemmShapeILi128.*Lb0ELb1E": 2,
+    "MProduct.*WeightsE0.*GemmShapeILi128.*Lb1ELb1E": 2,
+    "MProduct.*WeightsE2.*Lb0ELb0E": 3 * 2,  # h, gate and up
+    "MProduct.*WeightsE2.*Lb1ELb0E": 3 * 2,
+    "MProduct.*WeightsE2.*Lb0ELb1E": 3,
+    "MProduct.*WeightsE2.*Lb1ELb1E": 3,
+    "KProduct.*GemmShapeILi256.*EEELb0E": 4,
+    "KProduct.*GemmShapeILi256.*EEELb1E": 4,
     "KProduct.*GemmShapeILi192": 2 * 3,
-    "CombineProduct": 4,
+    "CombineProduct.*Lb0E": 4,
+    "CombineProduct.*Lb1E": 2,
     "HiddenBackwardProduct": 3 * 2 * 2,  # h and the gradients of gate and up
 }
+SCALED, GATHERING = r"(MProduct.*Lb[01]ELb1E|CombineProduct.*Lb1E)", r"(MProduct.*Lb1ELb[01]E|KProduct.*EEELb1E)"
 # Instructions that kernels of this name must have: wgmma, tensor copies to both blocks of a cluster, tensor stores,
 # mma, register budgets, barriers of a cluster.
 REQUIRED = {
-    **dict.fromkeys(PRODUCTS, ("HGMMA", "UTMALDG", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
+    **dict.fromkeys(PRODUCTS, ("UTMALDG", "UTMALDG.3D.MULTICAST", "UTMASTG", "USETMAXREG")),
     **{
         f"{kernel}INS0_{dtype}": ("HMMA", "UCGABAR_ARV", "UCGABAR_WAIT")
         for kernel in ("routing_fwd_kernel", "routing_bwd_means_kernel")
@@ -94,12 +104,21 @@ def test_results_leave_through_the_copy_engine_and_shared_operands_come_once(pat
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
+def test_float8_has_its_own_products_and_gathered_rows_come_by_asynchronous_copies(kernel: str) -> None:
+    for name, body in instructions().items():
+        if kernel in name:
+            used = {what: bool(re.search(rf"\b{what}\b", body)) for what in ("HGMMA", "QGMMA", "LDGSTS")}
+            scaled, gathers = bool(re.search(SCALED, name)), bool(re.search(GATHERING, name))
+            assert used == {"HGMMA": not scaled, "QGMMA": scaled, "LDGSTS": gathers}, name
+
+
+@pytest.mark.parametrize("kernel", PRODUCTS)
 def test_no_fence_of_the_device_stands_among_the_products(kernel: str) -> None:
     """An arrival at a barrier of the other block that released writes would put one behind each stage."""
     for name, body in instructions().items():
         if kernel in name:
-            order = re.findall(r"\b(HGMMA|MEMBAR)\b", body)
-            inner = order[order.index("HGMMA") : len(order) - order[::-1].index("HGMMA")]
+            order = re.findall(r"\b(GMMA|MEMBAR)\b", re.sub("[HQ]GMMA", "GMMA", body))
+            inner = order[order.index("GMMA") : len(order) - order[::-1].index("GMMA")]
             assert "MEMBAR" not in inner, name
 
 
@@ -109,6 +128,5 @@ def test_products_of_a_stage_run_one_after_the_other_without_a_wait(kernel: str)
     for name, body in instructions().items():
         if kernel not in name:
             continue
-        order = re.findall(r"\b(HGMMA|WARPGROUP\.DEPBAR)\b", body)
-        products, waits = order.count("HGMMA"), order.count("WARPGROUP.DEPBAR")
+        products, waits = len(re.findall(r"\b[HQ]GMMA\b", body)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", body))
         assert waits <= products // 4 + 1, f"{name} waits {waits} times for {products} products"

@@ -18,36 +18,12 @@ from parrot_kernels.testing import MoEShape, assert_accurate, make_expert_inputs
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoE
 from parrot_sys.ops import expert_mlp, m_grouped_gemm, m_grouped_swiglu, topk_routing
+from tests.ops.fp8_expression import assert_within_bound, rounding, row_scales, weight_scales
 
 BACKENDS = ["reference", "triton"]
 DTYPES = [torch.bfloat16, *([torch.float32] if triton_support.INTERPRETING else [])]
 # Rows that end within a tile, sums that end within a second block of 128, an expert of which nothing is chosen.
 SHAPE = MoEShape(images=2, rows=5, hidden=144, experts=3, ffn=144, topk=1)
-SILU_SLOPE = 1.0999  # the largest
-
-
-def rounding(values: Tensor, scales: Tensor) -> Tensor:
-    """How far an element of float8 may be from its value: half of its last place, normal or not."""
-    return values.abs() / 16 + scales / 1024
-
-
-def row_scales(values: Tensor) -> Tensor:
-    """The largest of each row's blocks over 448, for each element."""
-    padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    return (padded.amax(-1) / LARGEST).repeat_interleave(BLOCK, -1)[..., : values.shape[-1]]
-
-
-def weight_scales(w: Tensor) -> Tensor:
-    """The same of the squares of [..., N, K]."""
-    lines = row_scales(w.mT).mT * LARGEST
-    return row_scales(lines)
-
-
-def product_bound(x: Tensor, w: Tensor, error_of_x: Tensor | None = None) -> Tensor:
-    """Of x [..., K] @ w [N, K].T, all float64: what the rounding of both can change, and float32 sums."""
-    dx = rounding(x, row_scales(x)) if error_of_x is None else error_of_x
-    dw = rounding(w, weight_scales(w))
-    return (dx @ w.mT.abs() + x.abs() @ dw.mT + dx @ dw.mT) + x.abs() @ w.mT.abs() * x.shape[-1] * 2**-23
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -129,26 +105,7 @@ def test_experts_are_as_near_to_float64_as_the_bound_says(ran_on, device_of, bac
     with ran_on(backend, "fp8_experts", f"expert_mlp_{form}_fwd"):
         y = expert_mlp(*tensors, probs.to(device), plan=on_device, residual_scale=0.5, output_scale=0.7, fp8=True)
 
-    exact, bound = 0.5 * x, torch.zeros_like(x)
-    for e in range(SHAPE.experts):
-        p = (probs[:, e] * chosen[:, e]).double()[:, None, None] * 0.7
-        gate, up = x @ gate_up[e, 0].T, x @ gate_up[e, 1].T
-        gate_error, up_error = product_bound(x, gate_up[e, 0]), product_bound(x, gate_up[e, 1])
-        silu = torch.nn.functional.silu(gate)
-        h = silu * up * p
-        error = p * (SILU_SLOPE * gate_error * (up.abs() + up_error) + silu.abs() * up_error)
-        error = error + 2**-8 * (h.abs() + error)  # h is stored in bfloat16
-        largest = h.abs() + error
-        error = error + rounding(largest, row_scales(largest))
-        exact = exact + h @ down[e]
-        bound = bound + product_bound(h, down[e].T, error)
-    bound = bound + 2**-8 * (exact.abs() + bound)
-    difference = (y.cpu().double() - exact).abs()
-    assert bool((difference <= bound).all()), float((difference / bound).max())
-    # Errors of a product that are independent have a mean square of at most 2/3 of 2^-8 of its own (both operands are
-    # evenly off by up to 2^-4), and three products stand one after or beside the other: gate, up, down.
-    root_mean_square = float(difference.square().mean().sqrt() / (exact - 0.5 * x).square().mean().sqrt())
-    assert 2**-6 < root_mean_square < math.sqrt(3 * 2 / 3) / 16, "of float8, and no worse than that"
+    assert_within_bound(y.cpu(), x, gate_up, down, probs * chosen, residual_scale=0.5, output_scale=0.7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from parrot_kernels import cuda_support
 from parrot_kernels.expert_mlp.launchers import Grads, Needs, Parts
 from parrot_kernels.expert_mlp.route import Route
-from parrot_kernels.grouped_gemm.cuda_impl import MAX_ROWS, MIN_GATHERED_ROWS
+from parrot_kernels.grouped_gemm.cuda_impl import MAX_ROWS
 from parrot_kernels.semaphores import semaphores
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk,
@@ -24,6 +24,7 @@ from parrot_kernels.semaphores import semaphores
 
 # Of tiles whose reduction is split: fewer pairs than pairs of multiprocessors, four counters each.
 MAX_COUNTERS = 1024
+MIN_CHOSEN_ROWS = 64  # rows of a chosen image are boxes of their own, of 64 or 128 rows
 
 
 def why_not(*args: object) -> str | None:
@@ -41,8 +42,8 @@ def why_not(*args: object) -> str | None:
         plan = args[6]
         assert isinstance(plan, Tensor)
         segments = len(plan)
-        if rows < MIN_GATHERED_ROWS:
-            return f"it takes chosen images of at least {MIN_GATHERED_ROWS} rows, got {rows}"
+        if rows < MIN_CHOSEN_ROWS:
+            return f"it takes chosen images of at least {MIN_CHOSEN_ROWS} rows, got {rows}"
     if (count := rows * max(segments, len(x))) > MAX_ROWS:
         return f"it counts at most {MAX_ROWS} rows, got {count}"
     for width in w_down.shape[1:]:

@@ -12,12 +12,11 @@ from parrot_kernels.grouped_gemm.backward import Needs, Parts
 
 # G groups, J segments, V rows a segment, S segments before the gather, N and K widths, I inner width
 
-MIN_GATHERED_ROWS = 64  # a gathered segment is copied in blocks of its own, of 64 or 128 rows
 MAX_ROWS = 2**31 - 1025
 
 
 def why_not(*args: object) -> str | None:
-    """Needs Hopper, bfloat16 or float16, widths that are multiples of 8, and gathered segments of at least 64 rows."""
+    """Needs Hopper, bfloat16 or float16, and widths that are multiples of 8."""
     if reason := cuda_support.why_not(*args, dtypes=(torch.bfloat16, torch.float16)):
         return reason
     if len(args) < 5:
@@ -25,8 +24,6 @@ def why_not(*args: object) -> str | None:
     x, w, _, plan, *_ = args
     assert isinstance(x, Tensor)
     assert isinstance(w, Tensor)
-    if isinstance(plan, Tensor) and x.shape[1] < MIN_GATHERED_ROWS:
-        return f"it gathers segments of at least {MIN_GATHERED_ROWS} rows, got {x.shape[1]}"
     if (rows := x.shape[1] * max(len(x), len(plan) if isinstance(plan, Tensor) else 0)) > MAX_ROWS:
         return f"it counts at most {MAX_ROWS} rows, got {rows}"
     weights_given = len(args) > 5  # else k_grouped_gemm, where w holds rows too
