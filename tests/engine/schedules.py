@@ -101,6 +101,9 @@ class Served:
                 best = logits.log_softmax(-1).topk(2)
                 if best.values[0] - best.values[1] <= 1e-4:
                     raise UnclearError(f"prompt {number} has no clear answer: take other ids")
+                if best.indices[0] == self.model.config.image_token_id:
+                    # (For `forward` it stands for a picture, which is not there.)
+                    raise UnclearError(f"prompt {number} is answered with a picture's marker: take other ids")
                 tokens.append(int(best.indices[0]))
                 values.append(float(best.values[0]))
             self.known[number] = tokens, values
