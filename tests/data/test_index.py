@@ -27,9 +27,9 @@ from parrot_sys.data.index.access import IndexPlace, load_index
 from parrot_sys.data.index.columns import Texts
 from parrot_sys.data.index.lengths import sample_lengths
 from parrot_sys.data.packing import expanded_lengths, remaining_labels
-from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.data.sources.registry import open_source
 from parrot_sys.data.templates import INSTRUCTION
+from parrot_sys.data.tokenization import ConversationEncoder
 from parrot_sys.errors import ConfigError, DataError, StorageError
 from tests.data.index_files import (
     facts,
@@ -218,7 +218,7 @@ def test_a_changed_data_set_is_indexed_again(tmp_path, processor, pictures, capl
     first = facts(index_of(processor, path, tmp_path / "index"))
     text = path.read_text(encoding="utf-8")
     os.utime(path, ns=(1, 1))  # copied: another time, the same content
-    with patch.object(ParrotProcessor, "encode", side_effect=AssertionError("tokenised again")):
+    with patch.object(ConversationEncoder, "encode", side_effect=AssertionError("tokenised again")):
         for _ in range(2):
             assert facts(index_of(processor, path, tmp_path / "index")) == first
         digest = patch.object(type(open_source(path)), "digest", side_effect=AssertionError("hashed again"))

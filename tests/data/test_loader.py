@@ -18,7 +18,7 @@ from parrot_sys.data.config import DataConfig
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.feature_store import FeatureStore
 from parrot_sys.data.loader import ParrotDataLoader
-from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.tokenization import ConversationEncoder
 from parrot_sys.errors import ConfigError, DataError
 from tests.data.comparing import ROWS, ids_of
 
@@ -280,7 +280,7 @@ def test_an_index_serves_any_limit_and_is_made_anew_for_other_records(
     config = DataConfig(paths=(write_records(records),), cache_dir=str(tmp_path / "cache"))
     first = make_loader(config)
     with monkeypatch.context() as patch:
-        patch.setattr(ParrotProcessor, "encode", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(ConversationEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
         assert np.array_equal(first.datasets[0].rows, make_loader(config).datasets[0].rows)
         longer = make_loader(config, rows=ROWS + 1).datasets[0].rows - first.datasets[0].rows
         assert longer.tolist() == [i % 3 for i in range(20)]

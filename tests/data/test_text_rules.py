@@ -18,6 +18,7 @@ from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.data.packing import Sample, pack_samples, remaining_labels
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.tokenization import ConversationEncoder
 from parrot_sys.errors import DataError
 
 ROWS = 17
@@ -91,7 +92,7 @@ def test_counts_of_labels_are_cached(load, turns, tmp_path, monkeypatch):
     records = [{"id": "good", "conversations": turns()}, {"id": "cut", "conversations": turns("word " * 200, "ok")}]
     settings = {"cache_dir": str(tmp_path / "cache"), "on_bad_sample": "skip"}
     first = load(records, **settings).datasets[0].skipped
-    monkeypatch.setattr(ParrotProcessor, "encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(ConversationEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
     assert load(records, **settings).datasets[0].skipped == first
     for change in ({"image_position": "front"}, {"control_tokens": "parsed"}):
         with pytest.raises(pytest.fail.Exception, match="tokenised again"):

@@ -47,8 +47,17 @@ def _released(maps: list[TensorMap]) -> dict[str, torch.Tensor]:
         dataclasses.replace(
             CONFIG, vision=VisionConfig(type="efficientnet_lite0", hidden_size=1280, activation="relu6")
         ),
+        dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, routing="topk", expert_bias=True)),
     ],
-    ids=["released", "tied-no-bias-wide-heads", "siglip", "no-experts-linear", "select-embeddings", "efficientnet"],
+    ids=[
+        "released",
+        "tied-no-bias-wide-heads",
+        "siglip",
+        "no-experts-linear",
+        "select-embeddings",
+        "efficientnet",
+        "bias",
+    ],
 )
 def test_packing_moves_every_value_once(config: ParrotConfig) -> None:
     maps = parrot_maps(config)

@@ -29,7 +29,7 @@ IN_TRITON = [
     *("triton_impl", "launches", "kernels", "tiles", "attention_tiles", "triton_support", "compile_cases"),
     *("compile_only", "quantize"),
 ]
-OF_TOOLS = ["lm_eval_model", "lmms_eval_model"]
+OF_TOOLS = ["lm_eval_model", "lmms_eval_model", "ms_swift_plugin", "vlmevalkit_models"]
 """Modules that the program of somebody else imports."""
 ACCELERATORS = ["transformer_engine", "apex", "amp_C", "flash_attn"]
 

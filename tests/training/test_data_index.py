@@ -11,6 +11,7 @@ import pytest
 from parrot_sys.__main__ import main
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.processor import ParrotProcessor
+from parrot_sys.data.tokenization import ConversationEncoder
 from tests.data.index_files import make_loader, make_records, write
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parrot_tiny"
@@ -45,7 +46,7 @@ def test_training_takes_the_index_that_the_command_made(path, tmp_path, capsys):
     assert f"{tmp_path / 'index'}/set.jsonl-" in said
     processor = ParrotProcessor.from_pretrained(FIXTURES / "model")
     config = DataConfig(paths=(path,), index_dir=str(tmp_path / "index"), on_bad_sample="skip")
-    with patch.object(ParrotProcessor, "encode", side_effect=AssertionError("tokenised again")):
+    with patch.object(ConversationEncoder, "encode", side_effect=AssertionError("tokenised again")):
         assert len(make_loader(config, processor).datasets[0]) > 0
     assert index(path, tmp_path, *start, "--data.control-tokens", "parsed") == 2
     assert "is not of this model: data.control_tokens was text, is parsed. Name another" in capsys.readouterr().err

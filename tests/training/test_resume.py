@@ -114,6 +114,14 @@ def test_bias_and_scale_of_the_router_go_on_where_they_were(tmp_path: Path) -> N
     assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
     (bias,) = (tensor for name, tensor in whole.items() if is_expert_bias(name))
     assert bias.any()
+    start = dataclasses.replace(checkpoint, load_from=str(Path(runs[0].output) / "hf"), allow_differences=())
+    later = tiny_config(tmp_path, output="later", model=model, checkpoint=start)
+
+    def loaded(rank: int, size: int) -> torch.Tensor:
+        buffer = Trainer(later).chunks[0].bridge.moe.selection_bias
+        return buffer.clone()
+
+    assert torch.equal(run_distributed(loaded, 1)[0], bias), "a later stage starts from it"
 
 
 @pytest.mark.parametrize(
