@@ -119,11 +119,6 @@ void run(const Inputs<T>& in) {
   });
 }
 
-template <class T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 void check_like(const Tensor& tensor, const Tensor& x) {
   PARROT_CHECK_CPU(tensor);
   PARROT_CHECK_CONTIGUOUS(tensor);

@@ -1,4 +1,4 @@
-// Launchers that others are made of.
+// Launchers that others are made of, and what they share.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,6 +6,11 @@
 #include <optional>
 
 namespace parrot {
+
+template <class T>
+const T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
 
 torch::stable::Tensor few_rows_linear(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
                                       const std::optional<torch::stable::Tensor>& norm,

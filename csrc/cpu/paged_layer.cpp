@@ -75,11 +75,6 @@ void distribute(const Rows<T>& in) {
   }
 }
 
-template <class T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 void check_places(const Tensor& blocks, const Tensor& offsets, int64_t rows, const Tensor& keys) {
   for (const Tensor* tensor : {&blocks, &offsets}) {
     PARROT_CHECK_CPU(*tensor);

@@ -88,28 +88,37 @@ std::tuple<Tensor, Tensor> m_grouped_swiglu(const Tensor& x, const Tensor& w_gat
   return {h, z};
 }
 
-void m_grouped_gemm_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w, const Tensor& w_scales,
-                        const Tensor& offsets, const std::optional<Tensor>& plan, int64_t topk, Tensor y) {
+// A product of float8 x [S, V, K] and w [G, N, K] or [G, 2, N, K] with their scales, without where it goes: `result`,
+// whose dtype decides that of all results.
+MGroupedGemm scaled_problem(const Tensor& x, const Tensor& x_scales, const Tensor& w, const Tensor& w_scales,
+                            const std::optional<Tensor>& offsets, const std::optional<Tensor>& plan, int64_t topk,
+                            const Tensor& result, const char* name) {
   MGroupedGemm problem{};
-  problem.bfloat16 = is_bfloat16(y, "y");
-  PARROT_CHECK_SHAPE(x, -1, -1, -1);
-  PARROT_CHECK_SHAPE(w, offsets.size(0) - 1, -1, x.size(2));
-  const int64_t groups = w.size(0), n = w.size(1);
+  problem.bfloat16 = is_bfloat16(result, name);
+  const int64_t groups = w.size(0), n = w.size(w.dim() - 2);
   problem.rows = checked_rows(x, offsets, plan, topk, segments_of(x, offsets, plan, groups), groups);
   problem.k = scaled_depth(x, x_scales, w, w_scales, n);
-  problem.n = width_of(n, "N");
-  PARROT_CHECK_SHAPE(y, problem.rows.segments, problem.rows.segment_rows, n);
-  PARROT_CHECK_DEVICE(y, x);
-  PARROT_CHECK_CONTIGUOUS(y);
-  PARROT_CHECK_ALIGNED(y);
-  if (problem.rows.segments == 0) return;
-  STD_TORCH_CHECK(groups > 0, "there must be a group");
+  problem.n = width_of(n, w.dim() == 4 ? "I" : "N");
+  PARROT_CHECK_SHAPE(result, problem.rows.segments, problem.rows.segment_rows, n);
+  PARROT_CHECK_DEVICE(result, x);
+  PARROT_CHECK_CONTIGUOUS(result);
+  PARROT_CHECK_ALIGNED(result);
+  STD_TORCH_CHECK(groups > 0 || problem.rows.segments == 0, "there must be a group");
   problem.x = x.const_data_ptr();
   problem.w = w.const_data_ptr();
   problem.x_scales = x_scales.const_data_ptr<float>();
   problem.w_scales = w_scales.const_data_ptr<float>();
-  problem.y = y.mutable_data_ptr();
   problem.trans_w = true;
+  return problem;
+}
+
+void m_grouped_gemm_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w, const Tensor& w_scales,
+                        const Tensor& offsets, const std::optional<Tensor>& plan, int64_t topk, Tensor y) {
+  PARROT_CHECK_SHAPE(x, -1, -1, -1);
+  PARROT_CHECK_SHAPE(w, offsets.size(0) - 1, -1, x.size(2));
+  MGroupedGemm problem = scaled_problem(x, x_scales, w, w_scales, offsets, plan, topk, y, "y");
+  if (problem.rows.segments == 0) return;
+  problem.y = y.mutable_data_ptr();
   const LaunchScope scope(x);
   check_launch(parrot_m_grouped_gemm(&problem, scope.stream()), "m_grouped_gemm");
 }
@@ -117,37 +126,23 @@ void m_grouped_gemm_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w
 void m_grouped_swiglu_fp8(const Tensor& x, const Tensor& x_scales, const Tensor& w_gate_up, const Tensor& w_scales,
                           const std::optional<Tensor>& offsets, const std::optional<Tensor>& plan, int64_t topk,
                           const std::optional<Tensor>& maybe_weights, Tensor h, std::optional<Tensor> maybe_z) {
-  MGroupedGemm problem{};
-  problem.bfloat16 = is_bfloat16(h, "h");
   PARROT_CHECK_SHAPE(x, -1, -1, -1);
   PARROT_CHECK_SHAPE(w_gate_up, offsets ? offsets->size(0) - 1 : -1, 2, -1, x.size(2));
-  const int64_t groups = w_gate_up.size(0), n = w_gate_up.size(2);
-  problem.rows = checked_rows(x, offsets, plan, topk, segments_of(x, offsets, plan, groups), groups);
+  MGroupedGemm problem = scaled_problem(x, x_scales, w_gate_up, w_scales, offsets, plan, topk, h, "h");
   const int64_t segments = problem.rows.segments, rows = problem.rows.segment_rows;
-  problem.k = scaled_depth(x, x_scales, w_gate_up, w_scales, n);
-  problem.n = width_of(n, "I");
   if (maybe_weights) {
     const Tensor& weights = *maybe_weights;
     PARROT_CHECK_SHAPE(weights, segments);
     PARROT_CHECK_DENSE(weights, Float, x);
     problem.weights = weights.const_data_ptr<float>();
   }
-  PARROT_CHECK_SHAPE(h, segments, rows, n);
-  PARROT_CHECK_DEVICE(h, x);
-  PARROT_CHECK_CONTIGUOUS(h);
-  PARROT_CHECK_ALIGNED(h);
   if (maybe_z) {
     const Tensor& z = *maybe_z;
-    PARROT_CHECK_SHAPE(z, segments, rows, 2, n);
+    PARROT_CHECK_SHAPE(z, segments, rows, 2, w_gate_up.size(2));
     PARROT_CHECK_OPERAND(z, h);
     problem.z = z.mutable_data_ptr();
   }
   if (segments == 0) return;
-  STD_TORCH_CHECK(groups > 0, "there must be a group");
-  problem.x = x.const_data_ptr();
-  problem.w = w_gate_up.const_data_ptr();
-  problem.x_scales = x_scales.const_data_ptr<float>();
-  problem.w_scales = w_scales.const_data_ptr<float>();
   problem.y = h.mutable_data_ptr();
   const LaunchScope scope(x);
   check_launch(parrot_m_grouped_swiglu(&problem, scope.stream()), "m_grouped_swiglu");

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ def assert_all_accurate(
         raise AssertionError(f"names differ: {sorted(actual)}, {sorted(exact)}, {sorted(same_dtype)}")
     for name, value in actual.items():
         assert_accurate(name, value, exact[name], same_dtype[name])
+
+
+def worst_of(exact: Mapping[str, Tensor], *results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each name the result that is furthest from `exact`.
+
+    A result of few elements says little of the error of PyTorch's own sums: they are made in several orders.
+    """
+    return {name: max((own[name] for own in results), key=partial(max_error, exact=exact[name])) for name in exact}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tests.integrations.vllm_cases import (
     FIXTURES,
     QUESTIONS,
     answer,
-    cases,
+    check_greedy,
     check_preempted,
     expected,
     parrot_checkpoint,
@@ -37,16 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: Path) -> None:
-    asked = cases(model)
-    wanted = expected(model, asked)
-    assert len({tuple(each) for each in wanted}) > len(wanted) // 2, "the answers tell requests apart"
-    first, again = run(model, [asked, asked], options={**CACHED, "max_num_batched_tokens": 128})
-    assert first["tokens"] == wanted
-    assert again["tokens"] == wanted
-    assert sum(again["cached"]) > sum(first["cached"]) >= 0, "the second round finds its prompts in the cache"
-    (plain,) = run(model, [asked], options={"enable_prefix_caching": False})
-    assert plain["tokens"] == wanted
-    assert not sum(plain["cached"])
+    check_greedy(model)
 
 
 def same_picture(model: Path) -> list[list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.integrations.vllm_cases import (
     CACHED,
     QUESTIONS,
-    cases,
+    check_greedy,
     check_preempted,
     expected,
     program,
@@ -45,15 +45,7 @@ def changed(model: Path, folder: Path, part: str, factor: float) -> Path:
 
 
 def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: Path) -> None:
-    asked = cases(model)
-    wanted = expected(model, asked)
-    assert len({tuple(each) for each in wanted}) > len(wanted) // 2, "the answers tell requests apart"
-    first, again = run(model, [asked, asked], options={**CACHED, "max_num_batched_tokens": 128})
-    assert first["tokens"] == wanted
-    assert again["tokens"] == wanted
-    assert sum(again["cached"]) > sum(first["cached"]) >= 0, "the second round finds its prompts in the cache"
-    (plain,) = run(model, [asked], options={"enable_prefix_caching": False})
-    assert plain["tokens"] == wanted
+    check_greedy(model)
 
 
 def test_preempted_requests_get_the_same_answers(model: Path) -> None:

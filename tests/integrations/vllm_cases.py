@@ -157,6 +157,20 @@ def run(model: Path, rounds: Sequence[Sequence[dict[str, Any]]], **asked: Any) -
     return json.loads(line)
 
 
+def check_greedy(model: Path) -> None:
+    """Greedy answers to `cases` with caches, again from the caches, and without any."""
+    asked = cases(model)
+    wanted = expected(model, asked)
+    assert len({tuple(each) for each in wanted}) > len(wanted) // 2, "the answers tell requests apart"
+    first, again = run(model, [asked, asked], options={**CACHED, "max_num_batched_tokens": 128})
+    assert first["tokens"] == wanted
+    assert again["tokens"] == wanted
+    assert sum(again["cached"]) > sum(first["cached"]) >= 0, "the second round finds its prompts in the cache"
+    (plain,) = run(model, [asked], options={"enable_prefix_caching": False})
+    assert plain["tokens"] == wanted
+    assert not sum(plain["cached"])
+
+
 def check_preempted(model: Path) -> None:
     """Long answers to all `cases` at once with a cache that holds a few of them."""
     asked = [{**each, "tokens": LONG} for each in cases(model)]

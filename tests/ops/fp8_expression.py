@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parrot_kernels.fp8_experts.reference import BLOCK, LARGEST
+from parrot_kernels.fp8_experts.reference import BLOCK, LARGEST, rounded_rows, rounded_weights
+from parrot_kernels.testing import assert_accurate
+from parrot_sys.ops import m_grouped_gemm, m_grouped_swiglu
 
 SILU_SLOPE = 1.0999  # the largest
 
@@ -70,3 +73,43 @@ def assert_within_bound(
     # evenly off by up to 2^-4), and three products stand one after or beside the other: gate, up, down.
     root_mean_square = float(difference.square().mean().sqrt() / (exact - residual_scale * x).square().mean().sqrt())
     assert 2**-6 < root_mean_square < math.sqrt(3 * 2 / 3) / 16, "of float8, and no worse than that"
+
+
+Grouped = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+GROUPS = torch.tensor([0, 0, 0, 2, -1])
+
+
+def grouped_inputs(rows: int, k: int, n: int, dtype: torch.dtype) -> Grouped:
+    """x, gate and up, offsets, a plan of 5 of 6 positions and weights: 3 groups, of which one is empty; padding."""
+    x, w = torch.randn(3, rows, k).to(dtype), (torch.randn(3, 2, n, k) / math.sqrt(k)).to(dtype)
+    return x, w, torch.tensor([0, 3, 3, 4]), torch.tensor([0, 5, 2, 1, 4]), torch.rand(5)
+
+
+def grouped_products(inputs: Grouped, stored: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Results of the ops; `stored` [5, V, N] is an h for the down-projection."""
+    x, w, offsets, plan, weights = (tensor.to(device) for tensor in inputs)
+    options: dict[str, Any] = {"plan": plan, "topk": 2, "fp8": True}
+    return {
+        "z": m_grouped_gemm(x, w.flatten(1, 2), offsets, **options),
+        "h": m_grouped_swiglu(x, w, offsets, weights=weights, **options),
+        # Matrices [K, N]: they are transposed while they are quantised.
+        "y": m_grouped_gemm(stored.to(device), w[:, 0], offsets, trans_w=False, fp8=True),
+    }
+
+
+def assert_add_up(actual: dict[str, Tensor], inputs: Grouped, stored: Tensor) -> None:
+    """`grouped_products` add up in float32 exactly what the quantised operands give."""
+    x, w, _, plan, weights = inputs
+    live = (GROUPS >= 0)[:, None, None]
+
+    def plain(of: torch.dtype) -> dict[str, Tensor]:
+        rows, down_rows = rounded_rows(x).to(of)[plan // 2], rounded_rows(stored).to(of)
+        matrices, together = rounded_weights(w).to(of)[GROUPS], rounded_weights(w.flatten(1, 2)).to(of)[GROUPS]
+        gate, up = torch.einsum("jvk,jsik->sjvi", rows, matrices)
+        h = torch.nn.functional.silu(gate) * up * weights.to(of)[:, None, None]
+        y = torch.einsum("jvi,jik->jvk", down_rows, matrices[:, 0])
+        return {"z": torch.einsum("jvk,jik->jvi", rows, together) * live, "h": h * live, "y": y * live}
+
+    exact, same_dtype = plain(torch.float64), plain(torch.float32)
+    for name, value in actual.items():
+        assert_accurate(name, value.cpu(), exact[name], same_dtype[name].to(x.dtype))

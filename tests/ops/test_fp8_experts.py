@@ -14,11 +14,19 @@ from parrot_kernels import triton_support
 from parrot_kernels.expert_mlp import reference as expert_reference
 from parrot_kernels.fp8_experts import reference, triton_impl
 from parrot_kernels.fp8_experts.reference import BLOCK, LARGEST, rounded_rows, rounded_weights
-from parrot_kernels.testing import MoEShape, assert_accurate, make_expert_inputs
+from parrot_kernels.testing import MoEShape, make_expert_inputs
 from parrot_sys.modules.routing_config import TextGuidedMoEConfig
 from parrot_sys.modules.text_guided_moe import TextGuidedMoE
-from parrot_sys.ops import expert_mlp, m_grouped_gemm, m_grouped_swiglu, topk_routing
-from tests.ops.fp8_expression import assert_within_bound, rounding, row_scales, weight_scales
+from parrot_sys.ops import expert_mlp, topk_routing
+from tests.ops.fp8_expression import (
+    assert_add_up,
+    assert_within_bound,
+    grouped_inputs,
+    grouped_products,
+    rounding,
+    row_scales,
+    weight_scales,
+)
 
 BACKENDS = ["reference", "triton"]
 DTYPES = [torch.bfloat16, *([torch.float32] if triton_support.INTERPRETING else [])]
@@ -52,40 +60,14 @@ def test_quantised_operands_are_the_same_bits_and_within_half_a_place(
     assert bool(((rounded_weights(x).double() - exact).abs() <= bound).all())
 
 
-def grouped_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, gate and up, offsets, a plan of 5 of 6 positions and weights: 3 groups, of which one is empty; padding."""
-    x, w = torch.randn(3, 2, 144).to(dtype), (torch.randn(3, 2, 48, 144) / 12).to(dtype)
-    return x, w, torch.tensor([0, 3, 3, 4]), torch.tensor([0, 5, 2, 1, 4]), torch.rand(5)
-
-
 # (The tensor cores of Hopper add up float8 with some 14 bits: too few for results in float32.)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_add_up_exactly_what_is_quantised(ran_on, triton_device: torch.device, dtype: torch.dtype) -> None:
-    x, w, offsets, plan, weights = grouped_inputs(dtype)
-    groups = torch.tensor([0, 0, 0, 2, -1])
-    live = (groups >= 0)[:, None, None]
-    stored = torch.randn(5, 2, 48).to(dtype)  # an h, for the down-projection
-
-    def plain(of: torch.dtype) -> dict[str, Tensor]:
-        rows, down_rows = rounded_rows(x).to(of)[plan // 2], rounded_rows(stored).to(of)
-        matrices, together = rounded_weights(w).to(of)[groups], rounded_weights(w.flatten(1, 2)).to(of)[groups]
-        gate, up = torch.einsum("jvk,jsik->sjvi", rows, matrices)
-        h = torch.nn.functional.silu(gate) * up * weights.to(of)[:, None, None]
-        y = torch.einsum("jvi,jik->jvk", down_rows, matrices[:, 0])
-        return {"z": torch.einsum("jvk,jik->jvi", rows, together) * live, "h": h * live, "y": y * live}
-
-    tensors = [t.to(triton_device) for t in (x, w, offsets, plan, weights)]
-    options = {"plan": tensors[3], "topk": 2, "fp8": True}
+    inputs = grouped_inputs(2, 144, 48, dtype)
+    stored = torch.randn(5, 2, 48).to(dtype)
     with ran_on("triton", "fp8_experts", "m_grouped_gemm", "m_grouped_swiglu"):
-        actual = {
-            "z": m_grouped_gemm(tensors[0], tensors[1].flatten(1, 2), tensors[2], **options),
-            "h": m_grouped_swiglu(*tensors[:3], weights=tensors[4], **options),
-            # Matrices [K, N]: they are transposed while they are quantised.
-            "y": m_grouped_gemm(stored.to(triton_device), tensors[1][:, 0], tensors[2], trans_w=False, fp8=True),
-        }
-    exact, same_dtype = plain(torch.float64), plain(torch.float32)
-    for name, value in actual.items():
-        assert_accurate(name, value.cpu(), exact[name], same_dtype[name].to(dtype))
+        actual = grouped_products(inputs, stored, triton_device)
+    assert_add_up(actual, inputs, stored)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,18 +5,15 @@ Tiles are 128 rows by 128 columns (SwiGLU: 64 units); 128 numbers of the reducti
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from parrot_kernels.fp8_experts import cuda_impl, reference
-from parrot_kernels.fp8_experts.reference import rounded_rows, rounded_weights
-from parrot_kernels.testing import MoEShape, assert_accurate, make_expert_inputs
-from parrot_sys.ops import ExpertPlan, expert_mlp, m_grouped_gemm, m_grouped_swiglu, topk_routing
+from parrot_kernels.testing import MoEShape, make_expert_inputs
+from parrot_sys.ops import ExpertPlan, expert_mlp, topk_routing
 from tests import cuda_emulator
-from tests.ops.fp8_expression import assert_within_bound
+from tests.ops.fp8_expression import assert_add_up, assert_within_bound, grouped_inputs, grouped_products
 
 # Rows of a segment, widths: rows that end within a tile, sums that end within the eighth block, columns left over.
 FORMS = {
@@ -26,42 +23,15 @@ FORMS = {
 }
 
 
-def grouped_inputs(form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, gate and up, offsets, a plan of 5 of 6 positions and weights: 3 groups, of which one is empty; padding."""
-    rows, k, n = FORMS[form]
-    x, w = torch.randn(3, rows, k).to(dtype), (torch.randn(3, 2, n, k) / math.sqrt(k)).to(dtype)
-    return x, w, torch.tensor([0, 3, 3, 4]), torch.tensor([0, 5, 2, 1, 4]), torch.rand(5)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_products_add_up_exactly_what_is_quantised(ran_on, cuda_device, form: str, dtype: torch.dtype) -> None:
-    x, w, offsets, plan, weights = grouped_inputs(form, dtype)
-    rows, _, n = FORMS[form]
-    groups = torch.tensor([0, 0, 0, 2, -1])
-    live = (groups >= 0)[:, None, None]
-    stored = torch.randn(5, rows, n).to(dtype)  # an h, for the down-projection
-
-    def plain(of: torch.dtype) -> dict[str, Tensor]:
-        own_rows, down_rows = rounded_rows(x).to(of)[plan // 2], rounded_rows(stored).to(of)
-        matrices, together = rounded_weights(w).to(of)[groups], rounded_weights(w.flatten(1, 2)).to(of)[groups]
-        gate, up = torch.einsum("jvk,jsik->sjvi", own_rows, matrices)
-        h = torch.nn.functional.silu(gate) * up * weights.to(of)[:, None, None]
-        y = torch.einsum("jvi,jik->jvk", down_rows, matrices[:, 0])
-        return {"z": torch.einsum("jvk,jik->jvi", own_rows, together) * live, "h": h * live, "y": y * live}
-
-    tensors = [t.to(cuda_device) for t in (x, w, offsets, plan, weights)]
-    options = {"plan": tensors[3], "topk": 2, "fp8": True}
+    rows, k, n = FORMS[form]
+    inputs = grouped_inputs(rows, k, n, dtype)
+    stored = torch.randn(5, rows, n).to(dtype)
     with ran_on("cuda", "fp8_experts", "m_grouped_gemm", "m_grouped_swiglu"), cuda_emulator.device(seed=1):
-        actual = {
-            "z": m_grouped_gemm(tensors[0], tensors[1].flatten(1, 2), tensors[2], **options),
-            "h": m_grouped_swiglu(*tensors[:3], weights=tensors[4], **options),
-            # Matrices [K, N]: they are transposed while they are quantised.
-            "y": m_grouped_gemm(stored.to(cuda_device), tensors[1][:, 0], tensors[2], trans_w=False, fp8=True),
-        }
-    exact, same_dtype = plain(torch.float64), plain(torch.float32)
-    for name, value in actual.items():
-        assert_accurate(name, value.cpu(), exact[name], same_dtype[name].to(dtype))
+        actual = grouped_products(inputs, stored, cuda_device)
+    assert_add_up(actual, inputs, stored)
 
 
 SHAPES = {

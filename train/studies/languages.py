@@ -78,7 +78,7 @@ COUNTS: Mapping[int, tuple[str, ...]] = {
     48: ("--align-rounds", "1", "--instruct-rounds", "2", "--vocab-size", "8192"),
 }
 """Languages -> further settings of `parrot data build`. A language has as much text in stage 0, whatever their
-number: a decoder that has seen a third of it answers at chance level once it is frozen. Stages 1 and 2 take as many
+number: what a decoder has not learned before it is frozen no projector or expert can bring. Stages 1 and 2 take as many
 steps."""
 
 

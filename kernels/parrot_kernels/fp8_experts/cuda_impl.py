@@ -11,10 +11,9 @@ from torch import Tensor
 from parrot_kernels.expert_mlp import cuda_impl as experts
 from parrot_kernels.expert_mlp.launchers import Parts
 from parrot_kernels.expert_mlp.route import Route
+from parrot_kernels.fp8_experts.widths import why_not_widths
 from parrot_kernels.grouped_gemm import cuda_impl as grouped
 from parrot_kernels.semaphores import semaphores
-
-_WIDTH = 16  # bytes that rows must be multiples of
 
 
 def why_not(*args: object) -> str | None:
@@ -23,13 +22,7 @@ def why_not(*args: object) -> str | None:
     reason = experts.why_not(*args) if is_route else grouped.why_not(*args)
     if reason:
         return reason
-    matrices = [arg for arg in args[:3] if isinstance(arg, Tensor) and arg.dim() >= 3]
-    for matrix in matrices:
-        # Sums run over the last width of x, and over one or the other of weights.
-        for width in matrix.shape[-1:] if matrix is matrices[0] else matrix.shape[-2:]:
-            if width % _WIDTH:
-                return f"each width must be a multiple of {_WIDTH}, got {width}"
-    return None
+    return why_not_widths(args)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from triton.runtime.driver import driver
 from parrot_kernels import triton_support
 from parrot_kernels.expert_mlp.triton_impl import FP8_PARTS
 from parrot_kernels.fp8_experts.quantize import quantize_rows, quantize_weights
+from parrot_kernels.fp8_experts.widths import why_not_widths
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "why_not",
 ]
 
-_WIDTH = 16  # bytes that rows must be multiples of
-
 
 def why_not(*args: object) -> str | None:
     """Needs sm_90 or later (or the interpreter), and widths that are multiples of 16."""
@@ -33,13 +32,7 @@ def why_not(*args: object) -> str | None:
         return reason
     if not triton_support.INTERPRETING and driver.active.get_current_target().arch < 90:
         return "it needs a device with float8 tensor cores and TMA, compute capability 9.0 or later"
-    matrices = [arg for arg in args[:3] if isinstance(arg, Tensor) and arg.dim() >= 3]
-    for matrix in matrices:
-        # Sums run over the last width of x, and over one or the other of weights.
-        for width in matrix.shape[-1:] if matrix is matrices[0] else matrix.shape[-2:]:
-            if width % _WIDTH:
-                return f"each width must be a multiple of {_WIDTH}, got {width}"
-    return None
+    return why_not_widths(args)
 
 
 def m_grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, plan: Tensor | None, topk: int, trans_w: bool) -> Tensor:
