@@ -32,7 +32,7 @@ def _run(form: str, dtype: torch.dtype, *, rows: int = 577, ffn: int = 4096, sav
     return run
 
 
-_PRODUCTS = ("_m_grouped_kernel", "_k_grouped_kernel", "_combine_kernel")
+_PRODUCTS = ("m_grouped_kernel", "k_grouped_kernel", "_combine_kernel")
 _TMA = dict.fromkeys(_PRODUCTS, ("HGMMA", "UTMALDG"))
 _GROUPED = dict.fromkeys(_PRODUCTS[:2], ("HGMMA", "UTMALDG"))
 _TENSOR_CORES = dict.fromkeys(_PRODUCTS, ("HGMMA",))

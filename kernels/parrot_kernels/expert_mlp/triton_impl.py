@@ -23,7 +23,7 @@ from parrot_kernels import triton_support
 from parrot_kernels.expert_mlp.launchers import Grads, Needs, Parts
 from parrot_kernels.expert_mlp.route import Route
 from parrot_kernels.fp8_experts.quantize import quantized
-from parrot_kernels.grouped_gemm import product_tiles, tiles
+from parrot_kernels.grouped_gemm import kernels, product_tiles, tiles
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 from parrot_kernels.grouped_gemm.tiles import (
     add_product,
@@ -142,7 +142,7 @@ def _up(x: Tensor, w_gate_up: Tensor, route: Route, save_z: bool, fp8: bool) -> 
     grouped.launch_m_grouped(
         x, w_gate_up, (h, z, None, None), offsets=route.offsets, plan=route.plan, topk=route.topk,
         weights=route.probs, weight_scale=route.scale, route=True, rows_per_segment=x.shape[1],
-        epilogue=grouped.SWIGLU.value, trans_w=True, scales=scales,
+        epilogue=kernels.SWIGLU.value, trans_w=True, scales=scales,
     )  # fmt: skip
     return h, z
 

@@ -40,9 +40,9 @@ def _tokens() -> None:
     triton_impl.m_grouped_gemm(x, w[:, 0], offsets, plan, 2, True)
 
 
-_PRODUCTS = {"_m_grouped_kernel": ("QGMMA", "UTMALDG"), "_combine_kernel": ("QGMMA", "UTMALDG")}
+_PRODUCTS = {"m_grouped_kernel": ("QGMMA", "UTMALDG"), "_combine_kernel": ("QGMMA", "UTMALDG")}
 CASES = [
     Case(name="dense", run=_experts("dense"), instructions=_PRODUCTS),
     Case(name="topk", run=_experts("topk"), instructions=_PRODUCTS),
-    Case(name="tokens", run=_tokens, instructions={"_m_grouped_kernel": ("QGMMA", "UTMALDG")}),
+    Case(name="tokens", run=_tokens, instructions={"m_grouped_kernel": ("QGMMA", "UTMALDG")}),
 ]

@@ -34,8 +34,8 @@ def _run(rows: int, dtype: torch.dtype, hidden: int = HIDDEN, *, planned: bool) 
     return run
 
 
-_TENSOR_CORES = dict.fromkeys(("_m_grouped_kernel", "_k_grouped_kernel"), ("HGMMA",))
-_TMA = dict.fromkeys(("_m_grouped_kernel", "_k_grouped_kernel"), ("HGMMA", "UTMALDG"))
+_TENSOR_CORES = dict.fromkeys(("m_grouped_kernel", "k_grouped_kernel"), ("HGMMA",))
+_TMA = dict.fromkeys(("m_grouped_kernel", "k_grouped_kernel"), ("HGMMA", "UTMALDG"))
 CASES = [
     Case(name="in_place_bf16", run=_run(577, torch.bfloat16, planned=False), instructions=_TMA, archs=(80, 90)),
     Case(name="planned_images_bf16", run=_run(577, torch.bfloat16, planned=True), instructions=_TMA, archs=(80, 90)),
