@@ -6,13 +6,16 @@ import asyncio
 import base64
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import httpx2
+
+from benchmarks.health_probe import watch_health
 
 TRUNCATED = b'{"messages": [{"role": "user", "content": "'
 
@@ -108,17 +111,16 @@ class Load:
         """Asks with so many clients at once for so long."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        await asyncio.gather(self._watch_health(end), *(self._ask_until(end, number) for number in range(streams)))
+        await asyncio.gather(self._watch_health(seconds), *(self._ask_until(end, number) for number in range(streams)))
         return self.result
 
-    async def _watch_health(self, end: float) -> None:
-        """Asks in a thread of its own, as this loop is busy with the clients."""
-        loop = asyncio.get_running_loop()
-        while loop.time() < end:
-            response, seconds = await asyncio.to_thread(_health, str(self._client.base_url))
-            self.result.health_seconds.append(seconds)
-            self.result.statuses[response.status_code] += 1
-            await asyncio.sleep(0.05)
+    async def _watch_health(self, seconds: float) -> None:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            loop = asyncio.get_running_loop()
+            answers = await loop.run_in_executor(pool, watch_health, str(self._client.base_url), seconds)
+        for status, taken in answers:
+            self.result.health_seconds.append(taken)
+            self.result.statuses[status] += 1
 
     async def _ask_until(self, end: float, number: int) -> None:
         draw = random.Random(f"{self._seed}/{number}")
@@ -165,13 +167,6 @@ class Load:
         self.result.answers += 1
         if text != self._wanted[place]:
             self.result.wrong.append(f"request {place}: {text!r} instead of {self._wanted[place]!r}")
-
-
-def _health(url: str) -> tuple[httpx2.Response, float]:
-    """The answer to a new connection, as supervisors ask, and the seconds that it took."""
-    start = time.perf_counter()
-    response = httpx2.get(f"{url.rstrip('/')}/health", timeout=120)
-    return response, time.perf_counter() - start
 
 
 def _streamed_text(events: str) -> str:
