@@ -61,7 +61,7 @@ class ParrotForConditionalGeneration(nn.Module):
         Args:
             model: the Megatron model.
             eos_token_ids: ids that end an answer.
-            pad_token_id: fills rows behind the end.
+            pad_token_id: fills rows after the end.
             answer_header: ids that open an answer: with guidance `first_turn` they tell where the first one begins.
             source: the released checkpoint it was read from, for export.
         """

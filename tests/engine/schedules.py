@@ -48,7 +48,7 @@ class Prompt:
     ids: tuple[int, ...]
 
 
-# Words before and behind a picture alike and not; the same picture, asked otherwise; two of the same; text alone.
+# Words before and after a picture alike and not; the same picture, asked otherwise; two of the same; text alone.
 OPENING = (5, 9, 14, 30, 31, 7, 8, 11)
 PROMPTS = (
     Prompt((*OPENING, -1, 40, 41, 42)),

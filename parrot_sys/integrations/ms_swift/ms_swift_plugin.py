@@ -109,7 +109,7 @@ class ReleasedTemplate(Template):
 def rows_of_ids(logits: Tensor, input_ids: Tensor, rows_per_image: int) -> Tensor:
     """Logits [B, N, V] from those of the expanded sequence: a picture keeps its last row."""
     widths = torch.where(input_ids == IMAGE_TOKEN_ID, rows_per_image, 1)
-    last = (widths.cumsum(1) - 1).clamp(max=logits.shape[1] - 1)  # (ids behind the end have no label)
+    last = (widths.cumsum(1) - 1).clamp(max=logits.shape[1] - 1)  # (ids after the end have no label)
     return logits.take_along_dim(last.unsqueeze(-1), dim=1)
 
 
