@@ -93,12 +93,12 @@ class StepBuilder:
         self._last: StepInputs | None = None
         self._tables = np.empty((0, 0), dtype=np.int64)  # [S, W], W with room for the answers to grow
         self._requests: list[tuple[ScheduledRequest, int]] = []
-        """Requests of the last step, if each had one row and read no picture with it; and how often each was
-        preempted, since they come back with other blocks."""
+        """Requests of the last step, if each had one row and read no picture with it; and how often each was admitted,
+        since one that was preempted or rested comes back with other blocks."""
 
     def build(self, chunks: Sequence[Chunk], images_of: Sequence[Sequence[RequestImage]]) -> StepInputs:
         """See `build_step`."""
-        requests = [(chunk.request, chunk.request.preemptions) for chunk in chunks]
+        requests = [(chunk.request, chunk.request.admissions) for chunk in chunks]
         single = all(chunk.stop - chunk.start == len(chunk.logits_rows) == 1 for chunk in chunks)
         single = single and not any(
             image.readers.stop > chunk.start

@@ -112,6 +112,8 @@ class ScheduledRequest:
     """Identities of its whole blocks, as far as they are worked out."""
     found_rows: int = 0
     """Rows that were in the cache when it was admitted last."""
+    admissions: int = 0
+    """How often it got blocks: after each time it has others, also where none of its rows has to run again."""
     preemptions: int = 0
 
     @property
@@ -362,6 +364,7 @@ class Scheduler:
         request.blocks = found + blocks
         request.computed = request.found_rows = len(found) * self.pool.block_size
         request.phase = Phase.RUNNING
+        request.admissions += 1
         bisect.insort(self.running, request, key=lambda own: own.number)  # (one that was paused may be older)
         return request
 

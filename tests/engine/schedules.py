@@ -121,6 +121,8 @@ class Schedule:
     rows: int
     running: int
     feature_bytes: int = 2**20
+    rests: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Step -> the request, by the order of arrival, that rests from then on, and for how many steps."""
 
     def run(self, served: Served, **options: Any) -> Engine:
         """Runs it and compares each answer."""
@@ -141,8 +143,9 @@ class Schedule:
         reasons: dict[int, str] = {}
         cancels: dict[int, int] = {}
         preempted: set[int] = set()
+        resting: dict[int, int] = {}
         step = 0
-        while waiting or engine.has_requests:
+        while waiting or resting or engine.has_requests:
             while waiting and waiting[0][1][2] <= step:
                 _, (prompt, count, _, patience) = waiting.pop(0)
                 request = EngineRequest(sample=served.sample(prompt), max_new_tokens=count, logprobs=0)
@@ -153,6 +156,13 @@ class Schedule:
             for number in [number for number, when in cancels.items() if when <= step]:
                 engine.cancel(number)
                 del cancels[number]
+            if step in self.rests:
+                number, length = self.rests[step]
+                engine.pause(number)
+                resting[number] = step + length
+            for number in [number for number, until in resting.items() if until <= step]:
+                engine.resume(number)
+                del resting[number]
             for delta in engine.step():
                 self._compare(served, numbers[delta.number][0], tokens[delta.number], delta)
                 if delta.finish_reason is not None:
@@ -174,6 +184,7 @@ class Schedule:
             tokens.append(token)
 
 
+RESTS = st.dictionaries(st.integers(0, 30), st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=4)
 LOOSE = st.builds(
     Schedule,
     requests=st.lists(
@@ -191,6 +202,7 @@ LOOSE = st.builds(
     rows=st.sampled_from([1, 3, 7, 20, 64, 1000]),
     running=st.integers(1, 6),
     feature_bytes=st.sampled_from([0, 2**14, 2**20]),
+    rests=RESTS,
 )
 # Long answers at the same time, and hardly more blocks than the largest of them takes alone.
 TIGHT = st.builds(
@@ -210,6 +222,7 @@ TIGHT = st.builds(
     rows=st.sampled_from([7, 20, 64, 1000]),
     running=st.integers(4, 6),
     feature_bytes=st.sampled_from([0, 2**14, 2**20]),
+    rests=RESTS,
 )
 SCHEDULES = LOOSE | TIGHT
 
@@ -261,6 +274,7 @@ def walk(served: Served, examples: int, counts: Counter[str]) -> None:
         engine = schedule.run(served)
         counts["requests"] += len(schedule.requests)
         counts["cancellations"] += sum(patience is not None for *_, patience in schedule.requests)
+        counts["rests"] += len(schedule.rests)
         counts["steps"] += engine.steps
         counts["preemptions"] += engine.scheduler.num_preemptions
         counts["schedules_with_preemptions"] += engine.scheduler.num_preemptions > 0

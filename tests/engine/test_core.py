@@ -222,6 +222,15 @@ def test_a_prompt_alone_is_scored_to_its_last_token(served: dict[str, Served]) -
     assert [own.logprob for own in scored[0]] == pytest.approx([own.logprob for own in scored[1]], abs=1e-5)
 
 
+def test_a_repeated_question_that_rests_gets_its_answer(served: dict[str, Served]) -> None:
+    """It comes back with the blocks of the first one in the place of its own, and no row runs but the next."""
+    for pause in range(1, NEW_TOKENS):
+        Schedule(
+            requests=[(4, NEW_TOKENS, 0, None), (4, NEW_TOKENS, NEW_TOKENS + 1, None)],
+            block_size=2, spare_blocks=30, rows=99, running=4, rests={NEW_TOKENS + 1 + pause: (1, 0)},
+        ).run(served["parrot"])  # fmt: skip
+
+
 @settings(max_examples=8, deadline=None)
 @given(rests=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=20), blocks=st.integers(15, 40))
 def test_answers_that_rest_go_on_as_if_they_had_not(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,13 +39,22 @@ def image(first: int, rows: int, *, reads_on: bool) -> RequestImage:
     block_size=st.integers(1, 5),
     blocks=st.integers(0, 12),
     rows=st.integers(3, 30),
+    rests=st.dictionaries(st.integers(0, 40), st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=8),
 )
+@example([(0, 2, 9, "none"), (9, 2, 9, "none")], 2, 0, 9, {12: (1, 0)})
 def test_a_step_that_goes_on_is_that_built_anew(
-    arrivals: list[tuple[int, int, int, str]], block_size: int, blocks: int, rows: int
+    arrivals: list[tuple[int, int, int, str]],
+    block_size: int,
+    blocks: int,
+    rows: int,
+    rests: dict[int, tuple[int, int]],
 ) -> None:
-    """Under arrivals, ends, preemption, shared prefixes and growing tables, with and without pictures."""
+    """Under arrivals, ends, preemption, rests, shared prefixes, answers given again and growing tables, with and
+    without pictures."""
     scheduler = Scheduler(SchedulerConfig(max_rows_per_step=rows, max_running=3), BlockPool(21 + blocks, block_size))
     builder, images, waiting = StepBuilder(block_size), {}, sorted(arrivals, key=lambda own: own[0])
+    requests: list[ScheduledRequest] = []
+    resting: list[tuple[int, ScheduledRequest]] = []
     for step in itertools.count():
         while waiting and waiting[0][0] <= step:
             _, length, new, kind = waiting.pop(0)
@@ -59,7 +68,17 @@ def test_a_step_that_goes_on_is_that_built_anew(
             shown = [] if kind == "none" else [image(length // 3, length - length // 3, reads_on=kind == "read")]
             images[request.number] = shown
             scheduler.submit(request)
-        if not (waiting or scheduler.has_requests):
+            requests.append(request)
+        for until, request in [own for own in resting if own[0] <= step]:
+            scheduler.resume(request)
+            resting.remove((until, request))
+        if step in rests and rests[step][0] < len(requests):
+            number, length = rests[step]
+            scheduler.pause(requests[number])
+            resting.append((step + length, requests[number]))
+            if not length:
+                scheduler.resume(requests[number])
+        if not (waiting or resting or scheduler.has_requests):
             break
         chunks = scheduler.schedule().chunks
         if not chunks:
