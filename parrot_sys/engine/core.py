@@ -39,7 +39,7 @@ from parrot_sys.engine.scheduler import (
     Scheduler,
     SchedulerConfig,
 )
-from parrot_sys.errors import ConfigError
+from parrot_sys.errors import ConfigError, DataError
 
 
 class ModelRunner(PictureModel, Protocol):
@@ -52,6 +52,10 @@ class ModelRunner(PictureModel, Protocol):
     @property
     def vocab_size(self) -> int:
         """V."""
+
+    @property
+    def most_images(self) -> int | None:
+        """Most images of a request; None for any number."""
 
     @property
     def guidance(self) -> Guidance:
@@ -196,7 +200,7 @@ class Engine:
 
         Raises:
             ConfigError: it has stop strings and the engine no tokenizer.
-            DataError: it is larger than the limits, or than the cache.
+            DataError: it is larger than the limits, or than the cache, or has more images than the model reads.
             BusyError: the queue is full.
         """
         if request.stop_strings and self._tokenizer is None:
@@ -204,6 +208,8 @@ class Engine:
         model = self.model
         prompt = expand(request, model.rows_per_image, model.guidance, model.readers, guided=model.guided)
         self.config.limits.check(prompt_rows=len(prompt.ids), images=len(prompt.images))
+        if model.most_images is not None and len(prompt.images) > model.most_images:
+            raise DataError(f"the model reads at most {model.most_images} image a request, got {len(prompt.images)}")
         known, num_prompt_rows = (*prompt.ids, *request.given), len(prompt.ids)
         ids = list(known)
         if not request.max_new_tokens and len(ids) > 1:

@@ -63,6 +63,11 @@ class RankModel:
         return self.config.rows_per_image
 
     @property
+    def most_images(self) -> int | None:
+        """Most images of a request; None for any number."""
+        return self.config.most_images
+
+    @property
     def guidance(self) -> Guidance:
         """Which text guides routes."""
         return self.config.moe.guidance

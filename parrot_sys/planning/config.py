@@ -153,8 +153,7 @@ class PlanConfig:
         Raises:
             ConfigError: samples are longer than the model takes, or have more images.
         """
-        section = self.model.section
-        most_images = None if section is None else section.most_images
+        section, most_images = self.model.section, self.model.most_images
         if section is not None and most_images is not None and self.sample.images > most_images:
             raise ConfigError(
                 f"sample.images must be <= {most_images} under the rule {section.rule!r} of model.{section.key}, "

@@ -86,6 +86,9 @@ class Preparer:
         request = parse(ChatRequest, body)
         self._check_model(request.model)
         ids, urls = self._conversation(request.messages)
+        most = self._model.most_images
+        if most is not None and len(urls) > most:
+            raise wrong(f"the model reads at most {most} image a request, got {len(urls)}", urls[most][1])
         pictures = self._pictures.read(urls, len(body))
         pixels, rows = join_pictures(pictures)
         first = first_answer_after(ids, self._answer_header)

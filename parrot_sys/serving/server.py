@@ -98,6 +98,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
     preparer = Preparer(model, processor, config)
     warm_up(model, processor)
     engine = Engine(model.lockstep, config.engine, tokenizer=processor.tokenizer)
+    limits = [most for most in (config.engine.limits.max_images, model.config.most_images) if most is not None]
     driver = EngineDriver(engine, stream_queue=config.stream_queue)
     return Service(
         config=config,
@@ -109,7 +110,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         card={
             "system": system_of(model.config).name,
             "languages": list(config.languages),
-            "max_images": config.engine.limits.max_images,
+            "max_images": min(limits, default=None),
             "num_experts": model.lockstep.num_experts,
         },
         workers=ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare"),

@@ -101,6 +101,11 @@ class ParrotConfig:
         return min(self.limits.values())
 
     @property
+    def most_images(self) -> int | None:
+        """Most images of a sample; None for any number."""
+        return None if self.section is None else self.section.most_images
+
+    @property
     def image_token_id(self) -> int | None:
         """Token of the vocabulary that stands for an image; None where an image has no token of its own."""
         return None if self.section is None else self.section.image_token_id

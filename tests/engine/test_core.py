@@ -121,6 +121,15 @@ def test_random_schedules_find_a_hash_that_knows_too_little(
     assert served[system].preempted_with_pictures > 0
 
 
+def test_more_pictures_than_the_system_reads_are_refused(served: dict[str, Served]) -> None:
+    """Before the request runs together with others; prompt 3 has two."""
+    own = served["wings-released"]
+    engine = Engine(own.model.lockstep, EngineConfig())
+    with pytest.raises(DataError, match="at most 1 image a request, got 2"):
+        engine.submit(EngineRequest(sample=own.sample(3), max_new_tokens=2))
+    assert not engine.has_requests
+
+
 def test_prefixes_pictures_and_preemption_are_met(served: dict[str, Served]) -> None:
     """What the schedules are for: a second question about a picture takes its rows, and runs no tower."""
     one = Schedule(
