@@ -69,7 +69,7 @@ class Answering(ABC):
         streams: Sequence[AnswerStream],
         *,
         name: str,
-        times: Callable[[], AnswerTimes],
+        times: Callable[[Prompt, Sequence[AnswerStream]], list[AnswerTimes]],
     ) -> None:
         """
         Args:
@@ -77,7 +77,7 @@ class Answering(ABC):
             prompts: of the request.
             streams: of all choices of the first prompt, then of the next.
             name: of the model.
-            times: measures an answer.
+            times: measures the answers to a prompt.
         """
         self.request = request
         self.prompts = prompts
@@ -86,7 +86,8 @@ class Answering(ABC):
         """Prompt of each choice."""
         self.completion_tokens = 0
         self.finish_reasons: list[str | None] = [None] * len(streams)
-        self._times = [times() for _ in streams]
+        rest = iter(streams)
+        self._times = [own for each in prompts for own in times(each, [next(rest) for _ in each.requests])]
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.object,
@@ -96,8 +97,9 @@ class Answering(ABC):
 
     def close(self) -> None:
         """Nobody waits for the answers any more."""
-        for stream in self.streams:
+        for stream, times in zip(self.streams, self._times, strict=True):
             stream.close()
+            times.end("cancelled")
 
     def usage(self) -> Json:
         """Counts of tokens."""
@@ -150,12 +152,16 @@ class Answering(ABC):
         try:
             async for place, piece in pieces:
                 delta = piece.delta
-                self._times[place].take(piece, self.owners[place].rows)
+                self._times[place].take(piece)
                 if (error := failure_of(delta)) is not None:
                     raise error
                 self.completion_tokens += len(delta.tokens)
                 self.finish_reasons[place] = delta.finish_reason
                 yield place, self.part(place, delta)
+        except EngineDeadError:
+            for times in self._times:
+                times.end("error")
+            raise
         finally:
             await pieces.aclose()
 

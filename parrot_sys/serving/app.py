@@ -85,9 +85,10 @@ class Service:
         answering: Callable[..., Answering],
     ) -> Answering:
         """The answers to a request, from its body on."""
-        times = self.metrics.answer
+        times = functools.partial(self.metrics.answers, time.monotonic())
         asked, prompts = await self.prepared(request, prepare)
-        streams = await self.driver.submit([own for prompt in prompts for own in prompt.requests])
+        rows = [prompt.rows for prompt in prompts for _ in prompt.requests]
+        streams = await self.driver.submit([own for prompt in prompts for own in prompt.requests], rows)
         made = answering(asked, prompts, streams, name=self.preparer.name, times=times, texts=self.texts)
         facts = facts_of(request.scope)
         facts["prompt_tokens"] = sum(prompt.rows for prompt in prompts)

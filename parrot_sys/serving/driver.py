@@ -40,16 +40,19 @@ class Piece:
 
     delta: Delta
     time: float
+    completes_prompt: bool
+    """Whether all rows of the prompt have run with this step."""
 
 
 class AnswerStream:
     """Pieces of one answer, read on the event loop."""
 
-    def __init__(self, driver: EngineDriver, number: int, limit: int) -> None:
+    def __init__(self, driver: EngineDriver, number: int, prompt_rows: int, limit: int) -> None:
         """
         Args:
             driver: has taken the request; this is its thread.
             number: of the request.
+            prompt_rows: of the request.
             limit: pieces that may wait; with more the request is paused until half of them are read.
         """
         self.number = number
@@ -57,6 +60,13 @@ class AnswerStream:
         """With routes after the first piece, where they were asked for."""
         self.guidance_ids = driver.engine.guidance_ids(number)
         """Text that guides the routes."""
+        self.prompt_rows = prompt_rows
+        self.prompt_done = False
+        """Whether all rows of the prompt have run."""
+        self.queued = time.monotonic()
+        """Time when the engine took the request."""
+        self.begun: float | None = None
+        """Time of the first step that ran rows of it."""
         self._driver = driver
         self._limit = limit
         self._pieces: deque[Piece] = deque()
@@ -112,8 +122,13 @@ class EngineDriver:
         self.engine = engine
         self.error: BaseException | None = None
         """Reason why the engine is dead."""
+        self.on_step: Callable[[int], None] = lambda tokens: None
+        """Called by the thread after each step that added to answers: rows of the prompts that it completed, and tokens
+        of answers."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[int, AnswerStream] = {}
+        self._unbegun: dict[int, AnswerStream] = {}
+        """Answers of which no row has run."""
         self._limit = stream_queue
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_death: Callable[[], None] = lambda: None
@@ -145,14 +160,18 @@ class EngineDriver:
         """Ends all answers with an error."""
         self._commands.put(lambda: self._fail_all(EngineDeadError(message)))
 
-    async def submit(self, requests: Sequence[EngineRequest]) -> list[AnswerStream]:
+    async def submit(self, requests: Sequence[EngineRequest], prompt_rows: Sequence[int]) -> list[AnswerStream]:
         """Takes requests, all or none of them.
+
+        Args:
+            requests: to be answered.
+            prompt_rows: of each.
 
         Raises:
             EngineDeadError: the engine is dead.
             ParrotError: see `Engine.submit`.
         """
-        future = self._command(lambda: self._submit(requests))
+        future = self._command(lambda: self._submit(requests, prompt_rows))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -164,6 +183,7 @@ class EngineDriver:
 
         def cancel() -> None:
             if self._streams.pop(number, None) is not None:
+                self._unbegun.pop(number, None)
                 self.engine.cancel(number)
 
         self._commands.put(cancel)
@@ -193,19 +213,21 @@ class EngineDriver:
         self._commands.put(run)
         return future
 
-    def _submit(self, requests: Sequence[EngineRequest]) -> list[AnswerStream]:
+    def _submit(self, requests: Sequence[EngineRequest], prompt_rows: Sequence[int]) -> list[AnswerStream]:
         if self.is_dead or self._stopping:
             raise EngineDeadError
         streams: list[AnswerStream] = []
         try:
-            for request in requests:
+            for request, rows in zip(requests, prompt_rows, strict=True):
                 number = self.engine.submit(request)
-                streams.append(AnswerStream(self, number, self._limit))
+                streams.append(AnswerStream(self, number, rows, self._limit))
         except BaseException:
             for stream in streams:
                 self.engine.cancel(stream.number)
             raise
-        self._streams |= {stream.number: stream for stream in streams}
+        taken = {stream.number: stream for stream in streams}
+        self._streams |= taken
+        self._unbegun |= taken
         return streams
 
     def _run(self) -> None:
@@ -213,7 +235,7 @@ class EngineDriver:
             try:
                 self._run_commands(wait=self.is_dead or not self.engine.has_requests)
                 if self.engine.has_requests and not self.is_dead:
-                    self._deliver(self.engine.step())
+                    self._step()
             except BaseException as error:
                 logger.exception("the engine has failed")
                 self.error = error
@@ -228,7 +250,7 @@ class EngineDriver:
         except queue.Empty:
             if wait and not self.is_dead:
                 self.engine.keep_alive()
-                self._deliver(self.engine.step())  # (answers that rest may be past their deadline)
+                self._step()  # (answers that rest may be past their deadline)
             return
         while True:
             command()
@@ -237,15 +259,32 @@ class EngineDriver:
             except queue.Empty:
                 return
 
+    def _step(self) -> None:
+        """Runs the engine once; its answers go to their readers."""
+        start = time.monotonic()
+        deltas = self.engine.step()
+        if self._unbegun:
+            ran = {rows.number for rows in self.engine.scheduler.running}
+            ran |= {delta.number for delta in deltas if _completes_prompt(delta)}
+            for number in ran & self._unbegun.keys():
+                self._unbegun.pop(number).begun = start
+        self._deliver(deltas)
+
     def _deliver(self, deltas: Sequence[Delta]) -> None:
-        now, pieces = time.monotonic(), []
+        now, pieces, tokens = time.monotonic(), [], 0
         for delta in deltas:
             stream = self._streams.get(delta.number)
             if stream is None:
                 continue
             if delta.finish_reason is not None:
                 del self._streams[delta.number]
-            pieces.append((stream, Piece(delta, now)))
+                self._unbegun.pop(delta.number, None)
+            completes = not stream.prompt_done and _completes_prompt(delta)
+            stream.prompt_done |= completes
+            tokens += len(delta.tokens) + (stream.prompt_rows if completes else 0)
+            pieces.append((stream, Piece(delta, now, completes)))
+        if tokens:
+            self.on_step(tokens)
 
         def put_all() -> None:
             for stream, piece in pieces:
@@ -255,7 +294,7 @@ class EngineDriver:
             self._post(put_all)
 
     def _fail_all(self, error: ApiError) -> None:
-        streams, self._streams = list(self._streams.values()), {}
+        streams, self._streams, self._unbegun = list(self._streams.values()), {}, {}
         if not self.is_dead:
             for stream in streams:
                 self.engine.cancel(stream.number)
@@ -274,6 +313,11 @@ class EngineDriver:
         assert self._loop is not None, "the thread has been started with a loop"
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function)
+
+
+def _completes_prompt(delta: Delta) -> bool:
+    """Whether all rows of a prompt have run once its first delta is like this: there is a token, or none is wanted."""
+    return bool(delta.tokens) or delta.finish_reason == "length"
 
 
 def _close_all(future: Future[list[AnswerStream]]) -> None:

@@ -105,7 +105,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         processor=processor,
         preparer=preparer,
         driver=driver,
-        metrics=Metrics(driver, preparer.name),
+        metrics=Metrics(driver, preparer.name, preparer.max_rows),
         texts=TokenTexts(processor.tokenizer),
         card={
             "system": system_of(model.config).name,

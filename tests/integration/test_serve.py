@@ -12,6 +12,7 @@ import parrot_sys
 from parrot_sys.data.parts import human_turn
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.serving import CHECKPOINT, Server, chat, picture, serving, user
+from tests.support.vllm_dashboards import EXPRESSIONS, HISTOGRAMS, asked_for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,3 +74,32 @@ def test_health_models_and_page(server: Server) -> None:
         answered = http.post("/v1/chat/completions", json=chat("?"), headers={"Origin": "https://page.example"})
         assert answered.status_code == 200
         assert "access-control-allow-origin" not in answered.headers, "pages of other origins may not read it"
+
+
+def test_vllms_dashboards_find_what_they_ask_for(server: Server) -> None:
+    with server.http() as http:
+        assert http.post("/v1/chat/completions", json=chat("?", n=2, stop=["no such text"])).status_code == 200
+    samples, labels = server.metrics(), {sample.name: set(sample.labels) for sample in server.samples()}
+    for expression in EXPRESSIONS:
+        names, wanted = asked_for(expression)
+        assert names
+        for name in names:
+            assert wanted <= labels.get(name, set()), f"{expression}: {name} has {labels.get(name)}"
+    asked = {name.removesuffix("_bucket") for own in EXPRESSIONS for name in asked_for(own)[0] if "bucket" in name}
+    for name in {*asked, *HISTOGRAMS}:
+        assert samples[f"{name}_count"] > 0, name
+    assert set(server.ends()) == {"stop", "length", "abort", "error"}
+    assert server.ends()["length"] >= 2
+
+
+def test_a_step_counts_its_prompt_and_its_tokens(server: Server) -> None:
+    before = server.wait_idle()
+    with server.http() as http:
+        usage = http.post("/v1/chat/completions", json=chat("?", picture(5), max_tokens=3)).json()["usage"]
+    after = server.wait_idle()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["vllm:prompt_tokens_total"] == usage["prompt_tokens"]
+    assert grown["vllm:generation_tokens_total"] == 3
+    assert grown["vllm:iteration_tokens_total_sum"] == usage["total_tokens"]
+    assert grown["vllm:iteration_tokens_total_count"] == 3
+    assert grown["vllm:request_params_max_tokens_sum"] == 3

@@ -22,6 +22,8 @@ from tests.support.serving_faults import FATAL_SEED, fail_on_fatal_seed, hold_pi
 
 KEY, OTHER_KEY = "first-key", "second-key"
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1, "seed": 1}
+DECODING_SECONDS = 0.2
+"""Longer than the tiny model takes for a token."""
 SECRET = "a word that nobody else writes: xylographer"
 
 
@@ -32,7 +34,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prepare(gate: str) -> None:
-    hold_pictures(gate)
+    hold_pictures(gate, DECODING_SECONDS)
     small_send_buffers()  # else the operating system takes all that a slow reader does not read
 
 
@@ -81,7 +83,7 @@ def _address(server: Server) -> tuple[str, int]:
 @pytest.mark.parametrize("proxied", [True, False])
 def test_who_leaves_gives_everything_back(server: Server, stream: bool, proxied: bool) -> None:
     host, port = _address(server)
-    before = server.wait_idle()["vllm:generation_tokens_total"]
+    before, ends = server.wait_idle()["vllm:generation_tokens_total"], server.ends()
     with proxy_to(host, port) as own_port:
         with socket.create_connection((host, own_port if proxied else port)) as client:
             for _ in range(2):  # whole answers on a connection that is kept
@@ -93,6 +95,7 @@ def test_who_leaves_gives_everything_back(server: Server, stream: bool, proxied:
     made = after["vllm:generation_tokens_total"] - before
     assert made < 4 * LONG["max_tokens"], "the answers were not made to their end"
     assert after["parrot:num_requests_paused"] == 0
+    assert server.ends() == {**ends, "length": ends["length"] + 2, "abort": ends["abort"] + 4}
 
 
 def test_a_slow_reader_rests_and_gets_all(server: Server, http: httpx2.Client) -> None:
@@ -140,6 +143,8 @@ def test_too_many_requests_are_told_to_come_again(server: Server, http: httpx2.C
 
 
 def test_health_is_told_while_every_worker_decodes(server: Server, http: httpx2.Client, gate: Path) -> None:
+    """And the first token of an answer is late by the time that its picture took."""
+    before = server.wait_idle()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(answer, http, chat("?", picture(k))) for k in range(4)]
         for _ in range(5):
@@ -148,6 +153,8 @@ def test_health_is_told_while_every_worker_decodes(server: Server, http: httpx2.
         assert not any(own.done() for own in asked)
         gate.touch()
         assert all(isinstance(own.result(), str) for own in asked)
+    name = "vllm:time_to_first_token_seconds_sum"
+    assert server.wait_idle()[name] - before[name] >= 4 * DECODING_SECONDS
 
 
 def test_keys(server: Server, http: httpx2.Client) -> None:
@@ -250,6 +257,7 @@ def test_a_dead_engine_is_told_and_ends_the_process(tmp_path: Path) -> None:
             assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert http.get("/health").status_code == 503
         assert http.post("/v1/chat/completions", json=chat("?")).status_code == 503
+        assert server.ends() == {"stop": 0, "length": 0, "abort": 0, "error": 2}
         server.process.join(30)
         assert server.process.exitcode == 1
 

@@ -20,6 +20,8 @@ from typing import Any
 import httpx2
 import openai
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINT = FIXTURES / "parrot_tiny" / "model"
@@ -52,12 +54,19 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Sum of each metric over its labels."""
         found: dict[str, float] = {}
-        for line in httpx2.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            if not line.startswith("#"):
-                name, value = line.rsplit(" ", 1)
-                name = name.partition("{")[0]
-                found[name] = found.get(name, 0.0) + float(value)
+        for sample in self.samples():
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
         return found
+
+    def samples(self) -> list[Sample]:
+        """All samples of the metrics, with their labels."""
+        text = httpx2.get(f"{self.url}/metrics", timeout=60).text
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def ends(self) -> dict[str, float]:
+        """Answers so far by how they ended, in vLLM's words."""
+        own = [sample for sample in self.samples() if sample.name == "vllm:request_success_total"]
+        return {sample.labels["finished_reason"]: sample.value for sample in own}
 
     def wait_for(self, condition: Callable[[dict[str, float]], bool], *, seconds: float = 30) -> dict[str, float]:
         """Metrics once they are as wanted."""

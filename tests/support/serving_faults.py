@@ -30,16 +30,16 @@ def block_loop_on_fatal_seed(seconds: float) -> None:
 
     submit = EngineDriver.submit
 
-    async def blocking(self: EngineDriver, requests: Any) -> Any:
+    async def blocking(self: EngineDriver, requests: Any, prompt_rows: Any) -> Any:
         if any(own.sampling.seed == FATAL_SEED for own in requests):
             time.sleep(seconds)
-        return await submit(self, requests)
+        return await submit(self, requests, prompt_rows)
 
     EngineDriver.submit = blocking  # type: ignore[method-assign]
 
 
-def hold_pictures(gate: str) -> None:
-    """Pictures are only decoded once the file `gate` is there."""
+def hold_pictures(gate: str, seconds: float) -> None:
+    """Pictures are only decoded once the file `gate` is there, and those of a request take at least so long."""
     from parrot_sys.serving.images import PictureReader
 
     read = PictureReader.read
@@ -47,6 +47,7 @@ def hold_pictures(gate: str) -> None:
     def waiting(self: PictureReader, urls: list[tuple[str, str]], size: int) -> Any:
         while urls and not Path(gate).exists():
             time.sleep(0.01)
+        time.sleep(seconds if urls else 0)
         return read(self, urls, size)
 
     PictureReader.read = waiting  # type: ignore[method-assign]
