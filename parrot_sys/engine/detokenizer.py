@@ -13,6 +13,10 @@ from typing import Protocol
 from parrot_sys.errors import ConfigError
 
 _REPLACEMENT = "\ufffd"
+_MOST_WAITING = 16
+"""Tokens that wait for the end of a character; of more, the first ones are given out as they are."""
+_UNFINISHED = 3
+"""Most tokens that a character which is not complete takes: it has four bytes at most, and a token one at least."""
 
 
 class TextDecoder(Protocol):
@@ -47,6 +51,8 @@ class Detokenizer:
         for token in tokens:
             self._window.append(token)
             pieces.append(self._give(final=False))
+            if len(self._window) - self._complete > _MOST_WAITING:
+                pieces.append(self._settle())
         return "".join(pieces)
 
     def finish(self) -> str:
@@ -70,14 +76,43 @@ class Detokenizer:
         return piece
 
     def _advance(self) -> None:
-        """Lets the window begin with the tokens that came last, if they have a text of their own."""
+        """Lets the window begin with the tokens that came last, or the one before them, if they have a text of their
+        own; lets go of those that are left out."""
         newest = self._window[self._complete :]
-        if newest and self._complete and (own := self._decode(newest)) and not own.endswith(_REPLACEMENT):
-            self._window, self._given = newest, own
+        if newest and not self._decode(newest) and self._decode(newest, skip=False):
+            del self._window[self._complete :]
+            return
+        for first in (self._complete, self._complete - 1):
+            own = self._decode(self._window[first:]) if newest and first > 0 else ""
+            # (The token before them may begin within a character.)
+            whole = first == self._complete or not own.startswith(_REPLACEMENT)
+            if own and whole and not own.endswith(_REPLACEMENT):
+                self._window, self._given = self._window[first:], own
+                break
         self._complete = len(self._window)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+    def _settle(self) -> str:
+        """Ends the wait of tokens for the end of a character, as far as no later token can change their text: else a
+        long run of bytes that are no text would be decoded again with every token."""
+        waiting = self._window[self._complete :]
+        whole, given = self._decode(waiting), self._given[len(self._decode(self._window[: self._complete])) :]
+        for count in range(_UNFINISHED, 2 * _UNFINISHED):
+            # (With the first one where a byte that is no text spoils all that follow it, as in SentencePiece.)
+            for rest in (waiting[-count:], [waiting[0], *waiting[-count:]]):
+                tail = self._decode(rest)
+                text = tail.lstrip(_REPLACEMENT)
+                # From a character on that is one also without the tokens before; all of it where there is none.
+                begin = len(tail) - len(text) if text else 0
+                if tail and whole.endswith(tail[begin:]):
+                    settled = whole[: len(whole) - len(tail) + begin]
+                    self._window, self._complete = rest, 0
+                    self._given = tail[:begin] + given[len(settled) :]
+                    return settled[len(given) :]
+        return ""
+
+    def _decode(self, tokens: list[int], *, skip: bool | None = None) -> str:
+        left_out = self._skip if skip is None else skip
+        return self._tokenizer.decode(tokens, skip_special_tokens=left_out, clean_up_tokenization_spaces=False)
 
 
 class StopStrings:

@@ -50,6 +50,46 @@ def test_any_tokens_at_all(kind: str, data: st.DataObject) -> None:
     assert "".join(stream(kind, ids, list(range(1, len(ids))))) == decoded(kind, ids)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "added", "llama3"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_long_runs_of_any_tokens(kind: str, data: st.DataObject) -> None:
+    """Runs of special tokens and of bytes that never become a character, with text between them."""
+    size = len(make_tokenizer(kind))
+    token = st.integers(0, size - 1) | st.sampled_from([size - 1, size - 2])
+    runs = data.draw(st.lists(st.tuples(st.lists(token, min_size=1, max_size=3), st.integers(1, 30)), max_size=4))
+    ids = [own for run, count in runs for own in run * count]
+    assert "".join(stream(kind, ids, list(range(1, len(ids))))) == decoded(kind, ids)
+
+
+class CountingDecoder:
+    """A tokenizer's `decode` that counts how many tokens it is given."""
+
+    def __init__(self, kind: str) -> None:
+        self.tokens = 0
+        self._tokenizer = make_tokenizer(kind)
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        self.tokens += len(token_ids)
+        return self._tokenizer.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_work_grows_with_the_tokens(kind: str, data: st.DataObject) -> None:
+    """Whatever a model repeats, also special tokens and bytes that never become a character."""
+    size = len(make_tokenizer(kind))
+    token = st.integers(0, size - 1) | st.sampled_from([size - 1, size - 2])
+    opening, repeated = data.draw(st.lists(token, max_size=2)), data.draw(st.lists(token, min_size=1, max_size=3))
+    work = []
+    for count in (40, 80):
+        decoder = CountingDecoder(kind)
+        Detokenizer(decoder).push([*opening, *repeated * count])
+        work.append(decoder.tokens)
+    assert work[1] <= 2.6 * work[0] + 50
+
+
 def test_bytes_of_a_sentencepiece_vocabulary() -> None:
     """There, bytes of a character that is not complete hide those of the characters before it."""
     tokenizer = make_tokenizer("metaspace")
