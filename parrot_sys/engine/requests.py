@@ -49,6 +49,8 @@ class EngineRequest:
     """Time after which nobody waits for the answer, by the engine's clock."""
     salt: bytes = b""
     """Requests with different ones share no cached rows."""
+    digests: tuple[bytes, ...] = ()
+    """`picture_digests` of the sample, where they are known already; else they are worked out when it is submitted."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -134,13 +136,12 @@ def expand(
         used += len(picture.source)
     words = ids_digest(guidance_ids.tolist()) if guided and places else b""
     override, images, first = request.routing_override, [], 0
-    for picture, place, read in zip(pictures, places, readers(places), strict=True):
+    digests = request.digests or picture_digests(sample)
+    for picture, place, read, known in zip(pictures, places, readers(places), digests, strict=True):
         own = slice(first, first + picture.tiles)
         first += picture.tiles
         pixels = None if sample.pixel_values is None else sample.pixel_values[own]
         features = None if sample.image_features is None else sample.image_features[own]
-        values = pixels if pixels is not None else features
-        assert values is not None, "packing has found an image for each marker"
         source = torch.from_numpy(picture.source)
         images.append(
             RequestImage(
@@ -150,11 +151,20 @@ def expand(
                 num_images=picture.tiles,
                 pixels=pixels,
                 features=features,
-                image=digest(pixels_digest(values), ids_digest(picture.source.tolist())),
+                image=digest(known, ids_digest(picture.source.tolist())),
                 guidance=words if override is None else _overridden(override, own),
             )
         )
     return ExpandedPrompt(ids=batch.input_ids.tolist(), images=tuple(images), guidance_ids=guidance_ids)
+
+
+def picture_digests(sample: Sample) -> tuple[bytes, ...]:
+    """Identity of each picture of a sample by its pixels, or by its features: some milliseconds for each."""
+    values = sample.pixel_values if sample.pixel_values is not None else sample.image_features
+    if values is None:
+        return ()
+    counts = [1] * len(values) if sample.pictures is None else [picture.tiles for picture in sample.pictures]
+    return tuple(pixels_digest(own) for own in values.split(counts))
 
 
 def num_images(sample: Sample) -> int:

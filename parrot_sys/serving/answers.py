@@ -86,6 +86,7 @@ class Answering(ABC):
         """Prompt of each choice."""
         self.completion_tokens = 0
         self.finish_reasons: list[str | None] = [None] * len(streams)
+        self._on_close: list[Callable[[], None]] = []
         rest = iter(streams)
         self._times = [own for each in prompts for own in times(each, [next(rest) for _ in each.requests])]
         self._head = {
@@ -95,11 +96,17 @@ class Answering(ABC):
             "model": name,
         }
 
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Has something done once, when nobody waits for the answers any more."""
+        self._on_close.append(call)
+
     def close(self) -> None:
         """Nobody waits for the answers any more."""
         for stream, times in zip(self.streams, self._times, strict=True):
             stream.close()
             times.end("cancelled")
+        while self._on_close:
+            self._on_close.pop()()
 
     def usage(self) -> Json:
         """Counts of tokens."""
@@ -279,8 +286,7 @@ class CompletionAnswering(Answering):
         text, logprobs = "", _Logprobs(self._texts, self.request.logprobs)
         if self.request.echo and not self._begun[place]:
             self._begun[place] = True
-            ids = self.owners[place].ids
-            pieces = self._texts.pieces(ids)
+            ids, pieces = self.owners[place].ids, self.owners[place].pieces
             text = "".join(pieces)
             if logprobs.wanted:
                 for token, piece, own in zip(ids, pieces, [None, *delta.scored], strict=True):

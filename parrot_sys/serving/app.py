@@ -27,7 +27,7 @@ from parrot_sys.serving.answers import Answering, ChatAnswering, CompletionAnswe
 from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.driver import EngineDriver
 from parrot_sys.serving.errors import ApiError, as_api_error
-from parrot_sys.serving.http import BodyReader, EventStream, error_response, facts_of, until_disconnect
+from parrot_sys.serving.http import BodyReader, EventStream, HeldBytes, error_response, facts_of, until_disconnect
 from parrot_sys.serving.metrics import Metrics
 from parrot_sys.serving.parsing import parse
 from parrot_sys.serving.prompts import Preparer, Prompt
@@ -70,6 +70,8 @@ class Service:
     """Facts about the model for its page."""
     workers: ThreadPoolExecutor
     bodies: BodyReader
+    pixels: HeldBytes
+    """Pixels of requests whose answers have not ended."""
 
     async def prepared(self, request: Request, prepare: Callable[[bytes], T]) -> T:
         """Result of `prepare` for the request's body, worked out by a worker thread."""
@@ -88,8 +90,15 @@ class Service:
         times = functools.partial(self.metrics.answers, time.monotonic())
         asked, prompts = await self.prepared(request, prepare)
         rows = [prompt.rows for prompt in prompts for _ in prompt.requests]
-        streams = await self.driver.submit([own for prompt in prompts for own in prompt.requests], rows)
+        held = sum(prompt.pixel_bytes for prompt in prompts)
+        self.pixels.take(held)
+        try:
+            streams = await self.driver.submit([own for prompt in prompts for own in prompt.requests], rows)
+        except BaseException:
+            self.pixels.give_back(held)
+            raise
         made = answering(asked, prompts, streams, name=self.preparer.name, times=times, texts=self.texts)
+        made.on_close(lambda: self.pixels.give_back(held))
         facts = facts_of(request.scope)
         facts["prompt_tokens"] = sum(prompt.rows for prompt in prompts)
         facts["images"] = sum(len(stream.images) for stream in streams[:1])

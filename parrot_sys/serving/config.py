@@ -87,6 +87,9 @@ class ServeConfig:
     """Most answers of a request: `n`, times prompts where there are several."""
     max_pending_bytes: int = 256 * 2**20
     """Bytes of request bodies that are held at the same time; further requests are told to come again."""
+    max_pixel_bytes: int = 2 * 2**30
+    """Bytes of pictures, as the model takes them, that requests hold from their arrival to the end of their answers;
+    further requests are told to come again."""
     request_seconds: float = 600.0
     """Longest time from a request to the end of its answer."""
     body_seconds: float = 60.0
@@ -114,7 +117,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        for name in ("image_workers", "replicas", "max_choices", "max_pending_bytes", "stream_queue"):
+        sizes = ("image_workers", "replicas", "max_choices", "max_pending_bytes", "max_pixel_bytes", "stream_queue")
+        for name in sizes:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         for name in ("request_seconds", "body_seconds"):

@@ -107,6 +107,34 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
+class HeldBytes:
+    """Bytes that requests hold at the same time, within a limit."""
+
+    def __init__(self, limit: int) -> None:
+        """
+        Args:
+            limit: of all together.
+        """
+        self._limit = limit
+        self.count = 0
+        """Bytes that are held."""
+
+    def take(self, count: int) -> None:
+        """Holds more.
+
+        Raises:
+            ApiError: 429, when too much is held for others.
+        """
+        if self.count + count > self._limit:
+            message = "the server holds as many requests as it can: try again later"
+            raise ApiError(429, message, code="too_many_bytes", headers={"Retry-After": "1"})
+        self.count += count
+
+    def give_back(self, count: int) -> None:
+        """Holds less."""
+        self.count -= count
+
+
 class BodyReader:
     """Reads bodies of requests, each and all together within limits."""
 
@@ -118,9 +146,8 @@ class BodyReader:
             seconds: longest time in which a body arrives.
         """
         self._max_bytes = max_bytes
-        self._max_pending = max_pending
+        self._pending = HeldBytes(max_pending)
         self._seconds = seconds
-        self._pending = 0
 
     @contextmanager
     def held(self) -> Iterator[Callable[[Request], Awaitable[bytes]]]:
@@ -133,20 +160,13 @@ class BodyReader:
 
         def take(count: int) -> None:
             nonlocal taken
-            if self._pending + count > self._max_pending:
-                raise ApiError(
-                    429,
-                    "the server holds as many requests as it can: try again later",
-                    code="too_many_bytes",
-                    headers={"Retry-After": "1"},
-                )
-            self._pending += count
+            self._pending.take(count)
             taken += count
 
         try:
             yield lambda request: self._read(request, take)
         finally:
-            self._pending -= taken
+            self._pending.give_back(taken)
 
     async def _read(self, request: Request, take: Callable[[int], None]) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -11,7 +11,7 @@ from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.requests import EngineRequest, picture_digests
 from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.inputs import first_answer_after
@@ -30,6 +30,7 @@ from parrot_sys.serving.protocol import (
     TokenizeRequest,
 )
 from parrot_sys.serving.remote import RemoteFetcher
+from parrot_sys.serving.token_texts import TokenTexts
 
 _ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
@@ -42,6 +43,14 @@ class Prompt:
     rows: int
     """Rows that it takes with its pictures: what usage counts as its tokens."""
     requests: list[EngineRequest]
+    pieces: list[str]
+    """Text that each of its ids completes, where the answer repeats it."""
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of its pictures as the model takes them."""
+        pixels = self.requests[0].sample.pixel_values
+        return 0 if pixels is None else pixels.nbytes
 
 
 class Preparer:
@@ -63,8 +72,10 @@ class Preparer:
         self._name = config.name or config.checkpoint.resolve().name
         remote = RemoteFetcher(config.remote) if config.remote.enabled else None
         self._pictures = PictureReader(self._processor, config.engine.limits, remote)
+        self._processor.encode_text("")  # what encoding needs is made now, by one thread; says if there is no tokenizer
+        self.texts = TokenTexts(processor.tokenizer)
+        """Texts of tokens."""
         self._opening: list[int] = list(processor.tokenizer("")["input_ids"])
-        self._processor.encode_text("")  # what encoding needs is made now, by one thread
 
     @property
     def name(self) -> str:
@@ -91,6 +102,10 @@ class Preparer:
             raise wrong(f"the model reads at most {most} image a request, got {len(urls)}", urls[most][1])
         pictures = self._pictures.read(urls, len(body))
         pixels, rows = join_pictures(pictures)
+        most = self._config.max_pixel_bytes
+        if pixels is not None and pixels.nbytes > most:
+            message = f"pictures may take at most {most} bytes for the model (max_pixel_bytes), got {pixels.nbytes}"
+            raise ApiError(413, f"{message}: send fewer", param="messages", code="request_too_large")
         first = first_answer_after(ids, self._answer_header)
         sample = Sample(input_ids=ids, pixel_values=pixels, pictures=rows, first_answer=first)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -118,7 +133,12 @@ class Preparer:
                 ids = self._checked_ids(prompt, name)
             made.append(
                 self._prompt(
-                    request, Sample(input_ids=ids), request.max_tokens, request.logprobs, prompt_logprobs=echoed
+                    request,
+                    Sample(input_ids=ids),
+                    request.max_tokens,
+                    request.logprobs,
+                    prompt_logprobs=echoed,
+                    pieces=self.texts.pieces(ids) if request.echo else [],
                 )
             )
         return request, made
@@ -208,6 +228,7 @@ class Preparer:
         logprobs: int | None,
         *,
         prompt_logprobs: int | None = None,
+        pieces: Sequence[str] = (),
     ) -> Prompt:
         count = request.n or 1
         self._check_choices(count, "n")
@@ -222,6 +243,7 @@ class Preparer:
         if not new and prompt_logprobs is None:
             prompt_logprobs = 0  # (nothing is asked for but the prompt itself)
         ends = frozenset() if request.ignore_eos else self._ends
+        digests = picture_digests(sample)  # here, where no stream waits for it
         requests = [
             EngineRequest(
                 sample=sample,
@@ -233,10 +255,11 @@ class Preparer:
                 prompt_logprobs=prompt_logprobs,
                 deadline=time.monotonic() + self._config.request_seconds,
                 salt=(request.cache_salt or "").encode(),
+                digests=digests,
             )
             for choice in range(count)
         ]
-        return Prompt(ids=sample.input_ids, rows=rows, requests=requests)
+        return Prompt(ids=sample.input_ids, rows=rows, requests=requests, pieces=list(pieces))
 
 
 def _sampling(request: Sampling, choice: int) -> SamplingParams:

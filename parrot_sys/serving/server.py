@@ -18,11 +18,10 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.serving.app import Service, create_app
 from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.driver import EngineDriver
-from parrot_sys.serving.http import BodyReader, Guard
+from parrot_sys.serving.http import BodyReader, Guard, HeldBytes
 from parrot_sys.serving.metrics import Metrics
 from parrot_sys.serving.process import Server, log, settings_of
 from parrot_sys.serving.prompts import Preparer
-from parrot_sys.serving.token_texts import TokenTexts
 from parrot_sys.serving.warmup import warm_up
 from parrot_sys.systems.registry import system_of
 
@@ -106,7 +105,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         preparer=preparer,
         driver=driver,
         metrics=Metrics(driver, preparer.name, preparer.max_rows),
-        texts=TokenTexts(processor.tokenizer),
+        texts=preparer.texts,
         card={
             "system": system_of(model.config).name,
             "languages": list(config.languages),
@@ -115,4 +114,5 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         },
         workers=ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare"),
         bodies=BodyReader(max_bytes=config.max_body, max_pending=config.max_pending_bytes, seconds=config.body_seconds),
+        pixels=HeldBytes(config.max_pixel_bytes),
     )

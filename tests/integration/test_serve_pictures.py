@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import parrot_sys
 from parrot_sys.data.parts import human_turn
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.serving import CHECKPOINT, Server, answer, chat, data_url, picture, png, serving
+from tests.support.serving_faults import slow_steps
 
 ROWS_PER_PICTURE = 17
 
@@ -221,3 +223,23 @@ def test_the_field_of_routes(server: Server) -> None:
         told = [chunk.model_extra["parrot_routing"]["images"] for chunk in chunks if chunk.model_extra]
         assert told == [images]
         assert "parrot_routing" not in http.post("/v1/chat/completions", json=chat("?", picture(1))).json()
+
+
+def test_pixels_are_held_until_the_answers_end(tmp_path: Any) -> None:
+    """There is room for one picture at a time, so that a second request comes again, and two pictures never fit."""
+    _, processor = parrot_sys.load_pretrained(CHECKPOINT)
+    size = processor.pictures([picture(0)])[0].pixel_values.nbytes
+    options = ["--max-pixel-bytes", str(size * 3 // 2)]
+    with serving(tmp_path, *options, before=partial(slow_steps, 0.02)) as server, server.http() as client:
+        long = chat("?", picture(0), max_tokens=60, ignore_eos=True, stream=True)
+        with client.stream("POST", "/v1/chat/completions", json=long) as stream:
+            lines = stream.iter_lines()  # (kept: without it the client would leave)
+            next(lines)
+            refused = client.post("/v1/chat/completions", json=chat("?", picture(1)))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bytes")
+            assert client.post("/v1/chat/completions", json=chat("?")).status_code == 200
+        server.wait_idle()
+        for _ in range(3):
+            assert client.post("/v1/chat/completions", json=chat("?", picture(1))).status_code == 200
+        refused = client.post("/v1/chat/completions", json=chat("?", picture(0), picture(1)))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import parrot_sys
+from parrot_sys.data.tokenizer_files import MissingTokenizer
 from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.requests import EngineRequest, RequestImage, expand
 from parrot_sys.engine.scheduler import AdmissionLimits, SchedulerConfig
-from parrot_sys.errors import DataError
+from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.errors import ApiError, as_api_error
@@ -86,3 +90,29 @@ def test_more_answers_than_the_queue_names_the_queue(loaded: Any) -> None:
         with pytest.raises(ApiError, match=r"at most 4 answers in all \(engine.scheduler.max_queue\)") as caught:
             preparer.completion(json.dumps(body).encode())
         assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_picture_is_digested_once_and_before_the_engine_has_it(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread, for which all streams wait, does not hash pixels, however many choices there are."""
+    model, processor = loaded
+    config = ServeConfig(checkpoint=CHECKPOINT)
+    body = {"messages": [user("?", picture(0))], "n": 3}
+    _, [prompt] = Preparer(model, processor, config).chat(json.dumps(body).encode())
+    wanted = [expanded.image for expanded in _images(model, prompt.requests[0], digests=())]
+    monkeypatch.setattr("parrot_sys.engine.requests.pixels_digest", lambda pixels: pytest.fail("hashed again"))
+    for request in prompt.requests:
+        assert [own.image for own in _images(model, request)] == wanted
+
+
+def _images(model: Any, request: EngineRequest, **changes: Any) -> tuple[RequestImage, ...]:
+    runner = model.lockstep
+    changed = replace(request, **changes)
+    return expand(changed, runner.rows_per_image, runner.guidance, runner.readers, guided=runner.guided).images
+
+
+def test_a_checkpoint_without_a_tokenizer_is_said_to_have_none(loaded: Any) -> None:
+    model, processor = loaded
+    bare = copy.copy(processor)
+    bare.tokenizer = MissingTokenizer("folder")
+    with pytest.raises(CheckpointError, match="folder holds no tokenizer"):
+        Preparer(model, bare, ServeConfig(checkpoint=CHECKPOINT))
