@@ -25,6 +25,10 @@ hypothesis.settings.register_profile("parrot", deadline=None)
 hypothesis.settings.load_profile("parrot")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", metavar="FOLDER", help="leave the screenshots of the page here")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -33,7 +33,8 @@ def compare(page: Page, image: Path) -> None:
     page.wait_for_selector("#pictures img")
     page.click("#compare")
     page.click("#ask")
-    page.wait_for_function("document.querySelectorAll('.side article[aria-busy=false]').length == 6")
+    columns = page.locator("#language option").count()
+    page.wait_for_function(f"document.querySelectorAll('.side article[aria-busy=false]').length == {columns}")
 
 
 SHOTS: tuple[tuple[str, str, Literal["light", "dark"], tuple[int, int], Callable[[Page, Path], None]], ...] = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from parrot_sys.data.decoding import ImageLimits
-from parrot_sys.data.languages import MMMB_LANGUAGES
+from parrot_sys.data.languages import MMMB_LANGUAGES, language_codes
 from parrot_sys.engine.core import EngineConfig
 from parrot_sys.engine.scheduler import AdmissionLimits
 from parrot_sys.errors import ConfigError
@@ -71,7 +71,8 @@ class ServeConfig:
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call this server from a browser, besides its own page."""
     languages: tuple[str, ...] = MMMB_LANGUAGES
-    """Languages that the page offers."""
+    """Languages that the page offers, as BCP 47 codes. Its own texts are in those of MMMB; for others they stay as they
+    are, and only questions are asked in them."""
     engine: EngineConfig = field(default_factory=_engine)
     """Cache, scheduler and limits of requests."""
     image_limits: ImageLimits = field(default_factory=lambda: ImageLimits(max_pixels=2**25))
@@ -121,6 +122,8 @@ class ServeConfig:
         for name in sizes:
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
+        if not language_codes(self.languages):
+            raise ConfigError("languages must name at least one language, got nothing")
         for name in ("request_seconds", "body_seconds"):
             _check_positive(name, getattr(self, name))
         for name in ("drain_seconds", "linger_seconds"):

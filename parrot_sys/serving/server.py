@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from parrot_sys.data.languages import language_codes
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.engine.core import Engine
 from parrot_sys.inference.model import ParrotForConditionalGeneration
@@ -108,7 +109,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
         texts=preparer.texts,
         card={
             "system": system_of(model.config).name,
-            "languages": list(config.languages),
+            "languages": list(language_codes(config.languages)),
             "max_images": min(limits, default=None),
             "num_experts": model.lockstep.num_experts,
         },

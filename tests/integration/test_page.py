@@ -1,23 +1,38 @@
-"""The page of `parrot serve` in Chromium, against the real process."""
+"""The page of `parrot serve` in Chromium, against the real process.
+
+    pytest tests/integration/test_page.py --screenshots FOLDER
+
+leaves the screenshots that the tests take.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, FileChooser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FileChooser, Page, Route, expect
 
+from tests.support.page import (
+    CHROMIUM,
+    DESKTOP,
+    PHONE,
+    ask,
+    attach,
+    check_bars,
+    chromium,
+    opening,
+    photograph,
+    set_length,
+    text_of,
+)
 from tests.support.serving import Server, answer, chat, picture, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LANGUAGES = ("en", "zh", "pt", "ar", "tr", "ru")
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 800}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
@@ -30,10 +45,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as launched:
         yield launched
-        launched.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
+    with opening(browser) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Folder for screenshots."""
+    folder = Path(request.config.getoption("--screenshots") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -43,36 +70,6 @@ def files(tmp_path: Path) -> list[Path]:
     for seed, path in enumerate(found):
         path.write_bytes(picture(seed))
     return found
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens an address in a context of its own; an error or a dialog of a script fails the test."""
-    contexts = []
-
-    def open_page(url: str, **options: Any) -> Page:
-        contexts.append(browser.new_context(**{"locale": "en-US", "viewport": DESKTOP, **options}))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: pytest.fail(str(error)))
-        page.on("dialog", lambda dialog: pytest.fail(f"a script of a user ran: {dialog.message}"))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-def set_length(page: Page, tokens: int) -> None:
-    """Sets the longest answer under Settings."""
-    page.click("summary")
-    page.fill("#length", str(tokens))
-    page.click("summary")
-
-
-def text_of(place: Locator) -> str:
-    """Text of an element as it is, line ends included."""
-    return (place.text_content() or "").strip()
 
 
 def shares(page: Page, figure: int) -> list[float]:
@@ -123,7 +120,9 @@ def test_a_conversation_goes_on_and_can_be_reset(
     expect(page.locator("article")).to_have_count(0)
 
 
-def test_one_picture_in_six_languages(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
+def test_one_picture_in_six_languages(
+    server: Server, opened: Callable[..., Page], files: list[Path], screenshots: Path
+) -> None:
     page = opened(server.url)
     page.click("#compare")
     expect(page.get_by_role("alert")).to_have_text("Attach a picture first.")
@@ -140,9 +139,11 @@ def test_one_picture_in_six_languages(server: Server, opened: Callable[..., Page
         for index, question in enumerate(asked):
             shown = page.locator(".side article").nth(index)
             expected = answer(client, chat(question, files[0].read_bytes(), max_tokens=4))
-            assert shown.get_attribute("lang") == LANGUAGES[index]
+            assert [shown.locator(part).get_attribute("lang") for part in ("h2", ".answer")] == [LANGUAGES[index]] * 2
             assert text_of(shown.locator(".answer")) == expected.strip()
             assert shown.locator("figure").count() == 1
+    expect(page.get_by_role("status")).to_have_text("The answer is complete.")
+    photograph(page, screenshots / "comparison.png", "light")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -162,22 +163,133 @@ def test_every_language_has_every_text(server: Server, opened: Callable[..., Pag
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("language", "viewport"), [("en", DESKTOP), ("ar", PHONE)], ids=["desktop", "arabic-phone"])
 def test_no_violation_that_axe_finds(
-    server: Server, opened: Callable[..., Page], files: list[Path], scheme: Any, language: str, viewport: Any
+    server: Server,
+    opened: Callable[..., Page],
+    files: list[Path],
+    screenshots: Path,
+    scheme: Any,
+    language: str,
+    viewport: Any,
 ) -> None:
+    """And bars start at the right in Arabic, and it looks like a page."""
     page = opened(server.url, locale=language, color_scheme=scheme, viewport=viewport)
-    page.set_input_files("#files", files)
+    attach(page, *files)
     set_length(page, 4)
-    page.fill("#message", "?")
-    page.press("#message", "Enter")
-    expect(page.locator("article.model")).to_have_attribute("aria-busy", "false", timeout=60_000)
-    page.set_input_files("#files", files)
-    expect(page.locator("#pictures img")).to_have_count(2)
+    ask(page, "?")
+    check_bars(page, "rtl" if language == "ar" else "ltr")
+    page.locator("figure").first.scroll_into_view_if_needed()
+    photograph(page, screenshots / f"{'phone' if viewport == PHONE else 'desktop'}-{language}-{scheme}.png", scheme)
+    attach(page, *files)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut at the side"
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
     page.click("#compare")
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
+
+
+def test_what_is_there_changes_its_language(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
+    page = opened(server.url)
+    attach(page, files[0])
+    set_length(page, 4)
+    own = ask(page, "What?")
+    said, check = text_of(own.locator(".answer")), page.locator("#conversation")
+    check_bars(page, "ltr")
+    page.select_option("#language", "ar")
+    assert page.locator("article h2").all_inner_texts() == ["أنت", "النموذج"]
+    assert text_of(check.locator("figcaption")) == "الصورة 1: وزن كل خبير"
+    assert text_of(check.locator("dt").first) == "الخبير 1"
+    expect(check.locator("article.user img")).to_have_attribute("alt", "الصورة 1")
+    check_bars(page, "rtl")
+    assert text_of(own.locator(".answer")) == said
+    assert "Expert" not in text_of(check)
+    page.select_option("#language", "en")
+    assert page.locator("article h2").all_inner_texts() == ["You", "Model"]
+    check_bars(page, "ltr")
+
+
+def test_the_page_offers_what_the_server_does(opened: Callable[..., Page], files: list[Path], tmp_path: Path) -> None:
+    """Also languages in which nobody wrote its texts, and no more pictures than the server takes."""
+    codes = ["de", "pt-BR", "zh-Hant", "ar"]
+    with serving(tmp_path, "--languages", *codes, "--engine.limits.max-images", "1") as server:
+        page = opened(server.url, locale="pt-BR")
+        options = page.locator("#language option")
+        expect(options).to_have_text(["Deutsch", "português (Brasil)", "繁體中文", "العربية"])
+        assert options.evaluate_all("(all) => all.map((own) => own.value)") == codes
+        for code, spoken in (("pt-BR", "pt"), ("de", "pt"), ("zh-Hant", "zh"), ("ar", "ar"), ("pt-BR", "pt")):
+            page.select_option("#language", code)
+            assert page.evaluate("document.documentElement.lang") == spoken
+        page.set_input_files("#files", files)
+        expect(page.get_by_role("alert")).to_have_text("Limite de imagens por conversa: 1.")
+        expect(page.locator("#pictures img")).to_have_count(1)
+        set_length(page, 2)
+        page.click("#compare")
+        questions = page.locator("#questions input")
+        assert questions.evaluate_all("(all) => all.map((own) => own.name)") == codes
+        assert [bool(questions.nth(index).input_value()) for index in range(4)] == [False, True, False, True]
+        questions.first.fill("Was ist das?")
+        page.click("#ask")
+        expect(page.locator(".side article[aria-busy=false] h2")).to_have_text(
+            ["Deutsch", "português (Brasil)", "العربية"], timeout=60_000
+        )
+        ask(page, "O que é?")
+        page.set_input_files("#files", files[0])
+        expect(page.get_by_role("alert")).to_have_text("Limite de imagens por conversa: 1.")
+        expect(page.locator("#pictures img")).to_have_count(0)
+
+
+def test_a_question_that_is_refused_stands_beside_the_others(
+    server: Server, opened: Callable[..., Page], files: list[Path]
+) -> None:
+    """And the others can be stopped."""
+    page = opened(server.url)
+    asked: list[Any] = []
+
+    def refuse_the_third(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        if len(asked) % 6 == 3:
+            route.fulfill(status=429, json={"error": {"message": "too many requests", "code": "queue_full"}})
+        else:
+            route.continue_()
+
+    page.route("**/v1/chat/completions", refuse_the_third)
+    attach(page, files[0])
+    set_length(page, 4)
+    page.click("#compare")
+    page.click("#ask")
+    expect(page.locator(".side article[aria-busy=false]")).to_have_count(6, timeout=60_000)
+    expect(page.get_by_role("status")).to_have_text("Not every question was answered.")
+    expect(page.locator(".side .wrong")).to_have_text(["too many requests"])
+    expect(page.locator(".side figure")).to_have_count(5)
+    before = server.ends()["abort"]
+    set_length(page, 400)
+    page.click("#compare")
+    page.click("#ask")
+    expect(page.locator(".side .wrong")).to_have_count(2)
+    page.click("#stop")
+    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator(".side article[aria-busy=false]")).to_have_count(12)
+    expect(page.get_by_role("status")).to_have_text("Stopped.")
+    server.wait_idle()
+    assert server.ends()["abort"] > before
+
+
+def test_only_files_are_taken_from_what_is_dropped(server: Server, opened: Callable[..., Page]) -> None:
+    page = opened(server.url)
+    drop = """([name, add]) => {
+        const dataTransfer = new DataTransfer();
+        if (add === "text") dataTransfer.setData("text/plain", "What is here?");
+        else dataTransfer.items.add(new File(["no picture"], "broken.png"));
+        const event = new DragEvent(name, { dataTransfer, bubbles: true, cancelable: true });
+        return document.getElementById("message").dispatchEvent(event);
+    }"""
+    for name in ("dragover", "drop"):
+        assert page.evaluate(drop, [name, "text"]), "the browser puts the text where it is dropped"
+        expect(page.locator("#composer.over")).to_have_count(0)
+    assert not page.evaluate(drop, ["dragover", "file"])
+    expect(page.locator("#composer.over")).to_have_count(1)
+    assert not page.evaluate(drop, ["drop", "file"])
+    expect(page.get_by_role("alert")).to_have_text("broken.png is not a picture that this browser can read.")
 
 
 def test_with_the_keyboard_alone(server: Server, opened: Callable[..., Page], files: list[Path]) -> None:
@@ -213,6 +325,7 @@ def test_escape_stops_the_answer(server: Server, opened: Callable[..., Page]) ->
     expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#stop")).to_be_hidden(timeout=10_000)
+    expect(page.get_by_role("status")).to_have_text("Stopped.")
     server.wait_idle()
 
 

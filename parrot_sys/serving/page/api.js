@@ -51,11 +51,11 @@ export async function* events(stream) {
 /**
  * Asks the model and calls back as the answer comes.
  *
- * @param {object} request `model`, `messages`, `temperature`, `max_tokens`.
+ * @param {object} request `model`, `messages`, `temperature`, `max_tokens`, `parrot_routing`.
  * @param {object} options `key`, `signal` (AbortSignal), `onText(piece)`, `onRouting(routing)`.
  */
 export async function chat(request, { key, signal, onText, onRouting }) {
-  const body = JSON.stringify({ ...request, stream: true, parrot_routing: true });
+  const body = JSON.stringify({ ...request, stream: true });
   const response = await checked(await fetch("v1/chat/completions", { method: "POST", headers: headers(key), body, signal }));
   for await (const event of events(response.body)) {
     if (event.error) throw new ServerError(event.error.code ?? 500, event.error.message);

@@ -2,56 +2,107 @@
 
 import { chat, model, ServerError } from "./api.js";
 import { Pictures, thumbnail } from "./pictures.js";
-import { routingBox } from "./routing.js";
-import { preferredLanguage, setLanguage, text, TEXTS } from "./texts.js";
+import { redrawRoutes, routingBox } from "./routing.js";
+import { languageName, preferredLanguage, questionIn, setLanguage, TEXTS, write, writeForeign } from "./texts.js";
 
 const find = (id) => document.getElementById(id);
 const conversation = find("conversation");
-const pictures = new Pictures(find("pictures"), { onError: showError });
+const pictures = new Pictures(find("pictures"), { room, onError: showError });
 let messages = [];
 let served = null;
 let running = null;
+let languages = Object.keys(TEXTS);
+let languageChosen = false;
 
-function showError(message) {
-  find("error").textContent = message;
-  find("error").hidden = !message;
+function showError(key, values) {
+  write(find("error"), key, values);
+  find("error").hidden = false;
 }
 
-function reason(error) {
-  if (error instanceof ServerError) return error.status === 401 ? text("refused") : error.message;
-  return text("unreachable", { reason: error.message });
+function hideError() {
+  writeForeign(find("error"));
+  find("error").hidden = true;
 }
 
+/** Writes why something failed: a text of the page, or what the server says, in English. */
+function writeReason(element, error) {
+  if (!(error instanceof ServerError)) write(element, "unreachable", { reason: error.message });
+  else if (error.status === 401) write(element, "refused");
+  else writeForeign(element, error.message, "en");
+}
+
+function showReason(error) {
+  writeReason(find("error"), error);
+  find("error").hidden = false;
+}
+
+/** Asks the server for its model, unless it has told, and fits the page to it. */
 async function findModel() {
-  served ??= await model(find("key").value);
-  find("model").textContent = served.id;
-  document.title = served.id;
-  return served.id;
+  if (served) return served;
+  served = await model(find("key").value);
+  find("model").textContent = document.title = served.id;
+  write(find("experts"), served.parrot.num_experts ? "introExperts" : "noRouting");
+  offer(served.parrot.languages);
+  return served;
+}
+
+/** Offers languages; the page changes to the one that fits best, unless the user has chosen one of them. */
+function offer(codes) {
+  languages = codes;
+  const select = find("language");
+  const kept = languageChosen && codes.includes(select.value) ? select.value : preferredLanguage(codes);
+  select.replaceChildren(...codes.map((code) => {
+    const option = new Option(languageName(code), code);
+    option.lang = code;
+    return option;
+  }));
+  select.value = kept;
+  speak(kept);
+}
+
+/** Changes the language of the page, and of what is there already. */
+function speak(code) {
+  setLanguage(code);
+  redrawRoutes(conversation);
+}
+
+/** How many pictures a conversation may have, and how many of them are left for the next message. */
+function room() {
+  const most = served?.parrot.max_images ?? Infinity;
+  return { most, left: most - sentPictures().length };
 }
 
 function userContent(question, urls) {
   return [...urls.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: question }];
 }
 
-function article(kind, heading) {
+function article(kind) {
   const element = document.createElement("article");
   element.className = kind;
-  const title = document.createElement("h2");
-  title.textContent = heading;
-  element.append(title);
+  element.append(document.createElement("h2"));
   return element;
 }
 
-function paragraph(content, className = "") {
+/** A paragraph of a text in some language, which may not be known. */
+function paragraph(content, className = "", language = "") {
   const element = document.createElement("p");
   element.className = className;
   element.dir = "auto";
-  element.textContent = content;
+  writeForeign(element, content, language);
+  return element;
+}
+
+/** A paragraph of a text of the page. */
+function note(key) {
+  const element = document.createElement("p");
+  element.className = "note";
+  write(element, key);
   return element;
 }
 
 function showQuestion(question, urls) {
-  const element = article("user", text("you"));
+  const element = article("user");
+  write(element.firstChild, "you");
   if (urls.length) {
     const list = document.createElement("ul");
     list.className = "pictures";
@@ -69,13 +120,14 @@ function showQuestion(question, urls) {
 }
 
 /** Asks, and writes the answer into `element` as it comes; gives back the whole answer. */
-async function answerInto(element, asked, signal) {
-  const output = paragraph("", "answer");
+async function answerInto(element, asked, signal, language = "") {
+  const output = paragraph("", "answer", language);
   element.append(output);
   element.setAttribute("aria-busy", "true");
   try {
+    const { id, parrot } = await findModel();
     const request = {
-      model: await findModel(), messages: asked,
+      model: id, messages: asked, parrot_routing: parrot.num_experts > 0,
       temperature: Number(find("temperature").value), max_tokens: Number(find("length").value),
     };
     await chat(request, {
@@ -87,30 +139,37 @@ async function answerInto(element, asked, signal) {
       },
     });
   } catch (error) {
-    if (error.name !== "AbortError") throw error;
-    element.append(paragraph(text("stopped"), "note"));
+    if (!signal.aborted) throw error;
+    element.append(note("stopped"));
   } finally {
     element.setAttribute("aria-busy", "false");
   }
   return output.textContent;
 }
 
-/** Runs one exchange with the stop button shown; errors appear above the message. Gives back whether it succeeded. */
+/**
+ * Runs one exchange with the stop button shown; what still runs at its end is stopped. Errors appear above the message.
+ *
+ * @param {function(AbortSignal): Promise<string>} work gives back the key of what the status says then.
+ * @returns {Promise<boolean>} whether it succeeded.
+ */
 async function exchange(work) {
-  showError("");
-  running = new AbortController();
+  hideError();
+  const own = new AbortController();
+  running = own;
   find("stop").hidden = false;
   for (const id of ["send", "compare", "reset"]) find(id).disabled = true;
-  find("status").textContent = text("thinking");
+  write(find("status"), "thinking");
   try {
-    await work(running.signal);
-    find("status").textContent = text("finished");
+    const outcome = await work(own.signal);
+    write(find("status"), own.signal.aborted ? "stopped" : outcome);
     return true;
   } catch (error) {
-    find("status").textContent = "";
-    showError(reason(error));
+    writeForeign(find("status"));
+    showReason(error);
     return false;
   } finally {
+    own.abort();
     running = null;
     find("stop").hidden = true;
     for (const id of ["send", "compare", "reset"]) find(id).disabled = false;
@@ -126,12 +185,14 @@ async function send() {
   find("message").value = "";
   find("intro").hidden = true;
   const shown = showQuestion(question, urls);
-  const element = article("model", text("model"));
+  const element = article("model");
+  write(element.firstChild, "model");
   conversation.append(element);
   const asked = [...messages, { role: "user", content: userContent(question, urls) }];
   const answered = await exchange(async (signal) => {
     const answer = await answerInto(element, asked, signal);
     messages = [...asked, { role: "assistant", content: answer }];
+    return "finished";
   });
   if (answered) return element.scrollIntoView({ block: "nearest" });
   // A message that was refused goes back to where it can be changed and sent again.
@@ -141,27 +202,47 @@ async function send() {
   pictures.restore(attached);
 }
 
-/** Pictures that a comparison is about: those of the next message, else those of the conversation. */
-function comparedPictures() {
-  if (pictures.entries.length) return pictures.entries.map((entry) => entry.url);
+/** Addresses of the pictures of the conversation. */
+function sentPictures() {
   const parts = messages.flatMap((message) => (Array.isArray(message.content) ? message.content : []));
   return parts.filter((part) => part.type === "image_url").map((part) => part.image_url.url);
 }
 
+/** Pictures that a comparison is about: those of the next message, else those of the conversation. */
+function comparedPictures() {
+  return pictures.entries.length ? pictures.entries.map((entry) => entry.url) : sentPictures();
+}
+
 function openComparison() {
-  if (!comparedPictures().length) return showError(text("needsPicture"));
-  showError("");
-  find("questions").replaceChildren(...Object.entries(TEXTS).map(([code, texts]) => {
+  if (!comparedPictures().length) return showError("needsPicture");
+  hideError();
+  find("questions").replaceChildren(...languages.map((code) => {
     const label = document.createElement("label");
     const name = document.createElement("span");
-    name.textContent = texts.name;
-    name.lang = code;
+    writeForeign(name, languageName(code), code);
     const input = document.createElement("input");
-    Object.assign(input, { name: code, lang: code, dir: "auto", value: texts.question });
+    Object.assign(input, { name: code, lang: code, dir: "auto", value: questionIn(code) });
     label.append(name, input);
     return label;
   }));
   find("languages").showModal();
+}
+
+/** Asks one question of a comparison in a column of its own, which also shows why it failed; tells whether it did not. */
+async function askBeside(side, urls, code, question, signal) {
+  const element = article("model");
+  writeForeign(element.firstChild, languageName(code), code);
+  element.append(paragraph(question, "note", code));
+  side.append(element);
+  try {
+    await answerInto(element, [{ role: "user", content: userContent(question, urls) }], signal, code);
+    return true;
+  } catch (error) {
+    const failure = paragraph("", "wrong");
+    writeReason(failure, error);
+    element.append(failure);
+    return false;
+  }
 }
 
 async function compare(questions) {
@@ -171,16 +252,34 @@ async function compare(questions) {
   const side = document.createElement("div");
   side.className = "side";
   conversation.append(side);
-  const answered = await exchange((signal) => Promise.all(questions.map(async ([code, question]) => {
-    const element = article("model", TEXTS[code].name);
-    element.lang = code;
-    element.append(paragraph(question, "note"));
-    side.append(element);
-    await answerInto(element, [{ role: "user", content: userContent(question, urls) }], signal);
-  })));
-  if (answered) return side.scrollIntoView({ block: "nearest" });
+  const asked = await exchange(async (signal) => {
+    await findModel();
+    const answered = await Promise.all(questions.map((own) => askBeside(side, urls, ...own, signal)));
+    return answered.every(Boolean) ? "finished" : "partly";
+  });
+  if (asked) return side.scrollIntoView({ block: "nearest" });
   shown.remove();
   side.remove();
+}
+
+const hasFiles = (event) => event.dataTransfer.types.includes("Files");
+
+function listenForFiles() {
+  find("files").onchange = async (event) => { await pictures.add(event.target.files); event.target.value = ""; };
+  find("attach").onclick = () => find("files").click();
+  document.addEventListener("paste", (event) => pictures.add(event.clipboardData.files));
+  document.addEventListener("dragover", (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    find("composer").classList.add("over");
+  });
+  document.addEventListener("dragleave", () => find("composer").classList.remove("over"));
+  document.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;  // text goes where it is dropped
+    event.preventDefault();
+    find("composer").classList.remove("over");
+    pictures.add(event.dataTransfer.files);
+  });
 }
 
 function listen() {
@@ -196,16 +295,6 @@ function listen() {
     find("intro").hidden = false;
     find("message").focus();
   };
-  find("files").onchange = async (event) => { await pictures.add(event.target.files); event.target.value = ""; };
-  find("attach").onclick = () => find("files").click();
-  document.addEventListener("paste", (event) => pictures.add(event.clipboardData.files));
-  document.addEventListener("dragover", (event) => { event.preventDefault(); find("composer").classList.add("over"); });
-  document.addEventListener("dragleave", () => find("composer").classList.remove("over"));
-  document.addEventListener("drop", (event) => {
-    event.preventDefault();
-    find("composer").classList.remove("over");
-    pictures.add(event.dataTransfer.files);
-  });
   find("compare").onclick = openComparison;
   find("cancel").onclick = () => find("languages").close();
   find("languages").querySelector("form").onsubmit = (event) => {
@@ -214,13 +303,15 @@ function listen() {
     const asked = [...find("questions").querySelectorAll("input")].map((input) => [input.name, input.value.trim()]);
     compare(asked.filter(([, question]) => question));
   };
-  find("key").onchange = () => findModel().then(() => showError(""), (error) => showError(reason(error)));
+  find("key").onchange = () => findModel().then(hideError, showReason);
   find("scheme").onchange = (event) => { document.documentElement.style.colorScheme = event.target.value; };
-  find("language").onchange = (event) => { setLanguage(event.target.value); pictures.draw(); };
+  find("language").onchange = (event) => {
+    languageChosen = true;
+    speak(event.target.value);
+  };
 }
 
-find("language").append(...Object.entries(TEXTS).map(([code, texts]) => new Option(texts.name, code)));
-find("language").value = preferredLanguage();
-setLanguage(find("language").value);
+offer(languages);
 listen();
-findModel().catch((error) => showError(reason(error)));
+listenForFiles();
+findModel().catch(showReason);

@@ -1,6 +1,6 @@
 // Pictures of the next message: chosen, dropped or pasted; each is kept as a data URL.
 
-import { text } from "./texts.js";
+import { write } from "./texts.js";
 
 function read(file) {
   return new Promise((resolve, reject) => {
@@ -17,10 +17,11 @@ async function isPicture(url) {
   return image.decode().then(() => true, () => false);
 }
 
-/** The list of pictures beside the message. */
+/** The list of pictures beside the message; `room` says how many it may have, `onError` takes a text's key and values. */
 export class Pictures {
-  constructor(list, { onError }) {
+  constructor(list, { room, onError }) {
     this.list = list;
+    this.room = room;
     this.onError = onError;
     this.entries = [];
   }
@@ -28,8 +29,9 @@ export class Pictures {
   async add(files) {
     for (const file of files) {
       const url = await read(file);
-      if (await isPicture(url)) this.entries.push({ name: file.name, url });
-      else this.onError(text("notPicture", { file: file.name }));
+      if (!await isPicture(url)) this.onError("notPicture", { file: file.name });
+      else if (this.entries.length >= this.room().left) this.onError("tooMany", { count: this.room().most });
+      else this.entries.push({ name: file.name, url });
     }
     this.draw();
   }
@@ -54,7 +56,7 @@ export class Pictures {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = "×";
-      button.setAttribute("aria-label", text("remove", { file: entry.name }));
+      write(button, "remove", { file: entry.name }, "label");
       button.onclick = () => {
         this.entries.splice(index, 1);
         this.draw();
@@ -69,6 +71,6 @@ export class Pictures {
 export function thumbnail(url, index) {
   const image = document.createElement("img");
   image.src = url;
-  image.alt = text("picture", { number: index + 1 });
+  write(image, "picture", { number: index + 1 }, "alt");
   return image;
 }

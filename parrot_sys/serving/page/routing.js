@@ -2,6 +2,8 @@
 
 import { text } from "./texts.js";
 
+const drawn = new WeakMap();
+
 function make(tag, className, content) {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -31,6 +33,7 @@ function words(attention) {
   box.append(make("p", "note", text("words")));
   const line = make("p", "words");
   line.dir = "auto";
+  line.lang = "";
   const most = Math.max(...attention.map((word) => word.weight), Number.MIN_VALUE);
   for (const word of attention) {
     const span = make("span", "", word.text);
@@ -57,5 +60,11 @@ export function routingBox(routing) {
     if (image.attention?.length) figure.append(words(image.attention));
     box.append(figure);
   }
+  drawn.set(box, routing);
   return box;
+}
+
+/** Draws all boxes below an element anew, in the language that the page has now. */
+export function redrawRoutes(element) {
+  for (const box of element.querySelectorAll(".routing")) box.replaceWith(routingBox(drawn.get(box)));
 }
