@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import parrot_sys
 from parrot_sys.errors import CheckpointError, DataError
@@ -23,6 +19,7 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.pretrained import save_pretrained
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.models.flamingo_reference import ReleasedMultimodalGpt, Shape, mean_loss
+from tests.support.tiny_systems import flamingo_parts
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "mmgpt_tiny"
 PARTS: dict[str, Any] = {
@@ -154,14 +151,7 @@ def test_saved_again_it_is_the_same(directory: Path, tiny: ParrotForConditionalG
 
 @pytest.fixture
 def with_tokenizer(tmp_path: Path) -> dict[str, Path]:
-    """Released files of a small model whose LLaMA has a tokenizer of 40 words, as many as its embedding has rows."""
-    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(37))]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    parts = ReleasedMultimodalGpt(Shape(vocab=40)).write(tmp_path)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(parts["llm"])
-    return parts
+    return flamingo_parts(tmp_path)
 
 
 def test_tokenizer_gets_the_added_tokens(with_tokenizer: dict[str, Path], tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 import torch
 
 import parrot_sys
+from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
+from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.requests import EngineRequest
+from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.megatron.runtime.initialize import shutdown
+from parrot_sys.serving.token_texts import TokenTexts
 from tests.support.serving import CHECKPOINT, Server, chat, picture, serving, user
 from tests.support.vllm_dashboards import EXPRESSIONS, HISTOGRAMS, asked_for
 
@@ -51,6 +57,55 @@ def test_the_openai_client_gets_what_generate_answers(server: Server) -> None:
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
+
+
+PROMPT = [40, 41, 42, 40, 43, 40]
+SETTINGS: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "presence_penalty": {"presence_penalty": 0.5},
+    "frequency_penalty": {"frequency_penalty": 0.5},
+    "seed": {"temperature": 1.5, "seed": 7},
+    "another seed": {"temperature": 1.5, "seed": 8},
+    "temperature": {"temperature": 0.7, "seed": 7},
+    "top_k": {"temperature": 1.5, "seed": 7, "top_k": 3},
+    "top_p": {"temperature": 1.5, "seed": 7, "top_p": 0.3},
+    "min_p": {"temperature": 1.5, "seed": 7, "min_p": 0.3},
+    "top_k of one": {"temperature": 1.5, "seed": 7, "top_k": 1},
+    "tiny top_p": {"temperature": 1.5, "seed": 7, "top_p": 1e-6},
+    "min_p of one": {"temperature": 1.5, "seed": 7, "min_p": 1},
+}
+GREEDY = ("greedy", "top_k of one", "tiny top_p", "min_p of one")
+
+
+def test_settings_of_requests_do_what_those_of_the_engine_do(server: Server) -> None:
+    """No two of them give the same answer but those that leave one token, so that a field in the place of another one
+    is seen."""
+    model, processor = parrot_sys.load_pretrained(CHECKPOINT)
+    engine = Engine(model.lockstep, EngineConfig(), tokenizer=processor.tokenizer)
+    texts, sample, names = TokenTexts(processor.tokenizer), Sample(input_ids=PROMPT), {}
+    for name, given in SETTINGS.items():
+        params: Any = given
+        names[engine.submit(EngineRequest(sample=sample, max_new_tokens=24, sampling=SamplingParams(**params)))] = name
+    wanted: dict[str, list[int]] = {name: [] for name in SETTINGS}
+    while engine.has_requests:
+        for delta in engine.step():
+            wanted[names[delta.number]] += delta.tokens
+    assert all(wanted[name] == wanted["greedy"] for name in GREEDY)
+    assert len(set(map(tuple, wanted.values()))) == len(SETTINGS) - len(GREEDY) + 1
+    body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    with server.http() as http:
+        for name, given in SETTINGS.items():
+            choice = http.post("/v1/completions", json=body | given).json()["choices"][0]
+            assert choice["logprobs"]["tokens"] == [texts.text(token) for token in wanted[name]], name
+        two = http.post("/v1/completions", json=body | SETTINGS["seed"] | {"n": 2}).json()["choices"]
+        assert two[1]["logprobs"]["tokens"] == [texts.text(token) for token in wanted["another seed"]]
+        stop = wanted["seed"][5]
+        place = wanted["seed"].index(stop) + 1
+        ended = body | SETTINGS["seed"] | {"stop_token_ids": [stop]}
+        choice = http.post("/v1/completions", json=ended).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["tokens"] == [texts.text(token) for token in wanted["seed"][:place]]
 
 
 def test_errors_are_those_of_the_openai_client(server: Server) -> None:
