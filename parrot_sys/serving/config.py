@@ -32,6 +32,8 @@ class RemoteImages:
     """Redirects that are followed."""
     seconds: float = 10.0
     """Longest fetch of one picture, redirects included."""
+    max_fetches: int = 32
+    """Pictures that are fetched at the same time; further requests are told to come again."""
 
     def __post_init__(self) -> None:
         for network in self.allowed_networks:
@@ -41,6 +43,8 @@ class RemoteImages:
                 raise ConfigError(f"remote.allowed_networks must be networks such as 10.1.0.0/16: {error}") from None
         if self.max_redirects < 0:
             raise ConfigError(f"remote.max_redirects must be >= 0, got {self.max_redirects}")
+        if self.max_fetches < 1:
+            raise ConfigError(f"remote.max_fetches must be >= 1, got {self.max_fetches}")
         _check_positive("remote.seconds", self.seconds)
 
 

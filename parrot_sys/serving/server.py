@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -24,6 +23,7 @@ from parrot_sys.serving.metrics import Metrics
 from parrot_sys.serving.process import Server, log, settings_of
 from parrot_sys.serving.prompts import Preparer
 from parrot_sys.serving.warmup import warm_up
+from parrot_sys.serving.workers import Workers
 from parrot_sys.systems.registry import system_of
 
 _SWITCH_SECONDS = 0.001
@@ -113,7 +113,7 @@ def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, 
             "max_images": min(limits, default=None),
             "num_experts": model.lockstep.num_experts,
         },
-        workers=ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare"),
+        workers=Workers(config.image_workers, waiting=config.remote.max_fetches if config.remote.enabled else 0),
         bodies=BodyReader(max_bytes=config.max_body, max_pending=config.max_pending_bytes, seconds=config.body_seconds),
         pixels=HeldBytes(config.max_pixel_bytes),
     )
