@@ -21,6 +21,8 @@ from parrot_sys.serving.errors import ApiError
 
 T = TypeVar("T")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_LONGEST_METHOD, _LONGEST_PATH = 32, 256
+"""Characters of what a client names that go into the log."""
 _KEYED = ("/v1/", "/tokenize", "/detokenize")
 _PAGE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -43,28 +45,38 @@ def facts_of(scope: Scope) -> dict[str, Any]:
     return facts
 
 
-async def _gone(receive: Receive) -> None:
-    """Returns when nobody waits for the answer any more; the request's body has been read."""
+async def gone(receive: Receive) -> None:
+    """Returns when nobody waits for the answer any more; what is left of the request's body is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Result of `work`, which is cancelled when nobody waits for it any more.
+async def until(left: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, which is cancelled when `left` returns.
 
     Raises:
         ClientDisconnect: that is so.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            leaving.result()
             raise ClientDisconnect
         return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, leaving):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, which is cancelled when nobody waits for it any more; the request's body has been read.
+
+    Raises:
+        ClientDisconnect: that is so.
+    """
+    return await until(gone(receive), work)
 
 
 class EventStream(Response):
@@ -221,8 +233,8 @@ class Guard:
         headers = dict(scope["headers"])
         facts = {
             "id": _request_id(headers.get(b"x-request-id", b"")),
-            "method": scope["method"],
-            "path": scope["path"],
+            "method": scope["method"][:_LONGEST_METHOD],
+            "path": scope["path"][:_LONGEST_PATH],
             "status": 499,  # until an answer begins
         }
         start = time.monotonic()

@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import h11
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-from parrot_sys import platform
-from parrot_sys.processes import end_with_parent
 from parrot_sys.serving.errors import ApiError
-from parrot_sys.serving.http import error_response, until_disconnect
+from parrot_sys.serving.forwarding import HOST, exchange
+from parrot_sys.serving.http import error_response
 from parrot_sys.serving.process import Server, log, settings_of
+from parrot_sys.serving.replica import Replica
 
-_HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade"})
-_CHUNK = 2**16
-_RESTART_SECONDS = 1.0
-_HOST = "127.0.0.1"
-
-
-@dataclass(kw_only=True)
-class Replica:
-    """One copy of the model."""
-
-    number: int
-    port: int | None = None
-    """Where it listens; None until it is ready."""
-    load: int = 0
-    """Requests that it answers."""
-    process: asyncio.subprocess.Process | None = None
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+"""Seconds before a replica is started again; they double with each start that fails."""
 
 
 class Replicas:
@@ -55,15 +39,29 @@ class Replicas:
         self._command = command
         self._replicas = [Replica(number=number) for number in range(count)]
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._lost = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Whether a replica answers."""
         return any(own.port is not None for own in self._replicas)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether no replica answers and none could be started again."""
+        return self._lost.is_set()
+
+    async def lost(self) -> None:
+        """Returns when that is so."""
+        await self._lost.wait()
+
     async def start(self) -> None:
-        """Starts all replicas; returns when each is ready."""
+        """Starts all replicas; returns when each is ready.
+
+        Raises:
+            RuntimeError: one did not start.
+        """
         ready = [asyncio.Event() for _ in self._replicas]
         self._tasks = [
             asyncio.create_task(self._keep(replica, event.set))
@@ -81,10 +79,9 @@ class Replicas:
 
     async def stop(self) -> None:
         """Asks all replicas to end, and waits for them."""
-        self._stopping = True
+        self._stopping.set()
         for replica in self._replicas:
-            if replica.process is not None and replica.process.returncode is None:
-                replica.process.terminate()
+            replica.ask_to_end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,26 +106,23 @@ class Replicas:
             replica.load -= 1
 
     async def _keep(self, replica: Replica, on_ready: Callable[[], None]) -> None:
-        """Runs a replica, again when it has ended; ends with one that was never ready."""
-        while not self._stopping:
-            device = ["--device", f"cuda:{replica.number}"] if platform.cuda_available() else []
-            replica.process = await asyncio.create_subprocess_exec(
-                *self._command, *device, stderr=asyncio.subprocess.PIPE, preexec_fn=end_with_parent
-            )
-            was_ready = False
-            assert replica.process.stderr is not None, "it was asked for"
-            async for line in replica.process.stderr:
-                replica.port = _port_of(line) or replica.port
-                if replica.port is not None and not was_ready:
-                    was_ready = True
-                    on_ready()
-                sys.stderr.write(line.decode(errors="replace"))
-            replica.port = None
-            code = await replica.process.wait()
-            if self._stopping or not was_ready:
+        """Runs a replica, again when it has ended; ends with one whose first start fails."""
+        wait, is_first = _FIRST_WAIT, True
+        while not self._stopping.is_set():
+            code: int | None = None
+            try:
+                code = await replica.run(self._command, on_ready)
+            except Exception as error:  # whatever it is, this replica does not answer: the next start may go well
+                log("replica_error", replica=replica.number, error=repr(error))
+            if self._stopping.is_set() or (is_first and replica.failed):
                 return
-            log("replica_ended", replica=replica.number, code=code)
-            await asyncio.sleep(_RESTART_SECONDS)
+            wait = min(2 * wait, _LONGEST_WAIT) if replica.failed else _FIRST_WAIT
+            log("replica_ended", replica=replica.number, code=code, again_in=wait)
+            if all(own.failed for own in self._replicas):
+                self._lost.set()
+            is_first = False
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait)
 
     async def _metrics(self, replica: Replica) -> tuple[int, str]:
         got = bytearray()
@@ -144,7 +138,7 @@ class Replicas:
 
         request = {"type": "http", "method": "GET", "raw_path": b"/metrics", "query_string": b"", "headers": []}
         with contextlib.suppress(OSError, h11.RemoteProtocolError):
-            await self._exchange(replica, request, nothing, collect)
+            await exchange(replica.port or 0, request, nothing, collect)
         return replica.number, got.decode()
 
     async def _forward(self, replica: Replica, scope: Scope, receive: Receive, send: Send) -> None:
@@ -156,7 +150,7 @@ class Replicas:
             await send(message)
 
         try:
-            await self._exchange(replica, scope, receive, tell)
+            await exchange(replica.port or 0, scope, receive, tell)
         except ClientDisconnect:
             return
         except (OSError, h11.RemoteProtocolError):
@@ -164,57 +158,6 @@ class Replicas:
                 raise  # (the server closes the connection: the client sees that the answer is not whole)
             error = ApiError(503, "the replica has failed: try again", code="engine_dead", headers={"Retry-After": "1"})
             await error_response(error)(scope, receive, send)
-
-    async def _exchange(self, replica: Replica, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends a request to a replica and its answer back."""
-        reader, writer = await asyncio.open_connection(_HOST, replica.port)
-        try:
-            connection = h11.Connection(h11.CLIENT)
-            target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-            headers = [own for own in scope["headers"] if own[0] not in _HOP_BY_HOP] + [(b"connection", b"close")]
-            if not any(name == b"host" for name, _ in headers):
-                headers.append((b"host", _HOST.encode()))
-            writer.write(connection.send(h11.Request(method=scope["method"], target=target, headers=headers)) or b"")
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                writer.write(connection.send(h11.Data(data=message.get("body", b""))) or b"")
-                await writer.drain()
-                if not message.get("more_body"):
-                    break
-            writer.write(connection.send(h11.EndOfMessage()) or b"")
-            await _answer(connection, reader, receive, send)
-        finally:
-            writer.close()
-
-
-async def _answer(connection: h11.Connection, reader: asyncio.StreamReader, receive: Receive, send: Send) -> None:
-    async def relay() -> None:
-        while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(_CHUNK))
-            elif isinstance(event, h11.Response):
-                headers = [(name, value) for name, value in event.headers if name not in _HOP_BY_HOP]
-                headers = [own for own in headers if own[0] != b"transfer-encoding"]
-                await send({"type": "http.response.start", "status": event.status_code, "headers": headers})
-            elif isinstance(event, h11.Data):
-                await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
-            elif isinstance(event, h11.EndOfMessage):
-                await send({"type": "http.response.body", "body": b""})
-                return
-            elif event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
-                raise ConnectionResetError("the replica ended within its answer")
-
-    await until_disconnect(receive, relay())
-
-
-def _port_of(line: bytes) -> int | None:
-    """Port that a line of a replica's log names."""
-    if line.startswith(b"{") and (facts := json.loads(line))["event"] == "ready":
-        return int(facts["url"].rsplit(":", 1)[1])
-    return None
 
 
 def joined_metrics(texts: Iterable[tuple[int, str]]) -> str:
@@ -236,7 +179,7 @@ def joined_metrics(texts: Iterable[tuple[int, str]]) -> str:
 
 
 def serve_replicas(argv: Sequence[str], count: int, listener: socket.socket, *, drain_seconds: float) -> int:
-    """Serves with `count` replicas until the process is asked to end.
+    """Serves with `count` replicas until the process is asked to end; 0 then, and 1 when no replica can be started.
 
     Args:
         argv: of `parrot serve`.
@@ -244,7 +187,7 @@ def serve_replicas(argv: Sequence[str], count: int, listener: socket.socket, *, 
         listener: takes connections.
         drain_seconds: time in which answers may end.
     """
-    command = [sys.executable, "-m", "parrot_sys", "serve", *argv, "--replicas", "1", "--host", _HOST, "--port", "0"]
+    command = [sys.executable, "-m", "parrot_sys", "serve", *argv, "--replicas", "1", "--host", HOST, "--port", "0"]
     replicas = Replicas(command, count)
 
     async def run() -> int:
@@ -252,8 +195,17 @@ def serve_replicas(argv: Sequence[str], count: int, listener: socket.socket, *, 
         settings = uvicorn.Config(replicas, **settings_of(drain_seconds))
         facts = {"replicas": count}
         server = Server(settings, listener, facts=facts, is_healthy=lambda: replicas.is_ready)
+        ending = asyncio.create_task(_end_when_lost(replicas, server))
         await server.serve([listener])
+        ending.cancel()
         await replicas.stop()
-        return 0
+        if replicas.is_lost:
+            log("stopped", reason="no replica could be started again")
+        return 1 if replicas.is_lost else 0
 
     return asyncio.run(run())
+
+
+async def _end_when_lost(replicas: Replicas, server: Server) -> None:
+    await replicas.lost()
+    server.should_exit = True

@@ -260,27 +260,3 @@ def test_a_dead_engine_is_told_and_ends_the_process(tmp_path: Path) -> None:
         assert server.ends() == {"stop": 0, "length": 0, "abort": 0, "error": 2}
         server.process.join(30)
         assert server.process.exitcode == 1
-
-
-@pytest.mark.slow
-def test_replicas_share_a_port(tmp_path: Path) -> None:
-    """Requests go to the least loaded; a replica that is lost is started again while the other answers."""
-    with serving(tmp_path, "--replicas", "2") as server, server.http() as http, ThreadPoolExecutor(4) as pool:
-        wanted = answer(http, chat("What is this?", picture(1)))
-        bodies = [chat("What is this?", picture(1), stream=False)] * 8
-        assert set(pool.map(lambda body: answer(http, body), bodies)) == {wanted}
-        text = http.get("/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
-        counts = {number: [own for own in lines if f'engine="{number}"' in own] for number in range(2)}
-        assert all(float(own[0].rsplit(" ", 1)[1]) for own in counts.values()), "both have answered"
-        children = [own["pid"] for own in server.logged("ready") if own["pid"] != server.process.pid]
-        os.kill(children[0], signal.SIGKILL)
-        for _ in range(600):
-            got = http.post("/v1/chat/completions", json=chat("What is this?", picture(1)))
-            assert got.status_code in (200, 503)
-            if len(server.logged("ready")) == 4 and got.status_code == 200:
-                break
-            time.sleep(0.1)
-        assert len(server.logged("ready")) == 4
-        assert answer(http, chat("What is this?", picture(1))) == wanted
-        assert server.stop() == 0
