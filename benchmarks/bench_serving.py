@@ -4,8 +4,8 @@
         --json benchmarks/results/cpu/serving.json
 
 Needs a checkpoint: `make demo` leaves one. Of the clients 30% leave before their answers end, and 5% send what has to
-be refused; all other answers are compared with those of single requests. Blocks and caches must come back to where they
-were, and memory must not grow: the growth is measured from the first tenth of the run on, when every cache is warm.
+be refused; all other answers are compared with those of single requests. Blocks must come back to where they were, the
+cache of pictures must not grow once it has them all, and memory must not grow: the growth is measured from the first tenth of the run on, when every cache is warm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from parrot_sys.inference.chat_texts import TEXTS
 
 STREAMS, LEAVING, HOSTILE = 64, 0.3, 0.05
 MIB = 2**20
+_HOLDING = ("vllm:num_requests_running", "vllm:num_requests_waiting", "parrot:num_requests_paused")
+"""Metrics of requests that hold something."""
 
 
 def pictures(count: int, side: int = 200) -> list[bytes]:
@@ -113,7 +115,7 @@ async def _settled(client: httpx2.AsyncClient) -> dict[str, float]:
     """Metrics once nothing runs or waits."""
     while True:
         found = await metrics(client)
-        if not found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"]:
+        if not any(found[name] for name in _HOLDING):
             return found
         await asyncio.sleep(0.1)
 
@@ -150,6 +152,7 @@ def _summary(result: LoadResult, warm: dict[str, float], end: dict[str, float]) 
         "busy": result.statuses[429],
         "health_p99_s": ordered[int(0.99 * (len(ordered) - 1))],
         "blocks_held_after": end["vllm:kv_cache_usage_perc"],
+        "picture_cache_growth_bytes": end["parrot:picture_cache_bytes"] - warm["parrot:picture_cache_bytes"],
         "preemptions": int(end["vllm:num_preemptions_total"]),
     }
 

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import random
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -55,10 +57,10 @@ def questions(texts: Sequence[str], pictures: Sequence[bytes], new_tokens: int) 
 
 def hostile_bodies(good: Mapping[str, Any]) -> list[bytes]:
     """Bodies that are refused."""
-    bad_url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    addresses = ("data:image/png;base64,AAAA", "http://127.0.0.1/", _bomb())
+    pictures = [{"type": "image_url", "image_url": {"url": address}} for address in addresses]
     changes: list[dict[str, Any]] = [
-        {"messages": [{"role": "user", "content": [bad_url]}]},
-        {"messages": [{"role": "user", "content": [{**bad_url, "image_url": {"url": "http://127.0.0.1/"}}]}]},
+        *({"messages": [{"role": "user", "content": [picture]}]} for picture in pictures),
         {"messages": 3},
         {"temperature": -1},
         {"n": 10**9},
@@ -66,6 +68,13 @@ def hostile_bodies(good: Mapping[str, Any]) -> list[bytes]:
         {"unknown": True},
     ]
     return [TRUNCATED, b"", b"\xff" * 100, *(json.dumps({**good, **change}).encode() for change in changes)]
+
+
+def _bomb() -> str:
+    """Address of a PNG of a few bytes whose pixels would take 13 GB."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 2**16, 2**16, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunks).decode()
 
 
 async def ask(client: httpx2.AsyncClient, body: Mapping[str, Any]) -> str:

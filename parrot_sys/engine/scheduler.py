@@ -39,6 +39,8 @@ class SchedulerConfig:
 
     max_rows_per_step: int = 2048
     """Most rows of all requests in one step."""
+    max_logits_per_step: int = 512
+    """Most rows of a step whose logits are wanted: each has a value for every token of the vocabulary."""
     max_running: int = 256
     """Most requests that are computed at the same time."""
     max_queue: int = 1024
@@ -48,11 +50,12 @@ class SchedulerConfig:
         for name in ("max_running", "max_queue"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"engine.{name} must be >= 1, got {value}")
-        if self.max_rows_per_step < self.max_running:
-            raise ConfigError(
-                f"engine.max_rows_per_step must be at least engine.max_running={self.max_running}, so that every "
-                f"answer grows with each step, got {self.max_rows_per_step}"
-            )
+        for name in ("max_rows_per_step", "max_logits_per_step"):
+            if (value := getattr(self, name)) < self.max_running:
+                raise ConfigError(
+                    f"engine.{name} must be at least engine.max_running={self.max_running}, so that every answer grows "
+                    f"with each step, got {value}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +159,28 @@ class Step:
         return sum(chunk.stop - chunk.start for chunk in self.chunks)
 
 
+@dataclass(kw_only=True, slots=True)
+class _Budget:
+    """What a step has left."""
+
+    rows: int
+    logits: int
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more row fits, whichever it is."""
+        return bool(self.rows and self.logits)
+
+    def take(self, request: ScheduledRequest) -> int:
+        """Takes the next rows of a request, at least one; where they stop."""
+        start = request.computed
+        first = max(start, request.logits_from)
+        stop = min(start + self.rows, first + self.logits, len(request.ids))
+        self.rows -= stop - start
+        self.logits -= max(stop - first, 0)
+        return stop
+
+
 class Scheduler:
     """Queue, running requests and their blocks. One thread calls it: schedule, run the model, complete, again."""
 
@@ -243,20 +268,17 @@ class Scheduler:
             now: time, for deadlines.
         """
         dropped = self._drop(now)
-        budget = self.config.max_rows_per_step
+        left = _Budget(rows=self.config.max_rows_per_step, logits=self.config.max_logits_per_step)
         chunks: list[Chunk] = []
         for request in list(self.running):
             one_row = len(request.ids) - request.computed == 1
             if one_row and request.phase is Phase.RUNNING and self._make_room(request):
-                chunks.append(self._take(request, 1))
-        budget -= len(chunks)
+                chunks.append(self._take(request, left))
         for request in self.running:
-            if budget and len(request.ids) - request.computed > 1:
-                chunks.append(self._take(request, budget))
-                budget -= chunks[-1].stop - chunks[-1].start
-        while budget and (admitted := self._admit()):
-            chunks.append(self._take(admitted, budget))
-            budget -= chunks[-1].stop - chunks[-1].start
+            if left.has_room and len(request.ids) - request.computed > 1:
+                chunks.append(self._take(request, left))
+        while left.has_room and (admitted := self._admit()):
+            chunks.append(self._take(admitted, left))
         return Step(chunks=chunks, dropped=dropped)
 
     def complete(self, chunk: Chunk) -> None:
@@ -303,12 +325,12 @@ class Scheduler:
         self._cancelled.clear()
         return dropped
 
-    def _take(self, request: ScheduledRequest, budget: int) -> Chunk:
-        """The next rows of a request, at most so many; blocks that they fill can be found from now on.
+    def _take(self, request: ScheduledRequest, left: _Budget) -> Chunk:
+        """The next rows of a request, as many as the step has left; blocks that they fill can be found from now on.
 
         Requests of the same step may share them: in each layer all rows are written before any are read.
         """
-        start, stop = request.computed, min(request.computed + budget, len(request.ids))
+        start, stop = request.computed, left.take(request)
         size = self.pool.block_size
         if stop // size > start // size:
             hashes = request.identify(size)

@@ -30,6 +30,7 @@ from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride
 
 _BLOCK_SIZE = 16
 _ROWS_PER_STEP = 4096
+_LOGITS_PER_STEP = 512
 
 
 class Streamer(Protocol):
@@ -68,7 +69,12 @@ class _Batch:
         rows = [num_rows(config, own.sample) + len(own.given) + own.max_new_tokens for own in requests]
         blocks = sum(-(-count // _BLOCK_SIZE) for count in rows)
         count = len(requests)
-        sizes = SchedulerConfig(max_running=count, max_queue=count, max_rows_per_step=max(_ROWS_PER_STEP, count))
+        sizes = SchedulerConfig(
+            max_running=count,
+            max_queue=count,
+            max_rows_per_step=max(_ROWS_PER_STEP, count),
+            max_logits_per_step=max(_LOGITS_PER_STEP, count),
+        )
         # (One block more for each: requests are admitted only while all running ones may grow.)
         engine_config = EngineConfig(num_blocks=blocks + count + 1, block_size=_BLOCK_SIZE, scheduler=sizes)
         self._engine = Engine(model, engine_config, tokenizer=tokenizer, use_cache=use_cache)

@@ -111,6 +111,8 @@ class ServeConfig:
     """Where the model runs; the GPU if there is one, else the CPU."""
     dtype: DtypeName | None = None
     """Type of parameters and activations; that of the checkpoint when not given."""
+    cuda_graphs: bool = False
+    """On a GPU, record steps of answers as CUDA graphs, one for each of a ladder of batch sizes."""
     allow_non_finite: bool = False
     """Load NaN and infinite weights with a warning; otherwise they are an error that names their tensors."""
     compat: Compat | None = None

@@ -14,6 +14,8 @@ import uvicorn
 from parrot_sys.data.languages import language_codes
 from parrot_sys.data.processor import ParrotProcessor
 from parrot_sys.engine.core import Engine
+from parrot_sys.engine.graphs import capture_graph
+from parrot_sys.errors import ConfigError
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.serving.app import Service, create_app
 from parrot_sys.serving.config import ServeConfig
@@ -95,6 +97,10 @@ def serve(
 
 def _service(model: ParrotForConditionalGeneration, processor: ParrotProcessor, config: ServeConfig) -> Service:
     """The parts of the server, warm."""
+    if config.cuda_graphs:
+        if model.device.type != "cuda":
+            raise ConfigError(f"cuda_graphs needs a GPU, the model runs on {model.device}: leave it out")
+        model.lockstep.capture = capture_graph
     preparer = Preparer(model, processor, config)
     warm_up(model, processor)
     engine = Engine(model.lockstep, config.engine, tokenizer=processor.tokenizer)

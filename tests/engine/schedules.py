@@ -128,7 +128,8 @@ class Schedule:
         """Runs it and compares each answer."""
         model = served.model.lockstep
         most = max((served.rows(prompt) + count for prompt, count, *_ in self.requests), default=1)
-        sizes = SchedulerConfig(max_rows_per_step=max(self.rows, self.running), max_running=self.running)
+        per_step = max(self.rows, self.running)
+        sizes = SchedulerConfig(max_rows_per_step=per_step, max_logits_per_step=per_step, max_running=self.running)
         config = EngineConfig(
             num_blocks=-(-most // self.block_size) + self.spare_blocks,
             block_size=self.block_size,

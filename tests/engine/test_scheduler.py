@@ -76,10 +76,21 @@ class Cache:
 class Serving(RuleBasedStateMachine):
     """Random requests over few ids (so that they share prefixes), some with pictures, on a small cache."""
 
-    @initialize(blocks=st.integers(3, 9), size=st.integers(1, 4), rows=st.integers(1, 9), running=st.integers(1, 4))
-    def start(self, blocks: int, size: int, rows: int, running: int) -> None:
+    @initialize(
+        blocks=st.integers(3, 9),
+        size=st.integers(1, 4),
+        rows=st.integers(1, 9),
+        logits=st.integers(1, 9),
+        running=st.integers(1, 4),
+    )
+    def start(self, blocks: int, size: int, rows: int, logits: int, running: int) -> None:
         self.scheduler = make_scheduler(
-            blocks, size, max_rows_per_step=max(rows, running), max_running=running, max_queue=6
+            blocks,
+            size,
+            max_rows_per_step=max(rows, running),
+            max_logits_per_step=max(logits, running),
+            max_running=running,
+            max_queue=6,
         )
         self.cache = Cache(size)
         self.number = 0
@@ -151,6 +162,7 @@ class Serving(RuleBasedStateMachine):
             del self.known[number]
         self.gone.clear()
         assert step.num_rows <= self.scheduler.config.max_rows_per_step
+        assert sum(len(chunk.logits_rows) for chunk in step.chunks) <= self.scheduler.config.max_logits_per_step
         in_step = [chunk.request.number for chunk in step.chunks]
         assert len(set(in_step)) == len(in_step)
         assert not resting & set(in_step)
@@ -286,5 +298,7 @@ def test_limits_name_themselves(sent: int, limit: int) -> None:
 def test_settings_that_cannot_work() -> None:
     with pytest.raises(ConfigError, match=r"max_rows_per_step must be at least engine\.max_running=5"):
         SchedulerConfig(max_rows_per_step=4, max_running=5)
+    with pytest.raises(ConfigError, match=r"max_logits_per_step must be at least engine\.max_running=5"):
+        SchedulerConfig(max_logits_per_step=4, max_running=5)
     with pytest.raises(ConfigError, match="max_queue must be >= 1, got 0"):
         SchedulerConfig(max_queue=0)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import parrot_sys
+from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.models.llm import TokenExpertsConfig
 from parrot_sys.models.lora_maps import is_lora
@@ -41,6 +43,7 @@ TP2_EP2_PP2 = ParallelConfig(
     expert_model_parallel_size=2,
     expert_tensor_parallel_size=1,
 )
+CP2 = ParallelConfig(context_parallel_size=2)
 VPP = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 
 
@@ -173,6 +176,24 @@ def _goes_on(
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-5), name
     return set(theirs)
+
+
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(VPP, id="vpp2"), pytest.param(CP2, id="cp2", marks=pytest.mark.slow)]
+)
+def test_answers_from_a_checkpoint_of_a_layout_that_no_server_has(parallel: ParallelConfig, tmp_path: Path) -> None:
+    """They are those of the exported model."""
+    config = _config(tmp_path, "run", parallel)
+    _train(dataclasses.replace(config, max_steps=2), 2)
+    prompt = torch.tensor([[5, 9, IMAGE_TOKEN_ID, 40, 41]])
+    pixels = torch.randn(1, 3, *[config.model.vision.image_size] * 2, generator=torch.Generator().manual_seed(0))
+
+    def answer(rank: int, size: int, folder: Path) -> Tensor:
+        model, _ = parrot_sys.load_pretrained(folder)
+        return model.generate(prompt, images=pixels, max_new_tokens=12)
+
+    ours, exported = (run_distributed(answer, 1, tmp_path / folder)[0] for folder in ("run", "run/hf"))
+    assert torch.equal(ours, exported)
 
 
 @pytest.mark.parametrize(("parallel", "restored"), [(ONE, True), (TP2, False)], ids=["same", "tp2"])
