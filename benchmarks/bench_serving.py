@@ -4,8 +4,9 @@
         --json benchmarks/results/cpu/serving.json
 
 Needs a checkpoint: `make demo` leaves one. Of the clients 30% leave before their answers end, and 5% send what has to
-be refused; all other answers are compared with those of single requests. Blocks must come back to where they were, the
-cache of pictures must not grow once it has them all, and memory must not grow: the growth is measured from the first tenth of the run on, when every cache is warm.
+be refused; all other answers are compared with those of single requests. Blocks must come back to where they were, and
+neither the cache of pictures nor memory may grow: growth is measured from the first tenth of the run on, when every
+cache is warm.
 """
 
 from __future__ import annotations
