@@ -161,7 +161,7 @@ class Step:
 
 @dataclass(kw_only=True, slots=True)
 class _Budget:
-    """What a step has left."""
+    """Rows and logits that a step has left."""
 
     rows: int
     logits: int
