@@ -4,16 +4,20 @@ The server's event loop also writes streams and reads bodies, and a fault may bl
 whether a process is killed, so the answer must not wait for that. The first bytes of a connection are looked at, not
 read: what is no question for `/health` reaches the server as it came. Such a connection is closed with its answer, so
 that the next question comes here again; later requests on a connection of the server are answered by its own route.
+
+Connections that say nothing are closed after a time, and those that have said nothing for the longest before that when
+there are too many: they must not use up the descriptors that the question needs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _QUESTION = b"GET /health"
 _ENDS = (b" ", b"?")
@@ -22,24 +26,34 @@ _MOST_HEAD = 2**14
 _SECONDS = 5.0
 """Longest time for the rest of the head of a question."""
 _RETRY_SECONDS = 0.1
-_REASONS = {200: "OK", 503: "Service Unavailable"}
 
 
 class Acceptor:
     """Accepts the connections of a listener."""
 
     def __init__(
-        self, listener: socket.socket, is_healthy: Callable[[], bool], hand_over: Callable[[socket.socket], None]
+        self,
+        listener: socket.socket,
+        is_healthy: Callable[[], bool],
+        hand_over: Callable[[socket.socket], None],
+        *,
+        seconds: float,
+        most_silent: int,
     ) -> None:
         """
         Args:
             listener: is closed at the end.
             is_healthy: whether requests are answered; called by the thread.
             hand_over: takes a connection that asks for something else; called by the thread.
+            seconds: in which a connection must say something.
+            most_silent: connections that have said nothing yet.
         """
         self._listener = listener
         self._is_healthy = is_healthy
         self._hand_over = hand_over
+        self._seconds = seconds
+        self._most_silent = most_silent
+        self._silent: dict[socket.socket, asyncio.Task[None]] = {}  # the oldest first
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,23 +91,40 @@ class Acceptor:
             task = asyncio.create_task(self._sort(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(0)  # it looks for bytes before the next connection is taken
 
     async def _sort(self, connection: socket.socket) -> None:
         """Answers a connection or hands it over."""
         try:
-            await self._readable(connection)
-            begin = connection.recv(len(_QUESTION) + 1, socket.MSG_PEEK)
+            begin = await self._begin(connection)
             if not (begin.startswith(_QUESTION) and begin.endswith(_ENDS)):
                 self._hand_over(connection)
                 return
             with connection:
-                async with asyncio.timeout(_SECONDS):
+                async with asyncio.timeout(min(_SECONDS, self._seconds)):
                     await self._answer(connection)
         except (OSError, TimeoutError):
             connection.close()
         except asyncio.CancelledError:
             connection.close()
             raise
+
+    async def _begin(self, connection: socket.socket) -> bytes:
+        """The first bytes that a connection says; none when the client has left."""
+        count = len(_QUESTION) + 1
+        with contextlib.suppress(BlockingIOError):
+            return connection.recv(count, socket.MSG_PEEK)
+        if len(self._silent) >= self._most_silent:
+            self._silent.pop(next(iter(self._silent))).cancel()
+        task = asyncio.current_task()
+        assert task is not None, "the loop runs it"
+        self._silent[connection] = task
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._readable(connection)
+        finally:
+            self._silent.pop(connection, None)
+        return connection.recv(count, socket.MSG_PEEK)
 
     async def _readable(self, connection: socket.socket) -> None:
         """Returns when there are bytes, or the client has left."""
@@ -113,13 +144,19 @@ class Acceptor:
             head += data
         status = 200 if self._is_healthy() else 503
         body = health_body(healthy=status == 200)
-        lines = (
-            f"HTTP/1.1 {status} {_REASONS[status]}",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-            "connection: close",
-        )
-        await self._loop.sock_sendall(connection, "\r\n".join(lines).encode() + _HEAD_END + body)
+        await self._loop.sock_sendall(connection, raw_answer(status, body))
+
+
+def raw_answer(status: int, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
+    """An answer with a body of JSON, after which the connection is closed."""
+    lines = [
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+        "content-type: application/json",
+        f"content-length: {len(body)}",
+        "connection: close",
+        *(f"{name}: {value}" for name, value in (headers or {}).items()),
+    ]
+    return "\r\n".join(lines).encode() + _HEAD_END + body
 
 
 def health_body(*, healthy: bool) -> bytes:

@@ -97,6 +97,8 @@ class ServeConfig:
     further requests are told to come again."""
     request_seconds: float = 600.0
     """Longest time from a request to the end of its answer."""
+    head_seconds: float = 75.0
+    """Longest time in which a connection must ask for something, and the head of a request must arrive."""
     body_seconds: float = 60.0
     """Longest time in which a request's body must arrive."""
     stream_queue: int = 64
@@ -130,7 +132,7 @@ class ServeConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not language_codes(self.languages):
             raise ConfigError("languages must name at least one language, got nothing")
-        for name in ("request_seconds", "body_seconds"):
+        for name in ("request_seconds", "head_seconds", "body_seconds"):
             _check_positive(name, getattr(self, name))
         for name in ("drain_seconds", "linger_seconds"):
             if not 0 <= (seconds := getattr(self, name)) < math.inf:

@@ -56,7 +56,7 @@ def _serve_replicas(argv: Sequence[str], config: ServeConfig, listener: socket.s
 
     if platform.launch().from_launcher or listener is None:
         raise ConfigError("replicas must be 1 under torchrun, whose processes serve one model together")
-    return serve_replicas(argv, config.replicas, listener, drain_seconds=config.drain_seconds)
+    return serve_replicas(argv, config, listener)
 
 
 def _keys(config: ServeConfig) -> list[str]:

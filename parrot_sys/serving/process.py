@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from parrot_sys.serving.acceptor import Acceptor
+from parrot_sys.serving.connections import Connection, most_connections, refuse
 
 _KEEP_ALIVE_SECONDS = 75
 """Longer than load balancers keep a connection: else they send requests into one that just closed."""
@@ -28,6 +29,8 @@ def settings_of(drain_seconds: float) -> dict[str, Any]:
         "lifespan": "off",
         "log_config": None,
         "access_log": False,
+        "http": "h11",
+        "ws": "none",
         "server_header": False,
         "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
         "timeout_graceful_shutdown": int(drain_seconds) + 5,
@@ -44,6 +47,8 @@ class Server(uvicorn.Server):
         *,
         facts: Mapping[str, Any],
         is_healthy: Callable[[], bool],
+        head_seconds: float,
+        descriptors: int = 1,
     ) -> None:
         """
         Args:
@@ -51,11 +56,15 @@ class Server(uvicorn.Server):
             listener: takes connections.
             facts: for the log, when it is ready.
             is_healthy: whether requests are answered; a thread of its own asks.
+            head_seconds: in which the head of a request must arrive.
+            descriptors: of the operating system that a connection takes.
         """
         super().__init__(settings)
         self._listener = listener
         self._facts = facts
         self._is_healthy = is_healthy
+        self._head_seconds = head_seconds
+        self._most, self._most_silent = most_connections(descriptors)
         self._arriving: set[asyncio.Task[Any]] = set()
 
     @contextlib.contextmanager
@@ -76,7 +85,13 @@ class Server(uvicorn.Server):
         def hand_over(connection: socket.socket) -> None:
             loop.call_soon_threadsafe(self._arrive, connection)
 
-        self._acceptor = Acceptor(self._listener, self._is_healthy, hand_over)
+        self._acceptor = Acceptor(
+            self._listener,
+            self._is_healthy,
+            hand_over,
+            seconds=self._head_seconds,
+            most_silent=self._most_silent,
+        )
         host, port = self._listener.getsockname()[:2]
         self._acceptor.start()
         address = f"[{host}]" if ":" in host else host
@@ -92,14 +107,20 @@ class Server(uvicorn.Server):
 
     def _arrive(self, connection: socket.socket) -> None:
         """A connection from the acceptor."""
+        if len(self.server_state.connections) + len(self._arriving) >= self._most:
+            refuse(connection)
+            return
         task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
 
     def _protocol(self) -> asyncio.Protocol:
-        kind: Any = self.config.http_protocol_class
-        made: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-        return made
+        return Connection(
+            head_seconds=self._head_seconds,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
 
 
 def log(event: str, **facts: Any) -> None:

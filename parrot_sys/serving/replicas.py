@@ -17,6 +17,7 @@ import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
+from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.errors import ApiError
 from parrot_sys.serving.forwarding import HOST, exchange
 from parrot_sys.serving.http import error_response
@@ -178,23 +179,28 @@ def joined_metrics(texts: Iterable[tuple[int, str]]) -> str:
     return "\n".join(line for head, lines in families.values() for line in (*head, *lines)) + "\n"
 
 
-def serve_replicas(argv: Sequence[str], count: int, listener: socket.socket, *, drain_seconds: float) -> int:
-    """Serves with `count` replicas until the process is asked to end; 0 then, and 1 when no replica can be started.
+def serve_replicas(argv: Sequence[str], config: ServeConfig, listener: socket.socket) -> int:
+    """Serves with replicas until the process is asked to end; 0 then, and 1 when no replica can be started.
 
     Args:
         argv: of `parrot serve`.
-        count: of replicas.
+        config: what `argv` says.
         listener: takes connections.
-        drain_seconds: time in which answers may end.
     """
     command = [sys.executable, "-m", "parrot_sys", "serve", *argv, "--replicas", "1", "--host", HOST, "--port", "0"]
-    replicas = Replicas(command, count)
+    replicas = Replicas(command, config.replicas)
 
     async def run() -> int:
         await replicas.start()
-        settings = uvicorn.Config(replicas, **settings_of(drain_seconds))
-        facts = {"replicas": count}
-        server = Server(settings, listener, facts=facts, is_healthy=lambda: replicas.is_ready)
+        settings = uvicorn.Config(replicas, **settings_of(config.drain_seconds))
+        server = Server(
+            settings,
+            listener,
+            facts={"replicas": config.replicas},
+            is_healthy=lambda: replicas.is_ready,
+            head_seconds=config.head_seconds,
+            descriptors=2,  # (one more to a replica)
+        )
         ending = asyncio.create_task(_end_when_lost(replicas, server))
         await server.serve([listener])
         ending.cancel()

@@ -37,7 +37,13 @@ class _ModelServer(Server):
 
     def __init__(self, settings: uvicorn.Config, service: Service, listener: socket.socket) -> None:
         facts = {"model": service.preparer.name}
-        super().__init__(settings, listener, facts=facts, is_healthy=lambda: not service.driver.is_dead)
+        super().__init__(
+            settings,
+            listener,
+            facts=facts,
+            is_healthy=lambda: not service.driver.is_dead,
+            head_seconds=service.config.head_seconds,
+        )
         self._service = service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

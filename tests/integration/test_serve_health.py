@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
@@ -14,9 +15,10 @@ import httpx2
 import pytest
 
 from tests.support.serving import Server, chat, serving
-from tests.support.serving_faults import FATAL_SEED, block_loop_on_fatal_seed
+from tests.support.serving_faults import FATAL_SEED, block_loop_on_fatal_seed, few_descriptors
 
 BLOCKED_SECONDS = 3.0
+HEAD_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,66 @@ def test_other_paths_and_clients_that_say_nothing(server: Server) -> None:
         assert client.get("/health").status_code == 200, "on the connection of the request before"
     for each in silent:
         each.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with few descriptors and short times."""
+    options = ["--head-seconds", str(HEAD_SECONDS), "--body-seconds", str(HEAD_SECONDS)]
+    before = functools.partial(few_descriptors, 256)
+    with serving(tmp_path_factory.mktemp("small"), *options, before=before) as running:
+        yield running
+
+
+def _rest(client: socket.socket) -> bytes:
+    """What is sent until the connection is closed."""
+    data = bytearray()
+    client.settimeout(30)
+    while more := client.recv(2**16):
+        data += more
+    return bytes(data)
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece", "wanted"),
+    [
+        (b"", b"", b""),
+        (b"G", b"", b"408"),
+        (b"GET /health HTTP/1.1\r\n", b"", b""),
+        (b"GET / HTTP/1.1\r\nX: ", b"x", b"408"),
+        (HEAD + b"Content-Length: 999\r\n\r\n", b"x", b"408"),
+        (b"GET /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n", b"x", b"404"),
+    ],
+)
+def test_who_says_nothing_or_little_is_not_waited_for(small: Server, begin: bytes, piece: bytes, wanted: bytes) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client, ThreadPoolExecutor(1) as pool:
+        client.sendall(begin)
+        rest = pool.submit(_rest, client)
+        with contextlib.suppress(OSError):
+            for _ in range(2000):
+                if rest.done():
+                    break
+                client.sendall(piece)
+                time.sleep(0.02)
+        assert rest.result(30)[9:12] == wanted
+
+
+def test_connections_do_not_use_up_what_health_needs(small: Server) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as held:
+        for begin in (b"", b"GET / HTTP/1.1\r\n", b""):
+            clients = []
+            for _ in range(300):
+                clients.append(held.enter_context(socket.create_connection((host, int(port)))))
+                clients[-1].sendall(begin)
+            assert httpx2.get(f"{small.url}/health", timeout=10).status_code == 200
+            if begin:
+                assert {_rest(client)[9:12] for client in clients} == {b"408", b"503"}
+    assert httpx2.get(f"{small.url}/v1/models", timeout=10).status_code == 200
 
 
 def test_silent_connections_do_not_keep_a_server_from_its_end(tmp_path: Path) -> None:

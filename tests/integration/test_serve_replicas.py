@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.forked_replicas import FAULT_CODE, fork_replicas
 from tests.support.serving import Server, answer, chat, picture, serving
+from tests.support.serving_faults import slow_steps
 
 KEY = "the-key"
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1, "seed": 1}
@@ -29,13 +30,18 @@ def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fault") / "fault"
 
 
+def _prepare(fault: str) -> None:
+    fork_replicas(fault)
+    slow_steps(0.01)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, fault: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "keys").write_text(KEY)
     options = ["--replicas", "2", "--api-key-file", str(folder / "keys")]
     options += ["--engine.limits.max-bytes", str(2 * MEGABYTE)]
-    with serving(folder, *options, before=functools.partial(fork_replicas, str(fault))) as running:
+    with serving(folder, *options, before=functools.partial(_prepare, str(fault))) as running:
         yield running
 
 

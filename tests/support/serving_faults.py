@@ -76,3 +76,10 @@ def small_send_buffers() -> None:
         return listener
 
     socket.create_server = small
+
+
+def few_descriptors(count: int) -> None:
+    """The process may have so many files and connections open."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
