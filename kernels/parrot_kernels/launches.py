@@ -20,6 +20,7 @@ from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
 from parrot_kernels import triton_support
+from parrot_kernels.stream_memory import scratch_of
 from parrot_kernels.tile_choice import Tile, Tiles
 
 # How compiled code is called is no public interface of Triton: elsewhere its own way is taken.
@@ -30,6 +31,7 @@ _Code = Callable[["Launch"], Callable[..., None]]
 
 _ready: dict[tuple[Any, ...], _Code] = {}
 _compiled: set[Any] = set()
+_RUNTIME = knobs.runtime
 _layouts: dict[int, tuple[int, tuple[bool, ...]]] = {}
 
 # Decorator of functions that make plans of launches from sizes, and from nothing else: equal sizes share a plan.
@@ -44,7 +46,7 @@ class Launch:
     a later shape that takes another tile must not wait for the compiler, least of all while a graph is captured.
     """
 
-    __slots__ = ("_bound", "_constants", "_tile", "_tiles", "grid", "kernel", "numbers")
+    __slots__ = ("_bound", "_constants", "_hooks", "_tile", "_tiles", "grid", "kernel", "numbers")
 
     def __init__(
         self,
@@ -59,10 +61,12 @@ class Launch:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self._tile, self._tiles, self._constants = tile, tiles, dict(constants or {})
         self._bound: dict[tuple[Any, ...], Callable[..., None]] = {}  # by device and dtypes
+        self._hooks: list[Any] = kernel.pre_run_hooks
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Enqueues it on the current stream."""
-        if not _DIRECT or _hooked(self.kernel):
+        # (Hooks: somebody wants to hear of launches, a profiler, say.)
+        if not _DIRECT or _RUNTIME.launch_enter_hook.calls or _RUNTIME.launch_exit_hook.calls or self._hooks:
             self._through_triton(tensors)
             return
         addresses = 0
@@ -78,10 +82,9 @@ class Launch:
             return
         active = driver.active
         device = active.get_current_device()
-        key = (device, *dtypes)
-        start = self._bound.get(key)
+        start = self._bound.get((device, *dtypes))
         if start is None:
-            start = self._bind(key, tensors)
+            start = self._bind((device, *dtypes), tensors)
         start(active.get_current_stream(device), tensors)
 
     @property
@@ -163,12 +166,6 @@ def _allocator(device: torch.device) -> Callable[[int, int, Any], Tensor]:
     return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _hooked(kernel: Any) -> bool:
-    """Whether somebody wants to hear of launches: a profiler, say."""
-    runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
-
-
 def _layout(kernel: JITFunction[Any]) -> tuple[int, tuple[bool, ...]]:
     """How many tensors (or None) come first, and of each number whether it is not specialised."""
     layout = _layouts.get(id(kernel))  # (the hash of a kernel is that of its source)
@@ -201,7 +198,7 @@ def _code(first: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> _
         size, start = math.prod(grid) * launcher.global_scratch_size * launcher.num_ctas, launcher.launch
 
         def call(stream: Any, tensors: tuple[Tensor | None, ...]) -> None:
-            scratch = torch.empty(size, dtype=torch.int8, device=device) if size else None
+            scratch = scratch_of(size, device, stream) if size else None
             start(*grid, stream, function, *flags, scratch, None, *hooks, *tensors, *tail)
 
         return call

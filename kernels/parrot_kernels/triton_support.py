@@ -31,15 +31,14 @@ def why_not(*args: object) -> str | None:
     They take CUDA tensors where there is a GPU, and CPU tensors in the interpreter. (The registry adds that `auto`
     never picks Triton for CPU tensors.) Kernels accumulate in float32, so float64 is refused.
     """
-    fits, on_cuda = INTERPRETING, DEVICE == "cuda"
+    fits, on_cuda, too_wide = INTERPRETING, DEVICE == "cuda", torch.float64
     for tensor in args:
-        if not isinstance(tensor, Tensor):
-            continue
-        if not (tensor.is_cuda if on_cuda else tensor.is_cpu):
-            return f"it needs {DEVICE} tensors, got {tensor.device.type} ({_HINT})"
-        if tensor.dtype == torch.float64:
-            return "it computes in float32, got float64"
-        fits = True
+        if isinstance(tensor, Tensor):
+            if not (tensor.is_cuda if on_cuda else tensor.is_cpu):
+                return f"it needs {DEVICE} tensors, got {tensor.device.type} ({_HINT})"
+            if tensor.dtype is too_wide:
+                return "it computes in float32, got float64"
+            fits = True
     return None if fits or torch.cuda.is_available() else f"it needs a CUDA device ({_HINT})"
 
 

@@ -108,7 +108,9 @@ class TextGuidedMoEConfig:
     @property
     def has_losses(self) -> bool:
         """Whether routes bear auxiliary losses in training."""
-        return any(getattr(self, name) for name in _COEFFICIENTS)
+        # (Asked for in each layer's forward pass, so not in a loop over the names.)
+        losses = self.aux_loss_coeff or self.z_loss_coeff
+        return bool(losses or self.information_coeff or self.evenness_coeff or self.entropy_coeff)
 
     @property
     def needs_routes_ahead(self) -> bool:

@@ -17,6 +17,8 @@ from parrot_sys.ops._operator import operator
 
 # n images, V rows an image, H hidden_size, E experts, I ffn_hidden_size, K topk, G text rows
 
+_softmax_bwd = torch._softmax_backward_data  # type: ignore[attr-defined]
+
 
 @operator("text_guided_experts")
 def _fwd(
@@ -36,7 +38,7 @@ def _fwd(
     save_z: bool,
     fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    router = (x[:, 0] if query is None else query, text, text_start, text_end, router_weight, scale)
+    router = (x.select(1, 0) if query is None else query, text, text_start, text_end, router_weight, scale)
     logits, lse = registry.select("text_guided_routing", *router).text_guided_routing_fwd(*router)
     scales, op = (residual_scale, output_scale), "fp8_experts" if fp8 else "expert_mlp"
     if not topk:
@@ -128,13 +130,13 @@ def _bwd(
         impl = registry.select("topk_routing", logits, topk, *route[2:])
         own = impl.topk_routing_bwd(own, None, None, None, None, *route)
     else:
-        own = torch.ops.aten._softmax_backward_data(own, probs, -1, probs.dtype)
+        own = _softmax_bwd(own, probs, -1, probs.dtype)
     own = own if grad_logits is None else own + grad_logits
-    router = (x[:, 0] if query is None else query, text, text_start, text_end, router_weight)
+    router = (x.select(1, 0) if query is None else query, text, text_start, text_end, router_weight)
     impl = registry.select("text_guided_routing", *router, scale)
     grad_query, grad_text, grad_router = impl.text_guided_routing_bwd(own, None, *router, logits, lse, scale, wanted)
     if query is None and needs_x:
-        grad_x[:, 0].add_(grad_query)
+        grad_x.select(1, 0).add_(grad_query)
         grad_query = x.new_empty(0)
     return grad_x, grad_query, grad_text, grad_router, grad_gate_up, grad_down
 

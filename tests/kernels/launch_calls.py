@@ -19,6 +19,7 @@ from parrot_kernels import compile_only, launches
 from parrot_kernels.tile_choice import Tile
 
 SEEN: list[list[str]] = []
+SCRATCH: list[torch.Tensor | None] = []
 
 
 class Launcher(compile_only.SilentLauncher):
@@ -28,7 +29,9 @@ class Launcher(compile_only.SilentLauncher):
         super().__init__(source, metadata)
 
         def note(*args: Any) -> None:
-            grid, function, flags, (enter, _), arguments = args[:3], args[4], args[5:10], args[11:13], args[13:]
+            grid, function, (enter, _), arguments = args[:3], args[4], args[11:13], args[13:]
+            flags = *args[5:7], *args[8:10]
+            SCRATCH.append(args[7])
             if enter is not None:
                 enter(args[10])
             named = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
@@ -44,6 +47,26 @@ def kernel(x_ptr, y_ptr, rows, first, width, scale, WIDE: tl.constexpr, BLOCK: t
         tl.store(y_ptr + at, scale * tl.load(x_ptr + at, mask=at < rows, other=0.0), mask=at < rows)
     if WIDE:
         tl.store(x_ptr + at, 0.0, mask=at < rows)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, height, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK
+    x_desc = tl.make_tensor_descriptor(x_ptr, [height, width], [width, 1], [BLOCK, BLOCK])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [height, width], [width, 1], [BLOCK, BLOCK])
+    y_desc.store([row, 0], x_desc.load([row, 0]))
+
+
+def report_scratch(silent: compile_only.CompileOnlyDriver) -> None:
+    """Prints how much memory a kernel with descriptors gets from Triton, and which from its launches on two streams."""
+    x, y = torch.zeros(64, 64), torch.zeros(64, 64)
+    small = launches.Launch(copy_kernel, (4,), numbers=(64, 64), constants={"BLOCK": 16})
+    large = launches.Launch(copy_kernel, (4, 2000), numbers=(64, 64), constants={"BLOCK": 16})
+    SCRATCH.clear()
+    for stream, launch in [(0, small), (0, small), (0, small), (1, small), (0, large), (0, large), (0, small)]:
+        silent.get_current_stream = lambda device, stream=stream: stream  # type: ignore[method-assign]
+        launch(x, y)
+    print(json.dumps([None if own is None else [own.numel(), own.data_ptr()] for own in SCRATCH]), flush=True)
 
 
 def main() -> None:
@@ -90,6 +113,7 @@ def main() -> None:
         row = {"name": name, "wanted": wanted, "seen": SEEN[:], "kept": len(launches._ready) - before}
         print(json.dumps({**row, "hooks": len(heard)}), flush=True)
         SEEN.clear()
+    report_scratch(silent)
 
 
 if __name__ == "__main__":

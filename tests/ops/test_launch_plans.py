@@ -18,8 +18,9 @@ from parrot_kernels.grouped_gemm import tiles
 from parrot_kernels.grouped_gemm import triton_impl as grouped
 from parrot_kernels.launches import Launch
 from parrot_kernels.text_guided_routing import triton_impl as routing
+from parrot_kernels.topk_routing import triton_impl as choice
 
-MODULES: tuple[ModuleType, ...] = (experts, route_kernels, grouped, routing)
+MODULES: tuple[ModuleType, ...] = (experts, route_kernels, grouped, routing, choice)
 BASE: dict[str, Any] = {
     "dtype": torch.bfloat16,
     "images": 3,
@@ -36,6 +37,7 @@ BASE: dict[str, Any] = {
     "processors": 4,
     "tma": True,
     "needs": True,
+    "score_function": "softmax",
 }
 OTHERS = {
     "dtype": torch.float32,
@@ -53,6 +55,7 @@ OTHERS = {
     "processors": 132,
     "tma": False,
     "needs": False,
+    "score_function": "sigmoid",
 }
 
 
@@ -82,6 +85,11 @@ def call_all(of: dict[str, Any], device: torch.device) -> None:
     logits, lse = routing.text_guided_routing_fwd(*router, of["residual_scale"])
     needs = (of["needs"], True, True)
     routing.text_guided_routing_bwd(logits, None, *router, logits, lse, of["residual_scale"], needs)
+    for repeats in (1, 2000):  # for one program, and for many
+        rows = logits.repeat(repeats, 1)
+        indices = choice.topk_routing_fwd(rows, k, of["needs"], of["score_function"], of["output_scale"])[5]
+        options = of["needs"], of["score_function"], of["output_scale"]
+        choice.topk_routing_bwd(rows, None, None, None, None, rows, indices, *options)
 
 
 def forget() -> None:
@@ -138,5 +146,5 @@ def test_a_kept_plan_is_taken_again(launches_of) -> None:
     before = [planner.cache_info().misses for planner in planners]
     launches_of(BASE)
     assert [planner.cache_info().misses for planner in planners] == before
-    assert len(planners) == 7
+    assert len(planners) == 9
     assert all(before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +12,14 @@ from torch import Tensor
 # n images, V rows an image, E experts, K topk, J segments: at most n * K, or E * n (dense)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """By segment: chosen pairs in the order of the plan, or E times all images (dense)."""
 
     probs: Tensor
     """[n, E] float32."""
     scale: float
     """Factor of `probs`."""
+    topk: int
     weights: Tensor | None = None
     """[J] float32, `scale` times the weight of each segment; None where the kernels look at `probs` themselves."""
     offsets: Tensor | None = None
@@ -28,16 +30,20 @@ class Route:
     """[n * K], the inverse of the plan; -1 at positions that it lacks."""
     experts: Tensor | None = None
     """[n, K]"""
-    topk: int
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The Triton kernels, imported late: the CUDA back end has to import without Triton, to say what it lacks."""
+    from parrot_kernels.expert_mlp import kernels
+
+    return kernels
 
 
 def _lay_out(route: Route, segments: int) -> Route:
     if segments and (route.plan is not None or route.weights is not None):
-        # Imported here: the CUDA back end has to import without Triton, to say what it lacks.
-        from parrot_kernels.expert_mlp import kernels
-
         images, num_experts = route.probs.shape
-        own = kernels.layout_launch(segments, images, route.topk, num_experts, route.scale)
+        own = _kernels().layout_launch(segments, images, route.topk, num_experts, route.scale)
         own(route.plan, route.experts, route.probs, route.places, route.weights)
     return route
 
@@ -69,9 +75,7 @@ def grad_probs(sums: Tensor, route: Route) -> Tensor:
     grad = torch.empty_like(route.probs)
     blocks, segments, rows = sums.shape
     if grad.numel():
-        from parrot_kernels.expert_mlp import kernels
-
         images, num_experts = route.probs.shape
-        own = kernels.grad_probs_launch(images, segments, rows, blocks, route.topk, num_experts, route.scale)
+        own = _kernels().grad_probs_launch(images, segments, rows, blocks, route.topk, num_experts, route.scale)
         own(sums, route.places, route.experts, grad)
     return grad

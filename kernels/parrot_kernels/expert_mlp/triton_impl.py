@@ -136,8 +136,9 @@ def _up(x: Tensor, w_gate_up: Tensor, route: Route, save_z: bool, fp8: bool) -> 
     """Weighted h [J, V, I], and z [J, V, 2, I] or None."""
     segments = route.probs.numel() if route.plan is None else route.plan.shape[0]
     rows = (segments, x.shape[1])
-    h = x.new_empty(*rows, w_gate_up.shape[2])
-    z = x.new_empty(*rows, *w_gate_up.shape[1:3]) if save_z else None
+    width = w_gate_up.shape[2]
+    h = x.new_empty(*rows, width)
+    z = x.new_empty(*rows, 2, width) if save_z else None
     x, w_gate_up, scales = quantized(x, w_gate_up, trans_w=True) if fp8 else (x, w_gate_up, (None, None))
     grouped.launch_m_grouped(
         x, w_gate_up, (h, z, None, None), offsets=route.offsets, plan=route.plan, topk=route.topk,
@@ -218,7 +219,7 @@ def _bwd(
         out = torch.empty_like(weight) if needed else x.new_empty(0)
         if needed:
             grouped.launch_k_grouped(
-                a, b, out.view(weight.shape[0], -1, weight.shape[-1]), offsets=route.offsets, plan=route.plan,
+                a, b, out if out.dim() == 3 else out.flatten(1, 2), offsets=route.offsets, plan=route.plan,
                 topk=route.topk, rows_per_segment=x.shape[1],
             )  # fmt: skip
         grads.append(out)

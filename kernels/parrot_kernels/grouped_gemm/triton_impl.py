@@ -92,6 +92,7 @@ def launch_m_grouped(
     epilogue: int,
     trans_w: bool,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    by_tma: bool | None = None,
 ) -> None:
     """Runs `m_grouped_kernel`.
 
@@ -109,6 +110,7 @@ def launch_m_grouped(
         epilogue: STORE, SWIGLU or SWIGLU_BWD.
         trans_w: layout of w.
         scales: of x and w where they are float8.
+        by_tma: `tiles.tma_reads` of x and w, from callers that have asked.
     """
     out = outputs[0]
     columns, depth = out.shape[-1], x.shape[-1]
@@ -117,8 +119,8 @@ def launch_m_grouped(
         return
     own = _m_launch(
         (rows, x_rows, w.shape[0], columns, depth), (rows_per_segment, topk), weight_scale,
-        (_source(offsets, plan), epilogue, trans_w, route), x.element_size(), tiles.tma_reads(x, w),
-        triton_support.num_processors(x.device),
+        (_source(offsets, plan), epilogue, trans_w, route), x.element_size(),
+        tiles.tma_reads(x, w) if by_tma is None else by_tma, triton_support.num_processors(x.device),
     )  # fmt: skip
     own(x, w, *scales, offsets, plan, weights, *outputs)
 
@@ -179,12 +181,14 @@ def swiglu_bwd_of_product(
     """
     segments, rows, _, width = z.shape
     h, grad_z = z.new_empty(segments, rows, width), torch.empty_like(z)
-    kind = tiles.product_kind(grad.element_size(), tiles.tma_reads(grad, w), width, grad.shape[-1])
+    by_tma = tiles.tma_reads(grad, w)
+    kind = tiles.product_kind(grad.element_size(), by_tma, width, grad.shape[-1])
     block = _M_TILES[SWIGLU_BWD.value][kind][0]["BLOCK_N"]
     sums = probs.new_empty(cdiv(width, block), segments, rows)
     launch_m_grouped(
         grad, w, (h, z, grad_z, sums), offsets=offsets, plan=plan, topk=topk, weights=probs,
         weight_scale=scale, route=True, rows_per_segment=rows, epilogue=SWIGLU_BWD.value, trans_w=True,
+        by_tma=by_tma,
     )  # fmt: skip
     return h, grad_z, sums
 

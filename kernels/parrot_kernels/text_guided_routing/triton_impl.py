@@ -141,15 +141,12 @@ def text_guided_routing_fwd(
     query, text, router_weight = _rows(query), _rows(text), _rows(router_weight)
     num_images, num_experts, device = query.shape[0], router_weight.shape[0], query.device
     logits = torch.empty(num_images, num_experts, dtype=torch.float32, device=device)
-    lse = torch.empty(num_images, dtype=torch.float32, device=device)
+    lse = logits.new_empty(num_images)
     if num_images:
         strides = query.stride(0), text.stride(0), router_weight.stride(0)
         own = _fwd_launch(_problem_of(query, text, router_weight), strides, scale)
-        parts = torch.empty(num_images, own.grid[0], num_experts + 2, dtype=torch.float32, device=device)
-        counters = semaphores(num_images, device)
-        own(
-            query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts, counters, logits, lse
-        )  # fmt: skip
+        parts, counters = logits.new_empty(num_images, own.grid[0], num_experts + 2), semaphores(num_images, device)
+        own(query, text, text_start.contiguous(), text_end.contiguous(), router_weight, parts, counters, logits, lse)
     return logits, lse
 
 
@@ -164,6 +161,7 @@ class _Backward:
     num_groups: int
     """Of images, with a part of the router's gradient each."""
     counters: int
+    """As many as the launch with the most needs; each finds and leaves them at zero."""
 
 
 @planned
@@ -203,7 +201,7 @@ def _backward_plan(
         text=text,
         images=images,
         num_groups=num_groups if needs[2] else 0,
-        counters=cdiv(hidden, 32),
+        counters=max(num_images, cdiv(hidden, 32)),
     )
 
 
@@ -223,8 +221,8 @@ def text_guided_routing_bwd(
     """See the contract in the package docstring."""
     query, text, router_weight = _rows(query), _rows(text), _rows(router_weight)
     tensors = (query, text, router_weight)
-    grads = [torch.empty_like(own) if needs[i] else own.new_empty(0) for i, own in enumerate(tensors)]
-    num_images, num_rows, device = query.shape[0], text.shape[0], query.device
+    grads = [torch.empty_like(own) if needed else own.new_empty(0) for own, needed in zip(tensors, needs, strict=True)]
+    num_images, num_rows = query.shape[0], text.shape[0]
     if not (num_images and num_rows):
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     grad_logits, grad_lse = grad_logits.contiguous(), None if grad_lse is None else grad_lse.contiguous()
@@ -233,19 +231,16 @@ def text_guided_routing_bwd(
     own = _backward_plan(
         _problem_of(query, text, router_weight), strides, scale, query.dtype == torch.float32, tuple(needs)
     )
-
-    def scratch(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=device)
-
+    scratch, counters = lse.new_empty, semaphores(own.counters, query.device)
     # Of the scores only those inside a span are ever touched.
     pairs = scratch(num_images, num_rows), scratch(num_images, num_rows), scratch(num_images, 3)
     own.scores(
         query, text, *spans, router_weight, grad_logits, grad_lse, *pairs[:2],
-        scratch(num_images, own.num_blocks, 3), semaphores(num_images, device), pairs[2],
+        scratch(num_images, own.num_blocks, 3), counters, pairs[2],
     )  # fmt: skip
     if own.text is not None:
         own.text(query, *spans, router_weight, grad_logits, *pairs, grads[1])
     if own.images is not None:
         parts = scratch(own.num_groups, *router_weight.shape)
-        own.images(text, *spans, grad_logits, *pairs, grads[0], parts, semaphores(own.counters, device), grads[2])
+        own.images(text, *spans, grad_logits, *pairs, grads[0], parts, counters, grads[2])
     return grads[0], grads[1], grads[2]

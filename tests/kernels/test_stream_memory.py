@@ -1,4 +1,4 @@
-"""Counters outlive a call: they are kept by stream, and never come from the memory of a CUDA graph."""
+"""Counters and scratch outlive a call: they are kept by stream, and never come from the memory of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from parrot_kernels import semaphores as module
+from parrot_kernels import stream_memory
 from parrot_kernels.semaphores import semaphores
-from parrot_sys.ops import force_backend, text_guided_routing
+from parrot_kernels.stream_memory import scratch_of
+from parrot_sys.ops import expert_mlp, force_backend, text_guided_routing
 
 CUDA = torch.device("cuda", 0)
 
@@ -28,7 +30,7 @@ class PlayedStream:
 
 
 class PlayedDevice:
-    """The parts of torch.cuda that `semaphores` sees; allocations of a captured thread or stream go to the pool."""
+    """The parts of torch.cuda that the memory sees; allocations of a captured thread or stream go to the pool."""
 
     def __init__(self) -> None:
         self.current: dict[int, PlayedStream] = {}
@@ -50,7 +52,7 @@ class PlayedDevice:
         yield
         del self.current[threading.get_ident()]
 
-    def zeros(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made = torch.full((count,), 0, dtype=dtype)
         in_pool = self.current_stream(device) is self.main or threading.get_ident() == self.pooled_thread
         if self.pooled_thread is not None and in_pool:
@@ -62,7 +64,9 @@ class PlayedDevice:
 def played(monkeypatch: pytest.MonkeyPatch) -> PlayedDevice:
     device = PlayedDevice()
     monkeypatch.setattr(module, "_semaphores", {})
-    monkeypatch.setattr(torch, "zeros", device.zeros)
+    monkeypatch.setattr(stream_memory, "_scratch", {})
+    monkeypatch.setattr(torch, "zeros", device.allocate)
+    monkeypatch.setattr(torch, "empty", device.allocate)
     monkeypatch.setattr(torch.cuda, "current_stream", device.current_stream)
     monkeypatch.setattr(torch.cuda, "Stream", device.new_stream)
     monkeypatch.setattr(torch.cuda, "stream", device.on)
@@ -97,6 +101,55 @@ def test_each_stream_has_its_own_and_more_images_get_more(played: PlayedDevice) 
         assert semaphores(5, CUDA) is not first
     assert len(semaphores(5000, CUDA)) >= 5000
     assert first.sum() == 0
+
+
+def test_scratch_is_kept_for_each_stream(played: PlayedDevice) -> None:
+    first = scratch_of(1000, CUDA, 7)
+    assert first.numel() >= 1000
+    assert scratch_of(5000, CUDA, 7) is first
+    assert scratch_of(1000, CUDA, 8) is not first
+    assert scratch_of(1000, torch.device("cuda", 1), 7) is not first
+    many = stream_memory._SCRATCH_BYTES + 1
+    assert scratch_of(many, CUDA, 7).numel() == many
+    assert scratch_of(many, CUDA, 7) is not scratch_of(many, CUDA, 7)
+    assert scratch_of(1000, CUDA, 7) is first
+
+
+def test_scratch_of_a_graph_is_its_own(played: PlayedDevice) -> None:
+    """Its replays may run at the same time as other launches on the stream that captured it."""
+    played.pooled_thread = threading.get_ident()
+    kept = scratch_of(1000, CUDA, 7)
+    assert not played.pool
+    assert len(played.main.awaited) == 1
+    played.capturing = True
+    captured = scratch_of(1000, CUDA, 7)
+    assert captured is not kept
+    assert played.pool == [captured]
+    played.capturing, played.pooled_thread = False, None
+    assert scratch_of(1000, CUDA, 7) is kept
+
+
+@pytest.mark.gpu
+def test_replays_beside_other_launches() -> None:
+    """A graph of products by TMA on one stream, the same launches on the stream that captured it at the same time."""
+    x, gate_up = torch.randn(2, 128, 256, device="cuda"), torch.randn(3, 2, 128, 256, device="cuda")
+    down, probs = torch.randn(3, 128, 256, device="cuda"), torch.rand(2, 3, device="cuda")
+    x, gate_up, down = x.bfloat16(), gate_up.bfloat16(), down.bfloat16()
+    captured_on, replayed_on = torch.cuda.Stream(), torch.cuda.Stream()
+    with force_backend("triton"), torch.cuda.stream(captured_on):
+        wanted = expert_mlp(x, gate_up, down, probs)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=captured_on):
+            replayed = expert_mlp(x, gate_up, down, probs)
+        others = []
+        for _ in range(50):
+            with torch.cuda.stream(replayed_on):
+                graph.replay()
+            others.append(expert_mlp(2 * x, gate_up, down, probs))
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, wanted)
+        assert all(torch.equal(other, others[0]) for other in others)
 
 
 @pytest.mark.gpu
