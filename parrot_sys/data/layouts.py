@@ -53,6 +53,8 @@ def parse_layout(raw: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[st
             match, or a text has no UTF-8.
     """
     given = parse_images(raw)
+    if (plain := _plain_turns(raw, len(given))) is not None:
+        return plain, given, 0
     turns = list(_parse_turns(raw))
     _check_order(turns)
     own = [part for turn in turns for part in turn.content if isinstance(part, _Image)]
@@ -104,6 +106,40 @@ def valid_text(text: str, where: str) -> str:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return text
+
+
+def _plain_turns(raw: Mapping[str, Any], images: int) -> list[dict[str, Any]] | None:
+    """Turns of a record that is written as LLaVA writes them, which nearly all are, in a third of the time.
+
+    None where anything is otherwise or wrong: then the long way reads it, or says what is wrong.
+    """
+    entries = raw.get("conversations")
+    if not isinstance(entries, list) or not entries or len(entries) % 2 or raw.get("system"):
+        return None
+    turns, markers = [], 0
+    for place, entry in enumerate(entries):
+        wanted = "gpt" if place % 2 else "human"
+        if type(entry) is not dict or len(entry) != 2 or entry.get("from") != wanted:
+            return None
+        text = entry.get("value")
+        if type(text) is not str or not _has_utf8(text) or (place % 2 and not text.strip()):
+            return None
+        if IMAGE_TOKEN in text:
+            if place % 2:
+                return None
+            markers += text.count(IMAGE_TOKEN)
+        turns.append({"from": wanted, "value": text})
+    return turns if markers == images else None
+
+
+def _has_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_turns(raw: Mapping[str, Any]) -> Iterator[_Turn]:

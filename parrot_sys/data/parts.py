@@ -58,6 +58,9 @@ def split_markers(text: str) -> Parts:
 
 def turn_parts(turn: Turn, position: ImagePosition) -> Parts:
     """Parts of a turn, with its images where `position` wants them and its `input` on the next line."""
+    value = turn["value"]
+    if isinstance(value, str) and value and IMAGE_TOKEN not in value and not turn.get("input"):
+        return (Part(value, "text"),)  # (as most turns are)
     parts = _own_parts(turn)
     if turn.get("input"):
         parts = (*parts, Part(f"\n{turn['input']}", "text"))
@@ -106,6 +109,8 @@ def strip_parts(parts: Sequence[Part]) -> Parts:
 
 def moves_images(turn: Turn) -> bool:
     """Whether `front` puts an image of this turn somewhere else than `in_place` does: one that follows a word."""
+    if isinstance(turn["value"], str) and IMAGE_TOKEN not in turn["value"]:
+        return False
     parts = _own_parts(turn)
     return sum(part.kind == "image" for part in parts) > _leading_images(parts)
 

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from parrot_sys.data.constants import DEFAULT_SYSTEM_PROMPT, IM_END, IM_START, PAD_TOKEN
 from parrot_sys.data.parts import (
@@ -47,11 +47,14 @@ VICUNA_ANSWER = " ASSISTANT:"
 LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 LLAMA3_END = "<|eot_id|>"
 
+_OPENINGS: Mapping[str, Parts] = {name: (template(f"{IM_START}{role}\n"),) for name, role in ROLE_NAMES.items()}
+_DEFAULT_SYSTEM: tuple[str, Parts] = ("system", (Part(DEFAULT_SYSTEM_PROMPT, "text"),))
+_CLOSING, _LAST_CLOSING = template(f"{IM_END}\n"), template(IM_END)
+
 TemplateName = Literal["chatml", "llama3", "instruction", "vicuna"]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):  # (made for every turn of every record: quicker than a frozen dataclass)
     """A stretch of a conversation that is tokenised on its own."""
 
     parts: Parts
@@ -102,16 +105,18 @@ def render_conversation(
     Raises:
         DataError: no turns, or an unknown `from`.
     """
-    header = (template(ANSWER_HEADER),)
+    messages = _messages(turns, image_position)
+    closings = [_CLOSING] * len(messages)
+    if not add_generation_prompt:
+        closings[-1] = _LAST_CLOSING
     segments = []
-    for name, message in _messages(turns, image_position):
-        opened = (template(f"{IM_START}{ROLE_NAMES[name]}\n"),)
-        parts = (*opened, *message, template(f"{IM_END}\n"))
-        segments.append(Segment(parts, bears_loss=name == "gpt", prefix=opened if name == "gpt" else ()))
+    for (name, message), closing in zip(messages, closings, strict=True):
+        opened = _OPENINGS[name]
+        parts = (*opened, *message, closing)
+        segments.append(Segment(parts, True, opened) if name == "gpt" else Segment(parts, False))
     if add_generation_prompt:
-        return [*segments, Segment(header, bears_loss=True, prefix=header)]
-    last = segments[-1]
-    return [*segments[:-1], replace(last, parts=(*last.parts[:-1], template(IM_END)))]
+        segments.append(Segment(_OPENINGS["gpt"], True, _OPENINGS["gpt"]))
+    return segments
 
 
 def render_llama3(
@@ -246,7 +251,7 @@ def _messages(turns: Sequence[Turn], position: ImagePosition) -> list[tuple[str,
     messages = [(turn["from"], turn_parts(turn, position)) for turn in turns]
     if messages[0][0] == "system":
         return messages
-    return [("system", (Part(DEFAULT_SYSTEM_PROMPT, "text"),)), *messages]
+    return [_DEFAULT_SYSTEM, *messages]
 
 
 def _check_turns(turns: Sequence[Turn]) -> None:

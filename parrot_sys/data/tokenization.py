@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.control_tokens import TextEncoder, TextTokenizer
-from parrot_sys.data.parts import ControlTokens, ImagePosition, Part, Parts, Turn
+from parrot_sys.data.parts import IMAGE, ControlTokens, ImagePosition, Part, Parts, Turn
 from parrot_sys.data.templates import Segment, Template
 
 IntArray = npt.NDArray[np.int64]
@@ -35,6 +35,17 @@ class BareTokenizer:
         return cls(backend, added, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
+class Measures(NamedTuple):
+    """Facts about the ids of a conversation: what an index keeps of them."""
+
+    size: int
+    """Ids, with one for each image."""
+    images: list[int]
+    """Places of the images among the ids."""
+    labels: list[int]
+    """First id, and id after the last, of each stretch that bears loss, one after the other."""
+
+
 @dataclass(frozen=True)
 class ConversationEncoder:
     """Template and tokenizer of a model, to be sent to other processes: what `ParrotProcessor` does with texts."""
@@ -51,9 +62,9 @@ class ConversationEncoder:
         """Segments of a conversation."""
         return self.template.render(turns, image_position=self.image_position)
 
-    def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[tuple[IntArray, IntArray]]:
-        """(input_ids, labels) of each conversation."""
-        return encode_conversations(self.tokenizer, self._texts, conversations)
+    def measure(self, conversations: Sequence[Sequence[Segment]]) -> list[Measures]:
+        """Facts about each conversation, for an index."""
+        return measure_conversations(self.tokenizer, self._texts, conversations)
 
     @cached_property
     def _texts(self) -> TextEncoder:
@@ -90,9 +101,53 @@ def encode_conversations(
     return result
 
 
-def _between_images(parts: Parts) -> list[list[Part]]:
+def measure_conversations(
+    tokenizer: TextTokenizer, encoder: TextEncoder, conversations: Sequence[Sequence[Segment]]
+) -> list[Measures]:
+    """The facts that `encode_conversations` shows of each conversation, without the ids: in half of its time."""
+    runs = []
+    for segment in (segment for conversation in conversations for segment in conversation):
+        runs += _between_images(segment.parts)
+        if segment.bears_loss:
+            runs += _between_images(segment.prefix)
+    counts = iter(encoder.count(runs))
+    opening = int(tokenizer.bos_token_id is not None)
+    return [_measure(conversation, counts, opening) for conversation in conversations]
+
+
+def _measure(conversation: Sequence[Segment], counts: Iterator[int], opening: int) -> Measures:
+    """One conversation, whose counts come next; `opening` ids begin a segment that wants a first one."""
+    at = 0
+    images: list[int] = []
+    labels: list[int] = []
+    for segment in conversation:
+        at += opening if segment.begins else 0
+        start, before = at, len(images)
+        at += next(counts)
+        for _ in range(segment.parts.count(IMAGE)):
+            images.append(at)
+            at += 1 + next(counts)
+        at += segment.ends
+        if not segment.bears_loss:
+            continue
+        silent = next(counts)
+        for _ in range(segment.prefix.count(IMAGE)):
+            silent += 1 + next(counts)
+        low = min(start + silent, at)
+        for high in (*(place for place in images[before:] if place >= low), at):
+            if labels and labels[-1] == low < high:
+                labels[-1] = high
+            elif low < high:
+                labels += (low, high)
+            low = high + 1
+    return Measures(at, images, labels)
+
+
+def _between_images(parts: Parts) -> list[Sequence[Part]]:
     """The stretches before, between and after images; one more than there are images."""
-    runs: list[list[Part]] = [[]]
+    if IMAGE not in parts:
+        return [parts]
+    runs: list[Any] = [[]]
     for part in parts:
         if part.kind == "image":
             runs.append([])

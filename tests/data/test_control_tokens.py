@@ -14,24 +14,9 @@ from parrot_sys.data.control_tokens import TextEncoder, control_tokens
 from parrot_sys.data.images import ImageProcessor
 from parrot_sys.data.parts import Part, check_text, human_turn, template
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.data.templates import TEMPLATES
 from parrot_sys.errors import DataError
-from tests.data.tokenizers_of_all_kinds import CHATML, KINDS, LLAMA3, make_tokenizer
-
-CONTROL = [*CHATML, *LLAMA3, "<s>", "</s>", "<unk>", "<image>", "<0x0A>", "[SEP]", "[INST]", "<tool_call>", "say:"]
-WORDS = st.text(alphabet=st.characters(codec="utf-8"), max_size=12)
-"""Any text; with next to no chance of a control token in it."""
-TRICKY = st.lists(st.one_of(WORDS, st.sampled_from([*CONTROL, " ", "\n", "<", "|>", "\u2581"])), max_size=6).map(
-    "".join
-)
-"""Text with control strings in it, whole, cut and side by side."""
-
-
-def make_processor(kind, template_name="chatml", **options):
-    return ParrotProcessor(
-        make_tokenizer(kind), ImageProcessor.for_tower("clip", 28), TEMPLATES[template_name], **options
-    )
-
+from tests.data.tokenizers_of_all_kinds import CHATML, KINDS, make_tokenizer
+from tests.data.tricky_texts import CONTROL, TRICKY, WORDS, make_processor
 
 TEXTUAL = {kind: make_processor(kind) for kind in KINDS}
 PARSED = {kind: make_processor(kind, control_tokens="parsed") for kind in KINDS}

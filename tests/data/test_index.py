@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from parrot_sys.data.config import DataConfig
+from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.index import build
 from parrot_sys.data.index.access import IndexPlace, load_index
 from parrot_sys.data.index.columns import Texts
@@ -161,16 +162,18 @@ def test_an_interrupted_build_goes_on(tmp_path, processor, pictures, monkeypatch
 
 
 def test_workers_import_neither_torch_nor_transformers(processor):
-    """Which cost each of them seconds; what they are sent encodes as the processor does all the same."""
+    """Which cost each of them seconds; what they are sent measures what the processor encodes all the same."""
     encoder = processor.conversation_encoder()
-    program = "import pickle, sys; e = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write(pickle.dumps(e[0].encode("
-    program += "[e[0].render(e[1])]))); import parrot_sys.data.index.workers; print(*sys.modules, file=sys.stderr)"
+    program = "import pickle, sys; e = pickle.load(sys.stdin.buffer); found = e[0].measure([e[0].render(e[1])]); "
+    program += "sys.stdout.buffer.write(pickle.dumps(found)); import parrot_sys.data.index.workers; "
+    program += "print(*sys.modules, file=sys.stderr)"
     turns = [{"from": "human", "value": "<image>\nNaïve <|im_end|> 猫?"}, {"from": "gpt", "value": "A cat."}]
     sent = pickle.dumps((encoder, turns))
     done = subprocess.run([sys.executable, "-c", program], input=sent, capture_output=True, check=True)
-    ((ids, labels),) = pickle.loads(done.stdout)
-    ((wanted_ids, wanted_labels),) = processor.encode([processor.render(turns)])
-    assert (ids.tolist(), labels.tolist()) == (wanted_ids.tolist(), wanted_labels.tolist())
+    (found,) = pickle.loads(done.stdout)
+    ((ids, labels),) = processor.encode([processor.render(turns)])
+    assert (found.size, found.images) == (len(ids), np.flatnonzero(ids == IMAGE_TOKEN_ID).tolist())
+    assert found.labels == [int(np.flatnonzero(labels != IGNORE_ID)[0]), len(ids)]
     assert not {"torch", "transformers"} & set(done.stderr.decode().split())
 
 
@@ -218,7 +221,7 @@ def test_a_changed_data_set_is_indexed_again(tmp_path, processor, pictures, capl
     first = facts(index_of(processor, path, tmp_path / "index"))
     text = path.read_text(encoding="utf-8")
     os.utime(path, ns=(1, 1))  # copied: another time, the same content
-    with patch.object(ConversationEncoder, "encode", side_effect=AssertionError("tokenised again")):
+    with patch.object(ConversationEncoder, "measure", side_effect=AssertionError("tokenised again")):
         for _ in range(2):
             assert facts(index_of(processor, path, tmp_path / "index")) == first
         digest = patch.object(type(open_source(path)), "digest", side_effect=AssertionError("hashed again"))

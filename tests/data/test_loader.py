@@ -280,7 +280,7 @@ def test_an_index_serves_any_limit_and_is_made_anew_for_other_records(
     config = DataConfig(paths=(write_records(records),), cache_dir=str(tmp_path / "cache"))
     first = make_loader(config)
     with monkeypatch.context() as patch:
-        patch.setattr(ConversationEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(ConversationEncoder, "measure", lambda *_: pytest.fail("tokenised again"))
         assert np.array_equal(first.datasets[0].rows, make_loader(config).datasets[0].rows)
         longer = make_loader(config, rows=ROWS + 1).datasets[0].rows - first.datasets[0].rows
         assert longer.tolist() == [i % 3 for i in range(20)]

@@ -92,7 +92,7 @@ def test_counts_of_labels_are_cached(load, turns, tmp_path, monkeypatch):
     records = [{"id": "good", "conversations": turns()}, {"id": "cut", "conversations": turns("word " * 200, "ok")}]
     settings = {"cache_dir": str(tmp_path / "cache"), "on_bad_sample": "skip"}
     first = load(records, **settings).datasets[0].skipped
-    monkeypatch.setattr(ConversationEncoder, "encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(ConversationEncoder, "measure", lambda *_: pytest.fail("tokenised again"))
     assert load(records, **settings).datasets[0].skipped == first
     for change in ({"image_position": "front"}, {"control_tokens": "parsed"}):
         with pytest.raises(pytest.fail.Exception, match="tokenised again"):

@@ -46,7 +46,7 @@ def test_training_takes_the_index_that_the_command_made(path, tmp_path, capsys):
     assert f"{tmp_path / 'index'}/set.jsonl-" in said
     processor = ParrotProcessor.from_pretrained(FIXTURES / "model")
     config = DataConfig(paths=(path,), index_dir=str(tmp_path / "index"), on_bad_sample="skip")
-    with patch.object(ConversationEncoder, "encode", side_effect=AssertionError("tokenised again")):
+    with patch.object(ConversationEncoder, "measure", side_effect=AssertionError("tokenised again")):
         assert len(make_loader(config, processor).datasets[0]) > 0
     assert index(path, tmp_path, *start, "--data.control-tokens", "parsed") == 2
     assert "is not of this model: data.control_tokens was text, is parsed. Name another" in capsys.readouterr().err

@@ -10,19 +10,19 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.image_sources.data_urls import KEY, PREFIX, decode_url
-from parrot_sys.data.index.columns import Array, Columns, Texts, concatenate
+from parrot_sys.data.index.columns import Array, Columns, Texts
 from parrot_sys.data.index.settings import IndexSettings
 from parrot_sys.data.parts import Turn, moves_images
 from parrot_sys.data.records import Record, content_digest, describe_record, parse_record
 from parrot_sys.data.sources.base import RecordSource
 from parrot_sys.data.templates import Segment
+from parrot_sys.data.tokenization import Measures
 from parrot_sys.errors import DataError, StorageError
 
 BAD, MOVED, MARKERS, SYSTEM = 1, 2, 4, 8
 """Flags of a record: wrong, `front` moves an image, `<image>` that is text, a system turn."""
-_NOTHING = np.empty(0, dtype=np.int64)
+_NOTHING = Measures(0, [], [])
 _READ = 128  # records in memory at once: they may hold pictures
 
 
@@ -32,8 +32,8 @@ class Encoder(Protocol):
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
         """Segments of a conversation."""
 
-    def encode(self, conversations: Sequence[Sequence[Segment]]) -> list[tuple[Array, Array]]:
-        """(input_ids, labels) of each conversation."""
+    def measure(self, conversations: Sequence[Sequence[Segment]]) -> list[Measures]:
+        """Lengths, images and labels of each conversation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +59,9 @@ class Indexer:
     def _add(self, block: _Block, raws: Sequence[Any], first: int) -> None:
         records = [block.add(raw, number) for number, raw in enumerate(raws, first)]
         good = [record for record in records if record is not None]
-        encoded = iter(self.encoder.encode([self.encoder.render(record.turns) for record in good]))
+        measured = iter(self.encoder.measure([self.encoder.render(record.turns) for record in good]))
         for record in records:
-            block.add_ids(*(next(encoded) if record is not None else (_NOTHING, _NOTHING)))
+            block.add_measures(next(measured) if record is not None else _NOTHING)
 
 
 @dataclass(slots=True)
@@ -72,8 +72,9 @@ class _Block:
     pictures: Path
     embedded: _EmbeddedPictures = field(init=False)
     tokens: list[int] = field(default_factory=list)
-    markers: list[Array] = field(default_factory=list)
-    runs: list[Array] = field(default_factory=list)
+    markers: list[int] = field(default_factory=list)
+    runs: list[int] = field(default_factory=list)
+    run_counts: list[int] = field(default_factory=list)
     flags: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
@@ -109,12 +110,12 @@ class _Block:
         self._append(flags, len(record.turns), content_digest(record), record.record_id, spoken, record.images)
         return record
 
-    def add_ids(self, ids: Array, labels: Array) -> None:
-        """Takes the ids of a record: where its pictures stand and which stretches bear loss."""
-        self.tokens.append(len(ids))
-        self.markers.append(np.flatnonzero(ids == IMAGE_TOKEN_ID))
-        bears_loss = np.concatenate([[False], labels != IGNORE_ID, [False]])
-        self.runs.append(np.flatnonzero(bears_loss[1:] != bears_loss[:-1]))
+    def add_measures(self, measures: Measures) -> None:
+        """Takes the lengths of a record: where its pictures stand and which stretches bear loss."""
+        self.tokens.append(measures.size)
+        self.markers += measures.images
+        self.runs += measures.labels
+        self.run_counts.append(len(measures.labels) // 2)
 
     def _parse(self, raw: Any, number: int) -> Record:
         record = parse_record(raw, number, self.path)
@@ -142,9 +143,9 @@ class _Block:
         return {
             "places": np.asarray(places, dtype=np.int64).reshape(-1, 2),
             "tokens": np.array(self.tokens, dtype=np.int32),
-            "markers": concatenate(self.markers, np.int32),
-            "runs": concatenate(self.runs, np.int32).reshape(-1, 2),
-            "run_counts": np.array([len(run) // 2 for run in self.runs], dtype=np.int32),
+            "markers": np.array(self.markers, dtype=np.int32),
+            "runs": np.array(self.runs, dtype=np.int32).reshape(-1, 2),
+            "run_counts": np.array(self.run_counts, dtype=np.int32),
             "flags": np.array(self.flags, dtype=np.uint8),
             "turns": np.array(self.turns, dtype=np.int32),
             "digests": np.array(self.digests, dtype=np.uint64),
