@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import parrot_sys  # noqa: F401  (lets lm-eval know the model)
+import parrot_sys
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.plain_decoder import FIXTURE, write_plain_decoder
@@ -24,6 +24,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="runs in an environment of its o
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 
+WINGS = FIXTURE.parents[1] / "wings_tiny" / "model"
 TEXTS = st.text("ab 1\nэ水.", max_size=12)
 LONG = "a cat 12 " * 200
 """More tokens than the model has positions (512)."""
@@ -130,19 +131,26 @@ def test_the_chat_template_is_that_of_training(models: tuple[Any, Any]) -> None:
     assert own.tok_encode(text) == expected["input_ids"]
 
 
+def evaluate(folder: Path, name: str, *options: str) -> Path:
+    """Runs the documented command on copies of all tasks; returns the folder of what it wrote."""
+    data = folder / "data"
+    if not data.is_dir():
+        write_text_tasks(data)
+    command = [
+        *(sys.executable, "-m", "parrot_sys.integrations.lm_eval", "--data", str(data), "run"),
+        *("--device", "cpu", "--tasks", ",".join(TASKS), "--output_path", str(folder / name / "found.json"), *options),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / name
+
+
 def test_its_command_scores_tasks_from_local_files_as_hf_does(plain: Path, tmp_path: Path) -> None:
-    data = write_text_tasks(tmp_path / "data")
     found = {}
     for name, folder in (("parrot", FIXTURE), ("hf", plain)):
-        command = [
-            *(sys.executable, "-m", "parrot_sys.integrations.lm_eval", "--data", str(data), "run"),
-            *("--model", name, "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"),
-            *("--tasks", ",".join(TASKS), "--num_fewshot", "1", "--output_path", str(tmp_path / f"{name}.json")),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr[-3000:]
-        written = next(tmp_path.glob(f"{name}*.json"))
-        found[name] = json.loads(written.read_text(encoding="utf-8"))["results"]
+        arguments = f"pretrained={folder},dtype=float32"
+        written = evaluate(tmp_path, name, "--model", name, "--model_args", arguments, "--num_fewshot", "1")
+        found[name] = json.loads(next(written.glob("found*.json")).read_text(encoding="utf-8"))["results"]
     assert found["parrot"].keys() == set(TASKS)
     for task in TASKS:
         ours, theirs = found["parrot"][task], found["hf"][task]
@@ -150,6 +158,31 @@ def test_its_command_scores_tasks_from_local_files_as_hf_does(plain: Path, tmp_p
             key: theirs[key] for key in theirs if key.startswith("acc")
         }
         assert "acc,none" in ours
+
+
+def test_its_command_scores_a_checkpoint_of_wings(tmp_path: Path) -> None:
+    arguments = ("--model", "parrot", "--model_args", f"pretrained={WINGS},dtype=float32", "--log_samples")
+    written = evaluate(tmp_path, "wings", *arguments, "--limit", "2")
+    model, processor = parrot_sys.load_pretrained(WINGS, device="cpu")
+
+    def log_probability(context: str, continuation: str) -> float:
+        """Of a continuation, from the logits of the whole text."""
+        whole, start = processor.tokenizer.encode(context + continuation), len(processor.tokenizer.encode(context))
+        with torch.no_grad():
+            scores = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        return sum(float(scores[place - 1, whole[place]]) for place in range(start, len(whole)))
+
+    for task in TASKS:
+        lines = next(written.glob(f"samples_{task}_*.jsonl")).read_text(encoding="utf-8").splitlines()
+        asked = [
+            (argument["arg_0"], argument["arg_1"], float(answer[0][0]))
+            for line in map(json.loads, lines)
+            for argument, answer in zip(line["arguments"].values(), line["resps"], strict=True)
+        ]
+        assert len(asked) == 2 * (2 if task == "winogrande" else 4)
+        assert [score for _, _, score in asked] == pytest.approx(
+            [log_probability(context, continuation) for context, continuation, _ in asked], rel=1e-4
+        )
 
 
 def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -54,28 +54,32 @@ def _cmmlu(index: int) -> dict[str, Any]:
     return {"Question": f"{index} 是什么", **options, "Answer": LETTERS[index % 4]}
 
 
-SETS: dict[str, tuple[str, Any, tuple[str, ...]]] = {
-    "allenai/ai2_arc": ("ARC-Easy", _arc, ("train", "validation", "test")),
-    "Rowan/hellaswag": ("default", _hellaswag, ("train", "validation")),
-    "allenai/winogrande": ("winogrande_xl", _winogrande, ("train", "validation")),
-    "EleutherAI/race": ("high", _race, ("test",)),
-    "cais/mmlu": ("anatomy", _mmlu, ("dev", "test")),
-    "haonan-li/cmmlu": ("agronomy", _cmmlu, ("dev", "test")),
-}
-"""Name of the data set -> configuration, one row of it, splits."""
-TASKS = ("arc_easy", "hellaswag", "winogrande", "race", "mmlu_anatomy", "cmmlu_agronomy")
+SETS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
+    ("allenai/ai2_arc", "ARC-Easy", _arc, ("train", "validation", "test")),
+    ("allenai/ai2_arc", "ARC-Challenge", _arc, ("train", "validation", "test")),
+    ("Rowan/hellaswag", "default", _hellaswag, ("train", "validation")),
+    ("allenai/winogrande", "winogrande_xl", _winogrande, ("train", "validation")),
+    ("EleutherAI/race", "high", _race, ("test",)),
+    ("cais/mmlu", "anatomy", _mmlu, ("dev", "test")),
+    ("haonan-li/cmmlu", "agronomy", _cmmlu, ("dev", "test")),
+)
+"""Name of the data set, configuration, one row of it, splits."""
+TASKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "race", "mmlu_anatomy", "cmmlu_agronomy")
 
 
 def write_text_tasks(root: Path, *, rows: int = 7) -> Path:
     """Copies of all of them below `root`, as repositories are laid out; returns the folder."""
-    for name, (configuration, row, splits) in SETS.items():
-        folder = root / name
-        folder.mkdir(parents=True)
+    cards: dict[str, str] = {}
+    for name, configuration, row, splits in SETS:
         files = []
         for split in splits:
+            file = root / name / configuration / f"{split}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row(index), ensure_ascii=False) for index in range(rows)]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            files.append(f"  - split: {split}\n    path: {split}.jsonl\n")
-        head = f"---\nconfigs:\n- config_name: {configuration}\n  data_files:\n{''.join(files)}---\n"
-        (folder / "README.md").write_text(head, encoding="utf-8")
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            files.append(f"  - split: {split}\n    path: {configuration}/{split}.jsonl\n")
+        own = f"- config_name: {configuration}\n  data_files:\n{''.join(files)}"
+        cards[name] = cards.get(name, "---\nconfigs:\n") + own
+    for name, card in cards.items():
+        (root / name / "README.md").write_text(f"{card}---\n", encoding="utf-8")
     return root
