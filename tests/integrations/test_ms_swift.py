@@ -1,4 +1,4 @@
-"""ms-swift's command trains an exported directory with the plugin file, on a LLaVA-format file."""
+"""ms-swift's command trains and asks an exported directory with the plugin file, on a LLaVA-format file."""
 
 from __future__ import annotations
 
@@ -123,3 +123,45 @@ def test_what_our_models_do_not_do_is_refused_by_name(tmp_path: Path) -> None:
     result = sft(tmp_path, "--loss_scale", "all")
     assert result.returncode != 0
     assert "loss_scale=all" in result.stdout + result.stderr
+
+
+def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    result = sft(tmp_path, "--tuner_type", "lora")
+    assert result.returncode != 0
+    assert "tuner_type=lora: models of parrot_sys have no adapters here" in result.stdout + result.stderr
+
+
+def own_answers(directory: Path, records: list[dict[str, Any]], tokens: int) -> list[str]:
+    """Most likely answers to the first questions, by the model and the processor of parrot_sys."""
+    import parrot_sys
+
+    model, processor = parrot_sys.load_pretrained(directory, device="cpu")
+    answers = []
+    for record in records:
+        encoded = processor.format_conversation(record["conversations"][:1], add_generation_prompt=True)
+        prompt = torch.tensor([encoded["input_ids"]])
+        ids = model.generate(prompt, images=processor.images([record["image"]]), max_new_tokens=tokens)
+        answer = ids[0, prompt.shape[1] :].tolist()
+        ends = [place for place, token in enumerate(answer) if token in model.eos_token_ids]
+        answers.append(processor.tokenizer.decode(answer[: ends[0]] if ends else answer))
+    return answers
+
+
+@pytest.mark.parametrize("options", [["--max_batch_size", "4"], ["--stream", "true"]], ids=["batch", "stream"])
+def test_answers_of_swift_infer_are_ours(tmp_path: Path, options: list[str]) -> None:
+    records = json.loads(llava_file(tmp_path).read_text(encoding="utf-8"))
+    for record in records:
+        record["conversations"] = record["conversations"][:2]  # (ms-swift asks for the last answer)
+    (tmp_path / "llava.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    directory = copy_fixture(tmp_path)
+    result = run(
+        tmp_path,
+        *("infer", "--model", str(directory), "--val_dataset", str(tmp_path / "llava.json")),
+        *("--torch_dtype", "float32", "--max_new_tokens", "8", "--temperature", "0", "--use_hf", "true"),
+        *("--result_path", str(tmp_path / "answers.jsonl"), *options),
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    wanted = own_answers(directory, records, 8)
+    assert len(set(wanted)) > 1
+    assert [json.loads(line)["response"] for line in lines] == wanted

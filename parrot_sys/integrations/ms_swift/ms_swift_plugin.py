@@ -6,6 +6,7 @@ those of `parrot train`: the template of ms-swift only hands the conversation ov
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,8 +19,10 @@ from swift.model import (
     register_model,
     register_model_arch,
 )
+from swift.pipelines.train.tuner import TunerMixin
 from swift.template import Template, TemplateMeta, register_template
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 import parrot_sys  # noqa: F401  (registers the classes of transformers)
 from parrot_sys.data.constants import IMAGE_TOKEN, IMAGE_TOKEN_ID
@@ -62,6 +65,7 @@ class ReleasedLoader(ModelLoader):
         model = getattr(modeling, config.architecture).from_pretrained(model_dir, **asked)
         # (What ms-swift sets in a configuration is of the models of transformers; the file decides here.)
         model.config.keys_to_ignore_at_inference = ["past_key_values"]
+        processor.end_ids = frozenset(model.parrot.eos_token_ids)
         return model
 
 
@@ -96,6 +100,28 @@ class ReleasedTemplate(Template):
         result["labels"] = encoded["labels"] if self.is_training else None
         return result | self.processor.picture_inputs(inputs.images, return_tensors="pt")
 
+    def prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], *, model: Any = None) -> dict[str, Any]:
+        """Stop words as stop strings of the engine, which takes no criteria of transformers."""
+        config = copy.deepcopy(generate_kwargs["generation_config"])
+        words = list(vars(config).pop("stop_words", None) or ())
+        if ids := [word for word in words if not isinstance(word, str)]:
+            raise ConfigError(f"stop words must be texts for models of {NAME}, got {ids!r:.80}")
+        config.stop_strings = [*(config.stop_strings or ()), *words] or None
+        return {**generate_kwargs, "generation_config": config}
+
+    def generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prompts and answers, int64 [B, N + M], by the engine; as `sequences` of an output where that is asked for."""
+        if (config := kwargs.get("generation_config")) is None:
+            return model.generate(*args, **kwargs)
+        wrapped, config.return_dict_in_generate = config.return_dict_in_generate, False
+        sequences = model.generate(*args, tokenizer=self.tokenizer, **kwargs)
+        return ModelOutput(sequences=sequences) if wrapped else sequences
+
+    def skip_stop_tokens(self, generate_ids: list[int], is_finished: bool = True) -> list[int]:
+        """An answer without the id that ends it."""
+        ends: frozenset[int] = getattr(self.processor, "end_ids", frozenset())
+        return generate_ids[:-1] if generate_ids and generate_ids[-1] in ends else generate_ids
+
     def compute_sft_loss(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None, trainer: Any = None
     ) -> Any:
@@ -125,6 +151,24 @@ def _turns(inputs: Any) -> list[Turn]:
         raise ConfigError(f"{', '.join(asked)} in a record: not supported by models of {NAME}")
     system = [{"from": "system", "value": inputs.system}] if inputs.system else []
     return [*system, *({"from": _FROM[message["role"]], "value": message["content"]} for message in messages)]
+
+
+def _refuse_adapters() -> None:
+    """Makes ms-swift refuse adapters for our models: it asks no plugin before it puts them in.
+
+    Left alone, peft would find none of the decoder's layers, which are Megatron's, and adapt what else is linear.
+    """
+    prepare = TunerMixin.prepare_model.__func__
+
+    def prepare_model(cls: Any, args: Any, model: Any, **kwargs: Any) -> Any:
+        if args.tuner_type != "full" and isinstance(getattr(model, "config", None), tuple(CONFIGURATIONS.values())):
+            raise ConfigError(
+                f"tuner_type={args.tuner_type}: models of {NAME} have no adapters here; take --tuner_type full, and "
+                "choose the parts with --freeze_llm, --freeze_vit, --freeze_aligner"
+            )
+        return prepare(cls, args, model, **kwargs)
+
+    TunerMixin.prepare_model = classmethod(prepare_model)
 
 
 def _register() -> None:
@@ -157,3 +201,4 @@ def _register() -> None:
 
 
 _register()
+_refuse_adapters()
