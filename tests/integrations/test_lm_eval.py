@@ -18,6 +18,7 @@ import parrot_sys
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import shutdown
 from tests.support.plain_decoder import FIXTURE, write_plain_decoder
+from tests.support.serving import serving
 from tests.support.text_tasks import TASKS, write_text_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="runs in an environment of its own: make test-integrations")
@@ -193,3 +194,25 @@ def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode
     assert "no folder allenai/ai2_arc" in result.stderr
+
+
+def test_its_model_for_servers_asks_ours(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """`local-completions` against `parrot serve`: the same log-likelihoods, rolling ones and answers."""
+    ours = models[0]
+    pairs = [("a cat", " dog"), ("水 э", "э水 ab"), ("a", "1\n2")]
+    texts = ["a cat 12 э水", "b a"]
+    wanted = [("a cat", {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False})]
+    with serving(tmp_path, checkpoint=FIXTURE) as server:
+        theirs = get_model("local-completions")(
+            model=FIXTURE.name, base_url=f"{server.url}/v1/completions", tokenizer=str(FIXTURE),
+            tokenizer_backend="huggingface", tokenized_requests=True, max_retries=1,
+        )  # fmt: skip
+        scores, rolling, answers = (
+            theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True),
+            theirs.loglikelihood_rolling(instances("loglikelihood_rolling", [(own,) for own in texts])),
+            theirs.generate_until(instances("generate_until", wanted), disable_tqdm=True),
+        )
+    assert_equal_scores(ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True), scores)
+    requests = instances("loglikelihood_rolling", [(own,) for own in texts])
+    assert ours.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(rolling, rel=1e-5)
+    assert ours.generate_until(instances("generate_until", wanted), disable_tqdm=True) == answers
