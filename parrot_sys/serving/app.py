@@ -16,7 +16,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -151,10 +150,6 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
-    if service.config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.config.cors_origins, allow_methods=["*"], allow_headers=["*"]
-        )
     return app
 
 

@@ -206,23 +206,15 @@ class BodyReader:
 
 
 class Guard:
-    """ASGI middleware: asks for a key, adds headers, counts and logs each request."""
+    """ASGI middleware: adds headers, counts and logs each request."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        keys: Sequence[str],
-        on_answer: Callable[[dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, on_answer: Callable[[dict[str, Any]], None]) -> None:
         """
         Args:
             app: the routes.
-            keys: of which requests must bring one; none: nothing is asked for.
             on_answer: takes the facts about each request, for log and metrics.
         """
         self._app = app
-        self._keys = [_hashed(key) for key in keys]
         self._on_answer = on_answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -248,15 +240,35 @@ class Guard:
             await send(message)
 
         try:
-            app = self._app if self._may(scope, headers) else error_response(_UNAUTHORIZED)
-            await app(scope, receive, tell)
+            await self._app(scope, receive, tell)
         finally:
             facts["seconds"] = round(time.monotonic() - start, 4)
             route = scope.get("route")
             facts["route"] = getattr(route, "path", None) or "other"
             self._on_answer(facts)
 
-    def _may(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+
+class KeyCheck:
+    """ASGI middleware: asks for a key."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        """
+        Args:
+            app: the routes.
+            keys: of which requests must bring one; none: nothing is asked for.
+        """
+        self._app = app
+        self._keys = [_hashed(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or refuses it."""
+        app = self._app if self._may(scope) else error_response(_UNAUTHORIZED)
+        await app(scope, receive, send)
+
+    def _may(self, scope: Scope) -> bool:
+        if scope["type"] != "http":
+            return True
+        headers = dict(scope["headers"])
         if not self._keys or not scope["path"].startswith(_KEYED) or scope["method"] == "OPTIONS":
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")

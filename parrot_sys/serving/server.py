@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from parrot_sys.data.languages import language_codes
 from parrot_sys.data.processor import ParrotProcessor
@@ -20,7 +22,7 @@ from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.serving.app import Service, create_app
 from parrot_sys.serving.config import ServeConfig
 from parrot_sys.serving.driver import EngineDriver
-from parrot_sys.serving.http import BodyReader, Guard, HeldBytes
+from parrot_sys.serving.http import BodyReader, Guard, HeldBytes, KeyCheck
 from parrot_sys.serving.metrics import Metrics
 from parrot_sys.serving.process import Server, log, settings_of
 from parrot_sys.serving.prompts import Preparer
@@ -87,7 +89,10 @@ def serve(
         service.metrics.count_http(facts.pop("route"), facts["status"])
         log("request", **facts)
 
-    app = Guard(create_app(service), keys=keys, on_answer=on_answer)
+    app: ASGIApp = KeyCheck(create_app(service), keys)
+    if config.cors_origins:  # outside of the keys: a page may read that its key is wrong
+        app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app = Guard(app, on_answer=on_answer)
     server = _ModelServer(uvicorn.Config(app, **settings_of(config.drain_seconds)), service, listener)
     asyncio.run(server.serve([listener]))
     stopped = service.driver.stop()

@@ -20,6 +20,7 @@ from tests.support.proxy import proxy_to
 from tests.support.serving import Server, answer, chat, picture, serving
 from tests.support.serving_faults import FATAL_SEED, fail_on_fatal_seed, hold_pictures, slow_steps, small_send_buffers
 
+ORIGIN = "https://page.example"
 KEY, OTHER_KEY = "first-key", "second-key"
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True, "temperature": 1, "seed": 1}
 DECODING_SECONDS = 0.2
@@ -42,7 +43,7 @@ def _prepare(gate: str) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory, gate: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     (folder / "keys").write_text(f"{KEY}\n\n")
-    options = ["--api-key-file", str(folder / "keys"), "--stream-queue", "4"]
+    options = ["--api-key-file", str(folder / "keys"), "--stream-queue", "4", "--cors-origins", ORIGIN]
     options += ["--engine.scheduler.max-running", "4", "--engine.scheduler.max-queue", "4"]
     before = functools.partial(_prepare, str(gate))
     with serving(folder, *options, before=before, environment=[("PARROT_API_KEY", OTHER_KEY)]) as running:
@@ -84,14 +85,19 @@ def _address(server: Server) -> tuple[str, int]:
 def test_who_leaves_gives_everything_back(server: Server, stream: bool, proxied: bool) -> None:
     host, port = _address(server)
     before, ends = server.wait_idle()["vllm:generation_tokens_total"], server.ends()
-    with proxy_to(host, port) as own_port:
-        with socket.create_connection((host, own_port if proxied else port)) as client:
+    with proxy_to(host, port) as proxy:
+        with socket.create_connection((host, proxy.port if proxied else port)) as client:
             for _ in range(2):  # whole answers on a connection that is kept
                 client.sendall(_raw(chat("?", max_tokens=1)))
                 assert b"200 OK" in _whole_answer(client)
             client.sendall(_raw(chat("?", stream=stream, **{**LONG, "n": 4})))
             server.wait_for(lambda found: found["vllm:num_requests_running"] > 0)
         after = server.wait_idle()
+        if proxied:
+            assert (proxy.requests, proxy.opened) == (3, 1), "one connection to the server took them all"
+            with httpx2.Client(base_url=f"http://{host}:{proxy.port}") as others:
+                assert others.get("/v1/nothing").status_code == others.get("/v1/models").status_code == 401
+            assert (proxy.requests, proxy.opened) == (5, 2), "the proxy has closed that of the client that left"
     made = after["vllm:generation_tokens_total"] - before
     assert made < 4 * LONG["max_tokens"], "the answers were not made to their end"
     assert after["parrot:num_requests_paused"] == 0
@@ -165,6 +171,10 @@ def test_keys(server: Server, http: httpx2.Client) -> None:
             assert got.status_code == wanted, (key, path)
     refused = httpx2.post(f"{server.url}/v1/chat/completions", json=chat("?"))
     assert refused.json()["error"]["code"] == "invalid_api_key"
+    for origin, allowed in ((ORIGIN, ORIGIN), ("https://x.y", None)):
+        refused = httpx2.post(f"{server.url}/v1/chat/completions", json=chat("?"), headers={"Origin": origin})
+        assert refused.status_code == 401
+        assert refused.headers.get("access-control-allow-origin") == allowed, "the page may read why"
     assert "access-control-allow-origin" not in http.get("/v1/models", headers={"Origin": "https://x.y"}).headers
 
 
