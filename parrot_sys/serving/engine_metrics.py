@@ -28,6 +28,15 @@ class EngineCollector:
         scheduler, pool, size = engine.scheduler, engine.pool, engine.config.block_size
         yield self._gauge("vllm:num_requests_running", "Requests in steps.", len(scheduler.running))
         yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", len(scheduler.waiting))
+        reasons = {"capacity": len(scheduler.waiting), "deferred": scheduler.num_paused}
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests that wait for room, and answers whose readers are slow.",
+            labels=["model_name", "reason"],
+        )
+        for reason, count in reasons.items():
+            waiting.add_metric([self._name, reason], count)
+        yield waiting
         yield self._gauge("parrot:num_requests_paused", "Answers whose readers are slow.", scheduler.num_paused)
         used = 1 - pool.num_free / pool.num_blocks
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the cache's blocks that requests hold.", used)
@@ -40,6 +49,9 @@ class EngineCollector:
 
     def _pictures(self, engine: Engine) -> Iterable[Metric]:
         cache = engine.cache
+        counts = cache.features.counts
+        yield self._counter("vllm:mm_cache_queries", "Pictures looked for in the cache.", counts.hits + counts.misses)
+        yield self._counter("vllm:mm_cache_hits", "Pictures whose features were in the cache.", counts.hits)
         yield self._counter("parrot:pictures_encoded", "Pictures that the tower ran on.", cache.pictures_encoded)
         hits = CounterMetricFamily("parrot:picture_cache_hits", "Hits by cache.", labels=["model_name", "cache"])
         misses = CounterMetricFamily("parrot:picture_cache_misses", "Misses by cache.", labels=["model_name", "cache"])

@@ -63,6 +63,8 @@ _REQUEST: tuple[float, ...] = (
 )
 _REQUEST += (960.0, 1920.0, 7680.0)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_HTTP = (0.1, 0.5, 1.0)
+_PROBES = ("/health", "/metrics")
 _CHOICES = (1, 2, 5, 10, 20)
 _REASONS: dict[FinishReason, str] = {
     "stop": "stop",
@@ -97,6 +99,7 @@ class Metrics:
         self._add_times()
         self._add_sizes(max_rows)
         self.http = self._counter("parrot:http_requests", "Answers by path and status.", "path", "status")
+        self._add_http()
         driver.on_step = self.step_tokens.observe
 
     def _add_times(self) -> None:
@@ -122,6 +125,15 @@ class Metrics:
         about = "Rows of prompts that a step completed, and tokens that it added to answers."
         self.step_tokens = sizes("vllm:iteration_tokens_total", about, _STEP_TOKENS)
 
+    def _add_http(self) -> None:
+        """Those that dashboards ask for without the name of a model."""
+        labels, registry = ["method", "handler"], self.registry
+        about = "Answers by route and class of status, without those about health and metrics."
+        self.requests = Counter("http_requests", about, [*labels, "status"], registry=registry)
+        about = "From request to the end of the answer."
+        name, buckets = "http_request_duration_seconds", _HTTP
+        self.durations = Histogram(name, about, labels, buckets=buckets, registry=registry)
+
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(name, about, ["model_name", *labels], registry=self.registry)
 
@@ -145,9 +157,19 @@ class Metrics:
         """Counts an answer that has ended."""
         self._ends.labels(self._name, _REASONS[reason]).inc()
 
-    def count_http(self, path: str, status: int) -> None:
-        """Counts an answer."""
+    def count_http(self, path: str, method: str, status: int, seconds: float) -> None:
+        """Counts an answer.
+
+        Args:
+            path: of its route.
+            method: of the request.
+            status: of the answer.
+            seconds: from request to the end of the answer.
+        """
         self.http.labels(self._name, path, str(status)).inc()
+        if path not in _PROBES:
+            self.requests.labels(method, path, f"{status // 100}xx").inc()
+            self.durations.labels(method, path).observe(seconds)
 
     def text(self) -> bytes:
         """All of them in the text form of Prometheus."""
@@ -222,8 +244,7 @@ class AnswerTimes:
             metrics.prefill.observe(first - begun)
             metrics.decode.observe(self._last - first)
             metrics.inference.observe(self._last - begun)
-            if self.tokens > 1:
-                metrics.per_token.observe((self._last - first) / (self.tokens - 1))
+            metrics.per_token.observe((self._last - first) / max(self.tokens - 1, 1))
 
 
 def _buckets(most: int) -> list[int]:

@@ -86,7 +86,7 @@ def serve(
     service = _service(model, processor, config)
 
     def on_answer(facts: dict[str, Any]) -> None:
-        service.metrics.count_http(facts.pop("route"), facts["status"])
+        service.metrics.count_http(facts.pop("route"), facts["method"], facts["status"], facts["seconds"])
         log("request", **facts)
 
     app: ASGIApp = KeyCheck(create_app(service), keys)

@@ -250,7 +250,7 @@ def test_a_question_that_is_refused_stands_beside_the_others(
         if len(asked) % 6 == 3:
             route.fulfill(status=429, json={"error": {"message": "too many requests", "code": "queue_full"}})
         else:
-            route.continue_()
+            go_on_to_the_end(route)
 
     page.route("**/v1/chat/completions", refuse_the_third)
     attach(page, files[0])
@@ -317,8 +317,14 @@ def test_with_the_keyboard_alone(server: Server, opened: Callable[..., Page], fi
     assert page.evaluate("document.activeElement.id") == "message"
 
 
+def go_on_to_the_end(route: Route) -> None:
+    """Sends a question on whose answer is as long as it may be, so that there is time to stop it."""
+    route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
+
+
 def test_escape_stops_the_answer(server: Server, opened: Callable[..., Page]) -> None:
     page = opened(server.url)
+    page.route("**/v1/chat/completions", go_on_to_the_end)
     set_length(page, 400)
     page.fill("#message", "Go on")
     page.press("#message", "Enter")
