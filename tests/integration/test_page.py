@@ -7,6 +7,7 @@ leaves the screenshots that the tests take.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -31,7 +32,10 @@ from tests.support.page import (
     text_of,
 )
 from tests.support.serving import Server, answer, chat, picture, serving
+from tests.support.serving_faults import slow_steps
 
+LONG = 400
+"""Tokens of an answer that takes seconds, so that there is time to stop it."""
 LANGUAGES = ("en", "zh", "pt", "ar", "tr", "ru")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get i
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("page")) as running:
+    with serving(tmp_path_factory.mktemp("page"), before=functools.partial(slow_steps, 0.01)) as running:
         yield running
 
 
@@ -262,7 +266,7 @@ def test_a_question_that_is_refused_stands_beside_the_others(
     expect(page.locator(".side .wrong")).to_have_text(["too many requests"])
     expect(page.locator(".side figure")).to_have_count(5)
     before = server.ends()["abort"]
-    set_length(page, 400)
+    set_length(page, LONG)
     page.click("#compare")
     page.click("#ask")
     expect(page.locator(".side .wrong")).to_have_count(2)
@@ -318,14 +322,14 @@ def test_with_the_keyboard_alone(server: Server, opened: Callable[..., Page], fi
 
 
 def go_on_to_the_end(route: Route) -> None:
-    """Sends a question on whose answer is as long as it may be, so that there is time to stop it."""
+    """Sends a question on whose answer is as long as it may be."""
     route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
 
 
 def test_escape_stops_the_answer(server: Server, opened: Callable[..., Page]) -> None:
     page = opened(server.url)
     page.route("**/v1/chat/completions", go_on_to_the_end)
-    set_length(page, 400)
+    set_length(page, LONG)
     page.fill("#message", "Go on")
     page.press("#message", "Enter")
     expect(page.locator("#stop")).to_be_visible()
