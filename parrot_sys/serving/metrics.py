@@ -126,7 +126,7 @@ class Metrics:
         self.step_tokens = sizes("vllm:iteration_tokens_total", about, _STEP_TOKENS)
 
     def _add_http(self) -> None:
-        """Those that dashboards ask for without the name of a model."""
+        """Metrics of HTTP, which dashboards ask for without the name of a model."""
         labels, registry = ["method", "handler"], self.registry
         about = "Answers by route and class of status, without those about health and metrics."
         self.requests = Counter("http_requests", about, [*labels, "status"], registry=registry)
