@@ -79,9 +79,10 @@ def feed(steps: Iterator[Any], count: int, seconds: float, work: Callable[[float
     begun = processor_seconds()
     for _ in range(count):
         start = time.perf_counter()
-        next(steps)
+        batches = next(steps)
         waits.append(time.perf_counter() - start)
         worked.append(work(seconds))
+        del batches  # (as in training, where a step holds its samples to its end: freeing them is no wait for others)
     return {
         "steps": count,
         "first_wait": waits[0],

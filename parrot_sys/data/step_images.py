@@ -131,7 +131,9 @@ class ImageReader:
             self.read_own(draft, run)
             if draft.failures:  # another rank has read it a moment ago
                 raise StorageError(draft.failures[0][2])
-        return [self._with_images(draft, number) for number in range(len(draft.packed))], bad
+        batches = [self._with_images(draft, number) for number in range(len(draft.packed))]
+        draft.loaded.clear()  # (megabytes: whoever takes the step must not wait until they are freed)
+        return batches, bad
 
     def attempt(self, action: Callable[..., Any], key: Key, *arguments: Any) -> Any:
         """The result of an action on a picture, or how it failed."""

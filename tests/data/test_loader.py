@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from parrot_sys.data import step_loader
+from parrot_sys.data import step_images, step_loader
 from parrot_sys.data.config import DataConfig
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.feature_store import FeatureStore
@@ -120,6 +120,26 @@ def test_batches_for_a_gpu_are_page_locked_with_one_copy_of_the_pixels(processor
             assert id(value) in locked, field.name
             assert torch.equal(value, getattr(plain, field.name))
     assert any(batch.pixel_values is each for each in joined)
+
+
+def test_a_step_that_is_taken_has_no_pictures_left_to_free(write_records, records, make_loader, monkeypatch):
+    """Those that were joined to its batches: freeing them took a step milliseconds that it had to wait."""
+    read, left, finish = [], [], step_loader.StepLoader._finish
+    read_own = step_images.ImageReader.read_own
+
+    def reading(self, draft, run):
+        read_own(self, draft, run)
+        read.append(len(draft.loaded))
+
+    def finished(self, plan, joined, run):
+        left.append((len(plan.draft.loaded), joined is not None))
+        return finish(self, plan, joined, run)
+
+    monkeypatch.setattr(step_images.ImageReader, "read_own", reading)
+    monkeypatch.setattr(step_loader.StepLoader, "_finish", finished)
+    assert list(make_loader(DataConfig(paths=(write_records(records),))))
+    assert any(read)
+    assert set(left) == {(0, True)}
 
 
 def test_leaving_an_epoch_early_stops_the_threads(write_records, records, make_loader):
