@@ -1,6 +1,6 @@
-"""A process that serves a folder as S3 buckets and over HTTP, and fails when it is told to.
+"""A process that serves a folder as buckets of S3 and Google, and over HTTP, and fails when it is told to.
 
-It speaks what s3fs asks of S3: lists with prefix, delimiter and pages, heads, and objects with ranges.
+It speaks what s3fs and gcsfs ask of theirs: lists with prefix, delimiter and pages, facts, objects with ranges.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+_GOOGLE = re.compile(r"(/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?")
 _PAGE = 3  # keys in a page of a list, so that small tests have several
 
 
@@ -97,12 +99,33 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(int(fault))
         elif "list-type" in query:
             self._send(200, self._list(path.strip("/"), {name: values[0] for name, values in query.items()}))
-        elif (file := self.root / path.lstrip("/")).is_file():
-            if fault == "slow":
-                time.sleep(3)
-            self._send_file(file, fault)
+        elif (google := _GOOGLE.fullmatch(path)) is not None:
+            self._answer_google(*google.groups(), {name: values[0] for name, values in query.items()}, fault)
         else:
+            self._answer_file(self.root / path.lstrip("/"), fault)
+
+    def _answer_file(self, file: Path, fault: str) -> None:
+        if not file.is_file():
             self._send_error(404)
+            return
+        if fault == "slow":
+            time.sleep(3)
+        self._send_file(file, fault)
+
+    def _answer_google(self, download: str | None, bucket: str, key: str | None, query: Any, fault: str) -> None:
+        """A list, the facts of an object, or its bytes."""
+        base = self.root / bucket
+        if download:
+            self._answer_file(base / str(key), fault)
+        elif key is not None:
+            file = base / key
+            self._send(200, json.dumps(_facts(bucket, key, file)).encode()) if file.is_file() else self._send_error(404)
+        else:
+            page, token = self._page(bucket, query, int(query.get("pageToken", 0)))
+            answer: dict[str, Any] = {"kind": "storage#objects"}
+            answer["prefixes"] = [name for name, file in page if file is None]
+            answer["items"] = [_facts(bucket, name, file) for name, file in page if file is not None]
+            self._send(200, json.dumps(answer | ({"nextPageToken": str(token)} if token else {})).encode())
 
     def _send_file(self, file: Path, fault: str) -> None:
         data = file.read_bytes()
@@ -134,28 +157,43 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or cut
 
     def _list(self, bucket: str, query: dict[str, str]) -> bytes:
+        page, following = self._page(bucket, query, int(query.get("continuation-token", 0)))
+        entries = []
+        for name, file in page:
+            entry = f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
+            if file is not None:
+                status = file.stat()
+                entry = (
+                    f"<Contents><Key>{escape(name)}</Key><Size>{status.st_size}</Size>"
+                    f"<LastModified>{_moment(status.st_mtime)}</LastModified><ETag>x</ETag></Contents>"
+                )
+            entries.append(entry)
+        token = f"<NextContinuationToken>{following}</NextContinuationToken>" if following else ""
+        head = f"<Name>{quote(bucket)}</Name><IsTruncated>{str(following > 0).lower()}</IsTruncated>{token}"
+        return f"<ListBucketResult>{head}{''.join(entries)}</ListBucketResult>".encode()
+
+    def _page(self, bucket: str, query: dict[str, str], start: int) -> tuple[list[tuple[str, Path | None]], int]:
+        """Names of a page of a list, with the files of those that are no folders; where the next page starts, or 0."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         base = self.root / bucket
-        keys = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file())
-        entries: dict[str, str] = {}
-        for key in keys:
+        entries: dict[str, Path | None] = {}
+        for key in sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()):
             if key.startswith(prefix):
                 head, found, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
-                name = prefix + head + found if found else key
-                entries[name] = f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
-                if not found:
-                    status = (base / key).stat()
-                    moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(status.st_mtime))
-                    entries[name] = (
-                        f"<Contents><Key>{escape(key)}</Key><Size>{status.st_size}</Size>"
-                        f"<LastModified>{moment}</LastModified><ETag>x</ETag></Contents>"
-                    )
-        start = int(query.get("continuation-token", 0))
-        page = list(entries.values())[start : start + _PAGE]
-        more = start + _PAGE < len(entries)
-        token = f"<NextContinuationToken>{start + _PAGE}</NextContinuationToken>" if more else ""
-        head = f"<Name>{quote(bucket)}</Name><IsTruncated>{str(more).lower()}</IsTruncated>{token}"
-        return f"<ListBucketResult>{head}{''.join(page)}</ListBucketResult>".encode()
+                entries[prefix + head + found if found else key] = None if found else base / key
+        page = list(entries.items())[start : start + _PAGE]
+        return page, start + _PAGE if start + _PAGE < len(entries) else 0
+
+
+def _facts(bucket: str, key: str, file: Path) -> dict[str, str]:
+    """An object as Google describes it."""
+    status, digest = file.stat(), hashlib.md5(file.read_bytes()).hexdigest()
+    facts = {"kind": "storage#object", "bucket": bucket, "name": key, "size": str(status.st_size), "etag": digest}
+    return facts | {"generation": str(status.st_mtime_ns), "updated": _moment(status.st_mtime)}
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))
 
 
 class _Server(ThreadingHTTPServer):

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import fsspec
 import fsspec.config
+import pytest
 import s3fs
 
 from parrot_sys.data.remote.config import RemoteConfig
 from tests.data.object_server import Server, serve
 
+GS = pytest.param(
+    "gs", marks=pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs (parrot_sys[gcs])")
+)
+"""Google Cloud Storage as a parameter of a test."""
 QUICK = RemoteConfig(first_wait=0.02, attempts=4, timeout=2)
 
 
 @contextlib.contextmanager
 def storage(folder: Path) -> Iterator[Server]:
-    """Serves the folders in `folder` as buckets; `s3://` means that server."""
+    """Serves the folders in `folder` as buckets; `s3://` and `gs://` mean that server."""
     before, retries = dict(fsspec.config.conf), s3fs.S3FileSystem.retries
-    with serve(folder) as server:
+    with serve(folder) as server, _without_googles_retries():
         client = {"retries": {"total_max_attempts": 1}}
         fsspec.config.conf["s3"] = {"endpoint_url": server.url, "key": "k", "secret": "s", "config_kwargs": client}
+        fsspec.config.conf["gs"] = {"endpoint_url": server.url, "token": "anon"}
         s3fs.S3FileSystem.retries = 1
         try:
             yield server
@@ -34,12 +43,24 @@ def storage(folder: Path) -> Iterator[Server]:
             fsspec.config.conf.update(before)
 
 
+@contextlib.contextmanager
+def _without_googles_retries() -> Iterator[None]:
+    """gcsfs, where it is installed, reports a failure at once, and does not try the gRPC service that we lack."""
+    if importlib.util.find_spec("gcsfs") is None:
+        yield
+        return
+    with patch.dict(os.environ, {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}):
+        retry = importlib.import_module("gcsfs.retry")
+        with patch.object(retry, "is_retriable", return_value=False):
+            yield
+
+
 def addresses(server: Server, name: str) -> dict[str, str]:
     """Protocol -> address of something in the served folder."""
-    return {"s3": f"s3://{name}", "http": f"{server.url}/{name}"}
+    return {"s3": f"s3://{name}", "gs": f"gs://{name}", "http": f"{server.url}/{name}"}
 
 
-STORES = ("disk", "memory", "s3", "http")
+STORES = ("disk", "memory", "s3", "gs", "http")
 
 
 @contextlib.contextmanager
@@ -69,7 +90,7 @@ class Place:
 
 @contextlib.contextmanager
 def stored(bucket: tuple[Path, Server] | None, store: str) -> Iterator[Place]:
-    """An empty folder in a storage; `s3` and `http` are what serves `bucket`."""
+    """An empty folder in a storage; `s3`, `gs` and `http` are what serves `bucket`."""
     with tempfile.TemporaryDirectory(dir=bucket[0] / "b" if bucket else None) as name:
         folder = Path(name)
         if store == "memory":

@@ -15,7 +15,7 @@ from parrot_sys.data.loader import ParrotDataLoader
 from parrot_sys.errors import ConfigError, DataError, StorageError
 from tests.data.comparing import PICTURES, ROWS, assert_same, record
 from tests.data.picture_archives import shards, write_files, write_parquet, write_tar
-from tests.data.remote_pictures import QUICK, addresses, storage
+from tests.data.remote_pictures import GS, QUICK, addresses, storage
 
 NAMES = [f"deep {i % 2}/ü{i}.png" for i in range(6)]
 ROOTS = ("files", "tars", "tars/*.tar", "tars/x-1.tar", "parquet", "parquet/p.parquet")
@@ -55,11 +55,12 @@ def make_loader(processor, folder, root, *, seed=1):
     seed=st.integers(0, 99),
     at=st.integers(0, 2),
 )
-def test_batches_and_resume_are_those_from_files(processor, bucket, tmp_path_factory, faults, seed, at):
+@pytest.mark.parametrize("protocol", ["s3", GS])
+def test_batches_and_resume_are_those_from_files(processor, bucket, tmp_path_factory, protocol, faults, seed, at):
     base, server = bucket
     folder = tmp_path_factory.mktemp("run")
     wanted = list(make_loader(processor, folder, base / "b/files", seed=seed))
-    roots = [addresses(server, f"b/{name}")["s3"] for name in ("files", "tars", "parquet/p.parquet")]
+    roots = [addresses(server, f"b/{name}")[protocol] for name in ("files", "tars", "parquet/p.parquet")]
     for root in [*roots, addresses(server, "b/files")["http"]]:
         server.fail(*faults)
         loader = make_loader(processor, folder, root, seed=seed)
@@ -74,7 +75,13 @@ def test_batches_and_resume_are_those_from_files(processor, bucket, tmp_path_fac
 
 @pytest.mark.parametrize(
     ("protocol", "name"),
-    [*(("s3", name) for name in ROOTS), ("http", "files"), ("http", "tars/x-1.tar"), ("http", "parquet/p.parquet")],
+    [
+        *(("s3", name) for name in ROOTS),
+        *(pytest.param("gs", name, marks=GS.marks) for name in ROOTS),
+        ("http", "files"),
+        ("http", "tars/x-1.tar"),
+        ("http", "parquet/p.parquet"),
+    ],
 )  # (web servers list no files)
 def test_a_second_reading_comes_from_the_disk(bucket, tmp_path, name, protocol):
     base, server = bucket
@@ -100,7 +107,7 @@ FAULTS = {"503": "SlowDown|503|Service Unavailable", "drop": "", "short": "", "s
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("protocol", ["s3", "http"])
+@pytest.mark.parametrize("protocol", ["s3", GS, "http"])
 def test_a_storage_that_stays_away_ends_the_run_with_its_name(processor, bucket, tmp_path, fault, protocol):
     """Under `skip` too: a picture that cannot be fetched now is no bad picture."""
     _, server = bucket
@@ -120,7 +127,7 @@ def test_a_storage_that_stays_away_ends_the_run_with_its_name(processor, bucket,
         assert file.read() == PICTURES[0]
 
 
-@pytest.mark.parametrize("protocol", ["s3", "http"])
+@pytest.mark.parametrize("protocol", ["s3", GS, "http"])
 @pytest.mark.parametrize("fault", ["403", "whole"])
 def test_what_another_attempt_does_not_change_is_tried_once(bucket, tmp_path, protocol, fault):
     _, server = bucket
@@ -141,12 +148,12 @@ def test_what_another_attempt_does_not_change_is_tried_once(bucket, tmp_path, pr
     assert len(server.requests()) == 1
 
 
-@pytest.mark.parametrize("protocol", ["s3", "http"])
+@pytest.mark.parametrize("protocol", ["s3", GS, "http"])
 def test_a_missing_picture_is_a_bad_sample(processor, bucket, tmp_path, protocol):
     _, server = bucket
     root = ImageRoot(addresses(server, "b/files")[protocol], cache_dir=tmp_path, remote=QUICK)
-    if protocol == "s3":
-        assert "s3://b/files/none.png is missing" in root.problem("none.png")
+    if protocol != "http":
+        assert f"{protocol}://b/files/none.png is missing" in root.problem("none.png")
     with pytest.raises(DataError, match="is missing") as caught:
         root.picture("none.png").open()
     assert not isinstance(caught.value, StorageError)

@@ -25,7 +25,7 @@ from parrot_sys.data.sources.registry import SOURCES, open_source
 from tests.data.comparing import PICTURES, ROWS, assert_same, record
 from tests.data.picture_archives import data_url
 from tests.data.record_sets import KINDS, PLACES, WRITERS
-from tests.data.remote_pictures import QUICK, STORES, Place, served, stored
+from tests.data.remote_pictures import GS, QUICK, STORES, Place, served, stored
 
 FILES = {f"{i}.{ending}": PICTURES[i] for i, ending in enumerate(("png", "jpg", "png", "webp", "bmp"))}
 ONE_FILE = ("json", "jsonl", "arrow", "mapped", "data urls")
@@ -82,7 +82,9 @@ def make_loader(processor, base, path, rank=0, ranks=1, **values):
 
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 99), alpha=st.sampled_from([None, 0.5]), at=st.integers(0, 9))
-@pytest.mark.parametrize(("kind", "content", "store"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "content", "store"), [pytest.param(*case, marks=GS.marks if case[2] == "gs" else ()) for case in CASES]
+)
 def test_batches_and_resume_are_those_of_json(processor, bucket, kind, content, store, data, seed, alpha, at):
     records = data.draw(record_lists(content))
     with stored(bucket, store) as place, tempfile.TemporaryDirectory() as here:

@@ -237,9 +237,9 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _is_final(error: BaseException) -> bool:
-    if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
-        return True
-    status = getattr(error, "status", None)  # of aiohttp
+    if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES or str(error).startswith("Forbidden: "):
+        return True  # (gcsfs says only in words that keys are wrong)
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)  # of aiohttp; of gcsfs
     return isinstance(status, int) and 400 <= status < 500 and status not in _WAIT_AND_TRY
 
 
