@@ -209,7 +209,9 @@ class Engine:
         prompt = expand(request, model.rows_per_image, model.guidance, model.readers, guided=model.guided)
         self.config.limits.check(prompt_rows=len(prompt.ids), images=len(prompt.images))
         if model.most_images is not None and len(prompt.images) > model.most_images:
-            raise DataError(f"the model reads at most {model.most_images} image a request, got {len(prompt.images)}")
+            raise DataError(
+                f"pictures of a request must be <= {model.most_images} for this model, got {len(prompt.images)}"
+            )
         known, num_prompt_rows = (*prompt.ids, *request.given), len(prompt.ids)
         ids = list(known)
         if not request.max_new_tokens and len(ids) > 1:

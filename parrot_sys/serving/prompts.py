@@ -99,7 +99,7 @@ class Preparer:
         ids, urls = self._conversation(request.messages)
         most = self._model.most_images
         if most is not None and len(urls) > most:
-            raise wrong(f"the model reads at most {most} image a request, got {len(urls)}", urls[most][1])
+            raise wrong(f"pictures of a request must be <= {most} for this model, got {len(urls)}", urls[most][1])
         pictures = self._pictures.read(urls, len(body))
         pixels, rows = join_pictures(pictures)
         most = self._config.max_pixel_bytes

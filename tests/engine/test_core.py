@@ -125,7 +125,7 @@ def test_more_pictures_than_the_system_reads_are_refused(served: dict[str, Serve
     """Before the request runs together with others; prompt 3 has two."""
     own = served["wings-released"]
     engine = Engine(own.model.lockstep, EngineConfig())
-    with pytest.raises(DataError, match="at most 1 image a request, got 2"):
+    with pytest.raises(DataError, match="must be <= 1 for this model, got 2"):
         engine.submit(EngineRequest(sample=own.sample(3), max_new_tokens=2))
     assert not engine.has_requests
 
