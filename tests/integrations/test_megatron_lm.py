@@ -14,6 +14,8 @@ pytestmark = pytest.mark.skipif(
     Path(sys.prefix).name != "megatron_lm", reason="half an hour: make test-integrations ARGS=megatron_lm"
 )
 VERSIONS = ("0.16.1", "0.19.0")
+LAST_DIGIT = 1e-6
+"""Of the losses as Megatron-LM prints them. They are float32, whose steps at 4.6 are half of it."""
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +35,5 @@ def test_tests_that_pass_with_the_peers_parts_pass_with_ours_or_are_refused(vers
 def test_pretraining_has_the_losses_of_the_peers_parts(version: str, layout: Layout, folder: Path) -> None:
     theirs = losses(version, folder, layout, ours=False)
     ours = losses(version, folder, layout, ours=True)
-    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert ours == pytest.approx(theirs, rel=0, abs=1.01 * LAST_DIGIT), "more than one unit of the last digit"
     assert len(set(ours)) == len(ours), "the weights change"
