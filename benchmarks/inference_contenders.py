@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import parrot_sys
 from parrot_sys.data.constants import IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.models.llm.hf import llm_fields

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parrot_sys.data.packing import Guidance
 from parrot_sys.engine.blocks import BlockPool, root_hash
+from parrot_sys.engine.config import EngineConfig
 from parrot_sys.engine.detokenizer import Detokenizer, StopStrings, TextDecoder
 from parrot_sys.engine.encoder_cache import EncoderCache
 from parrot_sys.engine.inputs import StepBuilder, StepInputs, build_step
@@ -31,14 +32,7 @@ from parrot_sys.engine.requests import (
     not_finite,
 )
 from parrot_sys.engine.sampler import RequestSampler, TokenLogprob, next_tokens, token_logprobs
-from parrot_sys.engine.scheduler import (
-    AdmissionLimits,
-    Chunk,
-    EndReason,
-    ScheduledRequest,
-    Scheduler,
-    SchedulerConfig,
-)
+from parrot_sys.engine.scheduler import Chunk, EndReason, ScheduledRequest, Scheduler
 from parrot_sys.errors import ConfigError, DataError
 
 
@@ -84,22 +78,6 @@ class ModelRunner(PictureModel, Protocol):
 
     def run_whole(self, inputs: StepInputs) -> Tensor:
         """The same for whole requests, without a cache."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """Sizes of an engine."""
-
-    num_blocks: int = 4096
-    """Blocks of the KV cache."""
-    block_size: int = 16
-    """Rows of a block."""
-    feature_bytes: int = 256 * 2**20
-    """Bytes of tower features that are kept."""
-    routed_bytes: int = 256 * 2**20
-    """Bytes of image rows after routing that are kept."""
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    limits: AdmissionLimits = field(default_factory=AdmissionLimits)
 
 
 class _Answer:

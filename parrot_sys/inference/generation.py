@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from parrot_sys.data.packing import Sample
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig, SchedulerConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.detokenizer import TextDecoder
 from parrot_sys.engine.lockstep import Lockstep
 from parrot_sys.engine.requests import (
@@ -23,7 +24,6 @@ from parrot_sys.engine.requests import (
     num_images,
 )
 from parrot_sys.engine.sampler import TokenLogprob
-from parrot_sys.engine.scheduler import SchedulerConfig
 from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.inference.requests import check_rows, num_rows, request_name
 from parrot_sys.modules.text_guided_moe import RoutingOutput, RoutingOverride

@@ -10,8 +10,7 @@ from typing import Annotated
 
 from parrot_sys.data.decoding import ImageLimits
 from parrot_sys.data.languages import MMMB_LANGUAGES, language_codes
-from parrot_sys.engine.core import EngineConfig
-from parrot_sys.engine.scheduler import AdmissionLimits
+from parrot_sys.engine.config import AdmissionLimits, EngineConfig
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import ParallelConfig
 from parrot_sys.paths import INPUT_FILE, INPUT_FOLDER

@@ -9,7 +9,7 @@ from parrot_sys.data.decoding import ImageLimits, inspect_image
 from parrot_sys.data.image_sources.data_urls import decode_url
 from parrot_sys.data.picture import Picture
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.engine.scheduler import AdmissionLimits
+from parrot_sys.engine.config import AdmissionLimits
 from parrot_sys.errors import DataError, ImageTooLargeError
 from parrot_sys.serving.errors import ApiError, wrong
 from parrot_sys.serving.remote import RemoteFetcher

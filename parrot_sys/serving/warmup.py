@@ -8,7 +8,8 @@ from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
 from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 from parrot_sys.inference.requests import free_rows, num_rows

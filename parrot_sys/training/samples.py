@@ -21,7 +21,8 @@ from parrot_sys.data.packing import Sample, expanded_lengths, rows_of_pictures
 from parrot_sys.data.parts import join, turn_parts
 from parrot_sys.data.picture import join_pictures
 from parrot_sys.data.processor import ParrotProcessor
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.lockstep import Lockstep
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.errors import DataError

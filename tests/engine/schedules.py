@@ -29,9 +29,9 @@ import parrot_sys
 from benchmarks.harness import machine
 from parrot_sys.data.constants import IGNORE_ID, IMAGE_TOKEN_ID
 from parrot_sys.data.packing import Sample
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig, SchedulerConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest, RequestImage, expand
-from parrot_sys.engine.scheduler import SchedulerConfig
 from parrot_sys.inference.model import ParrotForConditionalGeneration
 
 NEW_TOKENS = 12

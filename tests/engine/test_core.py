@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import parrot_sys
 from parrot_sys.data.packing import Sample
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import AdmissionLimits, EngineConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.engine.sampler import SamplingParams
-from parrot_sys.engine.scheduler import AdmissionLimits
 from parrot_sys.errors import ConfigError, DataError
 from parrot_sys.inference.convert import ConvertConfig, convert
 from parrot_sys.megatron.runtime.initialize import shutdown

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parrot_sys.engine.blocks import BlockPool, root_hash
+from parrot_sys.engine.config import SchedulerConfig
 from parrot_sys.engine.inputs import StepBuilder, StepInputs, build_step
 from parrot_sys.engine.requests import RequestImage
-from parrot_sys.engine.scheduler import ScheduledRequest, Scheduler, SchedulerConfig
+from parrot_sys.engine.scheduler import ScheduledRequest, Scheduler
 
 
 def image(first: int, rows: int, *, reads_on: bool) -> RequestImage:

@@ -21,13 +21,12 @@ from hypothesis.stateful import (
 
 from parrot_sys.engine import scheduler as scheduler_module
 from parrot_sys.engine.blocks import BlockPool, PictureSpan, block_hashes, root_hash
+from parrot_sys.engine.config import AdmissionLimits, SchedulerConfig
 from parrot_sys.engine.scheduler import (
-    AdmissionLimits,
     EndReason,
     Phase,
     ScheduledRequest,
     Scheduler,
-    SchedulerConfig,
     Step,
 )
 from parrot_sys.errors import BusyError, ConfigError, DataError

@@ -12,7 +12,8 @@ import torch
 import parrot_sys
 from parrot_sys.data.packing import Sample
 from parrot_sys.data.parts import human_turn
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import EngineConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.megatron.runtime.initialize import shutdown

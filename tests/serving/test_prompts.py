@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import parrot_sys
 from parrot_sys.data.tokenizer_files import MissingTokenizer
-from parrot_sys.engine.core import Engine, EngineConfig
+from parrot_sys.engine.config import AdmissionLimits, EngineConfig, SchedulerConfig
+from parrot_sys.engine.core import Engine
 from parrot_sys.engine.requests import EngineRequest, RequestImage, expand
-from parrot_sys.engine.scheduler import AdmissionLimits, SchedulerConfig
 from parrot_sys.errors import CheckpointError, DataError
 from parrot_sys.megatron.runtime.initialize import shutdown
 from parrot_sys.serving.config import ServeConfig
