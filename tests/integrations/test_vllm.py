@@ -18,7 +18,9 @@ from tests.integrations.vllm_cases import (
     CACHED,
     FIXTURES,
     QUESTIONS,
+    ROOT,
     answer,
+    cases,
     check_greedy,
     check_preempted,
     expected,
@@ -38,6 +40,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_greedy_answers_are_those_of_parrot_sys_with_and_without_caches(model: Path) -> None:
     check_greedy(model)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-wings"])
+def test_greedy_answers_of_a_demo(name: str) -> None:
+    """Of a model that has been trained, where `make demo` has left it."""
+    folder = ROOT / "runs" / name / "instruct" / "hf"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is made by make demo")
+    asked = cases(folder)
+    (got,) = run(folder, [asked], options={**CACHED, "max_num_batched_tokens": 128})
+    assert got["tokens"] == expected(folder, asked)
 
 
 def same_picture(model: Path) -> list[list[dict[str, Any]]]:
