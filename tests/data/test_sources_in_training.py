@@ -83,7 +83,9 @@ def make_loader(processor, base, path, rank=0, ranks=1, **values):
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(data=st.data(), seed=st.integers(0, 99), alpha=st.sampled_from([None, 0.5]), at=st.integers(0, 9))
 @pytest.mark.parametrize(
-    ("kind", "content", "store"), [pytest.param(*case, marks=GS.marks if case[2] == "gs" else ()) for case in CASES]
+    ("kind", "content", "store"),
+    # (Beside s3, which takes the same way, gs is for make test-all.)
+    [pytest.param(*case, marks=(*GS.marks, pytest.mark.slow) if case[2] == "gs" else ()) for case in CASES],
 )
 def test_batches_and_resume_are_those_of_json(processor, bucket, kind, content, store, data, seed, alpha, at):
     records = data.draw(record_lists(content))
