@@ -79,7 +79,7 @@ class Detokenizer:
         """Lets the window begin with the tokens that came last, or the one before them, if they have a text of their
         own; lets go of those that are left out."""
         newest = self._window[self._complete :]
-        if newest and not self._decode(newest) and self._decode(newest, skip=False):
+        if newest and self._is_left_out(newest):
             del self._window[self._complete :]
             return
         for first in (self._complete, self._complete - 1):
@@ -94,7 +94,11 @@ class Detokenizer:
     def _settle(self) -> str:
         """Ends the wait of tokens for the end of a character, as far as no later token can change their text: else a
         long run of bytes that are no text would be decoded again with every token."""
-        waiting = self._window[self._complete :]
+        waiting = [token for token in self._window[self._complete :] if not self._is_left_out([token])]
+        del self._window[self._complete :]
+        self._window += waiting
+        if len(waiting) <= _MOST_WAITING:  # (bytes of a character may have such tokens between them)
+            return ""
         whole, given = self._decode(waiting), self._given[len(self._decode(self._window[: self._complete])) :]
         for count in range(_UNFINISHED, 2 * _UNFINISHED):
             # (With the first one where a byte that is no text spoils all that follow it, as in SentencePiece.)
@@ -109,6 +113,9 @@ class Detokenizer:
                     self._given = tail[:begin] + given[len(settled) :]
                     return settled[len(given) :]
         return ""
+
+    def _is_left_out(self, tokens: list[int]) -> bool:
+        return not self._decode(tokens) and bool(self._decode(tokens, skip=False))
 
     def _decode(self, tokens: list[int], *, skip: bool | None = None) -> str:
         left_out = self._skip if skip is None else skip

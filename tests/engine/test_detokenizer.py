@@ -101,6 +101,14 @@ def test_bytes_of_a_sentencepiece_vocabulary() -> None:
     assert detokenizer.finish() == ""
 
 
+def test_special_tokens_between_the_bytes_of_a_character() -> None:
+    """They are left out however many there are, and the character is whole."""
+    tokenizer = make_tokenizer("llama3")
+    first, *rest = (tokenizer.convert_tokens_to_ids(name) for name in ("\u00e0", "<|begin_of_text|>", "\u00a1"))
+    ids = [first, *[rest[0]] * 40, rest[1], *[rest[0]] * 40, rest[1]]
+    assert "".join(stream("llama3", ids, list(range(1, len(ids))))) == decoded("llama3", ids) == "\u0861"
+
+
 def test_a_character_that_never_comes_is_not_lost() -> None:
     tokenizer = make_tokenizer("byte_level")
     half = tokenizer.encode("\U0001f99c", add_special_tokens=False)[:2]
