@@ -1,8 +1,8 @@
 # PYTHON: the Python (3.11 or 3.12) used to create .venv.   ARGS: additional arguments for the program that a target runs.
-# MODEL: the system of demo and experiment: parrot, wings or multimodal_gpt (demo: or llava).   STUDY: another experiment.
+# MODEL: the system of the demo: parrot, wings, multimodal_gpt or llava.   STUDY: the experiment.
 PYTHON ?= python3
 MODEL ?= parrot
-STUDY ?= $(MODEL)
+STUDY ?= languages
 ARGS ?=
 
 BIN := .venv/bin
@@ -14,7 +14,7 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*
 help:
 	@echo "make demo         set up, build the data set, train, evaluate, write a report (five minutes on two cores)"
 	@echo "                  MODEL=wings, MODEL=multimodal_gpt or MODEL=llava does the same with another system"
-	@echo "make experiment   set up and train the variants with three seeds each (an hour; resumable); STUDY=languages and"
+	@echo "make experiment   set up and train the cells of a study with three seeds each (hours; resumable); STUDY=wings_curve and"
 	@echo "                  others: docs/evidence.md; ARGS=--report writes what is done, ARGS=--help says more"
 	@echo "make test         set up and run the tests; make test-all adds the slow ones"
 	@echo "make test-integrations  run the tests against other people's programs (ARGS=trackers: those of one environment)"

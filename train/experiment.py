@@ -1,13 +1,9 @@
-"""The studies: variants of one small model, three seeds each, from the demo's data and stages (docs/evidence.md).
+"""The studies of docs/evidence.md: variants of one small model, three seeds each, from the demo's data and stages.
 
-    python train/experiment.py                        parrot: experts on and off, three language mixes (an hour or more)
-    python train/experiment.py --study routers        parrot: which routers carry the language, and what that costs
-    python train/experiment.py --study languages      parrot: where experts help: decoders, mixes, 6 to 48 languages
-    python train/experiment.py --study wings          what visual tuning costs in questions about text, and learners
-    python train/experiment.py --study wings_curve    the same over the decoder's rate, with LoRA and ablations
-    python train/experiment.py --study multimodal_gpt how long answers are with and without a set of short ones
+    python train/experiment.py                        languages: which routers carry the language, where experts help
+    python train/experiment.py --study wings_curve    text kept against pictures learned, over the decoder's rate
     python train/experiment.py --study joint          multimodal_gpt: tuned on pictures, on text, on both: dialogues
-    python train/experiment.py --study joint_answers  the same models: length and repetition of answers
+    python train/experiment.py --study answers        the same, and tuned on short answers: their length and repetition
     python train/experiment.py --only frozen          only variants whose name holds a text, as 'frozen decoder, 6 '
     python train/experiment.py --seeds 0              only some seeds (side by side in copies of a folder of runs)
     python train/experiment.py --report               train nothing: result and report of what is done so far
@@ -15,9 +11,9 @@
     python train/experiment.py --fresh                from the start; otherwise what is done is not done again
     python train/experiment.py --quick                one seed and four steps a stage, to see that it works
 
-Stop it at any time (Ctrl-C): the same command goes on with the variant and step that it was at. Work lies below runs/
-(experiment, experiment-SYSTEM, and evidence, which several studies share); results so far and their report are in its
-folder report/STUDY. A whole study, and what --report finds, is kept in benchmarks/results/DEVICE (not with --quick).
+Stop it at any time (Ctrl-C): the same command goes on with the variant and step that it was at. Work lies below
+runs/evidence, where the studies share what they have in common; results so far and their report are in report/STUDY
+there. A whole study, and what --report finds, is kept in benchmarks/results/DEVICE (not with --quick).
 """
 
 from __future__ import annotations
@@ -36,13 +32,13 @@ SEEDS = (0, 1, 2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    from studies.variants import EXPERIMENTS
+    from studies.catalog import EXPERIMENTS
 
     parser = argparse.ArgumentParser(
         prog="experiment.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     choices = list(EXPERIMENTS)
-    parser.add_argument("--study", "--model", choices=choices, default="parrot", help="the study, see above (parrot)")
+    parser.add_argument("--study", choices=choices, default=choices[0], help=f"the study, see above ({choices[0]})")
     parser.add_argument("--only", action="append", help="text in the names of variants to train; repeat to narrow down")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds to train from (0 1 2)")
     parser.add_argument("--report", action="store_true", help="train nothing; write the result of what is done")
@@ -82,16 +78,16 @@ def join(chosen: Experiment, file: Path) -> int:
 def main(argv: list[str]) -> int:
     options = parse(argv)
     from studies import recipes
+    from studies.catalog import EXPERIMENTS
     from studies.experiment import Run, write_result
     from studies.pipeline import Pipeline
     from studies.running import train_variants
-    from studies.variants import EXPERIMENTS
 
     chosen = EXPERIMENTS[options.study]
     if options.join is not None:
         return join(chosen, options.join)
     recipes.processes = options.processes
-    root = Path(f"runs/{chosen.folder}-quick" if options.quick else f"runs/{chosen.folder}")
+    root = Path("runs/evidence-quick" if options.quick else "runs/evidence")
     pipeline = Pipeline(root, say=lambda line: print(line, flush=True), fresh=options.fresh, only_done=options.report)
     data_flags = recipes.QUICK_DATA if options.quick else ()
     data = recipes.build_data(pipeline, data_flags)

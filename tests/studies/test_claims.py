@@ -6,14 +6,13 @@ import itertools
 import json
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studies.catalog import EXPERIMENTS
 from studies.claims import CLAIMS
 from studies.evidence import ALLOWANCE, NOT_RUN, Claim, Difference, Direction, Estimate, Information, place, render
 from studies.measures import EXCEPT_EN
-from studies.variants import EXPERIMENTS
 
 ROOT = Path(__file__).parents[2]
 FIGURE = Difference(file="some.json", comparison="a - b", part="style")
@@ -43,7 +42,7 @@ def test_what_is_missing_has_no_verdict(tmp_path: Path) -> None:
     """No file, a file without the cells, a comparison without an interval."""
     rows = [claim("more")]
     assert any(NOT_RUN in line and "| - |" in line for line in render({"Paper": rows}, tmp_path))
-    (tmp_path / "some.json").write_text(json.dumps({"summary": {"differences": {}}, "results": {}}))
+    (tmp_path / "some.json").write_text(json.dumps({"summary": {"paired_intervals": {}}, "results": {}}))
     assert any(NOT_RUN in line for line in render({"Paper": rows}, tmp_path))
     alone = Estimate(value=3.0, interval=None, over="pictures", n=4, seeds=1)
     assert claim("more").verdict(alone) == "does not show (no interval)"
@@ -51,20 +50,12 @@ def test_what_is_missing_has_no_verdict(tmp_path: Path) -> None:
 
 
 def test_figures_by_hand() -> None:
-    languages = {"en": {"seeds": [1.0, 3.0]}, "pt": {"seeds": [5.0, 7.0]}, "mean": {"seeds": [9.0, 9.0]}}
-    asked = {"a": {"0": {"n": {"style": {"en": 10, "pt": 20}}}}}
-    old = {"summary": {"differences": {"a - b": {"style": languages}}}, "results": asked}
-    found = FIGURE.read(old)
-    assert found is not None
-    assert found.value == 4.0  # the seeds' means over languages are 3 and 5; t with one degree of freedom is 12.706
-    assert found.interval == pytest.approx((4 - 12.7062047, 4 + 12.7062047))
-    others = Difference(file="some.json", comparison="a - b", part="style", key=EXCEPT_EN).read(old)
-    assert others is not None
-    assert (others.value, others.n, found.n) == (6.0, 2 * 20, 2 * 30)
-
     paired = {"difference": 2.0, "interval": [-1.0, 5.0], "n": 40, "pictures": 10, "seeds": 2}
-    new = {"summary": {**old["summary"], "paired_intervals": {"a - b": {"style": {"mean": paired}}}}}
+    new = {"summary": {"paired_intervals": {"a - b": {"style": {"mean": paired, EXCEPT_EN: {**paired, "n": 30}}}}}}
     assert str(FIGURE.read(new)) == "+2.0 points [-1.0 to +5.0] over pictures and seeds; 2 seeds, n = 40"
+    others = Difference(file="some.json", comparison="a - b", part="style", key=EXCEPT_EN).read(new)
+    assert others is not None
+    assert others.n == 30
 
     told = {"language": {"bits": 2.3, "by_chance": 0.3, "most": 2.5849}}
     runs = {"0": {"routes": {"style": told}}, "1": {"routes": {"style": told}}}
@@ -75,13 +66,14 @@ def test_figures_by_hand() -> None:
     assert figure.read({"results": {"default": {"0": {"routes": {}}}}}) is None
 
 
-def test_claims_name_comparisons_that_studies_make() -> None:
-    """Or that the kept result of an older study holds."""
+def test_claims_name_what_studies_make() -> None:
     for row in itertools.chain(*CLAIMS.values()):
-        if isinstance(row.figure, Difference) and row.study in EXPERIMENTS:
-            experiment = EXPERIMENTS[row.study]
+        experiment = EXPERIMENTS[row.study]
+        assert row.figure.file == experiment.file
+        if isinstance(row.figure, Difference):
             assert row.figure.comparison in {name for name, _, _ in experiment.comparisons}
-            assert row.figure.file == experiment.file
+        else:
+            assert row.figure.variant in {variant.name for variant in experiment.variants}
 
 
 def test_the_page_shows_the_kept_results() -> None:

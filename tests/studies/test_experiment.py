@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from parrot_sys.markdown_tables import interval_text
-from studies.experiment import compare_variants, experiment_content, summarize, write_result
+from studies.catalog import EXPERIMENTS
+from studies.experiment import Experiment, Variant, compare_variants, experiment_content, summarize, write_result
 from studies.experiment_report import write_report
-from studies.measures import accuracies, answer_lengths
+from studies.measures import accuracies, answer_habits
 from studies.recipes import provenance
-from studies.variants import EXPERIMENTS, EXPERTS, MIXES
 from tests.studies.evaluations import evaluations_of
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,18 @@ def record(en: float, zh: float) -> dict[str, Any]:
     return {"accuracy": {"style": {"en": en, "zh": zh, "mean": (en + zh) / 2}}, "n": {"style": {"en": 40, "zh": 40}}}
 
 
+STUDY = Experiment(
+    title="A study",
+    about="For tests.",
+    variants=tuple(
+        Variant(name=name, description=name, evaluate=lambda run: pytest.fail("nothing is trained here"))
+        for name in ("experts, balanced", "plain, balanced", "experts, imbalanced", "plain, imbalanced")
+    ),
+    comparisons=tuple(
+        (f"experts - plain, {mix}", f"experts, {mix}", f"plain, {mix}") for mix in ("balanced", "imbalanced")
+    ),
+    file="experiment.json",
+)
 RESULTS = {
     "experts, balanced": {"0": record(60, 50), "1": record(70, 40), "2": record(80, 60)},
     "plain, balanced": {"0": record(50, 50), "1": record(40, 50)},
@@ -33,7 +45,7 @@ RESULTS = {
 
 
 def test_summary_by_hand() -> None:
-    summary = summarize(RESULTS, EXPERTS.comparisons)
+    summary = summarize(RESULTS, STUDY.comparisons)
     english = summary["variants"]["experts, balanced"]["style"]["en"]
     assert english == {"mean": 70.0, "std": pytest.approx(10.0), "seeds": [60, 70, 80]}
     # paired by seed, over the two seeds that both have: +10 and +30
@@ -50,22 +62,14 @@ def test_variants_and_comparisons_fit_together(name: str) -> None:
     assert all({first, second} <= set(names) for _, first, second in EXPERIMENTS[name].comparisons)
 
 
-def test_the_balanced_mix_comes_first() -> None:
-    """It sets the number of steps."""
-    settings = [variant.evaluate.keywords for variant in EXPERTS.variants]  # type: ignore[attr-defined]
-    assert {each["mix"] for each in settings} == set(MIXES)
-    first = {experts: next(s["mix"] for s in settings if s["experts"] is experts) for experts in (True, False)}
-    assert first == {True: "balanced", False: "balanced"}
-
-
 def test_report_of_unfinished_results(tmp_path: Path) -> None:
-    content = experiment_content(EXPERTS, provenance()) | {
+    content = experiment_content(STUDY, provenance()) | {
         "results": RESULTS,
-        "summary": summarize(RESULTS, EXPERTS.comparisons),
+        "summary": summarize(RESULTS, STUDY.comparisons),
     }
     write_result(content, tmp_path / "deep" / "experiment.json")
     assert json.loads((tmp_path / "deep" / "experiment.json").read_text())["results"] == RESULTS
-    text = write_report(EXPERTS, content, tmp_path).read_text(encoding="utf-8")
+    text = write_report(STUDY, content, tmp_path).read_text(encoding="utf-8")
     assert "| experts, balanced | 3 | 70.0 \u00b1 10.0 | 50.0 \u00b1 10.0 | 60.0 \u00b1 8.7 |" in text
     assert "| experts - plain, balanced | 2 | 20.0 \u00b1 14.1 | -5.0 \u00b1 7.1 | 7.5 \u00b1 3.5 |" in text
     assert "## style (n = 40 to 40 rows a language and seed)" in text
@@ -100,10 +104,9 @@ def test_lengths_of_answers(tmp_path: Path) -> None:
         (folder / f"{stem}.scores.json").write_text(json.dumps(result))
         lines = [{"settings": {}}, *({"index": i, "response": answer} for i, answer in enumerate(answers))]
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert answer_lengths(tmp_path) == (
-        {"mmmb": {"en": 3.0, "zh": 1.0, "mean": 2.0, "mean but en": 1.0}},
-        {"mmmb": {"en": 2, "zh": 1}},
-    )
+    values, counts = answer_habits(tmp_path)
+    assert values["words"] == {"en": 3.0, "zh": 1.0, "mean": 2.0, "mean but en": 1.0}
+    assert counts["words"] == {"en": 2, "zh": 1}
 
 
 def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
         "plain, imbalanced": {"0": "1000001110"},
     }
     evaluations = evaluations_of(tmp_path, right)
-    found = compare_variants(EXPERTS, evaluations)
+    found = compare_variants(STUDY, evaluations)
     test = found["tests"]["experts - plain, balanced"]["style"]
     assert list(test) == ["en", "tr", "all", "mean but en"]
     # of each picture: what both seeds differ by, five times 2 and once -1; languages agree
@@ -133,17 +136,17 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
         variant: {seed: dict(zip(("accuracy", "n"), accuracies(folder), strict=True)) for seed, folder in seeds.items()}
         for variant, seeds in evaluations.items()
     }
-    content = experiment_content(EXPERTS, provenance()) | {"results": results}
-    content["summary"] = summarize(results, EXPERTS.comparisons) | found
-    text = write_report(EXPERTS, content, tmp_path / "report").read_text(encoding="utf-8")
+    content = experiment_content(STUDY, provenance()) | {"results": results}
+    content["summary"] = summarize(results, STUDY.comparisons) | found
+    text = write_report(STUDY, content, tmp_path / "report").read_text(encoding="utf-8")
     assert "| experts - plain, balanced | 20 / 40 | +45.0 (10 : 1, p = " in text
     assert "likelihood of the options' texts" in text
     assert f"75.0 \u00b1 7.1 {interval_text((low, high))}" in text
 
 
 def test_lengths_of_variants_are_compared_too(tmp_path: Path) -> None:
-    experiment = EXPERIMENTS["multimodal_gpt"]
-    (name, first, second), *_ = experiment.comparisons
+    experiment = EXPERIMENTS["answers"]
+    name, first, second = experiment.comparisons[-1]
     evaluations = evaluations_of(tmp_path, {first: {"0": "111111"}, second: {"0": "111111"}})
     for variant, words in ((first, 2), (second, 5)):
         for path in evaluations[variant]["0"].rglob("*.scores.json"):
@@ -151,10 +154,10 @@ def test_lengths_of_variants_are_compared_too(tmp_path: Path) -> None:
             stem = path.name.removesuffix(".scores.json")
             (path.parent / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = compare_variants(experiment, evaluations)
-    test = found["tests"][name]["mmmb"]["all"]
+    test = found["tests"][name]["words"]["all"]
     assert (test["difference"], test["first_only"], test["second_only"]) == (-3.0, 0, 12)
     assert test["p"] == pytest.approx(2 / 2**6)
-    low, high = found["intervals"][second]["mmmb"]["en"]
+    low, high = found["intervals"][second]["words"]["en"]
     assert (low + high) / 2 == pytest.approx(7.5)
 
 

@@ -5,102 +5,73 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from studies.evidence import Claim, Difference, Direction, Information
-from studies.measures import EXCEPT_EN
+from studies.measures import AVERAGE, EXCEPT_EN
 
 _EXPERTS = "experts chosen by the language of the prompt give better answers in languages with little data"
-_CHOICE = "it is the choice, not that there are experts"
-_WIDER = "(without a choice) more parameters give better answers"
-_UNIFORM = "(without a choice) experts with uniform routes give better answers"
-_OLD = "make experiment at commit f7ae865"
+_CHOICE = "it is the choice, not the number of parameters"
+_ROUTES = "it is the choice, not that there are experts"
+_WITHOUT = "(without a choice) more parameters give better answers"
+_OTHERS = "(other routers) they give better answers than the default's"
+_FROZEN = tuple(f"frozen decoder, 6 languages, {mix}" for mix in ("imbalanced", "balanced"))
+_TUNED = "tuned decoder, 6 languages, balanced"
 
 
-def _grid(says: str, first: str, second: str, place: str, direction: Direction) -> Claim:
+def _information(says: str, model: str, place: str) -> Claim:
     return Claim(
         says=says,
-        ours=f"{first} - {second}, {place}; languages but English",
-        figure=Difference(
-            file="languages.json", comparison=f"{first} - {second}, {place}", part="style", key=EXCEPT_EN
-        ),
+        ours=f"I(expert; language) less chance, {model}, {place}",
+        figure=Information(file="languages.json", variant=f"{model}, {place}", part="style"),
+        direction="more",
+        study="languages",
+        least=0.1,
+    )
+
+
+def _grid(says: str, comparison: str, direction: Direction, key: str = EXCEPT_EN) -> Claim:
+    return Claim(
+        says=says,
+        ours=comparison + ("; languages but English" if key == EXCEPT_EN else ""),
+        figure=Difference(file="languages.json", comparison=comparison, part="style", key=key),
         direction=direction,
         study="languages",
     )
 
 
-_PLACES = ("frozen decoder, 6 languages, imbalanced", "frozen decoder, 6 languages, balanced")
 PARROT = (
-    Claim(
-        says="experts follow the language of the prompt",
-        ours="I(expert; language) less chance, default router, decoder tuned, 500 steps",
-        figure=Information(file="routers.json", variant="default", part="style"),
-        direction="more",
-        study="routers",
-        least=0.1,
-    ),
-    Claim(
-        says="(the same, by the rule of the released code)",
-        ours="the same, dense experts without losses",
-        figure=Information(file="routers.json", variant="released", part="style"),
-        direction="more",
-        study="routers",
-        least=0.1,
-    ),
-    Claim(
-        says="experts by language cost no accuracy where data is balanced",
-        ours="default - projector only, decoder tuned, balanced, 500 steps",
-        figure=Difference(file="routers.json", comparison="default - projector only", part="style"),
-        direction="not less",
-        study="routers",
-    ),
-    *(_grid(_EXPERTS, "default", "projector", place, "more") for place in _PLACES),
-    *(_grid("it is the choice, not the number of parameters", "default", "wide", place, "more") for place in _PLACES),
-    *(
-        _grid(says, model, "projector", place, "more")
-        for says, model in ((_WIDER, "wide"), (_UNIFORM, "dense"))
-        for place in _PLACES
-    ),
-    *(_grid(_CHOICE, "default", "dense", place, "more") for place in _PLACES),
-    *(
-        _grid(_EXPERTS, "default", "projector", f"{decoder} decoder, 6 languages, imbalanced", "more")
-        for decoder in ("LoRA", "slow", "tuned")
+    _information("experts follow the language of the prompt", "default", _TUNED),
+    _information("(the same by the rule of the released code)", "dense", _TUNED),
+    _grid(
+        "experts by language cost no accuracy where data is balanced",
+        f"default - projector, {_TUNED}",
+        "not less",
+        AVERAGE,
     ),
     *(
-        _grid(says, first, second, f"frozen decoder, {count} languages, imbalanced", "more")
-        for count in (24, 48)
-        for says, first, second in (
-            (_EXPERTS, "default", "projector"),
-            (_UNIFORM, "dense", "projector"),
-            (_CHOICE, "default", "dense"),
+        _grid(
+            "with little data of a language, answers in it are worse",
+            f"balanced - imbalanced, {model}, {place}, 6 languages",
+            "more",
+        )
+        for place in ("tuned decoder", "frozen decoder")
+        for model in ("projector", "default")
+    ),
+    *(
+        _grid(_EXPERTS, f"default - projector, {place}", "more")
+        for place in (
+            *_FROZEN,
+            *(f"{decoder} decoder, 6 languages, imbalanced" for decoder in ("LoRA", "slow", "tuned")),
+            *(f"frozen decoder, {count} languages, imbalanced" for count in (24, 48)),
         )
     ),
-    Claim(
-        says="with little data of a language, answers in it are worse",
-        ours="all languages alike - 10% of each but English; dense experts, tuned, two epochs; languages but English",
-        figure=Difference(
-            file="experiment_released.json", comparison="balanced - imbalanced, experts", part="style", key=EXCEPT_EN
-        ),
-        direction="more",
-        study=_OLD,
+    *(_grid(_CHOICE, f"default - wide, {place}", "more") for place in _FROZEN),
+    *(
+        _grid(_ROUTES, f"default - dense, {place}", "more")
+        for place in (*_FROZEN, *(f"frozen decoder, {count} languages, imbalanced" for count in (24, 48)))
     ),
-    Claim(
-        says=_EXPERTS,
-        ours="dense experts (released rule) - projector, decoder tuned, imbalanced, two epochs; languages but English",
-        figure=Difference(
-            file="experiment_released.json", comparison="experts - plain, imbalanced", part="style", key=EXCEPT_EN
-        ),
-        direction="more",
-        study=_OLD,
-    ),
+    *(_grid(_WITHOUT, f"{model} - projector, {place}", "more") for model in ("wide", "dense") for place in _FROZEN),
+    *(_grid(_OTHERS, f"{model} - default, {_FROZEN[0]}", "more") for model in ("bias", "sharpening", "entropy")),
+    _grid(_OTHERS, f"top-2 - default, {_TUNED}", "more", AVERAGE),
 )
-
-
-def _forgetting(says: str, comparison: str, part: str, direction: Direction) -> Claim:
-    return Claim(
-        says=says,
-        ours=f"{comparison}, dialogues {part}",
-        figure=Difference(file="forgetting.json", comparison=comparison, part=part),
-        direction=direction,
-        study="wings",
-    )
 
 
 def _curve(says: str, comparison: str, part: str, direction: Direction) -> Claim:
@@ -113,28 +84,29 @@ def _curve(says: str, comparison: str, part: str, direction: Direction) -> Claim
     )
 
 
-_KEEP = "learners keep the text of a decoder that learns at the same rate"
 _BOTH_SIDES: Sequence[tuple[str, str, Direction]] = (
-    (_KEEP, "TTT", "more"),
+    ("learners keep the text of a decoder that learns at the same rate", "TTT", "more"),
     ("and pictures are learned as well", "V", "not less"),
 )
+_RATES = ("2e-3", "5e-4", "2e-4", "5e-5", "0")
 WINGS = (
-    _forgetting("visual tuning makes a model forget text", "plain - text decoder", "TTT", "less"),
-    _forgetting("Wings forgets less than a plain model (decoders at 5e-5 and 2e-3)", "Wings - plain", "TTT", "more"),
-    _forgetting(_KEEP, "Wings - plain, slow decoder", "TTT", "more"),
+    _curve("visual tuning makes a model forget text", "plain, 2e-3 - text decoder", "TTT", "less"),
+    _curve("Wings, as it is trained, forgets no text", "Wings, 5e-5 - text decoder", "TTT", "not less"),
+    _curve("it forgets less than a plain model, as that is trained", "Wings, 5e-5 - plain, 2e-3", "TTT", "more"),
     *(
         _curve(says, f"Wings - {other}, {rate}", part, direction)
-        for rate in ("2e-3", "5e-4", "2e-4")
-        for other in ("plain", "plain + LoRA")
         for says, part, direction in _BOTH_SIDES
+        for other in ("plain", "plain + LoRA")
+        for rate in _RATES
     ),
     *(
-        _curve(f"Wings keeps more text than with {name} learners only", f"Wings - {name} learners only", "TTT", "more")
-        for name in ("visual", "textual")
+        _curve("every part of Wings keeps text", f"Wings - {name}", "TTT", "more")
+        for name in ("visual learners only", "textual learners only", "router off")
     ),
-    _curve("Wings keeps more text than without its router", "Wings - router off", "TTT", "more"),
-    _curve("Wings sees more than without its router", "Wings - router off", "V", "more"),
-    _curve("Wings sees more than with visual learners only", "Wings - visual learners only", "V", "more"),
+    *(
+        _curve("every part of Wings helps to see", f"Wings - {name}", "V", "more")
+        for name in ("visual learners only", "textual learners only", "router off")
+    ),
 )
 
 
@@ -153,9 +125,9 @@ MULTIMODAL_GPT = (
     Claim(
         says="sets with short answers make answers short",
         ours="words in an answer: tuned on long and short - on long answers",
-        figure=Difference(file="answers.json", comparison="long and short - long answers", part="mmmb", unit="words"),
+        figure=Difference(file="answers.json", comparison="long and short - long answers", part="words", unit="words"),
         direction="less",
-        study="multimodal_gpt",
+        study="answers",
     ),
     *(
         _joint(_BOTH, f"joint - {other}", part, "more")
@@ -166,9 +138,9 @@ MULTIMODAL_GPT = (
         Claim(
             says="joint training leaves answers long",
             ours=f"words in an answer: joint - {other}",
-            figure=Difference(file="joint_answers.json", comparison=f"joint - {other}", part="words", unit="words"),
+            figure=Difference(file="answers.json", comparison=f"joint - {other}", part="words", unit="words"),
             direction="more",
-            study="joint_answers",
+            study="answers",
         )
         for other in ("vision only", "text only")
     ),
@@ -176,12 +148,12 @@ MULTIMODAL_GPT = (
         says="joint training makes answers repeat themselves less",
         ours="answers that repeat themselves: joint - vision only",
         figure=Difference(
-            file="joint_answers.json",
+            file="answers.json",
             comparison="joint - vision only",
             part="answers that repeat themselves (%)",
         ),
         direction="less",
-        study="joint_answers",
+        study="answers",
     ),
 )
 CLAIMS: Mapping[str, Sequence[Claim]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -18,12 +18,14 @@ import numpy as np
 
 from parrot_sys.evaluation.statistics import mean_margin
 from parrot_sys.markdown_tables import fixed, table
-from studies.measures import AVERAGE, EXCEPT_EN
+from studies.measures import AVERAGE
 
 Direction = Literal["more", "less", "not less"]
 ALLOWANCE = 2.0
 """Points that count as no loss: what `not less` claims holds if the whole interval lies above minus this."""
 NOT_RUN = "not run yet"
+_SAME = "\u2033"
+"""In place of a claim that is that of the row above."""
 BEGIN, END = "<!-- begin: python train/evidence.py -->", "<!-- end: python train/evidence.py -->"
 
 
@@ -71,28 +73,19 @@ class Difference:
     unit: str = "points"
 
     def read(self, content: Mapping[str, Any]) -> Estimate | None:
-        """With the interval by pictures and seeds, or in older files over the seeds' values."""
-        summary = content["summary"]
-        if held := summary.get("paired_intervals", {}).get(self.comparison, {}).get(self.part, {}).get(self.key):
-            ends = held["interval"]
-            over = "pictures and seeds" if held["seeds"] > 1 else "pictures"
-            return Estimate(
-                value=held["difference"],
-                interval=None if ends is None else (ends[0], ends[1]),
-                over=over,
-                n=held["n"],
-                seeds=held["seeds"],
-                unit=self.unit,
-            )
-        row = summary["differences"].get(self.comparison, {}).get(self.part)
-        if row is None:
+        """With the interval by pictures and seeds."""
+        held = content["summary"]["paired_intervals"].get(self.comparison, {}).get(self.part, {}).get(self.key)
+        if held is None:
             return None
-        names = [name for name in row if name not in (AVERAGE, EXCEPT_EN) and (self.key == AVERAGE or name != "en")]
-        runs = zip(*(row[name]["seeds"] for name in names), strict=True)
-        asked = next(iter(next(iter(content["results"].values())).values()))["n"][self.part]
-        per_seed = sum(asked[name] for name in names)
-        found = over_seeds([fmean(values) for values in runs], self.unit)
-        return replace(found, n=per_seed * found.seeds)
+        ends = held["interval"]
+        return Estimate(
+            value=held["difference"],
+            interval=None if ends is None else (ends[0], ends[1]),
+            over="pictures and seeds" if held["seeds"] > 1 else "pictures",
+            n=held["n"],
+            seeds=held["seeds"],
+            unit=self.unit,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +126,7 @@ class Claim:
     direction: Direction
     """Direction of the difference that the claim predicts."""
     study: str
-    """Name of the study, or another command."""
+    """Name of the study."""
     least: float = 0.0
     """Difference from which on it means something."""
 
@@ -159,15 +152,14 @@ def render(claims: Mapping[str, Sequence[Claim]], results: Path) -> list[str]:
     """
     lines: list[str] = []
     for paper, rows in claims.items():
-        cells = []
+        cells: list[list[str]] = []
         for claim in rows:
             path = results / claim.figure.file
             content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
             estimate = None if content is None else claim.figure.read(content)
-            command = claim.study if " " in claim.study else f"STUDY={claim.study}"
-            source = f"`{command}`" + ("" if content is None else f"; `{claim.figure.file}`")
-            cells.append([claim.says, claim.ours, str(estimate or "-"), claim.verdict(estimate), source])
-        header = ["claim", "our experiment", "difference [95% interval]", "verdict", "command, JSON"]
+            says = _SAME if cells and claim.says == rows[len(cells) - 1].says else claim.says
+            cells.append([says, claim.ours, str(estimate or "-"), claim.verdict(estimate), f"`STUDY={claim.study}`"])
+        header = ["claim", "our experiment", "difference [95% interval]", "verdict", "command"]
         lines += [f"### {paper}", "", *table(header, cells, numbers=False), ""]
     return lines
 

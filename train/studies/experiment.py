@@ -79,8 +79,6 @@ class Experiment:
     """Factor by which the mean of `answers` is multiplied to give the values of `measure`."""
     routes: Callable[[Path], Mapping[str, Any]] | None = None
     """Information in the routes of an evaluation, part by part, kept and reported beside `measure`."""
-    folder: str = "experiment"
-    """Folder below runs/ ; experiments that share one share the steps that they have in common."""
     plot: Callable[[Mapping[str, Any], Path], Mapping[str, str]] | None = None
     """Writes the plot of the whole from the kept result; returns file name -> caption."""
 

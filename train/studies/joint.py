@@ -1,4 +1,4 @@
-"""The experiment on joint training: MultiModal-GPT tuned on pictures, on text, and on both, at equal steps."""
+"""The experiments on what MultiModal-GPT is tuned on: pictures, text or both; long or also short answers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ SETS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "text only": ("conversations about words", ("words.json",)),
 }
 """Name of what LoRA is tuned on -> description, and files of the step `_SPLIT`."""
+LENGTHS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "long answers": ("name, category and keywords of what a picture shows", ("detail.json",)),
+    "long and short answers": ("these, and as many answers that only name it", ("detail.json", "align.json")),
+}
+"""The same for sets of the data set, as it is built."""
 
 
 def run_before(run: Run) -> Step:
@@ -40,14 +45,16 @@ def run_before(run: Run) -> Step:
 
 
 def run_tuned(run: Run, *, kind: str) -> Step:
-    """LoRA tuned on one of `SETS`."""
-    start, files = run_before(run), SETS[kind][1]
-    counts = split(run)
-    stage = replace(MULTIMODAL_GPT.stages[-1], records=tuple(f"../{_SPLIT}/{name}" for name in files))
-    weights = [str(min(counts[name] for name in files) / counts[name]) for name in files]
-    flags = ["--data.image-roots", str(run.data.folder), "--data.weights", *weights]
-    flags += ["--max-steps", str(_STEPS), *cached(run), *run.seeded]
-    name = run.name(f"mmgpt-{kind.replace(' ', '-')}")
+    """LoRA tuned on one of `SETS` or `LENGTHS`."""
+    start, flags = run_before(run), ["--max-steps", str(_STEPS), *cached(run), *run.seeded]
+    if kind in LENGTHS:
+        records = LENGTHS[kind][1]
+    else:
+        counts, files = split(run), SETS[kind][1]
+        records = tuple(f"../{_SPLIT}/{name}" for name in files)
+        weights = [str(min(counts[name] for name in files) / counts[name]) for name in files]
+        flags = ["--data.image-roots", str(run.data.folder), "--data.weights", *weights, *flags]
+    name, stage = run.name(f"mmgpt-{kind.replace(' ', '-')}"), replace(MULTIMODAL_GPT.stages[-1], records=records)
     return recipes.train(run.pipeline, MULTIMODAL_GPT, stage, run.data, start, name=name, flags=flags)
 
 
@@ -76,7 +83,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def dialogues(run: Run, *, kind: str | None) -> Step:
-    """Dialogues with the model before (None) or after tuning on one of `SETS`."""
+    """Dialogues with the model before (None) or after tuning on some set."""
     model, name = _model(run, kind, "dialogues")
     return recipes.evaluate_dialogues(run.pipeline, MULTIMODAL_GPT, model, run.data, name=name, limit=_DIALOGUES)
 
@@ -107,9 +114,9 @@ _COMPARISONS = (
 )
 
 
-def _variants(evaluate: Callable[..., Step]) -> tuple[Variant, ...]:
-    """Before and after tuning on each of `SETS`."""
-    described = {"before": "aligned, not yet tuned", **{kind: description for kind, (description, _) in SETS.items()}}
+def _variants(evaluate: Callable[..., Step], sets: Mapping[str, tuple[str, tuple[str, ...]]]) -> tuple[Variant, ...]:
+    """Before and after tuning on each of the sets."""
+    described = {"before": "aligned, not yet tuned", **{kind: description for kind, (description, _) in sets.items()}}
     return tuple(
         Variant(name=name, description=text, evaluate=partial(evaluate, kind=None if name == "before" else name))
         for name, text in described.items()
@@ -119,22 +126,24 @@ def _variants(evaluate: Callable[..., Step]) -> tuple[Variant, ...]:
 JOINT = Experiment(
     title="Joint training of MultiModal-GPT: dialogues",
     about=f"{_ABOUT} Parts are the six types of dialogue (T a turn about words, V about a picture), options hidden.",
-    variants=_variants(dialogues),
+    variants=_variants(dialogues, SETS),
     comparisons=_COMPARISONS,
     file="joint.json",
     unit="accuracy in percent by the likelihood of the answers' texts",
-    folder="evidence",
 )
-JOINT_ANSWERS = Experiment(
-    title="Joint training of MultiModal-GPT: length and repetition of answers",
-    about=f"{_ABOUT} Then open questions about held-out pictures are answered greedily, with at most 32 tokens.",
-    variants=_variants(answers),
-    comparisons=_COMPARISONS,
-    file="joint_answers.json",
+ANSWERS = Experiment(
+    title="MultiModal-GPT: length and repetition of answers",
+    about=(
+        f"{_ABOUT} Two more variants are tuned on long answers to open questions about pictures, and on these and as "
+        "many short ones to the same questions, since the authors left out sets with short answers. Then open "
+        "questions about held-out pictures are answered greedily, with at most 32 tokens."
+    ),
+    variants=_variants(answers, {**SETS, **LENGTHS}),
+    comparisons=(*_COMPARISONS, ("long and short - long answers", "long and short answers", "long answers")),
+    file="answers.json",
     unit="words in an answer, and percent of answers that repeat themselves",
     chance=None,
     measure=answer_habits,
     answers=habits_of_answers,
     scale=1.0,
-    folder="evidence",
 )

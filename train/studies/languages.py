@@ -1,7 +1,8 @@
-"""The experiment on languages: do experts help where the decoder cannot, and with how many languages.
+"""The experiment on languages: which routers carry the language, and where experts by language help.
 
 question                          cells (each from three seeds)
-does a frozen decoder need them   frozen decoder, six languages, both mixes, all four models
+does a frozen decoder need them   frozen decoder, six languages, both mixes: projector, default, wide, dense
+which routers carry the language  tuned decoder, six languages, balanced: projector, default, dense, top-2
 how freely the decoder learns     six languages, imbalanced: projector and default with LoRA, slow and tuned decoders
 how many languages                frozen decoder, imbalanced: projector, default and dense with 24 and 48 languages
 other routers                     frozen decoder, six languages, imbalanced: a bias, a schedule of the scale, entropy
@@ -25,7 +26,6 @@ from studies.measures import EXCEPT_EN
 from studies.pipeline import Step
 from studies.recipes import ALIGN, INSTRUCT, PARROT
 from studies.route_tables import routes_of
-from studies.router import RELEASED, router_flags
 from studies.starts import SLOW, cached, text_decoder
 
 _ALIGN_STEPS = 180
@@ -39,10 +39,12 @@ _SHARE = 0.1
 _QUESTIONS = 720
 """Questions that are asked in all languages together, and about things in a new style, at least."""
 
+RELEASED = {"normalize-guidance": False, "router-scale": 1.0, "information-coeff": 0.0, "evenness-coeff": 0.0}
 MODELS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector": ("the projector alone", None),
     "default": ("six experts, chosen by the default router", {}),
     "dense": ("six experts under the released rule, whose routes stay uniform", RELEASED),
+    "top-2": ("the two best experts of six, chosen by the default router", {"routing": "topk", "topk": 2}),
     "bias": (
         "the one best expert of six, balanced by a bias without a loss of evenness",
         {
@@ -64,6 +66,8 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     ),
 }
 """Model -> description, and settings of `model.moe` that differ from the default's; None for none."""
+_CONSTANTS = ("routing", "topk", "renormalize", "normalize_guidance", "router_scale", "expert_bias")
+"""Settings of `model.moe` that the aligned projector has no part in."""
 DECODERS: Mapping[str, tuple[str, ...]] = {
     "frozen": ("--trainable.no-llm",),
     "LoRA": ("--trainable.no-llm", "--model.lora.rank", "16"),
@@ -108,6 +112,10 @@ CELLS = (
     *(Cell(model=model, mix=mix, rank=0) for mix, model in product(MIXES, ("projector", "default"))),
     *(Cell(model=model, mix=mix, rank=1) for mix, model in product(MIXES, ("wide", "dense"))),
     *(
+        Cell(model=model, decoder="tuned", mix="balanced", rank=2)
+        for model in ("projector", "default", "dense", "top-2")
+    ),
+    *(
         Cell(model=model, decoder=decoder, rank=2)
         for decoder, model in product(("tuned", "LoRA", "slow"), ("projector", "default"))
     ),
@@ -142,6 +150,18 @@ def run_cell(run: Run, *, cell: Cell) -> Step:
     model = recipes.train(run.pipeline, PARROT, INSTRUCT, run.data, start, name=run.name(kind), flags=flags)
     limit = ["--limit", str(max(2, _QUESTIONS // count))] if count != 6 else []
     return recipes.evaluate(run.pipeline, PARROT, model, run.data, name=run.name(f"evaluation-{kind}"), flags=limit)
+
+
+def router_flags(settings: Mapping[str, Any] | None) -> list[str]:
+    """Settings of `parrot train` for a model of `MODELS`."""
+    if settings is None:
+        return ["--model.moe.num-experts", "0"]
+    flags: list[str] = []
+    for key, value in settings.items():
+        switch = f"--model.moe.{'' if value else 'no-'}{key}"
+        flags += [switch] if isinstance(value, bool) else [f"--model.moe.{key}", str(value)]
+    allowed = [f"model.moe.{name}" for key in settings if (name := key.replace("-", "_")) in _CONSTANTS]
+    return [*flags, "--checkpoint.allow-differences", *allowed] if allowed else flags
 
 
 def _mix(cell: Cell) -> list[str]:
@@ -186,7 +206,7 @@ def plot(content: Mapping[str, Any], folder: Path) -> Mapping[str, str]:
 
 
 def _comparisons() -> tuple[tuple[str, str, str], ...]:
-    """Default against projector in every place, and where they are there against the others."""
+    """Models with each other in every place where both are, and each model with itself on the other mix."""
     names, pairs = (
         {cell.name for cell in CELLS},
         (
@@ -195,19 +215,25 @@ def _comparisons() -> tuple[tuple[str, str, str], ...]:
             ("default", "dense"),
             ("wide", "projector"),
             ("dense", "projector"),
+            ("top-2", "default"),
             *((router, other) for router in ("bias", "sharpening", "entropy") for other in ("projector", "default")),
         ),
     )
-    return tuple(
+    of_models = (
         (f"{first} - {second}, {place}", f"{first}, {place}", f"{second}, {place}")
         for place in dict.fromkeys(cell.place for cell in CELLS)
         for first, second in pairs
-        if {f"{first}, {place}", f"{second}, {place}"} <= names
     )
+    of_mixes = (
+        (f"balanced - imbalanced, {model}, {place}", f"{model}, {place}, balanced", f"{model}, {place}, imbalanced")
+        for place in ("frozen decoder, 6 languages", "tuned decoder, 6 languages")
+        for model in MODELS
+    )
+    return tuple(each for each in (*of_models, *of_mixes) if set(each[1:]) <= names)
 
 
 LANGUAGES = Experiment(
-    title="Where experts by language help: how freely the decoder learns, and how many languages there are",
+    title="Where experts by language help: routers, how freely the decoder learns, and how many languages there are",
     about=(
         "All variants and seeds start from one text-pretrained decoder, bit for bit; per seed and mix, all share the "
         f"aligned projector and differ in the {_STEPS} steps of the instruction stage. Imbalanced stages 1 and 2 take "
@@ -228,6 +254,5 @@ LANGUAGES = Experiment(
     comparisons=_comparisons(),
     file="languages.json",
     routes=routes_of,
-    folder="evidence",
     plot=plot,
 )

@@ -60,19 +60,6 @@ def right_answers(evaluation: Path) -> Answers:
     }
 
 
-def answer_lengths(evaluation: Path) -> tuple[Accuracy, Counts]:
-    """(words in an answer, answers) per suite and language of an evaluation with generated answers."""
-    return _means(counted_words(evaluation))
-
-
-def counted_words(evaluation: Path) -> Answers:
-    """Words in every answer of an evaluation with generated answers."""
-    found: Answers = {}
-    for file in read_score_files(evaluation):
-        found.setdefault(file.content["suite"], {})[file.content["language"]] = count_answers(file)
-    return found
-
-
 def answer_habits(evaluation: Path) -> tuple[Accuracy, Counts]:
     """(length and repetition, answers) per habit and language of an evaluation with generated answers."""
     return _means(habits_of_answers(evaluation))

@@ -19,12 +19,14 @@ from studies.recipes import INSTRUCT, PLAIN, WINGS, System
 from studies.starts import cached, text_decoder, text_model
 
 _STEPS = 300
-"""Steps of the instruction stage, as in `forgetting.json`."""
+"""Steps of the instruction stage; an epoch has 1,260."""
 _DIALOGUES = 20
 """Dialogues of each type and language."""
 _TEXT, _PICTURES = ("T", "TT", "TTT"), ("V", "TV")
 """Types of dialogue whose means are the two axes."""
-RATES = ("2e-3", "5e-4", "0", "2e-4", "5e-5")
+FAST, SLOW = "2e-3", "5e-5"
+"""Rates of the decoder in the presets of a plain model and of Wings."""
+RATES = (FAST, "5e-4", "0", "2e-4", SLOW)
 """Rate of the decoder; the other parts learn at 2e-3. The first ones are trained first."""
 
 
@@ -154,6 +156,9 @@ WINGS_CURVE = Experiment(
         *(_variant(name, model, _ABLATION_RATE, len(RATES)) for name, model in ABLATIONS.items()),
     ),
     comparisons=(
+        (f"plain, {FAST} - text decoder", f"plain, {FAST}", "text decoder"),
+        (f"Wings, {SLOW} - text decoder", f"Wings, {SLOW}", "text decoder"),
+        (f"Wings, {SLOW} - plain, {FAST}", f"Wings, {SLOW}", f"plain, {FAST}"),
         *(
             (f"{first} - {second}, {rate}", f"{first}, {rate}", f"{second}, {rate}")
             for rate in RATES
@@ -166,6 +171,5 @@ WINGS_CURVE = Experiment(
     ),
     file="wings_curve.json",
     unit="accuracy in percent by the likelihood of the answers' texts",
-    folder="evidence",
     plot=plot,
 )
