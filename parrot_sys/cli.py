@@ -7,6 +7,7 @@ values (`__post_init__`) run once, on the final values.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,7 +172,7 @@ def _help_text(cls: type, description: str | None, leave_out: type | None) -> st
     presets = [name for name, path in list_presets().items() if _fits(cls, leave_out, path)]
     about = "--config NAME_OR_PATH (repeatable; flags win) reads settings from a YAML file"
     about += f" or a preset: {', '.join(presets)}." if presets else "."
-    return f"{description or (cls.__doc__ or '').strip()}\n\n{about}"
+    return f"{description or inspect.cleandoc(cls.__doc__ or '')}\n\n{about}"
 
 
 def _fits(cls: type, leave_out: type | None, preset: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -60,3 +62,19 @@ def test_arguments_and_errors_pass_through(monkeypatch: pytest.MonkeyPatch, caps
     assert caught.value.code == 2
     assert seen == [["--x", "1"]]
     assert capsys.readouterr().err == "parrot convert: error: missing keys: a.b\n"
+
+
+_PROGRAMS = [
+    *(name for name in COMMANDS if name != "data"),
+    *(f"data {name}" for name in ("build", "import", "check", "describe", "index")),
+]
+
+
+@pytest.mark.parametrize("program", _PROGRAMS)
+def test_each_example_of_a_help_is_a_line_that_can_be_copied(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paragraphs are filled, so that an example in one would run into the next one or into the text before it."""
+    with contextlib.suppress(SystemExit):
+        main([*program.split(), "--help"])
+    _, _, text = capsys.readouterr().out.partition("\n")  # (without the line of usage)
+    commands = [line for line in text.splitlines() if re.search(rf"(?<!`)\bparrot {program} .*--\w", line)]
+    assert [line for line in commands if not line.startswith("  $ ") or line.count(f"parrot {program} ") > 1] == []

@@ -18,15 +18,16 @@ from parrot_sys.planning.search import NothingFits, choose, find_layouts
 from parrot_sys.systems.registry import SYSTEMS
 from parrot_sys.training.config import TrainConfig
 
-_EXAMPLES = "\n\n".join(
-    "parrot plan " + " ".join(f"--config {preset}" for preset in system.example) for system in SYSTEMS.values()
+_EXAMPLES = "\n".join(
+    "  $ parrot plan " + " ".join(f"--config {preset}" for preset in system.example) for system in SYSTEMS.values()
 )
 DESCRIPTION = f"""Predicts memory and step time of training on a cluster, for every layout (tensor, sequence, pipeline,
 virtual pipeline, context, expert, expert tensor and data parallel, micro-batch, recomputation, ZeRO-1), and says which
 is best and why. Nothing runs and no GPU is needed: figures come from data sheets, formulas and assumed efficiencies.
 
 Eight H200 for the second stage of Parrot-7B:
-parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
+
+  $ parrot plan --config parrot_7b --config parrot_instruct --cluster.gpu H200
 
 Every system, decoder and tower can be planned, with low-rank updates (LoRA) and frozen parts as a stage has them:
 
@@ -34,15 +35,17 @@ Every system, decoder and tower can be planned, with low-rank updates (LoRA) and
 
 Token-routed decoders, and pictures that are cut into tiles (their size decides how many):
 
-parrot plan --config parrot_qwen3_30b_a3b --config parrot_instruct --cluster.nodes 4
-
-parrot plan --config MODEL --config STAGE --sample.picture-width 640 --sample.picture-height 480
+  $ parrot plan --config parrot_qwen3_30b_a3b --config parrot_instruct --cluster.nodes 4
+  $ parrot plan --config MODEL --config STAGE --sample.picture-width 640 --sample.picture-height 480
 
 Four nodes, 64 experts of which two work on an image, tensor parallelism decided:
-parrot plan --config parrot_14b --cluster.nodes 4 --model.moe.num-experts 64 --model.moe.routing topk --fix.tensor 2
+
+  $ parrot plan --config parrot_14b --cluster.nodes 4 --model.moe.num-experts 64 --model.moe.routing topk \\
+        --fix.tensor 2
 
 Memory alone of a layout you have: fix everything (--fix.tensor, --fix.pipeline, ...). From 8 GPUs to 4,096:
-parrot plan --config parrot_7b --scaling.gpus 8 64 512 4096 --scaling.samples-per-gpu 16 --plot scaling.svg
+
+  $ parrot plan --config parrot_7b --scaling.gpus 8 64 512 4096 --scaling.samples-per-gpu 16 --plot scaling.svg
 
 Files may hold settings of `parrot train` that do not matter here (learning rates, paths) or that are searched
 (parallel, recompute, optimizer.distributed): they are left out; --fix decides. With your own measured efficiencies

@@ -55,9 +55,10 @@ def _engine() -> EngineConfig:
 class ServeConfig:
     """Serves a checkpoint behind OpenAI's interface, with a page to try it at `/`.
 
-    Example: parrot serve --checkpoint runs/demo/instruct/hf, then open http://127.0.0.1:8000 or point any OpenAI client
-    to http://127.0.0.1:8000/v1. Over several processes: torchrun --nproc-per-node 2 -m parrot_sys serve ...
-    --parallel.tensor-model-parallel-size 2.
+    In one process or in two; then open http://127.0.0.1:8000, or point any OpenAI client to http://127.0.0.1:8000/v1:
+
+      $ parrot serve --checkpoint runs/demo/instruct/hf
+      $ torchrun --nproc-per-node 2 -m parrot_sys serve ... --parallel.tensor-model-parallel-size 2
     """
 
     checkpoint: Annotated[Path, INPUT_FOLDER]

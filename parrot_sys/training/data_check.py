@@ -34,8 +34,8 @@ records, 1 if not, 2 for a wrong command line.
 Give the settings of the run (--config, --model..., --data..., --checkpoint.load-from) as to `parrot train`; settings
 that do not matter here are left out. Without a tokenizer lengths and ids are not checked.
 
-parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
-parrot data check a.json --checkpoint.load-from runs/first/hf --data.on-bad-sample skip --json > report.json"""
+  $ parrot data check a.json b.jsonl --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
+  $ parrot data check a.json --checkpoint.load-from runs/first/hf --data.on-bad-sample skip --json > report.json"""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

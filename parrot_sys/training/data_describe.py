@@ -27,8 +27,8 @@ for each of its stages. Weights, temperature, caps and left-out records have had
 
 Give the settings of the run (--config, --model..., --data..., --checkpoint.load-from) as to `parrot train`.
 
-parrot data describe a.json b.jsonl --config parrot_7b --model.tokenizer-path qwen --data.language-alpha 0.3
-parrot data describe --config mix.yaml --checkpoint.load-from runs/first/hf --plot mix.svg"""
+  $ parrot data describe a.json b.jsonl --config parrot_7b --model.tokenizer-path qwen --data.language-alpha 0.3
+  $ parrot data describe --config mix.yaml --checkpoint.load-from runs/first/hf --plot mix.svg"""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)

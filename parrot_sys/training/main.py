@@ -13,11 +13,14 @@ from parrot_sys.training.config import TrainConfig
 
 DESCRIPTION = """Trains Parrot in one process, or in several under torchrun.
 
-Example, after `parrot data build --output data/default`: parrot train --config parrot_tiny_cpu --config tiny_instruct
---data.paths data/default/instruct.json --checkpoint.load-from data/default/decoder
---model.tokenizer-path data/default/tokenizer --output runs/first
+After `parrot data build --output data/default`:
 
-In two processes: torchrun --nproc-per-node 2 -m parrot_sys train ..., with the same options.
+  $ parrot train --config parrot_tiny_cpu --config tiny_instruct --data.paths data/default/instruct.json \\
+        --checkpoint.load-from data/default/decoder --model.tokenizer-path data/default/tokenizer --output runs/first
+
+In two processes, with the same options:
+
+  $ torchrun --nproc-per-node 2 -m parrot_sys train ...
 
 The same command again goes on from the last checkpoint."""
 
