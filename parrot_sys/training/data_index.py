@@ -29,7 +29,8 @@ already is kept, unless its data set has changed. `parrot train` builds what is 
 Give the settings of the run that decide how texts are read (--config, --model..., --data..., --checkpoint.load-from)
 as to `parrot train`, and there --data.index-dir DIR.
 
-  $ parrot data index a.json b.jsonl --output DIR --config parrot_7b --config parrot_instruct --model.tokenizer-path qwen
+  $ parrot data index a.json b.jsonl --output DIR --config parrot_7b --config parrot_instruct \\
+        --model.tokenizer-path qwen
   $ parrot train ... --data.paths a.json b.jsonl --data.index-dir DIR"""
 
 
