@@ -67,6 +67,14 @@ def hugging_face_model(folder: Path) -> Any:
     return model
 
 
+def adapt_to_cpu(provider: Any) -> None:
+    """Switches off what needs a GPU."""
+    provider.bf16, provider.use_cpu_initialization = False, True
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = torch.float32
+    for name in OFF:
+        setattr(provider, name, False)
+
+
 def megatron_model(bridge: Any, parallel: ParallelConfig) -> Any:
     """This rank's part, with our router and experts and the weights of Hugging Face."""
     provider = bridge.to_megatron_provider(load_weights=False)
@@ -75,15 +83,11 @@ def megatron_model(bridge: Any, parallel: ParallelConfig) -> Any:
     if parallel.tensor_model_parallel_size > 1:
         spec = parrot_sys.megatron.with_norms(spec, 2 // parallel.pipeline_model_parallel_size)
     provider.transformer_layer_spec = lambda _: spec  # (of a stage's layers it takes only what makes it)
-    provider.bf16 = False
-    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = torch.float32
-    for name in OFF:
-        setattr(provider, name, False)
+    adapt_to_cpu(provider)
     for name in ("tensor", "pipeline", "expert"):
         setattr(provider, f"{name}_model_parallel_size", getattr(parallel, f"{name}_model_parallel_size"))
     provider.expert_tensor_parallel_size = parallel.expert_tensor_size
     provider.sequence_parallel = parallel.sequence_parallel
-    provider.use_cpu_initialization = True
     provider.finalize()
     if getattr(provider, "_pg_collection", None) is None:
         provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()

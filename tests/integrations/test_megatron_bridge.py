@@ -96,6 +96,10 @@ def test_a_hugging_face_model_goes_in_and_out(
     assert found[2] == found[3] == found[4]
 
 
+def test_the_documented_lines_run_as_they_stand(core: Path, tmp_path: Path) -> None:
+    assert run(core, "bridge_snippet_program", tmp_path) == "45 of 45 tensors bit-equal"
+
+
 @pytest.mark.parametrize(("tensor", "stages"), [(1, 1), (2, 1), (1, 2)])
 def test_its_training_loop_trains_our_models(
     core: Path, directory: Path, wanted: list[float], tensor: int, stages: int
