@@ -14,7 +14,9 @@ from parrot_sys.errors import printable
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: TextIO | None = None) -> None:
+def setup_logging(
+    level: Level = "INFO", *, all_ranks: bool = False, stream: TextIO | None = None, own_program: bool = True
+) -> None:
     """Sets up the logger `parrot_sys` (and with it every `logging.getLogger(__name__)` of the package).
 
     Rank 0 logs from `level` on; other ranks only warnings and errors, marked with their rank. Calling it again replaces
@@ -24,6 +26,7 @@ def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: Tex
         level: the lowest level that is shown.
         all_ranks: every rank logs from `level` on.
         stream: where to write; stderr when not given.
+        own_program: the program is one of this package. False leaves the loggers of others as they are.
     """
     launch = platform.launch()
     quiet = launch.rank > 0 and not all_ranks
@@ -35,8 +38,9 @@ def setup_logging(level: Level = "INFO", *, all_ranks: bool = False, stream: Tex
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
-    # Advice to take another class than GPTModel, of which Megatron-Core 0.16 has none.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    if own_program:
+        # Advice to take another class than GPTModel, of which Megatron-Core 0.16 has none.
+        logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not script.is_file():
         sys.stderr.write(f"parrot_sys.megatron.run: error: no program at {script}: give the path of a script\n")
         return 2
-    setup_logging()
+    setup_logging(own_program=False)
     sys.argv = arguments
     sys.path.insert(0, str(script.resolve().parent))
     if cpu_layer.is_installed():

@@ -14,14 +14,19 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import with_grouped_experts, with_norms
 
 
-def _layers_of_this_stage() -> int | None:
-    """Layers that the running program of Megatron-LM builds here, from its arguments; None without one.
+def _arguments() -> Any:
+    """Arguments of the running program of Megatron-LM, where it has process groups; None without one.
 
     From release 0.19 on a program reads specs before it has process groups, and calls functions of them later.
     """
@@ -29,19 +34,53 @@ def _layers_of_this_stage() -> int | None:
         return None
     try:
         from megatron.training import get_args
-        from megatron.training.arguments import core_transformer_config_from_args
 
-        arguments = get_args()
+        return get_args()
     except (ImportError, AssertionError):
         return None
-    layers: int = get_num_layers_to_build(core_transformer_config_from_args(arguments))
+
+
+def layer_spec(arguments: Any) -> Any:
+    """Spec of a layer with our router and experts, otherwise as the program itself would build it.
+
+    Args:
+        arguments: the program's; None for a plain layer.
+
+    Raises:
+        ConfigError: they ask for layers that differ from each other, which one spec cannot say.
+    """
+    if arguments is None:
+        return with_grouped_experts(get_gpt_layer_local_spec(num_experts=1, normalization="RMSNorm"))
+    frequency = arguments.moe_layer_freq
+    if frequency != 1 and not (isinstance(frequency, list) and all(frequency)):
+        raise ConfigError(f"--moe-layer-freq with this --spec must be 1: all layers have experts, got {frequency}")
+    for name in ("experimental_attention_variant", "heterogeneous_layers_config_path"):
+        if (value := getattr(arguments, name, None)) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} with this --spec: leave one of the two out")
+    held = {
+        "num_experts": 1,
+        "qk_layernorm": arguments.qk_layernorm,
+        "multi_latent_attention": arguments.multi_latent_attention,
+        "qk_l2_norm": getattr(arguments, "qk_l2_norm", False),
+    }
+    if arguments.transformer_impl == "transformer_engine":
+        return with_grouped_experts(get_gpt_layer_with_transformer_engine_spec(**held))
+    return with_grouped_experts(get_gpt_layer_local_spec(**held, normalization=arguments.normalization))
+
+
+def _layers_of_this_stage(arguments: Any) -> int:
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    # (Under the interleaved schedule all chunks have as many, unless --account-for-... takes some from the ends.)
+    chunk = None if arguments.virtual_pipeline_model_parallel_size is None else 0
+    layers: int = get_num_layers_to_build(core_transformer_config_from_args(arguments), vp_stage=chunk)
     return layers
 
 
-layer = with_grouped_experts(get_gpt_layer_local_spec(num_experts=1, normalization="RMSNorm"))
+layer = layer_spec(_arguments())
 """Spec of a layer, with our router and experts."""
-if (_layers := _layers_of_this_stage()) is not None:
-    layer_norms = with_norms(layer, _layers)
+if _arguments() is not None:
+    layer_norms = with_norms(layer, _layers_of_this_stage(_arguments()))
     """Specs of a stage's layers, with norms that need neither Transformer Engine nor apex as well."""
 
 

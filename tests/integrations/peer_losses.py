@@ -37,6 +37,8 @@ class Layout:
     processes: int
     options: str = ""
     needs_norms: bool = False
+    model: str = ""
+    """Further options of the model."""
 
 
 LAYOUTS = (
@@ -44,6 +46,7 @@ LAYOUTS = (
     Layout("EP2", 2, "--expert-model-parallel-size 2"),
     Layout("PP2", 2, "--pipeline-model-parallel-size 2"),
     Layout("TP2 + SP", 2, "--tensor-model-parallel-size 2 --sequence-parallel", needs_norms=True),
+    Layout("one process, QK norms", 1, model="--qk-layernorm"),
 )
 
 
@@ -57,18 +60,18 @@ def spec(version: str, *, ours: bool, needs_norms: bool) -> str:
     return f"--spec peer_specs {'layer' if old else 'gpt_moe'}_norms" if needs_norms else ""
 
 
-def losses(
-    version: str, folder: Path, layout: Layout, *, ours: bool, steps: int = STEPS, options: str = ""
-) -> list[float]:
+def losses(version: str, folder: Path, layout: Layout, *, ours: bool) -> list[float]:
     """Losses of the first steps from the checkpoint in `folder`, which is made where there is none."""
+    folder = folder / layout.model.replace(" ", "")
+    folder.mkdir(exist_ok=True)
     if not (start := folder / f"start-{version}").is_dir():
         keep = f"--save {start}.new --save-interval 1 --no-save-optim --no-save-rng"
-        _run(version, LAYOUTS[0], f"--train-iters 1 {keep}", folder / f"start-{version}.log")
+        _run(version, LAYOUTS[0], f"{layout.model} --train-iters 1 {keep}", folder / f"start-{version}.log")
         Path(f"{start}.new").rename(start)
     chosen = spec(version, ours=ours, needs_norms=layout.needs_norms)
     resume = f"--train-iters {STEPS} --load {start} --finetune --no-load-optim --no-load-rng"
     log = folder / f"{version}-{layout.name.replace(' ', '')}-{'ours' if ours else 'theirs'}.log"
-    said = _run(version, layout, f"{layout.options} {chosen} {resume}", log)
+    said = _run(version, layout, f"{layout.model} {layout.options} {chosen} {resume}", log)
     assert ("topk_routing runs on" in said) == ours, f"{log}: the router is not the one that was asked for"
     found = [float(each) for each in re.findall(r"lm loss: (\S+)", said)]
     assert len(found) == STEPS, f"{log}: {len(found)} losses"

@@ -29,6 +29,8 @@ FILES = (
 NOISE = ("test_routers.py::TestTop2Router::test_force_load_balancing",)
 """Tests that ask for a gradient other than 0 where it is 0 but for rounding (of the sum of weights that add up to 1);
 with `TokenRouter` it is 0."""
+REFUSED = ("test_sequential_mlp.py::TestParallelSequentialMLP::test_constructor",)
+"""Tests that ask for Sinkhorn routing, which `TokenRouter` refuses."""
 _ORDER = ("failed", "skipped", "passed")
 """What a test did: the first of these that any process saw."""
 
@@ -106,17 +108,21 @@ def count(outcomes: dict[str, Outcome]) -> dict[str, int]:
 def compare(version: str, files: Sequence[str], folder: Path) -> dict[str, Any]:
     """Counts without and with our parts, and the tests that pass without them alone.
 
-    `refused` are those that end in a ConfigError of ours, `noise` those of `NOISE`; `lost` are the others.
+    `refused` are those of `REFUSED` that end in a ConfigError of ours, `noise` those of `NOISE`; `lost` are the others.
+    `files` are those of which tests were found in both runs.
     """
     theirs = run_peer_files(version, files, folder / f"{version}-theirs", swapped=False)
     ours = run_peer_files(version, files, folder / f"{version}-ours", swapped=True)
     passed = [name for name, each in theirs.items() if each.result == "passed"]
     gone = [name for name in passed if ours.get(name, _LOST).result != "passed"]
-    refused = [name for name in gone if "parrot_sys.errors.ConfigError" in ours.get(name, _LOST).message]
+    refusals = [name for name in gone if "parrot_sys.errors.ConfigError" in ours.get(name, _LOST).message]
+    refused = [name for name in refusals if name.endswith(REFUSED)]
+    found = {file for file in files if all(any(f"/test_{file}.py::" in name for name in run) for run in (theirs, ours))}
     noise = [name for name in gone if name.endswith(NOISE)]
     return {
         "theirs": count(theirs),
         "ours": count(ours),
+        "files": found,
         "refused": refused,
         "noise": noise,
         "lost": [name for name in gone if name not in refused and name not in noise],

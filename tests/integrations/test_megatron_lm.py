@@ -27,7 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tests_that_pass_with_the_peers_parts_pass_with_ours_or_are_refused(version: str, folder: Path) -> None:
     result = compare(version, FILES, folder)
     assert result["theirs"]["passed"] > 100
+    assert result["files"] == set(FILES)
     assert result["lost"] == []
+    assert len(result["refused"]) == 1, "as docs/embedding.md says"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])

@@ -168,10 +168,11 @@ def test_logits_loss_and_gradients_are_those_of_the_model(model: Any, processor:
     model.zero_grad()
 
 
-def test_the_pipeline_answers_as_the_model(directory: Path, ours: Any) -> None:
+@pytest.mark.parametrize("settings", [{}, {"device_map": "cpu"}, {"model_kwargs": {"device_map": "cpu"}}])
+def test_the_pipeline_answers_as_the_model(settings: dict[str, Any], directory: Path, ours: Any) -> None:
     own_model, own_processor = ours
     messages = asked("What is it?")
-    pipe = pipeline("image-text-to-text", model=str(directory))
+    pipe = pipeline("image-text-to-text", model=str(directory), **settings)
     found = pipe(text=messages, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
     prompt = own_processor.format_conversation(turns_of(messages), add_generation_prompt=True)["input_ids"]
     pixels = own_processor.images([PICTURES[0]])
@@ -254,9 +255,18 @@ def test_what_comes_where_peft_is_installed_is_taken(directory: Path) -> None:
 def test_other_calls_that_have_no_meaning_are_refused(model: Any, directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="from_pretrained"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    with pytest.raises(ConfigError, match="bfloat16"):
-        model.to(torch.bfloat16)
-    assert model.to("cpu") is model
+    for asked, move in (
+        ("bfloat16", lambda: model.to(torch.bfloat16)),
+        ("bfloat16", model.bfloat16),
+        ("float16", model.half),
+        ("float64", model.double),
+        ("meta", lambda: model.to("meta")),
+        ("load it with device_map", model.cuda),
+    ):
+        with pytest.raises(ConfigError, match=asked):
+            move()
+    assert {parameter.dtype for parameter in model.parameters()} == {model.dtype}
+    assert model.to("cpu") is model.cpu() is model.float() is model
     with pytest.raises(ConfigError, match="output_attentions"):
         model(torch.tensor([[5, 6]]), output_attentions=True)
     with pytest.raises(ConfigError, match="push_to_hub"):

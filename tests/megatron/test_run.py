@@ -8,12 +8,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from parrot_sys.errors import ConfigError
 from parrot_sys.megatron import specs
 from parrot_sys.megatron.embed.moe_layer import GroupedExperts, TokenRouter
 from parrot_sys.megatron.runtime.initialize import initialize, shutdown
@@ -48,6 +52,14 @@ def test_a_program_finds_what_it_asks_for(tmp_path: Path) -> None:
     left_alone = run(str(tmp_path / "program.py"), PARROT_CPU_LAYER="0")
     assert left_alone.returncode == 1
     assert "on the CPU" not in left_alone.stderr
+
+
+@pytest.mark.parametrize("layer", ["1", "0"])
+def test_loggers_of_the_program_stay_as_they_are(layer: str, tmp_path: Path) -> None:
+    text = "import logging\nprint(*(f'{n}={x.level}' for n, x in logging.root.manager.loggerDict.items()\n"
+    text += "    if isinstance(x, logging.Logger) and x.level and n.startswith('megatron')))\n"
+    (tmp_path / "program.py").write_text(text)
+    assert run(str(tmp_path / "program.py"), PARROT_CPU_LAYER=layer).stdout == "\n"
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
@@ -87,3 +99,38 @@ def test_specs_have_our_router_and_experts() -> None:
         mlp = spec.submodules.mlp
         layer = MoELayer(config, mlp.submodules, layer_number=1)
         assert (type(layer.router), type(layer.experts)) == (TokenRouter, GroupedExperts)
+
+
+def arguments_of_a_program(**changed: Any) -> SimpleNamespace:
+    held = {
+        **{"moe_layer_freq": 1, "qk_layernorm": False, "multi_latent_attention": False, "qk_l2_norm": False},
+        **{"transformer_impl": "local", "normalization": "RMSNorm"},
+    }
+    return SimpleNamespace(**{**held, **changed})
+
+
+def test_the_spec_of_a_layer_keeps_what_the_program_was_asked_for() -> None:
+    plain, normed = (
+        specs.layer_spec(arguments_of_a_program(qk_layernorm=asked)).submodules.self_attention
+        for asked in (False, True)
+    )
+    assert plain.submodules.q_layernorm is IdentityOp
+    assert normed.submodules.q_layernorm is not IdentityOp
+    latent = specs.layer_spec(arguments_of_a_program(multi_latent_attention=True))
+    assert latent.submodules.self_attention.module is MLASelfAttention
+    assert latent.submodules.mlp.submodules.experts is GroupedExperts
+    assert specs.layer_spec(arguments_of_a_program(moe_layer_freq=[1, 1])).submodules.mlp.module is MoELayer
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"moe_layer_freq": 2}, "--moe-layer-freq"),
+        ({"moe_layer_freq": [0, 1]}, "--moe-layer-freq"),
+        ({"experimental_attention_variant": "dsa"}, "--experimental-attention-variant dsa"),
+        ({"heterogeneous_layers_config_path": "x.json"}, "--heterogeneous-layers-config-path x.json"),
+    ],
+)
+def test_what_one_spec_cannot_say_is_refused_by_name(asked: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        specs.layer_spec(arguments_of_a_program(**asked))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,18 +106,21 @@ class ReleasedModel(PreTrainedModel, GenerationMixin):
         """Of parameters and activations."""
         return self.parrot.dtype
 
-    def to(self, *args: Any, **kwargs: Any) -> ReleasedModel:
-        """Stays where it is.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReleasedModel:
+        """Parameters stay where they are and what they are, whichever method asks (`to`, `cuda`, `half`, `float`, ...).
 
         Raises:
-            ConfigError: it is to be elsewhere, or of another dtype.
+            ConfigError: they are to be elsewhere, or of another dtype.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device != self.device:
-            raise ConfigError(f"to({device}): a model of parrot_sys stays on {self.device}; load it with device_map")
-        if dtype is not None and dtype != self.dtype:
-            raise ConfigError(f"to({dtype}): a model of parrot_sys stays in {self.dtype}; load it with dtype")
-        return self
+        try:
+            moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        except (RuntimeError, AssertionError) as error:  # as torch says that there is no such device
+            raise ConfigError(f"this model stays on {self.device}; load it with device_map: {error}") from error
+        if moved.device != self.device:
+            raise ConfigError(f"device {moved.device}: this model stays on {self.device}; load it with device_map")
+        if moved.dtype != self.dtype:
+            raise ConfigError(f"dtype {moved.dtype}: this model stays in {self.dtype}; load it with dtype")
+        return super()._apply(fn, recurse)
 
     def forward(
         self,

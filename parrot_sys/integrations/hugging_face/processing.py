@@ -50,7 +50,8 @@ class ReleasedProcessor(ProcessorMixin):
             CheckpointError: there is none in the directory.
             ConfigError: another argument than those of a hub is given.
         """
-        refuse(besides_hub(kwargs, "dtype", "torch_dtype"))  # (a pipeline hands the model's arguments on)
+        # (a pipeline hands the model's arguments on)
+        refuse(besides_hub(kwargs, "dtype", "torch_dtype", "device_map"))
         return cls(ParrotProcessor.from_pretrained(pretrained_model_name_or_path))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
