@@ -1,5 +1,5 @@
 # PYTHON: the Python (3.11 or 3.12) used to create .venv.   ARGS: additional arguments for the program that a target runs.
-# MODEL: the system of the demo: parrot, wings, multimodal_gpt or llava.   STUDY: the experiment.
+# MODEL: the system of the demo: parrot, wings, multimodal_gpt or llava.   STUDY, ROW: the experiment, and a row of its.
 PYTHON ?= python3
 MODEL ?= parrot
 STUDY ?= languages
@@ -54,7 +54,7 @@ demo: setup
 	$(BIN)/python train/demo.py --model $(MODEL) $(ARGS)
 
 experiment: setup
-	$(BIN)/python train/experiment.py --study $(STUDY) $(ARGS)
+	$(BIN)/python train/experiment.py --study $(STUDY) $(if $(ROW),--row "$(ROW)") $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import experiment as program
+from parrot_sys import platform
 from parrot_sys.cli import parse_config
-from parrot_sys.errors import DataError
+from parrot_sys.errors import ConfigError
 from parrot_sys.systems.constants import comparable
 from parrot_sys.training.config import TrainConfig
 from studies import recipes
 from studies.catalog import EXPERIMENTS
 from studies.experiment import Experiment, Run, Variant, compare_variants
-from studies.joining import join_results
 from studies.languages import LANGUAGES
 from studies.measures import with_averages
-from studies.pipeline import Pipeline, Step
+from studies.pipeline import Pipeline, PipelineError, Step
 from studies.recipes import Stage, System
 from studies.running import train_variants
 from tests.studies.evaluations import evaluations_of
@@ -266,36 +267,51 @@ def test_comparisons_of_the_grid_differ_in_one_setting() -> None:
         assert differs == (["mix"] if name.startswith("balanced - ") else ["line"]), name
 
 
-def result_of(commit: str, names: Sequence[str], value: float) -> dict[str, Any]:
-    """A kept result whose variants all have one value, with the comparisons that it can make."""
-    pairs = {"a - b": ("a", "b"), "c - d": ("c", "d"), "a - c": ("a", "c")}
-    compared = {name: value for name, both in pairs.items() if set(both) <= set(names)}
-    return {
-        **dict.fromkeys(("title", "unit"), "x"),
-        "commit": commit,
-        "variants": dict.fromkeys(names, "text"),
-        "results": {name: {"0": {"accuracy": value}} for name in names},
-        "summary": {
-            "variants": dict.fromkeys(names, value),
-            "intervals": dict.fromkeys(names, value),
-            **dict.fromkeys(("differences", "tests", "paired_intervals"), compared),
-        },
-    }
+def test_a_row_trains_what_it_needs_and_no_more() -> None:
+    def names(row: str | None, *texts: str) -> list[str]:
+        return [each.name for each in program.choose(LANGUAGES, row, texts)]
+
+    place = "frozen decoder, 6 languages, imbalanced"
+    assert names(f"default - projector, {place}") == [f"projector, {place}", f"default, {place}"]
+    assert names(f"default, {place}") == [f"default, {place}"]
+    assert names(None) == [each.name for each in LANGUAGES.variants]
+    assert names(None, "wide", "imbalanced") == [f"wide, {place}"]
+    with pytest.raises(ConfigError, match=f"the nearest: .*default - projector, {place}"):
+        names(f"default - projectors, {place}")
 
 
-def test_results_of_two_commits_are_joined_and_not_compared_with_each_other() -> None:
-    comparisons = {"a - b": ("a", "b"), "c - d": ("c", "d"), "a - c": ("a", "c")}
-    first, second = result_of("one", "abcd", 1.0), result_of("two", "cde", 2.0)
-    joined = join_results(first, second, comparisons)
-    assert joined["commits"] == {"a": "one", "b": "one", "c": "two", "d": "two", "e": "two"}
-    assert {name: runs["0"]["accuracy"] for name, runs in joined["results"].items()} == {
-        **dict.fromkeys("ab", 1.0),
-        **dict.fromkeys("cde", 2.0),
-    }
-    assert joined["summary"]["variants"] == {**dict.fromkeys("ab", 1.0), **dict.fromkeys("cde", 2.0)}
-    assert joined["summary"]["tests"] == {"a - b": 1.0, "c - d": 2.0}
-    again = join_results(joined, result_of("three", "e", 3.0), comparisons)
-    assert again["commits"] == {**joined["commits"], "e": "three"}
-    assert again["summary"]["paired_intervals"] == {"a - b": 1.0, "c - d": 2.0}
-    with pytest.raises(DataError, match="same unit"):
-        join_results(first, {**second, "unit": "y"}, comparisons)
+def test_a_part_of_a_study_does_not_replace_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = study_of(("a", "b"), lambda run, name: None, (0, 0))
+    whole = {"results": {"a": {"0": 1, "1": 2}, "b": {"0": 3}}}
+    part = {"results": {"a": {"0": 1, "1": 2}}}
+    other = {"results": {"a": {"0": 5, "1": 6}, "b": {"0": 7, "1": 8}}}
+    kept = Path("benchmarks/results") / ("gpu" if platform.cuda_available() else "cpu") / "study.json"
+    for content, held in ((whole, whole), (part, whole), (other, other)):
+        program.keep(study, content)
+        assert json.loads(kept.read_text()) == held
+    assert "has 1 cells that are not done here" in capsys.readouterr().out
+
+
+def test_steps_say_at_which_commits_they_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the steps before them too, and of every start of a step that went on."""
+
+    def go(commit: str, fails: bool = False) -> Step:
+        monkeypatch.setattr("studies.pipeline.commit", lambda: commit)
+        pipeline = Pipeline(tmp_path, say=lambda line: None)
+        first = pipeline.step("first", lambda folder: folder.mkdir())
+
+        def work(folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+            if fails:
+                raise PipelineError("stopped")
+
+        return pipeline.step("second", work, after=[first])
+
+    with pytest.raises(PipelineError):
+        go("one", fails=True)
+    assert go("two").commits == {"one", "two"}
+    assert go("three").commits == {"one", "two"}, "nothing was done again"
+    assert json.loads((tmp_path / "stamps" / "first.json").read_text())["commits"] == ["one"]

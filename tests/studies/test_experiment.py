@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def record(en: float, zh: float) -> dict[str, Any]:
-    return {"accuracy": {"style": {"en": en, "zh": zh, "mean": (en + zh) / 2}}, "n": {"style": {"en": 40, "zh": 40}}}
+    return {
+        "accuracy": {"style": {"en": en, "zh": zh, "mean": (en + zh) / 2}},
+        "n": {"style": {"en": 40, "zh": 40}},
+        "commits": ["abc"],
+    }
 
 
 STUDY = Experiment(
@@ -64,6 +68,7 @@ def test_variants_and_comparisons_fit_together(name: str) -> None:
 
 def test_report_of_unfinished_results(tmp_path: Path) -> None:
     content = experiment_content(STUDY, provenance()) | {
+        "minutes": 7,
         "results": RESULTS,
         "summary": summarize(RESULTS, STUDY.comparisons),
     }
@@ -136,7 +141,10 @@ def test_variants_are_compared_question_by_question(tmp_path: Path) -> None:
         variant: {seed: dict(zip(("accuracy", "n"), accuracies(folder), strict=True)) for seed, folder in seeds.items()}
         for variant, seeds in evaluations.items()
     }
-    content = experiment_content(STUDY, provenance()) | {"results": results}
+    for seeds in results.values():
+        for run in seeds.values():
+            run["commits"] = []
+    content = experiment_content(STUDY, provenance()) | {"results": results, "minutes": 7}
     content["summary"] = summarize(results, STUDY.comparisons) | found
     text = write_report(STUDY, content, tmp_path / "report").read_text(encoding="utf-8")
     assert "| experts - plain, balanced | 20 / 40 | +45.0 (10 : 1, p = " in text

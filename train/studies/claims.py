@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from studies.evidence import Claim, Difference, Direction, Information
+from studies.evidence import POINTS, Claim, Difference, Direction, Information
 from studies.measures import AVERAGE, EXCEPT_EN
 
 _EXPERTS = "experts chosen by the language of the prompt give better answers in languages with little data"
@@ -19,7 +19,7 @@ _TUNED = "tuned decoder, 6 languages, balanced"
 def _information(says: str, model: str, place: str) -> Claim:
     return Claim(
         says=says,
-        ours=f"I(expert; language) less chance, {model}, {place}",
+        of="I(expert; language) less chance",
         figure=Information(file="languages.json", variant=f"{model}, {place}", part="style"),
         direction="more",
         study="languages",
@@ -30,7 +30,7 @@ def _information(says: str, model: str, place: str) -> Claim:
 def _grid(says: str, comparison: str, direction: Direction, key: str = EXCEPT_EN) -> Claim:
     return Claim(
         says=says,
-        ours=comparison + ("; languages but English" if key == EXCEPT_EN else ""),
+        of="languages but English" if key == EXCEPT_EN else "all languages",
         figure=Difference(file="languages.json", comparison=comparison, part="style", key=key),
         direction=direction,
         study="languages",
@@ -38,8 +38,8 @@ def _grid(says: str, comparison: str, direction: Direction, key: str = EXCEPT_EN
 
 
 PARROT = (
-    _information("experts follow the language of the prompt", "default", _TUNED),
-    _information("(the same by the rule of the released code)", "dense", _TUNED),
+    _information("experts follow the language of the prompt, by the rule of the released code", "dense", _TUNED),
+    _information("(with a loss that rewards it) experts follow the language of the prompt", "default", _TUNED),
     _grid(
         "experts by language cost no accuracy where data is balanced",
         f"default - projector, {_TUNED}",
@@ -77,7 +77,7 @@ PARROT = (
 def _curve(says: str, comparison: str, part: str, direction: Direction) -> Claim:
     return Claim(
         says=says,
-        ours=f"{comparison}, dialogues {part}",
+        of=f"dialogues {part}",
         figure=Difference(file="wings_curve.json", comparison=comparison, part=part),
         direction=direction,
         study="wings_curve",
@@ -113,7 +113,7 @@ WINGS = (
 def _joint(says: str, comparison: str, part: str, direction: Direction) -> Claim:
     return Claim(
         says=says,
-        ours=f"{comparison}, dialogues {part}",
+        of=f"dialogues {part}",
         figure=Difference(file="joint.json", comparison=comparison, part=part),
         direction=direction,
         study="joint",
@@ -121,39 +121,41 @@ def _joint(says: str, comparison: str, part: str, direction: Direction) -> Claim
 
 
 _BOTH = "joint training makes better dialogues than pictures or text alone"
-MULTIMODAL_GPT = (
-    Claim(
-        says="sets with short answers make answers short",
-        ours="words in an answer: tuned on long and short - on long answers",
-        figure=Difference(file="answers.json", comparison="long and short - long answers", part="words", unit="words"),
-        direction="less",
+_HABITS = {"words": "words in an answer (Chinese: characters)", "answers that repeat themselves (%)": "share of them"}
+
+
+def _answers(says: str, comparison: str, part: str, direction: Direction) -> Claim:
+    unit = "words" if part == "words" else POINTS
+    return Claim(
+        says=says,
+        of=_HABITS[part],
+        figure=Difference(file="answers.json", comparison=comparison, part=part, unit=unit),
+        direction=direction,
         study="answers",
-    ),
+    )
+
+
+MULTIMODAL_GPT = (
+    _answers("sets with short answers make answers short", "long and short - long answers", "words", "less"),
+    *(_joint("joint training teaches pictures", "joint - before", part, "more") for part in ("V", "TV")),
+    *(_joint("and keeps the text", "joint - before", part, "not less") for part in ("T", "TTT")),
     *(
         _joint(_BOTH, f"joint - {other}", part, "more")
         for other, parts in (("vision only", ("T", "TTT", "TTV")), ("text only", ("V", "TV", "TTV")))
         for part in parts
     ),
     *(
-        Claim(
-            says="joint training leaves answers long",
-            ours=f"words in an answer: joint - {other}",
-            figure=Difference(file="answers.json", comparison=f"joint - {other}", part="words", unit="words"),
-            direction="more",
-            study="answers",
-        )
+        _answers("joint training leaves answers long", f"joint - {other}", "words", "more")
         for other in ("vision only", "text only")
     ),
-    Claim(
-        says="joint training makes answers repeat themselves less",
-        ours="answers that repeat themselves: joint - vision only",
-        figure=Difference(
-            file="answers.json",
-            comparison="joint - vision only",
-            part="answers that repeat themselves (%)",
-        ),
-        direction="less",
-        study="answers",
+    *(
+        _answers(
+            "joint training makes answers repeat themselves less",
+            f"joint - {other}",
+            "answers that repeat themselves (%)",
+            "less",
+        )
+        for other in ("vision only", "text only")
     ),
 )
 CLAIMS: Mapping[str, Sequence[Claim]] = {

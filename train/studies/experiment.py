@@ -228,6 +228,11 @@ def _spread(runs: Sequence[Accuracy]) -> dict[str, dict[str, dict[str, Any]]]:
     return spread
 
 
+def cells_of(content: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(variant, seed) of everything that a result holds."""
+    return {(variant, seed) for variant, seeds in content["results"].items() for seed in seeds}
+
+
 def write_result(content: Mapping[str, Any], path: Path) -> None:
     """Writes the JSON at once or not at all, so that a kept result is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

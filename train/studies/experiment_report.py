@@ -72,8 +72,8 @@ def write_report(experiment: Experiment, content: Mapping[str, Any], folder: Pat
         lines += _part(content, part, folder)
     machine = {key: content[key] for key in ("device", "python", "versions", "commit")}
     lines += ["Made with: " + ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
-    if len(commits := set(content.get("commits", {}).values())) > 1:
-        lines += [f"Variants of {len(commits)} commits; the result says which is of which, and compares none of two."]
+    made_at = {commit for runs in content["results"].values() for run in runs.values() for commit in run["commits"]}
+    lines += [f"Cells were made at {', '.join(sorted(made_at))}, in {content['minutes']} minutes of work in all."]
     path = folder / "report.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -181,8 +181,8 @@ def plot(content: Mapping[str, Any], folder: Path) -> Mapping[str, str]:
         routes = record.get("routes", {}).get(_PART)
         return None if routes is None else routes["language"]["bits"]
 
-    measures: Sequence[tuple[str, Callable[[Mapping[str, Any]], float | None], tuple[float, float]]] = (
-        (f"languages but English: {_PART} (%)", accuracy, (content["chance"], 100.0)),
+    measures: Sequence[tuple[str, Callable[[Mapping[str, Any]], float | None], tuple[float, float] | None]] = (
+        (f"languages but English: {_PART} (%; {content['chance']:.0f} by chance)", accuracy, None),
         ("I(expert; language), bits", bits, (0.0, math.log2(6))),  # there are six experts
     )
     axes: Sequence[tuple[str, str, Mapping[str, Any], Sequence[Any]]] = (

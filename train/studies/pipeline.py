@@ -7,10 +7,12 @@ evaluation do by themselves.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from parrot_sys.files import read_json
 from parrot_sys.locks import OutputLock
 from parrot_sys.paths import check_writable
 from parrot_sys.processes import Stopped, run_program
+
+_PROGRAM = Path(__file__).parent
 
 
 class PipelineError(ParrotError):
@@ -42,6 +46,8 @@ class Step:
     key: str
     seconds: float
     """Work on it, over all starts."""
+    commits: frozenset[str] = frozenset()
+    """Commits of the program that made it and the steps it builds on; `+` marks one with changes."""
 
 
 class Pipeline:
@@ -106,10 +112,11 @@ class Pipeline:
             self.say(f"[{name}] done before ({stamp['seconds']:.0f} s)")
         else:
             self.say(f"[{name}] {'goes on' if stamp['seconds'] or folder.exists() else 'starts'}")
-            stamp["done"] = False
+            stamp |= {"done": False, "commits": sorted({*stamp.get("commits", ()), commit()})}
             self._run(action, folder, stamp, path)
             self.say(f"[{name}] done in {stamp['seconds']:.0f} s")
-        done = Step(name=name, folder=folder, key=key, seconds=stamp["seconds"])
+        made_at = frozenset(stamp.get("commits", ("unknown",))).union(*(step.commits for step in after))
+        done = Step(name=name, folder=folder, key=key, seconds=stamp["seconds"], commits=made_at)
         self.steps.append(done)
         return done
 
@@ -144,6 +151,21 @@ class Pipeline:
             raise PipelineError(
                 f"exit code {code} of: {' '.join(arguments)}\nFix what it says and start again to go on here"
             )
+
+
+@functools.cache
+def commit() -> str:
+    """The checkout's commit, with a `+` where one of its programs differs from it."""
+
+    def git(*arguments: str) -> str | None:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=_PROGRAM)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    held = git("rev-parse", "HEAD")
+    if held is None:
+        return "unknown"
+    programs = [f":/{folder}" for folder in ("parrot_sys", "kernels", "csrc", "train")]
+    return held + "+" * (git("status", "--porcelain", "--untracked-files=no", "--", *programs) != "")
 
 
 def _key(values: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from parrot_sys.cli import list_presets, parse_config
 from parrot_sys.data.corpora.default.build import DataBuildConfig
 from parrot_sys.errors import CheckpointError
 from parrot_sys.files import save_tensors
-from studies.pipeline import Pipeline, Step
+from studies.pipeline import Pipeline, Step, commit
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "train" / "train.py"
 EXPERT_PREFIX = "model.moe_model."
@@ -319,14 +319,7 @@ def released_folder(run: Path) -> Path:
 def provenance() -> dict[str, Any]:
     """Machine, versions and commit, for results that are kept."""
     import platform as machine
-    import subprocess
     from importlib.metadata import version
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-        )
-        return result.stdout.strip() if result.returncode == 0 else "unknown"
 
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
@@ -337,8 +330,8 @@ def provenance() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if platform.cuda_available() else f"{cpu}, {num_processes()} processes",
         "python": machine.python_version(),
         "versions": dict(packages),
-        "commit": git("rev-parse", "HEAD"),
-        "clean": git("status", "--porcelain", "--untracked-files=no") == "",
+        "commit": commit().removesuffix("+"),
+        "clean": not commit().endswith("+"),
     }
 
 

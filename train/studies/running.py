@@ -31,12 +31,13 @@ def train_variants(
     order = sorted(((variant, run) for run in runs for variant in variants), key=lambda cell: cell[0].rank)
     for variant, run in order:
         try:
-            evaluation = variant.evaluate(run).folder
+            step = variant.evaluate(run)
         except NotDone:
             continue
+        evaluation = step.folder
         evaluations.setdefault(variant.name, {})[str(run.seed)] = evaluation
         accuracy, counts = chosen.measure(evaluation)
-        record: dict[str, Any] = {"accuracy": accuracy, "n": counts}
+        record: dict[str, Any] = {"accuracy": accuracy, "n": counts, "commits": sorted(step.commits)}
         if chosen.routes is not None:
             record["routes"] = chosen.routes(evaluation)
         content["results"].setdefault(variant.name, {})[str(run.seed)] = record
@@ -45,6 +46,8 @@ def train_variants(
     if not evaluations:
         print("nothing is done yet")
         return content
+    seconds = {step.name: step.seconds for run in runs for step in run.pipeline.steps}
+    content["minutes"] = round(sum(seconds.values()) / 60)
     content["summary"] = summarize(content["results"], chosen.comparisons) | compare_variants(chosen, evaluations)
     write_result(content, folder / chosen.file)
     print("\n" + write_report(chosen, content, folder).read_text(encoding="utf-8"))

@@ -128,6 +128,9 @@ def plot(content: Mapping[str, Any], folder: Path) -> Mapping[str, str]:
         for at, records in cells(content, rate=rate):
             x, y = ([mean(record, parts) for record in records] for parts in (_TEXT, _PICTURES))
             lines.setdefault(at["line"], []).append(Point(x=x, y=y, label=rate))
+    if records := list(content["results"].get("text decoder", {}).values()):
+        x, y = ([mean(record, parts) for record in records] for parts in (_TEXT, _PICTURES))
+        lines["text decoder"] = [Point(x=x, y=y, label="before")]
     panel = Panel(
         title="numbers: rate of the decoder",
         x_label=f"text kept: mean of {', '.join(_TEXT)} (%)",
