@@ -16,13 +16,42 @@ from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.engine.sampler import SamplingParams
 from parrot_sys.errors import ConfigError
 
-_DRAWN_BY = ("top_k", "top_p", "min_p", "repetition_penalty")
-_TAKEN = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", *_DRAWN_BY}
+_TOP_K = 50
+"""Draw among so many tokens where nothing is said, as transformers does for the models of these kits."""
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the longest answer; the first that is given holds, as in lm-eval."""
+_OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_TAKEN = frozenset({"until", "stop_sequences", "do_sample", "temperature", *_LENGTHS, *_OF_DRAWS, *_PENALTIES})
+_CHANGE_NO_ANSWER = frozenset({"use_cache"})
+_NEUTRAL: Mapping[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "typical_p": 1.0}
+"""Settings that ask for nothing by these values."""
+
+
+def requests_together(batch_size: int | str | None, usual: int) -> int:
+    """Requests that run together, by a kit's `--batch_size`.
+
+    Args:
+        batch_size: a number; `auto`, `auto:N` and None are the usual one.
+        usual: how many then.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return usual
+    try:
+        number = int(batch_size)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"batch_size must be >= 1 or auto, got {batch_size}")
+    return number
 
 
 def new_tokens(settings: Mapping[str, Any], usual: int) -> int:
     """Longest answer that a task asks for; `usual` where it does not say."""
-    asked = (settings.get(name) for name in ("max_gen_toks", "max_new_tokens"))
+    asked = (_number(settings, name) for name in _LENGTHS)
     return next((int(number) for number in asked if number is not None), usual)
 
 
@@ -47,23 +76,74 @@ def task_request(
         stop_ids: ids that end an answer.
 
     Raises:
-        ConfigError: the task asks for what the engine does not do.
+        ConfigError: the task asks for what the engine does not do, or a setting is out of range.
     """
-    beams = settings.get("num_beams")
-    unknown = sorted(name for name, value in settings.items() if name not in _TAKEN | {"num_beams"} and value)
-    if unknown or beams not in (None, 1):
-        named = [*unknown, *([f"num_beams={beams}"] if beams not in (None, 1) else [])]
-        raise ConfigError(f"generation_kwargs: {', '.join(named)} not supported by models of parrot_sys")
-    draws = bool(settings.get("do_sample"))
-    given = {name: settings[name] for name in _DRAWN_BY if settings.get(name) is not None}
-    until = settings.get("until") or []
+    _refuse_others(settings)
+    stops = [text for name in ("until", "stop_sequences") for text in stop_texts(settings.get(name))]
     return EngineRequest(
         sample=sample,
         max_new_tokens=max_new_tokens,
-        sampling=SamplingParams(temperature=float(settings.get("temperature") or 1.0) if draws else 0.0, **given),
+        sampling=sampling_params(settings),
         stop_ids=frozenset(stop_ids),
-        stop_strings=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+        stop_strings=tuple(dict.fromkeys(stops)),
     )
+
+
+def sampling_params(settings: Mapping[str, Any]) -> SamplingParams:
+    """How a task wants its tokens chosen.
+
+    It draws where `do_sample` says so or, without `do_sample`, where it gives a temperature other than 0. A temperature
+    of 0 is greedy all the same, and so is a top_p of 0, which leaves one token to draw. What restricts draws says
+    nothing of a greedy answer.
+
+    Args:
+        settings: `generation_kwargs` of the task.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    penalties = {name: value for name in _PENALTIES if (value := _number(settings, name)) is not None}
+    do_sample, temperature = settings.get("do_sample"), _number(settings, "temperature")
+    if do_sample not in (None, True, False):
+        raise ConfigError(f"generation_kwargs: do_sample must be true or false, got {do_sample!r}")
+    draws = temperature is not None if do_sample is None else bool(do_sample)
+    top_p = _number(settings, "top_p")
+    if not draws or temperature == 0 or top_p == 0:
+        return SamplingParams(**penalties)
+    top_k, min_p, seed = (_number(settings, name) for name in ("top_k", "min_p", "seed"))
+    return SamplingParams(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=_TOP_K if top_k is None else 0 if top_k == -1 else int(top_k),
+        top_p=1.0 if top_p is None else top_p,
+        min_p=0.0 if min_p is None else min_p,
+        seed=None if seed is None else int(seed),
+        **penalties,
+    )
+
+
+def _refuse_others(settings: Mapping[str, Any]) -> None:
+    known = _TAKEN | _CHANGE_NO_ANSWER
+    asked = {name: value for name, value in settings.items() if name not in known and value}
+    others = sorted(f"{name}={value!r:.80}" for name, value in asked.items() if value != _NEUTRAL.get(name))
+    if others:
+        raise ConfigError(
+            f"generation_kwargs: {', '.join(others)} not supported by models of parrot_sys: the engine draws, or takes "
+            "the most likely token, by do_sample, temperature, top_k, top_p, min_p, seed and penalties; choose other "
+            "tasks, or set the value otherwise (--gen_kwargs)"
+        )
+
+
+def _number(settings: Mapping[str, Any], name: str) -> float | None:
+    value = settings.get(name)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs: {name} must be a number, got {value!r}") from error
+
+
+def stop_texts(value: str | Sequence[str | None] | None) -> list[str]:
+    """Stop strings of a setting: one, several or none."""
+    return [text for text in ([value] if isinstance(value, str) else value or ()) if text]
 
 
 def batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:

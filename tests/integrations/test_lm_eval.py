@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import parrot_sys
 from parrot_sys.errors import ConfigError
 from parrot_sys.megatron.runtime.initialize import shutdown
+from tests.integrations.task_settings import expected_sampling, request, settings_of_tasks
 from tests.support.plain_decoder import FIXTURE, write_plain_decoder
 from tests.support.serving import serving
 from tests.support.text_tasks import TASKS, write_text_tasks
@@ -24,6 +25,7 @@ from tests.support.text_tasks import TASKS, write_text_tasks
 lm_eval = pytest.importorskip("lm_eval", reason="runs in an environment of its own: make test-integrations")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
 WINGS = FIXTURE.parents[1] / "wings_tiny" / "model"
 TEXTS = st.text("ab 1\nэ水.", max_size=12)
@@ -120,6 +122,18 @@ def test_settings_of_tasks_are_kept_apart_and_refused_by_name(models: tuple[Any,
         own.generate_until(instances("generate_until", [("a", {"max_gen_toks": 512})]), disable_tqdm=True)
     with pytest.raises(ConfigError, match="max_length"):
         get_model("parrot")(pretrained=str(FIXTURE), max_length=513)
+
+
+def test_settings_of_all_tasks_are_taken_as_the_kit_takes_them_or_are_known_to_be_refused() -> None:
+    found = settings_of_tasks(Path(lm_eval.__file__).parent / "tasks")
+    assert len(found) > 300
+    for file, own in found.items():
+        for asked in (own, dict(normalize_gen_kwargs(own))):
+            if (expected := expected_sampling(own)) is not None:
+                assert request(asked).sampling == expected, file
+                continue
+            with pytest.raises(ConfigError, match="generation_kwargs"):
+                request(asked)
 
 
 def test_the_chat_template_is_that_of_training(models: tuple[Any, Any]) -> None:

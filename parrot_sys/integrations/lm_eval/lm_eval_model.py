@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.errors import ConfigError
 from parrot_sys.inference.generation import generate_texts, score_continuations
 from parrot_sys.inference.pretrained import load_pretrained
-from parrot_sys.integrations.task_requests import batches, new_tokens, task_request
+from parrot_sys.integrations.task_requests import batches, new_tokens, requests_together, task_request
 
 _BATCH = 64
 _NO_DEVICE = "cuda:0"
@@ -61,10 +61,7 @@ class ParrotLM(TemplateLM):
         """
         super().__init__()
         self.pretrained = pretrained
-        automatic = batch_size is None or str(batch_size).startswith("auto")
-        self.batch_size = _BATCH if automatic else int(batch_size or 0)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be >= 1 or auto, got {batch_size}")
+        self.batch_size = requests_together(batch_size, _BATCH)
         self.model, self.processor = load_pretrained(
             pretrained,
             device=None if device == _NO_DEVICE else device,
@@ -179,8 +176,7 @@ class ParrotLM(TemplateLM):
         Raises:
             ConfigError: the task asks for what the engine does not do, or its answers leave no room for a prompt.
         """
-        wanted = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        longest = new_tokens(wanted, self.max_gen_toks)
+        longest = new_tokens(settings, self.max_gen_toks)
         room = self.max_length - longest
         if room < 1:
             raise ConfigError(
@@ -188,7 +184,7 @@ class ParrotLM(TemplateLM):
             )
         return task_request(
             Sample(input_ids=torch.tensor(self.tok_encode(context)[-room:])),
-            wanted,
+            settings,
             max_new_tokens=longest,
             stop_ids={*self.model.eos_token_ids, self.eot_token_id},
         )

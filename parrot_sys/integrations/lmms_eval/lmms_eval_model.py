@@ -14,11 +14,22 @@ from parrot_sys.errors import ConfigError
 from parrot_sys.inference.generation import generate_texts, score_continuations
 from parrot_sys.inference.pretrained import load_pretrained
 from parrot_sys.inference.requests import free_rows
-from parrot_sys.integrations.task_requests import batches, new_tokens, question_sample, task_request
+from parrot_sys.integrations.task_requests import (
+    batches,
+    new_tokens,
+    question_sample,
+    requests_together,
+    stop_texts,
+    task_request,
+)
 
+_BATCH = 8
 _NEW_TOKENS = 512
-_OF_OTHERS = ("image_aspect_ratio",)
-"""Settings of tasks for one of lmms-eval's own models."""
+_OF_OTHERS = ("image_aspect_ratio", "skip_special_tokens")
+"""Settings of tasks for some of lmms-eval's own models; those of transformers do not take them."""
+_DELIMITER = "\n\n"
+"""Between examples in a prompt. lmms-eval adds it to the stop strings of every task that has none, and its own models
+leave it out again, since it cuts an answer after its first paragraph."""
 
 
 class ParrotLMM(lmms):
@@ -29,7 +40,7 @@ class ParrotLMM(lmms):
     def __init__(
         self,
         pretrained: str,
-        batch_size: int | str | None = 8,
+        batch_size: int | str | None = None,
         device: str | None = None,
         dtype: str | None = None,
         compat: Any = None,
@@ -39,21 +50,23 @@ class ParrotLMM(lmms):
         """
         Args:
             pretrained: exported directory or training run.
-            batch_size: requests that run together; it changes no result.
+            batch_size: requests that run together; `auto` and None are 8. It changes no result.
             device: None takes a GPU if there is one.
-            dtype: of the parameters; None keeps that of the checkpoint.
+            dtype: of the parameters; `auto` and None keep that of the checkpoint.
             compat: whose rules the model follows, see `load_pretrained`.
             max_batch_size: not needed.
             others: must ask for nothing.
 
         Raises:
-            ConfigError: an argument that does not exist.
+            ConfigError: an argument that does not exist, or a number out of range.
         """
         super().__init__()
         if asked := sorted(name for name, value in others.items() if value):
             raise ConfigError(f"model_args: {', '.join(asked)} not supported by --model parrot; leave them out")
-        self.batch_size = max(1, int(batch_size or 1))
-        self.model, self.processor = load_pretrained(pretrained, device=device, dtype=dtype, compat=compat)
+        self.batch_size = requests_together(batch_size, _BATCH)
+        self.model, self.processor = load_pretrained(
+            pretrained, device=device, dtype=None if dtype == "auto" else dtype, compat=compat
+        )
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -90,9 +103,11 @@ class ParrotLMM(lmms):
     def _request(self, context: str, settings: dict[str, Any], *place: Any) -> Any:
         sample = self._sample(context, *place)
         room = max(1, free_rows(self.model.config, sample))
+        wanted = {name: value for name, value in settings.items() if name not in _OF_OTHERS}
+        until = [text for text in stop_texts(settings.get("until")) if text != _DELIMITER]
         return task_request(
             sample,
-            {name: value for name, value in settings.items() if name not in _OF_OTHERS},
+            {**wanted, "until": until},
             max_new_tokens=min(new_tokens(settings, _NEW_TOKENS), room),
             stop_ids=self.model.eos_token_ids,
         )
