@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes the tasks and prints their names.
 
     Raises:
-        DataError: a table is broken, or there is none.
+        DataError: a table cannot be a task, or there is none.
     """
     parser = argparse.ArgumentParser(
         prog="python -m parrot_sys.integrations.lmms_eval",
