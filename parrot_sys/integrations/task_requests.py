@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,22 +103,26 @@ def sampling_params(settings: Mapping[str, Any]) -> SamplingParams:
     Raises:
         ConfigError: a setting is out of range.
     """
-    penalties = {name: value for name in _PENALTIES if (value := _number(settings, name)) is not None}
     do_sample, temperature = settings.get("do_sample"), _number(settings, "temperature")
     if do_sample not in (None, True, False):
         raise ConfigError(f"generation_kwargs: do_sample must be true or false, got {do_sample!r}")
+    greedy = SamplingParams(
+        repetition_penalty=_number_or(settings, "repetition_penalty", 1.0),
+        presence_penalty=_number_or(settings, "presence_penalty", 0.0),
+        frequency_penalty=_number_or(settings, "frequency_penalty", 0.0),
+    )
     draws = temperature is not None if do_sample is None else bool(do_sample)
-    top_p = _number(settings, "top_p")
+    top_p = _number_or(settings, "top_p", 1.0)
     if not draws or temperature == 0 or top_p == 0:
-        return SamplingParams(**penalties)
-    top_k, min_p, seed = (_number(settings, name) for name in ("top_k", "min_p", "seed"))
-    return SamplingParams(
+        return greedy
+    top_k, seed = int(_number_or(settings, "top_k", _TOP_K)), _number(settings, "seed")
+    return replace(
+        greedy,
         temperature=1.0 if temperature is None else temperature,
-        top_k=_TOP_K if top_k is None else 0 if top_k == -1 else int(top_k),
-        top_p=1.0 if top_p is None else top_p,
-        min_p=0.0 if min_p is None else min_p,
+        top_k=0 if top_k == -1 else top_k,
+        top_p=top_p,
+        min_p=_number_or(settings, "min_p", 0.0),
         seed=None if seed is None else int(seed),
-        **penalties,
     )
 
 
@@ -139,6 +144,11 @@ def _number(settings: Mapping[str, Any], name: str) -> float | None:
         return None if value is None else float(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"generation_kwargs: {name} must be a number, got {value!r}") from error
+
+
+def _number_or(settings: Mapping[str, Any], name: str, usual: float) -> float:
+    value = _number(settings, name)
+    return usual if value is None else value
 
 
 def stop_texts(value: str | Sequence[str | None] | None) -> list[str]:
