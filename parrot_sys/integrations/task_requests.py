@@ -25,7 +25,13 @@ _OF_DRAWS = ("top_k", "top_p", "min_p", "seed")
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _TAKEN = frozenset({"until", "stop_sequences", "do_sample", "temperature", *_LENGTHS, *_OF_DRAWS, *_PENALTIES})
 _CHANGE_NO_ANSWER = frozenset({"use_cache"})
-_NEUTRAL: Mapping[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "typical_p": 1.0}
+_NEUTRAL: Mapping[str, Any] = {
+    "n": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+}
 """Settings that ask for nothing by these values."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from hypothesis import given, settings
@@ -208,6 +209,37 @@ def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode
     assert "no folder allenai/ai2_arc" in result.stderr
+
+
+def test_tasks_of_files_and_converted_copies_run_from_local_files(tmp_path: Path) -> None:
+    """A task of lm-eval that names a file of a repository, one whose copy is converted, and one of the user's own."""
+    data, tasks = tmp_path / "data", tmp_path / "tasks"
+    sums = [{"context": f"Q: What is {index} plus 1? A:", "completion": f" {index + 1}"} for index in range(3)]
+    lines = "\n".join(map(json.dumps, sums))
+    for file in (data / "EleutherAI" / "arithmetic" / "data" / "single_digit_three_ops.jsonl", tasks / "own.jsonl"):
+        file.parent.mkdir(parents=True)
+        file.write_text(lines, encoding="utf-8")
+    options = {"A": "red", "B": "two", "C": "sun", "D": "cat", "Answer": "B"}
+    for split in ("dev", "test"):
+        file = data / "haonan-li" / "cmmlu" / "agronomy" / split / "0000.parquet"
+        file.parent.mkdir(parents=True)
+        pandas.DataFrame([{"Question": f"{index} 是什么", **options} for index in range(6)]).to_parquet(file)
+    (tasks / "own.yaml").write_text(
+        f"task: own_sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tasks}/own.jsonl\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: '{{completion}}'\n",
+        encoding="utf-8",
+    )
+    names = ("arithmetic_1dc", "cmmlu_agronomy", "own_sums")
+    command = [
+        *(sys.executable, "-m", "parrot_sys.integrations.lm_eval", "--data", str(data), "run", "--model", "dummy"),
+        *("--include_path", str(tasks), "--tasks", ",".join(names), "--output_path", str(tmp_path / "found.json")),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(next(tmp_path.glob("found*.json")).read_text(encoding="utf-8"))
+    assert {name: samples["original"] for name, samples in found["n-samples"].items()} == dict(
+        zip(names, (3, 6, 3), strict=True)
+    )
 
 
 def test_its_model_for_servers_asks_ours(models: tuple[Any, Any], tmp_path: Path) -> None:

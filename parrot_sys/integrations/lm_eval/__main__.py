@@ -5,19 +5,19 @@
 
 With --data every data set comes from DIR/OWNER/NAME, a copy of its repository as tasks name it (DIR/allenai/ai2_arc,
 DIR/Rowan/hellaswag, ...), and none from a network: `hf download --repo-type dataset OWNER/NAME --local-dir
-DIR/OWNER/NAME` makes one. All else is lm-eval's: `... run --help`.
+DIR/OWNER/NAME` makes one. Files that a task names itself (`dataset_path: json`, `csv`, ...) are read where they are.
+All else is lm-eval's: `... run --help`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import parrot_sys  # noqa: F401  (lets lm-eval know the model)
-from parrot_sys.errors import DataError
+from parrot_sys.integrations.lm_eval.local_data import loader_from
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,27 +37,13 @@ def main(argv: Sequence[str]) -> None:
     if others in ([], ["--help"], ["-h"]):
         parser.print_help()
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
     from lm_eval.__main__ import cli_evaluate
 
     if own.data is not None:
-        datasets.load_dataset = _from_folder(own.data, datasets.load_dataset)
+        datasets.load_dataset = loader_from(own.data, datasets.load_dataset, builders)
     sys.argv = ["lm_eval", *others]
     cli_evaluate()
-
-
-def _from_folder(root: Path, load: Callable[..., Any]) -> Callable[..., Any]:
-    """`datasets.load_dataset` that takes what a task names from a folder."""
-
-    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
-        folder = root / path
-        if not folder.is_dir():
-            raise DataError(
-                f"--data {root} has no folder {path}, which a task takes its questions from: "
-                f"hf download --repo-type dataset {path} --local-dir {folder}"
-            )
-        return load(str(folder), *args, **kwargs)
-
-    return load_dataset
 
 
 if __name__ == "__main__":
