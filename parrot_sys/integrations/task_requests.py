@@ -56,6 +56,16 @@ def requests_together(batch_size: int | str | None, usual: int) -> int:
     return number
 
 
+def refuse_arguments(others: Mapping[str, Any]) -> None:
+    """Refuses `--model_args` that a model does not have and that ask for something.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if asked := sorted(name for name, value in others.items() if value):
+        raise ConfigError(f"model_args: {', '.join(asked)} not supported by --model parrot; leave them out")
+
+
 def new_tokens(settings: Mapping[str, Any], usual: int) -> int:
     """Longest answer that a task asks for; `usual` where it does not say."""
     asked = (_number(settings, name) for name in _LENGTHS)

@@ -125,6 +125,11 @@ def test_settings_of_tasks_are_kept_apart_and_refused_by_name(models: tuple[Any,
         get_model("parrot")(pretrained=str(FIXTURE), max_length=513)
 
 
+def test_arguments_of_other_models_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="model_args: load_in_8bit, peft not supported"):
+        get_model("parrot")(pretrained=str(FIXTURE), peft="adapter", load_in_8bit=True, trust_remote_code=False)
+
+
 def test_settings_of_all_tasks_are_taken_as_the_kit_takes_them_or_are_known_to_be_refused() -> None:
     found = settings_of_tasks(Path(lm_eval.__file__).parent / "tasks")
     assert len(found) > 300

@@ -17,7 +17,7 @@ from parrot_sys.engine.requests import EngineRequest
 from parrot_sys.errors import ConfigError
 from parrot_sys.inference.generation import generate_texts, score_continuations
 from parrot_sys.inference.pretrained import load_pretrained
-from parrot_sys.integrations.task_requests import batches, new_tokens, requests_together, task_request
+from parrot_sys.integrations.task_requests import batches, new_tokens, refuse_arguments, requests_together, task_request
 
 _BATCH = 64
 _NO_DEVICE = "cuda:0"
@@ -42,6 +42,7 @@ class ParrotLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        **others: Any,
     ) -> None:
         """
         Args:
@@ -55,11 +56,13 @@ class ParrotLM(TemplateLM):
             max_gen_toks: longest answer where the task does not say.
             add_bos_token: whether texts begin with the begin-of-sequence token; None: as the tokenizer does by itself.
             prefix_token_id: comes before a text without context; None: the begin of a sequence, or its end.
+            others: must ask for nothing.
 
         Raises:
-            ConfigError: a number is out of range.
+            ConfigError: an argument that does not exist, or a number out of range.
         """
         super().__init__()
+        refuse_arguments(others)
         self.pretrained = pretrained
         self.batch_size = requests_together(batch_size, _BATCH)
         self.model, self.processor = load_pretrained(

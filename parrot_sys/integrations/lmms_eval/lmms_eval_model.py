@@ -18,6 +18,7 @@ from parrot_sys.integrations.task_requests import (
     batches,
     new_tokens,
     question_sample,
+    refuse_arguments,
     requests_together,
     stop_texts,
     task_request,
@@ -61,8 +62,7 @@ class ParrotLMM(lmms):
             ConfigError: an argument that does not exist, or a number out of range.
         """
         super().__init__()
-        if asked := sorted(name for name, value in others.items() if value):
-            raise ConfigError(f"model_args: {', '.join(asked)} not supported by --model parrot; leave them out")
+        refuse_arguments(others)
         self.batch_size = requests_together(batch_size, _BATCH)
         self.model, self.processor = load_pretrained(
             pretrained, device=device, dtype=None if dtype == "auto" else dtype, compat=compat
