@@ -14,12 +14,14 @@ The sums are of integers (multiples of 2^-32): they are the same in any order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from parrot_sys.markdown_tables import fixed
 
 Array = NDArray[np.float64]
 Sums = NDArray[np.int64]
@@ -65,7 +67,7 @@ class Usage:
     @property
     def dead(self) -> tuple[int, ...]:
         """Experts, counted from 1, with less than `DEAD_BELOW` of an equal share."""
-        return tuple(e for e, share in enumerate(self.shares, 1) if share * len(self.shares) < DEAD_BELOW)
+        return dead_experts(self.shares)
 
 
 @dataclass(slots=True)
@@ -139,13 +141,14 @@ class RouteSums:
             if any(each):
                 self._labelled.setdefault(kind, _Labelled()).add(shares, each)
 
-    def merge(self, other: RouteSums) -> None:
-        """Adds the sums of `other`."""
+    def merge(self, other: RouteSums, kinds: Collection[str] | None = None) -> None:
+        """Adds the sums of `other`, of labels those of these kinds; None is all kinds."""
         self.images += other.images
         self._shares = self._shares + other._shares
         self._entropy += other._entropy
         for kind, labelled in other._labelled.items():
-            self._labelled.setdefault(kind, _Labelled()).merge(labelled)
+            if kinds is None or kind in kinds:
+                self._labelled.setdefault(kind, _Labelled()).merge(labelled)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -155,6 +158,14 @@ class RouteSums:
     def information(self, kind: str) -> Information | None:
         """I(expert; label of this kind); None where fewer than two labels occur."""
         return self._labelled[kind].information() if kind in self._labelled else None
+
+    def means(self, kind: str) -> dict[str, Array]:
+        """Label of this kind -> [E], mean share of each expert; the label of images that have none is empty."""
+        known = self._labelled.get(kind, _Labelled())
+        found = {label: total / _UNIT / known.counts[label] for label, total in known.shares.items()}
+        if rest := self.images - sum(known.counts.values()):
+            found[""] = np.asarray(self._shares - sum(known.shares.values())) / _UNIT / rest
+        return found
 
     def usage(self) -> Usage | None:
         """How the experts are used; None without images."""
@@ -195,6 +206,17 @@ class RouteSums:
             )
             for kind, each in state["labelled"].items()
         }
+
+
+def dead_experts(shares: Sequence[float], below: float = DEAD_BELOW) -> tuple[int, ...]:
+    """Experts, counted from 1, with less than this part of an equal share."""
+    return tuple(e for e, share in enumerate(shares, 1) if share * len(shares) < below)
+
+
+def usage_text(entropy_bits: float, most: float, dead: Sequence[int]) -> str:
+    """H(expert), its most, and the dead experts by number, in a sentence."""
+    numbers = ", ".join(map(str, dead)) or "none"
+    return f"H(expert) {fixed(entropy_bits, 2)} of {fixed(most, 2)} bits; dead experts: {numbers}"
 
 
 def as_shares(weights: ArrayLike) -> Array:

@@ -21,9 +21,9 @@ from parrot_sys.evaluation.headlines import (
     metric_of,
 )
 from parrot_sys.evaluation.outcomes import Interval
-from parrot_sys.evaluation.routes import usage_text
 from parrot_sys.fonts import explain_numbers
 from parrot_sys.markdown_tables import fixed
+from parrot_sys.routes import usage_text
 
 
 def draw(
@@ -86,10 +86,11 @@ def _draw_experts(
     suite: str, languages: Mapping[str, Mapping[str, Any]], routes: Mapping[str, Any], output: Path, file: str
 ) -> tuple[str, str, Mapping[str, str]]:
     weights = held(languages, "experts")
+    usage = usage_text(routes["entropy"], routes["most"], routes["dead"]) if routes else ""
     legend = heat_maps.routing_weights(
         weights,
         name=suite,
-        title="mean routing weight" + (f"\n{usage_text(routes)}" if routes else ""),
+        title="mean routing weight" + (f"\n{usage}" if usage else ""),
         path=output / file,
     )
     shown = [
@@ -101,7 +102,7 @@ def _draw_experts(
         f"Mean routing weight of each expert per language ({suite}); white is an equal share ({fixed(uniform, 3)}), "
         f"red more, blue less"
     )
-    return f"{caption}{f'; {usage_text(routes)}' if routes else ''}{n}", file, legend
+    return f"{caption}{f'; {usage}' if usage else ''}{n}", file, legend
 
 
 def _range(counts: Sequence[int]) -> str:

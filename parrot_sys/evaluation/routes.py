@@ -126,12 +126,6 @@ def routes_section(routes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return ["## Routes", "", EXPLAINED, "", *table([*header, "H(expert)", "H of a picture", "dead experts"], rows), ""]
 
 
-def usage_text(found: Mapping[str, Any]) -> str:
-    """H(expert) and the dead experts of a part, in a sentence."""
-    dead = ", ".join(map(str, found["dead"])) or "none"
-    return f"H(expert) {fixed(found['entropy'], 2)} of {fixed(found['most'], 2)} bits; dead experts: {dead}"
-
-
 def _row(part: str, found: Mapping[str, Any]) -> list[str]:
     most = fixed(found["most"], 2)
     return [

@@ -156,12 +156,15 @@ class StepMetrics:
         if dist.get_rank() == 0 and "routes" in state:
             self.routes.load_state_dict(state["routes"])
 
-    def record(self) -> dict[str, Any]:
+    def record(self, routes: RouteSums | None = None) -> dict[str, Any]:
         """Means and counts with plain names, for JSON; all ranks call this together.
 
         `loss` (None without a label), `loss/zh`, `experts/zh/probability` (mean over images, one number an expert),
         `experts/zh/rows`, counts, and `batches`, the global batches that all of these are over. `describe` has a
         sentence on each.
+
+        Args:
+            routes: those of all ranks, where they have been gathered already.
         """
         result: dict[str, Any] = {"loss": self.loss}
         if aux_loss := self.scalar("aux_loss"):
@@ -176,7 +179,7 @@ class StepMetrics:
             if images and any(rows[index]):
                 result[f"experts/{name}/probability"] = [p / images for p in probabilities[index]]
                 result[f"experts/{name}/rows"] = [int(r) for r in rows[index]]
-        return result | route_record(gather_routes(self.routes))
+        return result | route_record(gather_routes(self.routes) if routes is None else routes)
 
     def _sample_languages(self, batch: PackedBatch, device: torch.device) -> Tensor:
         """int64 [S], index of each sample's language."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parrot_sys.training.metrics import StepMetrics, peak_flops
-from parrot_sys.training.routes import RouteWatch
+from parrot_sys.training.routes import RouteWatch, gather_routes
 from parrot_sys.training.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class StepLog:
     def take(self, grad_norm: float, **values: Any) -> dict[str, Any]:
         """The record of all steps since the last one, with `values`; the next one begins."""
         window, seconds = self._window, self._before + time.perf_counter() - self._since
-        record: dict[str, Any] = window.record() if window.steps else {"rows": 0}
+        routes = gather_routes(window.routes)
+        record: dict[str, Any] = window.record(routes) if window.steps else {"rows": 0}
         if self._skipped:
             record["skipped_steps"] = self._skipped
         record |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, **values}
@@ -62,8 +63,9 @@ class StepLog:
             record["mfu"] = window.scalar("flops") / (seconds * peak * dist.get_world_size())
         if window.steps:
             self.last = record
-            if (warning := self._watch.judge(record)) and dist.get_rank() == 0:  # the same on all ranks
-                logger.warning(warning)
+            for warning in self._watch.judge(routes):  # the same on all ranks
+                if dist.get_rank() == 0:
+                    logger.warning(warning)
         self._begin()
         return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from parrot_sys import heat_maps, info
 from parrot_sys.config_values import config_to_dict
+from parrot_sys.routes import dead_experts, usage_text
 from parrot_sys.training.config import TrainConfig
 from parrot_sys.training.metrics import describe
 from parrot_sys.training.trackers.base import CaptionedImage, Number, RunFacts
@@ -56,7 +58,12 @@ def routing_image(kind: str, step: int, record: Mapping[str, Any]) -> CaptionedI
     if not weights:
         return None
     file = io.BytesIO()
-    legend = heat_maps.routing_weights(weights, name=kind, title=f"mean routing weight, step {step}", path=file)
+    usage = ""
+    if shares := record.get("routes/shares"):  # steps of a checkpoint of earlier versions have none
+        usage = usage_text(record["routes/entropy_bits"], math.log2(len(shares)), dead_experts(shares))
+    title = f"mean routing weight, step {step}" + (f"\n{usage}" if usage else "")
+    legend = heat_maps.routing_weights(weights, name=kind, title=title, path=file)
     caption = "Mean routing weight of each expert per language; white is an equal share, red more, blue less"
     names = "".join(f"; {number} {text}" for number, text in legend.items())
-    return CaptionedImage(Image.open(file).convert("RGB"), caption + names)
+    told = f"; {usage}" if usage else ""
+    return CaptionedImage(Image.open(file).convert("RGB"), caption + told + names)
