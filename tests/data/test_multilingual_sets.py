@@ -221,6 +221,21 @@ def test_m3exam(tmp_path: Path) -> None:
     assert "`answer_text` must name one of the options 1, 2, 3, 4, got '9'" in report.bad[0]
 
 
+def test_m3exam_with_a_list_of_pictures(tmp_path: Path) -> None:
+    """The set on Hugging Face that lmms-eval reads: structs of bytes and path, in the order of `image_ids`."""
+    pictures = [{"bytes": png(7), "path": None}, {"bytes": png(), "path": "image-1.png"}]
+    row = {**M3EXAM[0], "image_ids": ["unused.png", "image-1.png"], "images": pictures}
+    text_alone = {**M3EXAM[1], "image_ids": [], "images": [], "subject": "history", "year": "2006"}
+    tables = tables_of("m3exam", write_rows(tmp_path / "test.parquet", [row, text_alone]))
+    (thai,), (english,) = tables["th"].questions, tables["en"].questions
+    assert tables["th"].images[thai.image_key] == base64.b64encode(png()).decode()
+    assert english.image_key is None
+
+    path = write_rows(tmp_path / "bad.parquet", [{**row, "image_ids": ["image-1.png"]}])
+    with pytest.raises(DataError, match="`images` must have one picture for each of the 1 `image_ids`, got 2"):
+        tables_of("m3exam", path)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     texts=st.lists(st.text("abc5.) ", min_size=1).map(str.strip).filter(bool), min_size=1, max_size=5, unique=True),
@@ -234,9 +249,26 @@ def test_labels_of_options_come_off_if_all_have_one(texts: list[str], form: str,
     assert _options(unlabelled) == ([str(place + 1) for place in range(len(texts))], unlabelled)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text("abc5", min_size=1), min_size=2, max_size=5, unique=True),
+    spaces=st.lists(st.sampled_from([" ", "  ", "\u3000", "\t", ". "]), min_size=5, max_size=5),
+    first=st.sampled_from("Aa1"),
+    wrong=st.integers(0, 4),
+)
+def test_labels_without_punctuation_come_off_if_all_follow_each_other(
+    texts: list[str], spaces: list[str], first: str, wrong: int
+) -> None:
+    labels = [chr(ord(first) + place) for place in range(len(texts))]
+    whole = [label + space + text for label, space, text in zip(labels, spaces, texts, strict=False)]
+    assert _options(whole) == ([label.upper() for label in labels], texts)
+    whole[wrong % len(texts)] = f"x {texts[0]}"
+    assert _options(whole)[1] == whole
+
+
 def test_a_number_at_the_start_is_no_label() -> None:
-    dates = ["5. Mai", "7. Juli", "5. August"]
-    assert _options(dates)[1] == dates
+    for texts in (["5. Mai", "7. Juli", "5. August"], ["1 hour", "2 hours", "3 hours"], ["A lion"], ["A ", "B "]):
+        assert _options(texts)[1] == texts
 
 
 def kaleidoscope_row(**more: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """M3Exam (Zhang et al. 2023): school exams in nine languages, with and without pictures.
 
 The published files are `LANGUAGE-questions-image.json` (pictures in `images-LANGUAGE/`) and, without pictures,
-`LANGUAGE-questions-test.json`; PangeaBench has Parquet files with the pictures inside. A text marks a picture as
-`(image)[NAME]`.
+`LANGUAGE-questions-test.json`. There are Parquet files with the pictures inside, whose names are in `image_ids`: those
+of PangeaBench have the columns `image_0`, `image_1`, ..., and floschne/multimodal-m3exam, which lmms-eval reads, has
+the list `images`. A text marks a picture as `(image)[NAME]`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from parrot_sys.errors import DataError
 
 _MARKER = re.compile(r"\(image\)\[([^\]]+)\]")
 _LABELLED = re.compile(r"[(\uff08]?\s*([^\W_])\s*[)\uff09.\uff0e:\uff1a\u3001]\s*", re.UNICODE)
+_BARE = re.compile(r"[(\uff08]?\s*([^\W_])(?:\s*[)\uff09.\uff0e:\uff1a\u3001]\s*|\s+)", re.UNICODE)
 _IMAGES_IN_A_ROW = 10
 
 
@@ -46,12 +48,22 @@ def _convert(row: Row, _: random.Random) -> Question:
 
 def _options(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Labels of the options as the exam has them, and the options without; 1, 2, ... where they have none."""
-    matches = [_LABELLED.match(text) for text in texts]
+    found = _without_labels(texts, _LABELLED)
+    # (Labels with a space alone: not of "1 hour", "2 hours", "3 hours", whose numbers tell them apart.)
+    if found is None and len(texts) > 1:
+        found = _without_labels(texts, _BARE)
+        if found is not None and len({rest.casefold() for rest in found[1]} - {""}) != len(texts):
+            found = None
+    return found or ([str(number) for number in range(1, len(texts) + 1)], list(texts))
+
+
+def _without_labels(texts: Sequence[str], label: re.Pattern[str]) -> tuple[list[str], list[str]] | None:
+    """Labels and the rest of the texts; None unless all have one, from A or 1 on: "5. Dezember" has none."""
+    matches = [label.match(text) for text in texts]
     labels = [match[1].upper() if match else "" for match in matches]
-    # (An option such as "5. Dezember" has no label: all have one, from A or 1 on, or none has.)
-    if labels[0] in ("A", "1") and labels == [chr(ord(labels[0]) + place) for place in range(len(texts))]:
-        return labels, [text[match.end() :] for text, match in zip(texts, matches, strict=True) if match]
-    return [str(number) for number in range(1, len(texts) + 1)], list(texts)
+    if labels[0] not in ("A", "1") or labels != [chr(ord(labels[0]) + place) for place in range(len(texts))]:
+        return None
+    return labels, [text[match.end() :] for text, match in zip(texts, matches, strict=True) if match]
 
 
 def _answer(text: str, labels: Sequence[str]) -> int:
@@ -66,11 +78,14 @@ def _answer(text: str, labels: Sequence[str]) -> int:
 
 def _inside(row: Row) -> dict[str, bytes]:
     """Name -> picture that the row holds itself."""
-    found = {}
-    for place, name in enumerate(row.get("image_ids") or ()):
-        if place < _IMAGES_IN_A_ROW and (picture := embedded(row.get(f"image_{place}"))) is not None:
-            found[str(name)] = picture
-    return found
+    names = [str(name) for name in row.get("image_ids") or ()]
+    values = row.get("images")
+    if values is None:
+        values = [row.get(f"image_{place}") for place in range(min(len(names), _IMAGES_IN_A_ROW))]
+    elif len(values) != len(names):
+        raise DataError(f"`images` must have one picture for each of the {len(names)} `image_ids`, got {len(values)}")
+    pictures = zip(names, map(embedded, values), strict=False)
+    return {name: picture for name, picture in pictures if picture is not None}
 
 
 def _picture(name: str, inside: dict[str, bytes], language: str) -> Picture:
