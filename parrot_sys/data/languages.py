@@ -28,10 +28,26 @@ _CODE = re.compile(
     r"(?:-(?:[a-z0-9]{5,8}|\d[a-z0-9]{3}))*(?:-x(?:-[a-z0-9]{1,8})+)?",
     re.IGNORECASE,
 )
-_ALIASES = {"cn": "zh", "in": "id", "iw": "he", "ji": "yi", "jw": "jv", "mo": "ro", "nb": "no", "tl": "fil"}
-"""Codes that other programs write -> BCP 47: the public kit's for Chinese, withdrawn ones of ISO 639."""
+_ALIASES = {
+    "cn": "zh",
+    "in": "id",
+    "iw": "he",
+    "ji": "yi",
+    "jw": "jv",
+    "mo": "ro",
+    "nb": "no",
+    "tl": "fil",
+    "twi": "tw",
+}
+"""Codes that other programs write -> BCP 47: the public kit's for Chinese, withdrawn ones of ISO 639.
+
+CLDR has those of three letters; the one here it counts as Akan.
+"""
 _SUFFIXES = {"zh": "cn"}
 """Languages that the public kit's file names call otherwise."""
+
+_WORDS = frozenset(("arm", "geo", "hat", "her", "ice", "mac", "may", "msa", "ori", "per", "run", "ton"))
+"""Three-letter codes that are other words at the end of a name: `code_run`, `sentiment_mac`, `abs_ori`."""
 
 _NAMES = {"bengali": "bn", "egyptian arabic": "ar-EG", "mandarin": "zh", "oriya": "or", "brazilian portuguese": "pt-BR"}
 """Names that public sets use and CLDR does not -> their codes."""
@@ -40,12 +56,15 @@ T = TypeVar("T")
 
 
 def canonical(code: str) -> str | None:
-    """A code in its usual form (`PT_br` -> `pt-BR`, `iw` -> `he`); None where it is no BCP 47 code."""
+    """A code in its usual form (`PT_br` -> `pt-BR`, `iw` -> `he`, `ind` -> `id`); None where it is no BCP 47 code."""
     match = _CODE.fullmatch(code.strip().replace("_", "-"))
     if match is None:
         return None
     subtags = match[0].lower().split("-")
-    language = _ALIASES.get(subtags[0], subtags[0])
+    language = subtags[0]
+    if len(language) == 3 and language not in _ALIASES:
+        language = _facts()["aliases"].get(language, language)
+    language = _ALIASES.get(language, language)
     rest = subtags[1:]
     if match["script"]:
         rest[0] = rest[0].title()
@@ -115,11 +134,12 @@ def split_suffix(name: str) -> tuple[str, str | None]:
     """(name without its language, the language) of a data set: `mmmb_cn` -> (`mmmb`, `zh`).
 
     The language is None where the name ends in no language that CLDR has locale data for: ISO 639 has the codes `val`,
-    `set` and `pro` as well. A name that is a code alone stays as it is.
+    `set` and `pro` as well. Nor is it one that is rather a word, such as `run`. A name that is a code alone stays as it
+    is.
     """
     base, _, end = name.rpartition("_")
     code = canonical(end)
-    if code is None or code.split("-")[0] not in _facts()["names"]:
+    if code is None or end.lower() in _WORDS or code.split("-")[0] not in _facts()["names"]:
         return name, None
     return base or name, code
 

@@ -186,7 +186,14 @@ def write_cldr(folder: Path) -> None:
         "codePatterns": {"language": "Sprache: {0}"},
         "localeDisplayPattern": {"localeKeyTypePattern": "{0}: {1}", "localeSeparator": "{0}, {1}"},
     }
+    aliases = {
+        "deu": {"_reason": "overlong", "_replacement": "de"},
+        "ger": {"_reason": "bibliographic", "_replacement": "de"},
+        "hbs": {"_reason": "overlong", "_replacement": "sr-Latn"},
+        "cmn": {"_reason": "macrolanguage", "_replacement": "zh"},
+    }
     files = {
+        "supplemental/aliases.json": {"supplemental": {"metadata": {"alias": {"languageAlias": aliases}}}},
         "coverageLevels.json": {"coverageLevels": {"de": "modern", "zh-Hant": "modern"}},
         "supplemental/likelySubtags.json": {"supplemental": {"likelySubtags": tags}},
         "main/en/languages.json": {"main": {"en": {"localeDisplayNames": {"languages": names}}}},
@@ -241,6 +248,7 @@ def test_vendor_keeps_what_has_distinct_names(tmp_path: Path) -> None:
     assert german["keywords"] == [[*"wxy"], [*"wxy"]]
     assert (german["cldr"]["own"], german["cldr"]["yes"], german["cldr"]["label"]) == ("Deutsch", "ja", "Sprache: {0}")
     facts = json.loads((tmp_path / "languages.json").read_text(encoding="utf-8"))
+    assert facts["aliases"] == {"deu": "de", "ger": "de"}
     assert facts["names"] == {"de": "German", "zh": "Chinese", "zh-Hant": "Traditional Chinese"}
     assert facts["scripts"] == {"de": "Latn", "zh": "Hans", "zh-Hant": "Hant", "zh-TW": "Hant"}
     assert facts["script_names"] == {"Hans": "Simplified Han", "Hant": "Han", "Latn": "Latin"}

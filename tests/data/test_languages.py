@@ -78,9 +78,58 @@ def test_a_table_name_gives_its_language_back(tag: str, base: str) -> None:
     assert split_suffix(name.lower()) == (base, tag)
 
 
-@pytest.mark.parametrize("name", ["mmbench_dev", "mm_val", "x_test", "mmmu_pro", "my_set", "set", "x_english"])
+@settings(max_examples=200, deadline=None)
+@given(
+    code=st.sampled_from(sorted(_facts()["aliases"])),
+    rest=st.sampled_from(["", "-Latn", "-Latn-BR", "-419"]),
+    change=st.sampled_from([str.lower, str.upper]),
+)
+def test_three_letter_codes_are_those_of_the_same_languages(code: str, rest: str, change: object) -> None:
+    found = canonical(change(code + rest))  # type: ignore[operator]
+    assert found is not None
+    language = found.removesuffix(rest)
+    assert len(language) == 2 or (code, language) in (("tgl", "fil"), ("bih", "bho"))
+    assert canonical(found) == found
+
+
+def test_three_letter_codes_of_both_kinds() -> None:
+    codes = {"ind": "id", "zho": "zh", "chi": "zh", "nob": "no", "nor": "no", "twi": "tw", "fra": "fr", "fre": "fr"}
+    codes |= {"zho_Hans": "zh-Hans", "ceb": "ceb", "yue": "yue", "min": "min", "jav": "jv", "mol": "ro"}
+    assert {code: canonical(code) for code in codes} == codes
+    # XMMMU, MultiBLiMP, IrokoBench, Belebele name their sets so
+    for name, language in {
+        "xmmmu_test_ind": "id",
+        "xmmmu_test_zho": "zh",
+        "multiblimp_cat": "ca",
+        "afrixnli_translate_kin": "rw",
+        "afrimmlu_twi": "tw",
+    }.items():
+        assert split_suffix(name) == (name.rpartition("_")[0], language)
+        assert split_suffix(name.upper()) == (name.rpartition("_")[0].upper(), language)
+
+
+# (Of the names of sets in lm-evaluation-harness and VLMEvalKit, the first line holds all that end in a code by chance.)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("infinitebench_code_run", "darija_sentiment_mac", "AraDiCE_piqa_msa", "abs_ori"),
+        *("mmbench_dev", "mm_val", "x_test", "mmmu_pro", "my_set", "set", "run", "x_english"),
+    ],
+)
 def test_names_that_end_in_a_word_have_no_language(name: str) -> None:
     assert split_suffix(name) == (name, None)
+
+
+def test_names_of_tables_in_tests_and_docs_are_read_as_before() -> None:
+    """Codes of three letters that are now read as languages are no ends of names that are none."""
+    checkout = PACKAGE.parent
+    files = [*(checkout / "docs").rglob("*.md"), *(checkout / "tests").rglob("*.py"), checkout / "README.md"]
+    texts = [file.read_text(encoding="utf-8") for file in files if file != Path(__file__)]
+    names = {name for text in texts for name in re.findall(r"([A-Za-z0-9_-]+)\.tsv\b", text)}
+    assert {"mmmb_cn", "cvqa_min", "exam_ar-EG"} <= names
+    for name in names:
+        end = name.rpartition("_")[2].lower().split("-")[0]
+        assert (split_suffix(name)[1] is None) == (end not in {"cn", *map(str.lower, _facts()["names"])})
 
 
 def test_scripts() -> None:

@@ -66,10 +66,20 @@ class Cldr:
         used = {*scripts.values()}
         patterns = {code: found for code in sorted(with_data) if (found := self._or(code)) is not None}
         return {
+            "aliases": self._long_codes(),
             "names": dict(sorted(names.items())),
             "scripts": dict(sorted(scripts.items())),
             "script_names": {code: name for code, name in sorted(script_names.items()) if code in used},
             "or": patterns,
+        }
+
+    def _long_codes(self) -> dict[str, str]:
+        """Three-letter codes of ISO 639 -> the codes of the same languages that BCP 47 has, mostly of two letters."""
+        known = self._read("supplemental/aliases.json")["supplemental"]["metadata"]["alias"]["languageAlias"]
+        return {
+            code: alias["_replacement"]
+            for code, alias in sorted(known.items())
+            if alias["_reason"] in ("overlong", "bibliographic") and "-" not in alias["_replacement"]
         }
 
     def phrases(self, language: str) -> dict[str, Any]:
