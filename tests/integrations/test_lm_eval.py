@@ -214,6 +214,7 @@ def test_a_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode
     assert "no folder allenai/ai2_arc" in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
 
 
 def test_tasks_of_files_and_converted_copies_run_from_local_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import parrot_sys  # noqa: F401  (lets lm-eval know the model)
+from parrot_sys.cli import run_main
 from parrot_sys.integrations.lm_eval.local_data import loader_from
 
 
@@ -47,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_main(main, sys.argv[1:], prog="python -m parrot_sys.integrations.lm_eval"))

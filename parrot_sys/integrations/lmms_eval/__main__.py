@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from parrot_sys.cli import run_main
 from parrot_sys.evaluation.tsv import find_tables
 from parrot_sys.integrations.lmms_eval.tables import write_tasks
 
@@ -38,4 +39,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:], prog="python -m parrot_sys.integrations.lmms_eval"))
