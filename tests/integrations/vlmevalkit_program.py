@@ -1,10 +1,12 @@
-"""`python -m parrot_sys.integrations.vlmevalkit` beside a torchvision for CUDA, whose operators a CPU torch lacks.
+"""`python -m parrot_sys.integrations.vlmevalkit` for tests with invented tables, and a torchvision for CUDA perhaps.
 
-Nothing calls them here, but torchvision describes them when it is imported, and VLMEvalKit imports it.
+Nothing calls torchvision's operators here, but it describes them when it is imported, and VLMEvalKit imports it. A CPU
+torch lacks them.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -16,14 +18,25 @@ OPERATORS = (
 )
 
 
-def main() -> None:
-    """Declares the operators where torchvision did not bring them, and runs the module."""
+def prepare(kit: str) -> None:
+    """Makes a checkout of the kit importable; it then takes tables of any content, and asks nobody for prices."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     if not torch.cuda.is_available():
         for name in OPERATORS:
             torch.library.define(f"torchvision::{name}", "(Tensor a) -> Tensor")
+    sys.path.insert(0, kit)
+    from vlmeval.dataset.image_mcq import ImageMCQDataset
+
+    ImageMCQDataset.DATASET_MD5.clear()
+
+
+def main() -> None:
+    """Runs the module."""
+    prepare(sys.argv[sys.argv.index("--kit") + 1])
+    from parrot_sys.cli import run_main
     from parrot_sys.integrations.vlmevalkit.__main__ import main as run
 
-    run(sys.argv[1:])
+    sys.exit(run_main(run, sys.argv[1:]))
 
 
 if __name__ == "__main__":
