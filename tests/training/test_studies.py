@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("study", "only", "variants"),
     [
-        ("languages", ["--only", "24 languages"], 3),
+        ("languages", ["--only", "24 languages"], 2),
         ("languages", ["--only", "wide", "--only", "imbalanced"], 1),
         ("languages", ["--only", "top-2"], 1),
         ("wings_curve", ["--only", "5e-4"], 6),

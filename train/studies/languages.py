@@ -4,7 +4,7 @@ question                          cells (each from three seeds)
 does a frozen decoder need them   frozen decoder, six languages, both mixes: projector, default, wide, dense
 which routers carry the language  tuned decoder, six languages, balanced: projector, default, dense, top-2
 how freely the decoder learns     six languages, imbalanced: projector and default with LoRA, slow and tuned decoders
-how many languages                frozen decoder, imbalanced: projector, default and dense with 24 and 48 languages
+how many languages                frozen decoder, imbalanced: projector and default with 24 and 48 languages
 other routers                     frozen decoder, six languages, imbalanced: a bias, a schedule of the scale, entropy
 """
 
@@ -122,7 +122,7 @@ CELLS = (
     *(
         Cell(model=model, languages=count, rank=3 + number)
         for number, count in enumerate((24, 48))
-        for model in ("projector", "default", "dense")
+        for model in ("projector", "default")
     ),
     *(Cell(model=model, rank=5) for model in ("bias", "sharpening", "entropy")),
 )
