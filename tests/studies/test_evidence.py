@@ -111,10 +111,9 @@ def test_cells_train_what_their_names_say(trained: dict[str, tuple[str, ...]], t
     assert (bias.routing, bias.topk, bias.expert_bias, bias.evenness_coeff) == ("topk", 1, True, 0.0)
     dense = cell("seed0/dense-tuned-balanced").model.moe
     assert (dense.normalize_guidance, dense.router_scale, dense.has_losses) == (False, 1.0, False)
-    default, best = (cell(f"seed0/{name}-tuned-balanced").model.moe for name in ("default", "top-2"))
+    default = cell("seed0/default-tuned-balanced").model.moe
     assert default == settings_of(base_arguments()).model.moe
-    assert (best.routing, best.topk) == ("topk", 2)
-    assert best.information_coeff == default.information_coeff > 0
+    assert default.information_coeff > 0
     assert cell("seed0/projector-tuned-balanced").model.moe.num_experts == 0
     assert cell("seed0/wings-router-off-5e-4").model.wings.routing == "even"
     assert "llm" not in learning(cell("seed0/wings-0"))

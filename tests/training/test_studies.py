@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("languages", ["--only", "24 languages"], 2),
         ("languages", ["--only", "wide", "--only", "imbalanced"], 1),
-        ("languages", ["--only", "top-2"], 1),
+        ("languages", ["--only", "bias"], 1),
         ("wings_curve", ["--only", "5e-4"], 6),
         ("joint", [], 4),
         ("answers", ["--only", "long"], 2),

@@ -67,7 +67,6 @@ PARROT = (
     *(_grid(_ROUTES, f"default - dense, {place}", "more") for place in _FROZEN),
     *(_grid(_WITHOUT, f"{model} - projector, {place}", "more") for model in ("wide", "dense") for place in _FROZEN),
     *(_grid(_OTHERS, f"{model} - default, {_FROZEN[0]}", "more") for model in ("bias", "sharpening", "entropy")),
-    _grid(_OTHERS, f"top-2 - default, {_TUNED}", "more", AVERAGE),
 )
 
 

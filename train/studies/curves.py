@@ -37,7 +37,8 @@ class Panel:
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
     """Panels side by side in one PNG file; a line has the same colour in all of them."""
-    figure = Figure(figsize=(4.4 * len(panels), 3.9), layout="constrained")
+    width = max(6.4, 4.4 * len(panels))
+    figure = Figure(figsize=(width, 4.4), layout="constrained")
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     handles = {}
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -60,7 +61,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         ax.set_xlabel(panel.x_label)
         ax.set_ylabel(f"{panel.y_label}; dots: seeds", fontsize=8)
         ax.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=int(width / 2.1), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -2,7 +2,7 @@
 
 question                          cells (each from three seeds)
 does a frozen decoder need them   frozen decoder, six languages, both mixes: projector, default, wide, dense
-which routers carry the language  tuned decoder, six languages, balanced: projector, default, dense, top-2
+which routers carry the language  tuned decoder, six languages, balanced: projector, default, dense
 how freely the decoder learns     six languages, imbalanced: projector and default with LoRA, slow and tuned decoders
 how many languages                frozen decoder, imbalanced: projector and default with 24 and 48 languages
 other routers                     frozen decoder, six languages, imbalanced: a bias, a schedule of the scale, entropy
@@ -44,7 +44,6 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "projector": ("the projector alone", None),
     "default": ("six experts, chosen by the default router", {}),
     "dense": ("six experts under the released rule, whose routes stay uniform", RELEASED),
-    "top-2": ("the two best experts of six, chosen by the default router", {"routing": "topk", "topk": 2}),
     "bias": (
         "the one best expert of six, balanced by a bias without a loss of evenness",
         {
@@ -111,10 +110,7 @@ class Cell:
 CELLS = (
     *(Cell(model=model, mix=mix, rank=0) for mix, model in product(MIXES, ("projector", "default"))),
     *(Cell(model=model, mix=mix, rank=1) for mix, model in product(MIXES, ("wide", "dense"))),
-    *(
-        Cell(model=model, decoder="tuned", mix="balanced", rank=2)
-        for model in ("projector", "default", "dense", "top-2")
-    ),
+    *(Cell(model=model, decoder="tuned", mix="balanced", rank=2) for model in ("projector", "default", "dense")),
     *(
         Cell(model=model, decoder=decoder, rank=2)
         for decoder, model in product(("tuned", "LoRA", "slow"), ("projector", "default"))
@@ -215,7 +211,6 @@ def _comparisons() -> tuple[tuple[str, str, str], ...]:
             ("default", "dense"),
             ("wide", "projector"),
             ("dense", "projector"),
-            ("top-2", "default"),
             *((router, other) for router in ("bias", "sharpening", "entropy") for other in ("projector", "default")),
         ),
     )
