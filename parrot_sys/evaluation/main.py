@@ -303,7 +303,7 @@ def _log(table: QuestionSet, routing: Routing, result: Mapping[str, Any]) -> Non
 def _measure_routes(
     table: QuestionSet, translations: Mapping[str, QuestionSet], predictor: Predictor
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Measures how much other routes change the logits of each part; fails when the experts are bypassed.
+    """Measures how much other routes change the logits of each part; notes where they change none.
 
     Returns:
         Part -> routing -> `change` and the number `n` of questions it was measured on, and notes for the report.
@@ -338,7 +338,12 @@ def _measure_routes(
             for name, part in parts.items()
             if (items := _probed(make_items(part.limited(_PROBED), routing, translations), predictor))
         }
-        for name, change in (check_experts(items, predictor, routing) if items else {}).items():
+        changes = check_experts(items, predictor, routing) if items else {}
+        if changes and not any(changes.values()):
+            count = sum(map(len, items.values()))
+            notes.append(f"Routing {routing!r} changes no logit over {count} questions: there the experts do nothing.")
+            logger.warning(notes[-1])
+        for name, change in changes.items():
             found.setdefault(name, {})[routing] = {"change": change, "n": len(items[name])}
     return found, notes
 

@@ -161,19 +161,18 @@ def test_one_expert_has_one_route(data: Path) -> None:
     model = Scripted(change=0.5)
     asked = model.logit_change
     model.logit_change = lambda items, routing: asked(items, routing) if routing == "off" else 0.0  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match=r"routing 'other-language' changes no logit"):
-        evaluate(config(data, overwrite=True), model)
+    notes = {note for result in evaluate(config(data, overwrite=True), model) for note in result["notes"]}
+    assert any(note.startswith("Routing 'other-language' changes no logit over") for note in notes)
     model.has_choice = False
-    results = evaluate(config(data, overwrite=True), model)
-    notes = {note for result in results for note in result["notes"]}
+    notes = {note for result in evaluate(config(data, overwrite=True), model) for note in result["notes"]}
+    assert not any("changes no logit" in note for note in notes)
     assert "There is one expert: the language of a question cannot change its route." in notes
 
 
-def test_bypassed_experts_fail_the_run(data: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"routing 'off' changes no logit over 6 questions of .*the experts are bypassed"
-    ):
-        evaluate(config(data, languages=("en",)), Scripted(change=0.0))
+def test_experts_that_do_nothing_are_noted(data: Path) -> None:
+    """As the best expert alone does where its weight is nearly 0: that is a result, no mistake of the user."""
+    (result,) = evaluate(config(data, languages=("en",), overwrite=True), Scripted(change=0.0))
+    assert "Routing 'off' changes no logit over 6 questions: there the experts do nothing." in result["notes"]
     with pytest.raises(CheckpointError, match=r"changes the logits .* by nan, wanted a finite number"):
         evaluate(config(data, languages=("en",)), Scripted(change=math.nan))
     without = Scripted(change=0.0)
