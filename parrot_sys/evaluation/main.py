@@ -21,10 +21,10 @@ from parrot_sys.evaluation.outcomes import METRICS
 from parrot_sys.evaluation.report import ReportInput, build_report
 from parrot_sys.evaluation.results import Plan, find_stale, identity, remove_results
 from parrot_sys.evaluation.runner import (
-    check_experts,
     evaluate_table,
     guided_questions,
     load_tables,
+    logit_changes,
     make_items,
     scores_path,
     select_tables,
@@ -338,7 +338,7 @@ def _measure_routes(
             for name, part in parts.items()
             if (items := _probed(make_items(part.limited(_PROBED), routing, translations), predictor))
         }
-        changes = check_experts(items, predictor, routing) if items else {}
+        changes = logit_changes(items, predictor, routing) if items else {}
         if changes and not any(changes.values()):
             count = sum(map(len, items.values()))
             notes.append(f"Routing {routing!r} changes no logit over {count} questions: there the experts do nothing.")

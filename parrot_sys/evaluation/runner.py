@@ -257,7 +257,7 @@ def _letters(table: QuestionSet, records: Mapping[int, Mapping[str, Any]], rules
     }
 
 
-def check_experts(parts: Mapping[str, Sequence[Item]], predictor: Predictor, routing: Routing) -> dict[str, float]:
+def logit_changes(parts: Mapping[str, Sequence[Item]], predictor: Predictor, routing: Routing) -> dict[str, float]:
     """How far the logits move where the route is replaced: not at all where experts do nothing.
 
     Args:

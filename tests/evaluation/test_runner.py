@@ -19,7 +19,7 @@ from parrot_sys.evaluation.headlines import headline
 from parrot_sys.evaluation.items import Item
 from parrot_sys.evaluation.main import evaluate, summary
 from parrot_sys.evaluation.report import ReportInput, build_report, load_scores
-from parrot_sys.evaluation.runner import check_experts, load_tables, make_items
+from parrot_sys.evaluation.runner import load_tables, logit_changes, make_items
 from tests.evaluation.scripted import Scripted, config
 from tests.evaluation.tables import picture, write_table
 
@@ -182,7 +182,7 @@ def test_experts_that_do_nothing_are_noted(data: Path) -> None:
         evaluate(config(data, languages=("en",), routing=("model", "off")), without)
     (table,) = load_tables([data / "mmmb_en.tsv"], (), None)
     parts = {"style": make_items(table, "off", {})}
-    assert check_experts(parts, Scripted(change=0.5), "off") == {"style": 0.5}
+    assert logit_changes(parts, Scripted(change=0.5), "off") == {"style": 0.5}
 
 
 def test_tables_that_do_not_go_together(data: Path, tmp_path: Path) -> None:
